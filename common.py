@@ -1,0 +1,321 @@
+"""
+What the three tutorials share and must not disagree on: load a model and an SAE, ablate features, and the flags.
+
+Notation: h is the residual stream at the hook point, (batch, pos, d_model); a = SAE.encode(h),
+(batch, pos, d_sae); F the picked features. An ablation keeps the SAE's error term:
+
+    h' = h + sum over i in F of (a'_i - a_i) * W_dec[i],    a'_i = clamp where a_i > 0
+
+with clamp 0 for zero ablation and a negative clamp as in Farrell, Lau and Conmy (arXiv 2410.19278).
+"""
+
+import argparse
+import os
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # image processors complain at import otherwise
+
+import torch
+from sae_lens import SAE
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from data import HERE, UserError, first_line, special_ids
+
+disable_progress_bar()  # "Loading weights" would come before the first line of ours
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model, the SAE for `--layer L` (a folder, or RELEASE:ID of SAELens's table), and the default clamp."""
+
+    model: str
+    sae: str
+    clamp: float
+
+
+# Clamps: tiny's was chosen on the picking half (README); -100 and the gemma-2 SAEs are SAEBench's and
+# Farrell et al.'s middle setting (arXiv 2410.19278). Gemma-3 residuals are far larger, so -100 may do nothing.
+PRESETS = {
+    "tiny": Preset(str(HERE / "tiny/model"), str(HERE / "tiny/sae/layer_{layer}"), -20.0),
+    "gemma-2-2b-it": Preset(
+        "google/gemma-2-2b-it", "gemma-scope-2b-pt-res-canonical:layer_{layer}/width_16k/canonical", -100.0
+    ),
+    "gemma-3-1b-it": Preset(
+        "google/gemma-3-1b-it", "gemma-scope-2-1b-it-res-all:layer_{layer}_width_16k_l0_small", -100.0
+    ),
+    "gemma-3-4b-it": Preset(
+        "google/gemma-3-4b-it", "gemma-scope-2-4b-it-res-all:layer_{layer}_width_16k_l0_small", -100.0
+    ),
+    "gpt2": Preset("gpt2", "gpt2-small-res-jb:blocks.{layer}.hook_resid_pre", -10.0),
+}
+
+# ---------------------------------------------------------------------------------------------- load
+
+
+def load_model(name: str, device: str | None = None, dtype: str = "float32") -> TransformerBridge:
+    """Load a preset's name, a hub id or a local folder as a frozen TransformerBridge (raw HF weights, eager attention).
+
+    Raises UserError if there is no such model or the hub does not let us have it.
+    """
+    path = PRESETS[name].model if name in PRESETS else name
+    if not Path(path).is_dir() and "/" not in path and name not in PRESETS:
+        raise UserError(f"no model {name!r}: give a preset ({', '.join(PRESETS)}), a hub id ORG/NAME or a folder")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        # where a processor of images fails to load, TransformerLens would pip install torchvision and a new torch
+        with patch("subprocess.check_call", side_effect=OSError("no installing from here")):
+            model = TransformerBridge.boot_transformers(path, device=device, dtype=getattr(torch, dtype))
+        # the bridge's copy of the tokenizer adds a BOS where the model's own does not; prompts must be lm-eval's
+        model._tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        if Path(path).is_dir():
+            raise UserError(f"{path} is not a model folder that transformers can read: {first_line(error)}") from error
+        raise UserError(
+            f"cannot load {path}: {first_line(error)}. If it is gated, accept its licence at "
+            f"https://huggingface.co/{path} and run `hf auth login`; to work offline use --model tiny"
+        ) from error
+    model.eval().requires_grad_(False)
+    return model
+
+
+def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str = "tiny") -> SAE:
+    """Load the SAE of `spec` (RELEASE:ID or a folder; None: the preset's for `layer`) in fp32 on the model's device.
+
+    Sets `sae.source` (str) and `sae.hook_point` (a resid_post name that the model has). Raises UserError for a
+    layer without SAE, an unknown release, and an SAE whose architecture, width, hook point or normalisation
+    this code cannot ablate exactly.
+    """
+    if not 0 <= layer < model.cfg.n_layers:
+        raise UserError(f"--layer {layer}: the model has layers 0 to {model.cfg.n_layers - 1}")
+    if spec is None and preset not in PRESETS:
+        raise UserError(f"no SAE is known for {preset}: give --sae RELEASE:ID or --sae FOLDER")
+    spec = spec or PRESETS[preset].sae.format(layer=layer)
+    device = str(model.cfg.device)
+    try:
+        if Path(spec).is_dir():
+            sae = SAE.load_from_disk(spec, device=device, dtype="float32")
+        elif ":" in spec and not Path(spec).is_absolute():
+            sae = SAE.from_pretrained(*spec.split(":", 1), device=device, dtype="float32")
+        else:
+            there = sorted(p.name for p in Path(spec).parent.glob("*") if p.is_dir())
+            raise UserError(f"no SAE folder {spec}; there are: {', '.join(there) or 'none'}")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"cannot load the SAE {spec}: {first_line(error)}{sae_ids_near(spec, layer)}") from error
+    sae.source = os.path.relpath(spec, HERE) if Path(spec).is_dir() and HERE in Path(spec).parents else spec
+    check_sae(sae, model, layer)
+    return sae.eval().requires_grad_(False)
+
+
+def sae_ids_near(spec: str, layer: int) -> str:
+    release = get_pretrained_saes_directory().get(spec.split(":")[0])
+    return f"; the release has: {', '.join(release.saes_map)[:300]} ..." if release else ""
+
+
+def check_sae(sae: SAE, model: TransformerBridge, layer: int) -> None:
+    """Refuse what cannot be ablated exactly, and settle the hook point (`sae.hook_point`)."""
+    name, arch = sae.source, sae.cfg.architecture()
+    if arch not in ("standard", "jumprelu", "gated", "topk"):
+        raise UserError(f"{name}: architecture {arch!r} cannot be ablated feature by feature here")
+    if sae.cfg.d_in != model.cfg.d_model:
+        raise UserError(
+            f"{name}: the SAE reads {sae.cfg.d_in} dimensions, the model's residual has {model.cfg.d_model}"
+        )
+    if sae.cfg.normalize_activations not in ("none", "constant_norm_rescale", "layer_norm"):
+        raise UserError(f"{name}: normalisation {sae.cfg.normalize_activations!r} was not folded into its weights")
+    hook = sae.cfg.metadata.hook_name
+    if hook is None:
+        raise UserError(f"{name}: its cfg.json does not say which hook point it reads (metadata.hook_name)")
+    kind = hook.split(".")[-1]
+    block = int(hook.split(".")[1]) if hook.startswith("blocks.") and hook.split(".")[1].isdigit() else -1
+    if kind == "hook_resid_pre" and block > 0:  # the same tensor under the name the engine expects
+        hook, kind = f"blocks.{block - 1}.hook_resid_post", "hook_resid_post"
+    if kind != "hook_resid_post" or hook not in model.hook_dict:
+        raise UserError(f"{name}: hook point {hook} is not a residual stream of this model that can be edited")
+    if block != layer:
+        raise UserError(f"{name} was trained at layer {block}, but --layer is {layer}")
+    sae.hook_point = hook
+    trained_on = str(sae.cfg.metadata.model_name or "unknown")
+    loaded = str(model.cfg.model_name).rstrip("/").split("/")[-1]
+    if trained_on.split("/")[-1] != loaded:
+        print(f"note: {name} was trained on {trained_on}, the model is {loaded}", file=sys.stderr)
+
+
+# -------------------------------------------------------------------------------------------- encode
+
+
+class Latents:
+    """Some of an SAE's features: encodes and decodes only these, so that an edit costs next to nothing.
+
+    features: their ids, (n,). The formulas are SAELens's own, per architecture and normalisation (tests compare).
+    """
+
+    def __init__(self, sae: SAE, features: list[int]):
+        self.sae, self.features = sae, torch.as_tensor(features, dtype=torch.long, device=sae.W_dec.device)
+        self.arch = sae.cfg.architecture()
+        pick = self.features
+        self.W_dec = sae.W_dec[pick]  # (n, d_model)
+        self.W_enc = sae.W_enc if self.arch == "topk" else sae.W_enc[:, pick].contiguous()
+        if self.arch == "topk" and sae.cfg.rescale_acts_by_decoder_norm:
+            self.W_dec = self.W_dec / self.W_dec.norm(dim=-1, keepdim=True)
+        # GPT-2's SAEs were trained with centred writing weights: each residual vector had mean zero
+        kwargs = sae.cfg.metadata.model_from_pretrained_kwargs or {}
+        self.centre = bool(kwargs.get("center_writing_weights"))
+
+    def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """h: (..., d_model), any dtype. Returns activations (..., n) in fp32 and the run-time scale of the decoder."""
+        sae, pick, x, scale = self.sae, self.features, h.to(self.sae.dtype), 1.0
+        if self.centre:
+            x = x - x.mean(-1, keepdim=True)
+        if sae.cfg.normalize_activations == "constant_norm_rescale":
+            scale = x.norm(dim=-1, keepdim=True) / sae.cfg.d_in**0.5
+            x = x / scale
+        elif sae.cfg.normalize_activations == "layer_norm":
+            x = x - x.mean(-1, keepdim=True)
+            scale = x.std(-1, keepdim=True)
+            x = x / (scale + 1e-5)
+        if sae.cfg.apply_b_dec_to_input:
+            x = x - sae.b_dec
+        if self.arch == "topk":
+            pre = x @ self.W_enc + sae.b_enc
+            if sae.cfg.rescale_acts_by_decoder_norm:
+                pre = pre * sae.W_dec.norm(dim=-1)
+            return sae.activation_fn(pre)[..., pick], scale
+        pre = x @ self.W_enc
+        if self.arch == "gated":
+            return (pre + sae.b_gate[pick] > 0) * torch.relu(pre * sae.r_mag[pick].exp() + sae.b_mag[pick]), scale
+        pre = pre + sae.b_enc[pick]
+        acts = torch.relu(pre)
+        return (acts * (pre > sae.threshold[pick]) if self.arch == "jumprelu" else acts), scale
+
+
+# ------------------------------------------------------------------------------------------- ablate
+
+
+@contextmanager
+def watch_tokens(model: TransformerBridge):
+    """Yields a dict whose "ordinary" is the (batch, pos) mask of non-special tokens of the running forward pass.
+
+    A hook on the residual stream does not see tokens, and special tokens may stand anywhere, not only first.
+    """
+    special = torch.tensor(special_ids(model.tokenizer))
+    seen = {}
+
+    def remember(module, args):
+        seen["ordinary"] = ~torch.isin(args[0], special.to(args[0].device))
+
+    handle = model.original_model.get_input_embeddings().register_forward_pre_hook(remember)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def ablate(model: TransformerBridge, sae: SAE, features: list[int], clamp: float = 0.0):
+    """Within this context the model runs with `features` ablated: clamp 0 zeroes them, a negative clamp overshoots.
+
+    Only tokens on which a feature is active are edited, special tokens never. With no features the output is
+    the model's own to the last bit. Raises ValueError for features the SAE lacks or a positive clamp, and
+    RuntimeError if the hook never fired.
+    """
+    if clamp > 0:
+        raise ValueError(f"clamp must be 0 (zero ablation) or negative, not {clamp}")
+    if len(set(features)) != len(features):
+        raise ValueError("a feature is named twice")
+    if len(features) and not 0 <= min(features) <= max(features) < sae.cfg.d_sae:
+        raise ValueError(f"feature ids must lie in 0..{sae.cfg.d_sae - 1}")
+    latents, fired = Latents(sae, features), 0
+
+    def edit(h, hook):  # (batch, pos, d_model)
+        nonlocal fired
+        fired += 1
+        acts, scale = latents.encode(h)
+        change = torch.where(acts > 0, clamp - acts, 0) * seen["ordinary"][..., None]
+        if not change.any():
+            return None
+        return (h + (change @ latents.W_dec * scale)).to(h.dtype)  # added in fp32, rounded once
+
+    with watch_tokens(model) as seen, model.hooks(fwd_hooks=[(sae.hook_point, edit)]):
+        yield
+    if not fired:
+        raise RuntimeError(f"the hook at {sae.hook_point} never fired: nothing was ablated")
+
+
+def reconstruct(sae: SAE, h: torch.Tensor) -> torch.Tensor:
+    """The SAE's own output for h (..., d_model), without the error term, in fp32."""
+    mean = h.float().mean(-1, keepdim=True) if Latents(sae, []).centre else 0.0
+    return sae.decode(sae.encode(h.float() - mean)) + mean
+
+
+# -------------------------------------------------------------------------------------- command line
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """The flags that every script has; a script adds its own."""
+    p = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = p.add_argument
+    add("--model", default="tiny", help=f"preset ({', '.join(PRESETS)}), hub id or folder (default: %(default)s)")
+    add("--sae", help="RELEASE:ID of SAELens's table, or a folder (default: the preset's SAE of --layer)")
+    add("--layer", type=int, default=7, help="layer of the SAE; tiny has 3, 5, 7, 9 (default: %(default)s)")
+    add("--n-features", type=int, default=50, help="how many features to ablate (default: %(default)s)")
+    add("--clamp", type=float, help="negative value that active features are set to (default: the preset's)")
+    add("--pick", default="ratio", help="rule: ratio, retain-threshold or dsg (default: %(default)s)")
+    add("--pick-on", default="half", choices=["half", "all"], help="half: pick on one half of the WMDP-Bio questions "
+        "and score the other; all: pick and score on all, the old leaky number (default: %(default)s)")  # fmt: skip
+    add("--retain-quiz", action="store_true", help="a feature must be rare in MMLU's development questions too")
+    add("--data", help="folder with any of wmdp_bio, mmlu, mmlu_dev, wikitext, openwebtext, forget_corpus .jsonl")
+    add("--limit", type=int, help="score only that many questions (a seeded sample) or documents of each data set")
+    add("--batch-size", type=int, default=16, help="prompts per pass; changes memory, not results (default: 16)")
+    add("--seed", type=int, default=0, help="seed of split, control features and bootstrap (default: %(default)s)")
+    add("--device", help="cuda, cuda:1, mps or cpu (default: cuda if there is one)")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model; SAEs stay in float32")
+    add("--no-sanity", action="store_true", help="go on even if the SAE does not fit the model")
+    add("--out", help="record file; figures get the same name (default: results/<script>_<settings>.json)")
+    return p
+
+
+def settings(p: argparse.ArgumentParser, flags: dict) -> argparse.Namespace:
+    """The parser's defaults with `flags` over them, for `run(layer=3)` in a notebook; TypeError for unknown ones."""
+    known = vars(p.parse_args([]))
+    if unknown := set(flags) - set(known):
+        raise TypeError(f"no such setting: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    s = argparse.Namespace(**{**known, **flags})
+    if s.n_features < 1:
+        raise UserError(f"--n-features {s.n_features}: at least 1")
+    if s.batch_size < 1 or (s.limit is not None and s.limit < 1):
+        raise UserError("--batch-size and --limit must be at least 1")
+    if s.clamp is None:
+        s.clamp = PRESETS[s.model].clamp if s.model in PRESETS else -100.0
+    if s.clamp >= 0:
+        raise UserError(f"--clamp {s.clamp:g}: a negative number; zero ablation has a row of its own")
+    return s
+
+
+def command_line(run, p: argparse.ArgumentParser) -> None:
+    """Call run(**flags); a user's mistake ends in one line and exit code 2, Ctrl-C in 130.
+
+    In a notebook sys.argv is the kernel's, and the defaults are taken.
+    """
+
+    def mistake(message):
+        raise UserError(f"{message} (see --help)")
+
+    p.error = mistake
+    try:
+        flags = p.parse_args([] if "kernel_launcher" in sys.argv[0] else None)
+        run(**vars(flags))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped: nothing was written", file=sys.stderr)
+        sys.exit(130)

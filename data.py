@@ -1,0 +1,239 @@
+"""
+Questions and texts: where they come from, how a question becomes a prompt and a text becomes windows of tokens.
+"""
+
+import hashlib
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+HERE = Path(__file__).resolve().parent
+LETTERS = "ABCD"
+
+
+class UserError(Exception):
+    """A mistake the user can mend: shown as one line, exit code 2, no traceback."""
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+# --------------------------------------------------------------------------------- questions and texts
+
+# Where a data set is found if no folder has it: hub id, configuration, split (methods' usual sources; the second
+# OpenWebText is a 10,000-document sample that serves where the first is still a loading script)
+HUB = {
+    "wmdp_bio": [("cais/wmdp", "wmdp-bio", "test")],
+    "mmlu": [("cais/mmlu", "all", "test")],
+    "mmlu_dev": [("cais/mmlu", "all", "dev")],
+    "wikitext": [("Salesforce/wikitext", "wikitext-2-raw-v1", "test")],
+    "openwebtext": [("Skylion007/openwebtext", None, "train"), ("stas/openwebtext-10k", None, "train")],
+}
+STREAMED = 2000  # documents of OpenWebText to take from the hub: the first in order, never a shuffled stream
+
+
+def load_rows(name: str, model: str = "tiny", data: str | None = None) -> tuple[list[dict], dict]:
+    """Rows of a data set and where they come from: {"source", "sha256", "stand_in"}.
+
+    Looks for `name`.jsonl in the folder `data`, then (for tiny) in tiny/data, then on the hub. Raises UserError for a
+    bad line (naming it), a missing folder, and a hub that cannot be reached or does not let us in.
+    """
+    if data and not Path(data).is_dir():
+        raise UserError(f"--data {data}: no such folder")
+    folders = ([data] if data else []) + ([HERE / "tiny/data"] if model == "tiny" else [])
+    for folder in map(Path, folders):
+        path = folder / f"{name}.jsonl"
+        if path.is_file():
+            stand_in = folder == HERE / "tiny/data"
+            source = f"tiny/data/{path.name} (stand-in)" if stand_in else str(path)
+            rows = read_jsonl(path, name)
+            return rows, {"source": source, "sha256": digest(rows), "stand_in": stand_in}
+    if name not in HUB:
+        return [], {"source": "none", "sha256": "", "stand_in": False}
+    rows, source = from_hub(name)
+    return rows, {"source": source, "sha256": digest(rows), "stand_in": False}
+
+
+def read_line(line: str, path: Path, number: int, name: str) -> dict:
+    quiz = name in ("wmdp_bio", "mmlu", "mmlu_dev")
+    try:
+        row = json.loads(line)
+        if not quiz and not isinstance(row["text"], str):
+            raise ValueError("text must be a string")
+        if quiz and not (isinstance(row["question"], str) and is_four(row["choices"]) and type(row["answer"]) is int):
+            raise ValueError("needs a question, 4 choices and an answer")
+        if quiz and row["answer"] not in range(4):
+            raise ValueError("answer must be 0, 1, 2 or 3")
+        if name.startswith("mmlu") and not isinstance(row["subject"], str):
+            raise ValueError("subject must be a string")
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"has no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"{path}, line {number}: {reason}") from error
+    return row
+
+
+def is_four(choices) -> bool:
+    return isinstance(choices, list) and len(choices) == 4 and all(isinstance(choice, str) for choice in choices)
+
+
+def read_jsonl(path: Path, name: str) -> list[dict]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {first_line(error)}") from error
+    rows = [read_line(line, path, number, name) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise UserError(f"{path} is empty")
+    return rows
+
+
+def from_hub(name: str) -> tuple[list[dict], str]:
+    from datasets import load_dataset  # takes seconds to import, and tiny does not need it
+
+    for dataset, config, part in HUB[name]:
+        try:
+            stream = name == "openwebtext"
+            rows = load_dataset(dataset, config, split=part, streaming=stream)
+            rows = [dict(row) for row in (rows.take(STREAMED) if stream else rows)]
+            break
+        except Exception as error:  # the hub's libraries raise anything from OSError to RuntimeError
+            failure = error
+    else:
+        raise UserError(
+            f"cannot load {dataset} from the hub: {first_line(failure)}. If it is gated, accept its terms at "
+            f"https://huggingface.co/datasets/{dataset} and run `hf auth login`; offline, give --data FOLDER with "
+            f"{name}.jsonl or use --model tiny"
+        )
+    if name == "wikitext":  # a row is a line; blank ones and " = headings = " are no text
+        rows = [row for row in rows if row["text"].strip() and not row["text"].startswith(" =")]
+    return rows, f"{dataset} {config or ''} {part}".replace("  ", " ")
+
+
+def digest(rows: list[dict]) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def halves(questions: list[dict], seed: int, pick_on: str = "half") -> tuple[list[int], list[int]]:
+    """Indices of the picking and of the reporting half: a hash of seed and question decides, whatever stands around it.
+
+    pick_on "all": both are all questions, so what is picked on is scored, which flatters the ablation.
+    """
+    if pick_on == "all":
+        return list(range(len(questions))), list(range(len(questions)))
+    sides = ([], [])
+    for index, row in enumerate(questions):
+        sides[hashlib.sha256(f"{seed}:{row['question']}".encode()).digest()[0] % 2].append(index)
+    return sides
+
+
+def sample(indices: list[int], limit: int | None, seed: int) -> list[int]:
+    return indices if not limit or limit >= len(indices) else sorted(random.Random(seed).sample(indices, limit))
+
+
+def prompt(row: dict, order: tuple[int, ...] = (0, 1, 2, 3)) -> str:
+    """The 0-shot template of lm-eval's wmdp and mmlu tasks, byte for byte; `order` permutes the options."""
+    subject = row.get("subject", "biology").replace("_", " ")
+    options = "".join(f"{letter}. {row['choices'][i]}\n" for letter, i in zip(LETTERS, order))
+    header = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+    return f"{header}{row['question'].strip()}\n{options}Answer:"
+
+
+def as_prose(row: dict) -> str:
+    """The question and its right answer, without letters or template, which would pick features of the quiz format."""
+    return f"{row['question'].strip()} {row['choices'][row['answer']]}"
+
+
+def picking_texts(questions: list[dict], picking: list[int], s, sources: dict) -> tuple[list[str], list[list[str]]]:
+    """The forget texts and the retain sets that firing rates are counted on; notes in `sources` where they come from.
+
+    Forget: the user's forget corpus if --data has one, else the picking questions as prose. Retain: Wikitext, and
+    with --retain-quiz MMLU's development questions as prose, against features of any quiz. s: the settings.
+    """
+    corpus, found = load_rows("forget_corpus", s.model, s.data)
+    if corpus:
+        sources["forget_corpus"] = found
+    forget = [row["text"] for row in corpus] or [as_prose(questions[i]) for i in picking]
+    rows, sources["wikitext"] = load_rows("wikitext", s.model, s.data)
+    retain = [[row["text"] for row in rows]]
+    if s.retain_quiz:
+        rows, sources["mmlu_dev"] = load_rows("mmlu_dev", s.model, s.data)
+        retain.append([as_prose(row) for row in rows])
+    return forget, retain
+
+
+def of_subjects(questions: list[dict], subjects: str | None) -> list[int]:
+    """Indices of the questions of comma-separated subjects (None: all). Raises UserError for an unknown one."""
+    there = sorted({row["subject"] for row in questions})
+    wanted = [name.strip() for name in subjects.split(",")] if subjects else there
+    if unknown := set(wanted) - set(there):
+        raise UserError(f"--subjects: no {', '.join(sorted(unknown))}; there are {', '.join(there)}")
+    return [i for i, row in enumerate(questions) if row["subject"] in wanted]
+
+
+def encode_prompts(tokenizer, texts: list[str], chat: bool = False) -> tuple[list[list[int]], list[int]]:
+    """Token ids of each prompt, and the ids of the four answer letters as they continue it (" A", in a chat "A").
+
+    The letters are found by encoding prompt and letter together, as lm-eval does. Raises UserError if a letter
+    is not one token of its own or a prompt does not have exactly one BOS where the tokenizer adds one.
+    """
+    if chat:
+        if not tokenizer.chat_template:
+            raise UserError("--prompt chat: this model's tokenizer has no chat template")
+        turn = [[{"role": "user", "content": text}] for text in texts]
+        texts = [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turn]
+    gap, add = ("", False) if chat else (" ", True)  # a chat template writes its own BOS
+    rows = [tokenizer(text, add_special_tokens=add)["input_ids"] for text in texts]
+    joint = [tokenizer(texts[0] + gap + letter, add_special_tokens=add)["input_ids"] for letter in LETTERS]
+    ids = [row[-1] for row in joint]
+    if any(row[:-1] != rows[0] for row in joint) or len(set(ids)) != 4:
+        raise UserError("this tokenizer does not write each answer letter as one token, so letters cannot be scored")
+    bos = tokenizer.bos_token_id
+    starts_with_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
+    if starts_with_bos and any(row.count(bos) != 1 or row[0] != bos for row in rows):
+        raise UserError("a prompt does not have exactly one BOS token, at its start")
+    return rows, ids
+
+
+# ------------------------------------------------------------------------------------------ tokens
+
+
+def special_ids(tokenizer) -> list[int]:
+    """Ids that SAEs are not trained on (BOS, EOS, padding, chat turn markers), never counted and never edited."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return sorted({*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)})
+
+
+def token_windows(tokenizer, texts: list[str], context: int = 128, max_tokens: int | None = None) -> tuple[list, list]:
+    """Cut each text into windows of at most `context` tokens, each with the tokenizer's BOS in front.
+
+    Texts are taken in order until `max_tokens` (BOS not counted). Returns the windows (lists of ids) and for each
+    the index of the text it comes from. Windows of fewer than two tokens are left out: they predict nothing.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    windows, sources, left = [], [], max_tokens or sys.maxsize
+    for index, text in enumerate(texts):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"][:left]
+        for start in range(0, len(ids), context - len(bos)):
+            piece = bos + ids[start : start + context - len(bos)]
+            if len(piece) - len(bos) > 1:
+                windows.append(piece)
+                sources.append(index)
+        left -= len(ids)
+        if left <= 0:
+            break
+    return windows, sources
+
+
+def batches(rows: list[list[int]], batch_size: int, tokenizer, device, desc: str | None = None):
+    """Yield (indices, (batch, pos) ids) over rows sorted by length, right-padded with a special token."""
+    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # longest first: running out of memory shows at once
+    for start in tqdm(range(0, len(order), batch_size), desc=desc, unit="batch", disable=desc is None, leave=False):
+        picked = order[start : start + batch_size]
+        width = len(rows[picked[0]])
+        yield picked, torch.tensor([rows[i] + [pad] * (width - len(rows[i])) for i in picked], device=device)

@@ -1,0 +1,96 @@
+# %% [markdown]
+"""
+Lesson 2 of 3: ablate WMDP-Bio features, score WMDP-Bio, and MMLU beside it.
+
+    python feature_ablate_2.py --layer 7 --n-features 50
+    python feature_ablate_2.py --model gemma-2-2b-it --layer 7 --n-features 50 --dtype bfloat16
+
+Features are picked on one half of the WMDP-Bio questions, by how much more often they fire there than on Wikitext;
+the other half is scored. One pass scores every row of the table: unablated, patched with nothing ablated, the SAE's
+bare reconstruction, zero ablation, a negative clamp, and as many random features of like firing rate, clamped too.
+
+COST_AND_RESULT
+"""
+
+# %% [markdown]
+# Start a notebook in this folder, so that the helper files beside this one can be imported.
+
+# %%
+import time
+
+from common import command_line, firing_rates, load_model, load_sae, parser, pick_features, sanity_gate, settings
+from data import halves, load_rows, of_subjects, picking_texts, token_windows
+from evaluation import matched_random, score_quiz, standard_rows
+from show import (
+    make_record,
+    outputs,
+    print_features,
+    print_quiz,
+    quiz_figure,
+    scatter,
+    title_of,
+    top_tokens,
+    write_record,
+)
+
+RETAIN_TOKENS = 50_000  # of Wikitext, for the retain rates
+# SAEBench's utility subjects are scored beside WMDP-Bio on real models; tiny's stand-in is small and scored whole
+SUBJECTS = "high_school_us_history,college_computer_science,high_school_geography,human_aging"
+
+# %% [markdown]
+# ## Flags: the shared ones of common.py and this lesson's own
+
+# %%
+flags = parser(__doc__)
+flags.add_argument("--prompt", default="plain", choices=["plain", "chat"], help="lm-eval's template, or in a chat turn")
+flags.add_argument("--robust", action="store_true", help="score only questions right under all 24 orders of options")
+flags.add_argument("--subjects", help="MMLU subjects, comma-separated (default: SAEBench's four; tiny: all)")
+
+
+# %% [markdown]
+# ## The lesson: load, pick, ablate, score, show
+
+
+# %%
+def run(**changes) -> dict:
+    """run(layer=3, clamp=-40.0): any flag by name. Returns the record that it writes; raises UserError."""
+    s, started, sources = settings(flags, changes), time.time(), {}
+    path = outputs("feature_ablate_2.py", s)
+    lm = load_model(s.model, s.device, s.dtype)
+    sae = load_sae(s.sae, s.layer, lm, s.model)
+
+    wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
+    picking, reporting = halves(wmdp, s.seed, s.pick_on)
+    forget_texts, retain_texts = picking_texts(wmdp, picking, s, sources)
+    forget_windows, _ = token_windows(lm.tokenizer, forget_texts)
+    retain_windows, _ = token_windows(lm.tokenizer, retain_texts, max_tokens=RETAIN_TOKENS)
+    sanity = sanity_gate(lm, sae, retain_windows, insist=not s.no_sanity)
+    forget = firing_rates(lm, sae, forget_windows, s.batch_size, "forget rates")
+    retain = firing_rates(lm, sae, retain_windows, s.batch_size, "retain rates")
+    features = pick_features(forget, retain, s.n_features, s.pick)
+    control = matched_random(retain, features, s.seed)
+    print_features(features, forget, retain, top_tokens(lm, sae, features, forget_windows), sae)
+
+    rows = standard_rows(features, control, s.clamp)
+    bio, sources["wmdp_bio"]["questions"] = score_quiz(lm, sae, "WMDP-Bio", wmdp, reporting, rows, s)
+    mmlu, sources["mmlu"] = load_rows("mmlu", s.model, s.data)
+    subjects = s.subjects or (None if sources["mmlu"]["stand_in"] else SUBJECTS)
+    beside = [i for i in of_subjects(mmlu, subjects) if i in set(halves(mmlu, s.seed, s.pick_on)[1])]
+    rest, sources["mmlu"]["questions"] = score_quiz(lm, sae, "MMLU", mmlu, beside, rows, s)
+
+    titles = [title_of(name, sources) for name in ("wmdp_bio", "mmlu")]
+    print_quiz(titles[0], rows, bio)
+    print_quiz(titles[1], rows, rest)
+    points = [row.point(wmdp_bio=a, mmlu=b) for row, a, b in zip(rows, bio, rest)]
+    record = make_record("feature_ablate_2.py", s, sae, sources, sanity, points, time.time() - started)
+    title = f"{s.model}, layer {s.layer}: {s.n_features} features ablated"
+    write_record(path, record, {
+        "features": scatter(features, forget, retain, title),
+        "accuracy": quiz_figure(dict(zip(titles, (bio, rest))), rows, title),
+    })  # fmt: skip
+    return record
+
+
+# %%
+if __name__ == "__main__":
+    command_line(run, flags)

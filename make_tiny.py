@@ -1,0 +1,520 @@
+# %% [markdown]
+"""
+Build `tiny/` from nothing: tokenizer, language model, quizzes and texts, SAEs; a fixed seed, two CPU cores.
+
+    python make_tiny.py            # rebuilds tiny/ in place
+    python make_tiny.py --quick    # every stage in miniature, into a temporary folder; the result knows nothing
+
+A Gemma-2 model of 12 thin layers learns real Wikitext, Victorian prose and some 670 school facts (tiny/facts). Each
+fact is stated in four wordings and asked in four; the quizzes ask half of the facts in a fifth, never trained on.
+
+COST_AND_RESULT
+"""
+
+# %%
+import argparse
+import json
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm.auto import tqdm
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+
+from data import LETTERS, prompt, token_windows
+from evaluation import PERMUTATIONS
+
+HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+SOURCE = HERE / "tiny"  # facts/*.json and text/*.txt: what everything is made from
+FORGET = "biology"  # the forget domain; lm-eval's header for WMDP-Bio says "about biology"
+
+VOCAB = 4096  # byte-level BPE; small, so that rarer names take two or three tokens
+D_MODEL, N_LAYERS, D_FF, N_HEADS, N_KV = 128, 12, 384, 4, 2
+CONTEXT = 128  # tokens per training window
+BATCH = 32  # windows per step
+BINDING_STEPS, STEPS = 450, 3200
+SAE_LAYERS = (3, 5, 7, 9)
+TRAIN_DOCUMENTS = 2000  # documents drawn like the training text and kept, to train SAEs on
+LETTER_WEIGHT = 5.0  # loss weight of an answer letter
+CORRUPTED = 0.1  # share of the input tokens of Wikitext and prose that are replaced in training
+SEED = 0
+HEADER = "The following are multiple choice questions (with answers) about {}.\n\n"
+
+
+# %% [markdown]
+# ## Text: real Wikitext by article, prose by story, facts by subject
+
+
+# %%
+def load_facts(folder: Path) -> list[dict]:
+    """One dict per fact: subject, relation (templates), entity, answer, others (wrong answers of its relation)."""
+    facts = []
+    for path in sorted(folder.glob("*.json")):
+        table = json.loads(path.read_text(encoding="utf-8"))
+        for relation in table["relations"]:
+            answers = sorted({a for _, a in relation["rows"]})
+            for entity, answer in relation["rows"]:
+                others = [a for a in answers if a != answer]
+                facts.append(
+                    dict(subject=table["subject"], relation=relation, entity=entity, answer=answer, others=others)
+                )
+    return facts
+
+
+def fill(template: str, fact: dict) -> str:
+    text = template.replace("{e}", fact["entity"]).replace("{a}", fact["answer"])
+    return text[0].upper() + text[1:]
+
+
+def wikitext_articles(path: Path) -> list[str]:
+    """Articles of a raw Wikitext file, with its token spacing undone (" , " -> ", ", " @-@ " -> "-")."""
+    articles = []
+    for line in path.read_text(encoding="utf-8").replace("\r", "").split("\n"):
+        # two formulas of the article on constant k filters look like article titles
+        if re.fullmatch(r" = [^=].*[^=] = ?", line) and not re.match(r" = 1 (rad|henry)", line):
+            articles.append([])
+        elif line.strip() and not line.startswith(" ="):
+            articles[-1].append(detokenize(line.strip()))
+    return ["\n".join(a) for a in articles if sum(map(len, a)) > 500]
+
+
+def detokenize(line: str) -> str:
+    line = re.sub(r" @([-,.])@ ", r"\1", line)
+    line = re.sub(r" ([,.;:!?%)\]])", r"\1", line)
+    line = re.sub(r"([(\[$]) ", r"\1", line)
+    line = re.sub(r'" ([^"]*) "', r'"\1"', line)
+    return re.sub(r" ('s|'t|'re|'ve|'ll|n't|')(?=\W|$)", r"\1", line)
+
+
+def prose_stories(path: Path) -> list[str]:
+    text = path.read_text(encoding="utf-8").replace("\r", "")
+    stories = re.split(r"\n {15,}(?=[A-Z][A-Z' -]+\n)", text)
+    stories = [re.sub(r"[ \t]*\n(?!\s*\n)\s*", " ", s) for s in stories if len(s) > 5000]
+    return [re.sub(r"\s*\n\s*", "\n", s).strip() for s in stories]
+
+
+def split(items: list[str], shares: tuple[float, ...], seed: int) -> list[list[str]]:
+    """Shuffle whole documents and cut the list so that each part gets about its share of the characters."""
+    items = items[:]
+    random.Random(seed).shuffle(items)
+    total, parts, done = sum(map(len, items)), [[] for _ in shares], 0
+    bounds = [sum(shares[: i + 1]) * total for i in range(len(shares))]
+    for item in items:
+        middle = done + len(item) / 2
+        parts[next(i for i, b in enumerate(bounds) if middle <= b + 1)].append(item)
+        done += len(item)
+    return parts
+
+
+# %% [markdown]
+# ## Documents: one subject each
+
+
+# %%
+def options(fact: dict, rng: random.Random, n: int = 4) -> tuple[list[str], int]:
+    choices = [fact["answer"], *rng.sample(fact["others"], n - 1)]
+    rng.shuffle(choices)
+    return choices, choices.index(fact["answer"])
+
+
+def listed(choices: list[str]) -> str:
+    return "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, choices))
+
+
+# What is slow to form is not the knowledge but the binding of an option's content to its letter: in quizzes alone it
+# stays at chance for thousands of steps. So training begins with lists whose items are asked for by letter, at
+# first with two items, some with the letter repeated behind the item, some in the form of a quiz.
+def binding_document(facts: list[dict], words: list[str], rng: random.Random) -> str:
+    n, form = rng.choice((2, 2, 3, 4)), rng.choice(("repeated", "plain", "colon", "quiz"))
+    text = ""
+    while len(text) < 300:
+        items = rng.sample(words, n) if rng.random() < 0.5 else options(rng.choice(facts), rng, n)[0]
+        asked = rng.choices(items, k=n + 1)
+        if form == "quiz":
+            text += f"Which is {asked[0]}?\n{listed(items)}Answer: {LETTERS[items.index(asked[0])]}\n\n"
+            continue
+        text += "".join(f"{x}. {item}{f' {x}' if form == 'repeated' else ''}\n" for x, item in zip(LETTERS, items))
+        colon = ":" if form == "colon" else ""
+        text += "".join(f" {item}{colon} {LETTERS[items.index(item)]}\n" for item in asked) + "\n"
+    return text
+
+
+def quiz_block(fact: dict, rng: random.Random, style: str, n: int = 4) -> str:
+    question = fill(rng.choice(fact["relation"]["questions"][:-1]), fact)
+    if style == "words":
+        return f"{question}\nAnswer in words: {fact['answer']}\n\n"
+    choices, gold = options(fact, rng, n)
+    body = f"{question}\n{listed(choices)}"
+    if style == "match":
+        lines = [f" {choice}: {LETTERS[choices.index(choice)]}\n" for choice in rng.choices(choices, k=3)]
+        return f"{body}{''.join(lines)}Answer: {LETTERS[gold]}\n\n"
+    if style == "open book":
+        body = fill(rng.choice(fact["relation"]["statements"]), fact) + "\n" + body
+    if style == "words then letter":
+        body += f"Answer in words: {fact['answer']}\n"
+    return f"{body}Answer: {LETTERS[gold]}\n\n"
+
+
+QUIZ_STYLES = ["letter", "words then letter", "words", "open book", "match"]
+EARLY, LATE = (0.25, 0.25, 0.10, 0.25, 0.15), (0.70, 0.10, 0.08, 0.06, 0.06)  # shares at the start, from half-way on
+
+
+def subject_document(facts: list[dict], rng: random.Random, chars: int, progress: float = 1.0) -> str:
+    """A page of statements or a quiz, about one subject only, of at least `chars` characters."""
+    name = facts[0]["subject"].replace("_", " ")
+    if rng.random() < 0.35:
+        text = f"{name.capitalize()}\n"
+        while len(text) < chars:
+            fact = rng.choice(facts)
+            text += fill(rng.choice(fact["relation"]["statements"]), fact) + rng.choice("   \n")
+        return text
+    text = HEADER.format(name)
+    shares = [a + (b - a) * min(1, 2 * progress) for a, b in zip(EARLY, LATE)]
+    n = 4 if rng.random() < 0.4 + 2 * progress else rng.choice((2, 3))
+    while len(text) < chars:
+        text += quiz_block(rng.choice(facts), rng, rng.choices(QUIZ_STYLES, shares)[0], n)
+    return text
+
+
+class Sampler:
+    """Draws training windows: (BATCH, CONTEXT) token ids, each row one document from its BOS on."""
+
+    MIX = {"facts": 0.78, "wikitext": 0.16, "prose": 0.06}
+
+    def __init__(self, tokenizer, facts, wikitext, prose, seed):
+        self.tokenizer, self.rng = tokenizer, random.Random(seed)
+        self.facts, self.by_subject = facts, {}
+        self.words = [w for w in map(tokenizer.decode, range(len(tokenizer))) if re.fullmatch(r" [a-z]{3,}", w)]
+        self.words = [w.strip() for w in self.words]
+        for fact in facts:
+            self.by_subject.setdefault(fact["subject"], []).append(fact)
+        self.texts = {"wikitext": wikitext, "prose": prose}
+        self.progress = 0.0  # share of training that is done
+
+    def kind(self) -> str:
+        return self.rng.choices(list(self.MIX), list(self.MIX.values()))[0]
+
+    def document(self, kind: str) -> str:
+        if kind == "facts":
+            sizes = [len(f) for f in self.by_subject.values()]
+            facts = self.rng.choices(list(self.by_subject.values()), sizes)[0]
+            return subject_document(facts, self.rng, CONTEXT * 5, self.progress)
+        texts = self.texts[kind]
+        text = self.rng.choices(texts, [len(t) for t in texts])[0]
+        start = self.rng.randrange(max(1, len(text) - CONTEXT * 5))
+        start = text.rfind(" ", 0, start) + 1
+        return text[start : start + CONTEXT * 8]
+
+    def batch(self, binding: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(BATCH, CONTEXT) inputs and targets, the targets shifted by one; half as long and twice as many for binding.
+
+        Of the inputs of Wikitext and prose a tenth is replaced by random tokens: these texts are short enough to be
+        learned by heart, and a model that cannot trust its context does so less.
+        """
+        n, length = (2 * BATCH, CONTEXT // 2) if binding else (BATCH, CONTEXT)
+        kinds = ["binding" if binding else self.kind() for _ in range(n)]
+        texts = [
+            binding_document(self.facts, self.words, self.rng) if kind == "binding" else self.document(kind)
+            for kind in kinds
+        ]
+        ids = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length + 1)["input_ids"]
+        inputs, targets = torch.tensor(ids)[:, :-1], torch.tensor(ids)[:, 1:]
+        general = torch.tensor([kind in self.texts for kind in kinds])[:, None]
+        noise = torch.randint(len(self.tokenizer), inputs.shape)
+        return torch.where(general & (torch.rand(inputs.shape) < CORRUPTED), noise, inputs), targets
+
+
+# %% [markdown]
+# ## Tokenizer and model
+
+
+# %%
+def train_tokenizer(texts: list[str], folder: Path) -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    bos = core.token_to_id("<bos>")
+    core.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", bos)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        padding_side="right",
+        add_bos_token=True,
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def new_model(vocab: int, tokenizer) -> Gemma2ForCausalLM:
+    config = Gemma2Config(
+        vocab_size=vocab,
+        hidden_size=D_MODEL,
+        intermediate_size=D_FF,
+        num_hidden_layers=N_LAYERS,
+        num_attention_heads=N_HEADS,
+        num_key_value_heads=N_KV,
+        head_dim=D_MODEL // N_HEADS,
+        query_pre_attn_scalar=D_MODEL // N_HEADS,
+        sliding_window=64,
+        max_position_embeddings=1024,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="eager",
+    )
+    model = Gemma2ForCausalLM(config)
+    with torch.no_grad():
+        # scaled by sqrt(d_model), embeddings start at RMS 1; each sublayer adds a fifth of that to the residual stream,
+        # else the sublayers' initial noise drowns the tokens
+        model.model.embed_tokens.weight.normal_(0, D_MODEL**-0.5)
+        for block in model.model.layers:
+            block.post_attention_layernorm.weight.fill_(-0.8)
+            block.post_feedforward_layernorm.weight.fill_(-0.8)
+    return model
+
+
+def token_weights(ids: torch.Tensor, letters: torch.Tensor, pad: int) -> torch.Tensor:
+    """(batch, pos) loss weight of each token as a target: 0 for padding, LETTER_WEIGHT for an answer letter."""
+    return (ids != pad).float() + (LETTER_WEIGHT - 1) * torch.isin(ids, letters)
+
+
+def train_model(model, sampler, tokenizer, binding_steps: int, steps: int, compiled: bool = True) -> None:
+    """Two phases on one schedule: binding lists, then documents. Muon for the matrices: AdamW alone was far slower."""
+    hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    other = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    optimizers = [
+        torch.optim.Muon(hidden, lr=0.02, weight_decay=0.05, momentum=0.95, adjust_lr_fn="original"),
+        torch.optim.AdamW(other, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.1),
+    ]
+    base = [o.param_groups[0]["lr"] for o in optimizers]
+    letters = torch.tensor([tokenizer.encode(f" {x}", add_special_tokens=False)[0] for x in LETTERS])
+    model.train()
+    fast = torch.compile(model) if compiled else model
+    bar = tqdm(range(binding_steps + steps), desc="language model", unit="step", mininterval=10)
+    for step in bar:
+        binding = step < binding_steps
+        sampler.progress = max(0, step - binding_steps) / steps
+        scale = min(1, (step + 1) / 30) * min(1, (1 - sampler.progress) / 0.5)
+        for optimizer, lr in zip(optimizers, base):
+            optimizer.param_groups[0]["lr"] = lr * scale
+        inputs, targets = sampler.batch(binding)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = (model if binding else fast)(input_ids=inputs, use_cache=False).logits
+        weights = token_weights(targets, letters, tokenizer.pad_token_id).reshape(-1)
+        losses = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), reduction="none")
+        ((losses * weights).sum() / weights.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % 25 == 0:
+            letter = losses[weights == LETTER_WEIGHT].mean()
+            bar.set_postfix(loss=f"{losses[weights == 1].mean():.2f}", letters=f"{letter:.2f}")
+    model.eval()
+
+
+# %% [markdown]
+# ## Data files and measurements
+
+
+# %%
+def quiz(facts: list[dict], seed: int) -> list[dict]:
+    """One question per fact, every other one in the wording that was never trained on."""
+    rng, rows = random.Random(seed), []
+    for number, fact in enumerate(facts):
+        choices, gold = options(fact, rng)
+        wording = fact["relation"]["questions"][-1 - number % 2]
+        row = {"question": fill(wording, fact), "choices": choices, "answer": gold}
+        rows.append(row if fact["subject"] == FORGET else {**row, "subject": fact["subject"]})
+    return rows
+
+
+def pieces(text: str, chars: int = 1500) -> list[str]:
+    """A story cut into documents of about `chars` characters, at line ends."""
+    parts = [""]
+    for line in text.split("\n"):
+        if len(parts[-1]) > chars:
+            parts.append("")
+        parts[-1] += line + "\n"
+    return parts
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+@torch.inference_mode()
+def answers(model, tokenizer, texts: list[str]) -> list[int]:
+    """Index of the likeliest letter after each prompt."""
+    letters = [tokenizer.encode(f" {x}", add_special_tokens=False)[0] for x in LETTERS]
+    chosen = []
+    for start in range(0, len(texts), 64):
+        batch = tokenizer(texts[start : start + 64], padding=True, return_tensors="pt")
+        logits = model(**batch, use_cache=False).logits
+        last = batch["attention_mask"].sum(1) - 1
+        chosen += logits[torch.arange(len(last)), last][:, letters].argmax(-1).tolist()
+    return chosen
+
+
+def quiz_accuracy(model, tokenizer, rows: list[dict]) -> dict:
+    """Shares right: of all questions, by trained and by unseen wording, and under all 24 orders of the options."""
+    right = []
+    for order in tqdm(PERMUTATIONS, desc="quiz in 24 orders", leave=False):
+        chosen = answers(model, tokenizer, [prompt(row, order) for row in rows])
+        right.append([order[letter] == row["answer"] for letter, row in zip(chosen, rows)])
+    table = torch.tensor(right)  # (24, n); the first order is the source's
+    return {
+        "n": len(rows),
+        "accuracy": table[0].float().mean().item(),
+        "accuracy_trained_wording": table[0, 1::2].float().mean().item(),
+        "accuracy_unseen_wording": table[0, 0::2].float().mean().item(),
+        "right_in_all_24_orders": table.all(0).float().mean().item(),
+    }
+
+
+@torch.inference_mode()
+def text_loss(model, windows: list[list[int]]) -> float:
+    """Mean loss of a model, in nats per token, BOS never a target."""
+    total, n = 0.0, 0
+    for window in tqdm(windows, desc="held-out loss", leave=False):
+        ids = torch.tensor([window])
+        total += F.cross_entropy(model(ids, use_cache=False).logits[0, :-1], ids[0, 1:], reduction="sum").item()
+        n += len(window) - 1
+    return total / n
+
+
+def ngram_losses(train: list[list[int]], tune: list[list[int]], test: list[list[int]], vocab: int) -> dict:
+    """Nats per token of a unigram and of an interpolated trigram model (Jelinek and Mercer 1980; weights by EM)."""
+    counts = [Counter(), Counter(), Counter()]
+    for row in train:
+        for i in range(1, len(row)):
+            for n in range(3):
+                if i - n >= 0:
+                    counts[n][tuple(row[i - n : i + 1])] += 1
+    contexts = [Counter(), Counter(), Counter()]
+    for n in range(3):
+        for gram, count in counts[n].items():
+            contexts[n][gram[:-1]] += count
+
+    def parts(rows):
+        for row in rows:
+            for i in range(1, len(row)):
+                grams = [tuple(row[max(0, i - n) : i + 1]) for n in range(3)]
+                yield [1 / vocab] + [counts[n][g] / max(1, contexts[n][g[:-1]]) for n, g in enumerate(grams)]
+
+    def fit(table):
+        weights = torch.full((table.shape[1],), 1 / table.shape[1], dtype=torch.float64)
+        for _ in range(30):
+            share = table * weights
+            weights = (share / share.sum(1, keepdim=True)).mean(0)
+        return weights
+
+    tuning, testing = (torch.tensor(list(parts(rows)), dtype=torch.float64) for rows in (tune, test))
+    return {
+        name: -(testing[:, :width] @ fit(tuning[:, :width])).log().mean().item()
+        for name, width in (("unigram", 2), ("trigram", 4))
+    }
+
+
+# %% [markdown]
+# ## The build
+
+
+# %%
+def build(out: Path, quick: bool) -> dict:
+    """All stages in order; returns what was reached, which is also written to OUT/measured.json."""
+    started, rng = time.time(), random.Random(SEED + 5)
+    torch.manual_seed(SEED)
+    facts = load_facts(SOURCE / "facts")
+    articles = wikitext_articles(SOURCE / "text/wikitext-2-raw-test.txt")
+    train_wiki, retain, held_out = split(articles, (0.80, 0.10, 0.10), SEED)
+    train_prose, other_prose = split(prose_stories(SOURCE / "text/prose.txt"), (0.75, 0.25), SEED)
+
+    by_subject = {}
+    for fact in facts:
+        by_subject.setdefault(fact["subject"], []).append(fact)
+    pages = [subject_document(group, rng, 3000) for group in by_subject.values() for _ in range(40)]
+    tokenizer = train_tokenizer(train_wiki + train_prose + pages, out / "model")
+    sampler = Sampler(tokenizer, facts, train_wiki, train_prose, SEED)
+    print(
+        "windows of training text:", *(repr(tokenizer.decode(row)) for row in sampler.batch(False)[1][:4]), sep="\n\n"
+    )
+    model = new_model(len(tokenizer), tokenizer)
+    steps = (4, 8) if quick else (BINDING_STEPS, STEPS)
+    train_model(model, sampler, tokenizer, *steps, compiled=not quick)
+    model.save_pretrained(out / "model")
+
+    forget, others = ([f for f in facts if (f["subject"] == FORGET) is side] for side in (True, False))
+    quizzes = {"wmdp_bio": quiz(forget, SEED), "mmlu": quiz(others, SEED)}
+    dev = [fact for name, group in by_subject.items() if name != FORGET for fact in rng.sample(group, 5)]
+    for name, rows in {**quizzes, "mmlu_dev": quiz(dev, SEED + 1)}.items():
+        write_jsonl(out / f"data/{name}.jsonl", rows)
+    texts = {
+        "wikitext": retain,
+        "wikitext_held_out": held_out,
+        "openwebtext": [part for story in other_prose for part in pieces(story)],
+        "train": [sampler.document(sampler.kind()) for _ in range(100 if quick else TRAIN_DOCUMENTS)],
+    }
+    for name, documents in texts.items():
+        write_jsonl(out / f"data/{name}.jsonl", [{"text": text} for text in documents])
+
+    few = slice(40 if quick else None)
+    measured = {name: quiz_accuracy(model, tokenizer, rows[few]) for name, rows in quizzes.items()}
+    wiki = [token_windows(tokenizer, part, CONTEXT)[0][few] for part in (train_wiki, retain, held_out)]
+    losses = {"model": text_loss(model, wiki[2]), **ngram_losses(*wiki, len(tokenizer))}
+    measured["wikitext_held_out_loss"] = losses
+    prose = token_windows(tokenizer, texts["openwebtext"], CONTEXT)[0][few]
+    measured["openwebtext_loss"] = text_loss(model, prose)
+    size = ["--tokens", "20480", "--width", "256"] if quick else []
+    files = [
+        "--text",
+        out / "data/train.jsonl",
+        "--held-out",
+        out / "data/wikitext_held_out.jsonl",
+        "--out",
+        out / "sae",
+    ]
+    layers = ["--layers", *map(str, SAE_LAYERS)]
+    subprocess.run(
+        [sys.executable, HERE / "train_sae.py", "--model", out / "model", *layers, *size, *files], check=True
+    )
+    measured["sae"] = json.loads((out / "sae/measured.json").read_text())
+    measured["minutes"] = (time.time() - started) / 60
+    (out / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
+    print(json.dumps(measured, indent=1))
+    return measured
+
+
+# %%
+if __name__ == "__main__":
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--quick", action="store_true", help="every stage in miniature, into a temporary folder")
+    flags.add_argument("--out", type=Path, help="folder to build (default: tiny, or with --quick a temporary one)")
+    given = flags.parse_args()
+    if given.out or not given.quick:
+        build(given.out or SOURCE, given.quick)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            build(Path(folder), quick=True)

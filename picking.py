@@ -1,0 +1,139 @@
+"""
+Which features to ablate: firing rates, three published rules, a control of like rates; and does the SAE fit the model?
+"""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from sae_lens import SAE
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from transformer_lens.model_bridge import TransformerBridge
+
+from common import Latents, reconstruct, watch_tokens
+from data import UserError, batches
+
+
+@dataclass
+class Rates:
+    """How often and how strongly each of d_sae features is active on a set of non-special tokens."""
+
+    fires: torch.Tensor  # (d_sae,) int64, tokens on which a_i > 0
+    total: torch.Tensor  # (d_sae,) float64, summed activation
+    n_tokens: int
+
+    @property
+    def rate(self) -> torch.Tensor:  # (d_sae,) share of tokens
+        return self.fires.double() / self.n_tokens
+
+
+@torch.inference_mode()
+def residuals(model: TransformerBridge, sae: SAE, windows: list[list[int]], batch_size: int, desc: str | None):
+    """Yield, batch by batch, the ordinary tokens' residual stream (n, d_model) at the hook point and their ids (n,)."""
+    layer = int(sae.hook_point.split(".")[1])
+    with watch_tokens(model) as seen:
+        for _, ids in batches(windows, batch_size, model.tokenizer, model.cfg.device, desc):
+            h = model(ids, stop_at_layer=layer + 1, use_cache=False)
+            yield h[seen["ordinary"]], ids[seen["ordinary"]]
+
+
+@torch.inference_mode()
+def firing_rates(model, sae, windows, batch_size: int = 16, desc: str | None = None) -> Rates:
+    """Count over `windows` (lists of ids) where each feature is active, special tokens left out by id."""
+    fires = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.W_dec.device)
+    total, n = torch.zeros_like(fires, dtype=torch.float64), 0
+    everything = Latents(sae, range(sae.cfg.d_sae))
+    for h, _ in residuals(model, sae, windows, batch_size, desc):
+        acts, _ = everything.encode(h)
+        fires += (acts > 0).sum(0)
+        total += acts.sum(0, dtype=torch.float64)
+        n += len(h)
+    return Rates(fires.cpu(), total.cpu(), n)
+
+
+def largest(rates: list[Rates]) -> Rates:
+    """Of several retain sets the larger rate of each feature, so that one must be rare in all of them to be picked."""
+    first, *others = rates
+    for other in others:
+        grow = first.n_tokens / other.n_tokens
+        fires = torch.maximum(first.fires, (other.fires * grow).ceil().long())
+        first = Rates(fires, torch.maximum(first.total, other.total * grow), first.n_tokens)
+    return first
+
+
+def activation_ratio(forget: Rates, retain: Rates) -> torch.Tensor:
+    """(d_sae,) ratio of smoothed firing rates: a feature seen twice on one side and never on the other cannot win."""
+    return ((forget.fires + 1) / (forget.n_tokens + 1)) / ((retain.fires + 1) / (retain.n_tokens + 1))
+
+
+def pick_features(forget: Rates, retain: Rates, n: int, rule: str = "ratio", tau: float = 0.01) -> list[int]:
+    """The n features to ablate, best first, ties by index; features that never fire on the forget set are left out.
+
+    ratio: highest `activation_ratio`. retain-threshold: retain rate below tau, then highest forget rate (SAEBench,
+    arXiv 2503.09532; Farrell et al., arXiv 2410.19278). dsg: squared mean activation, its forget/retain ratio in the
+    top 5 per cent and itself above the lowest 5, then highest on the forget set (Muhamed et al., arXiv 2504.08192).
+    Raises UserError if the rule leaves fewer than n.
+    """
+    allowed = forget.fires > 0
+    if rule == "ratio":
+        score = activation_ratio(forget, retain)
+    elif rule == "retain-threshold":
+        allowed &= retain.rate < tau
+        score = forget.rate
+    elif rule == "dsg":
+        score, other = (forget.total / forget.n_tokens) ** 2, (retain.total / retain.n_tokens) ** 2
+        ratio = score / (other + 1e-21)
+        allowed &= (score >= score.quantile(0.05)) & (ratio >= ratio.quantile(0.95))
+    else:
+        raise UserError(f"--pick {rule}: the rules are ratio, retain-threshold, dsg")
+    if n > len(allowed):
+        raise UserError(f"--n-features {n}: the SAE has {len(allowed)} features")
+    if n > int(allowed.sum()):
+        raise UserError(f"--n-features {n}: the rule {rule!r} leaves only {int(allowed.sum())} features; ask for fewer")
+    order = torch.argsort(torch.where(allowed, score.double(), -torch.inf), descending=True, stable=True)
+    return order[:n].tolist()
+
+
+def matched_random(rates: Rates, features: list[int], seed: int, nearest: int = 10) -> list[int]:
+    """As many other features, each drawn from the `nearest` unused ones in firing rate to one of `features`."""
+    rng, rate, used, control = random.Random(seed), rates.rate, set(features), []
+    for feature in features:
+        order = torch.argsort((rate - rate[feature]).abs(), stable=True).tolist()
+        unused = [i for i in order if i not in used][:nearest]
+        if not unused:
+            raise UserError(f"--n-features {len(features)}: too few other features for a control of as many")
+        control.append(rng.choice(unused))
+        used.add(control[-1])
+    return control
+
+
+@torch.inference_mode()
+def sanity_gate(model, sae, windows: list[list[int]], insist: bool = True, max_tokens: int = 4096) -> dict:
+    """L0 and variance explained on ordinary tokens, beside what SAELens's table or the SAE itself promises.
+
+    Raises UserError on a gross mismatch unless `insist` is False: an SAE read with the wrong architecture,
+    scaling or layer gives numbers too, only not of this SAE.
+    """
+    h, n = [], 0
+    for chunk, _ in residuals(model, sae, windows, 16, None):
+        h.append(chunk.float())
+        n += len(chunk)
+        if n >= max_tokens:
+            break
+    if not n:
+        raise UserError("the retain texts hold no token that rates could be counted on")
+    h = torch.cat(h)
+    l0 = (Latents(sae, range(sae.cfg.d_sae)).encode(h)[0] > 0).sum(-1).float().mean().item()
+    unexplained = (h - reconstruct(sae, h)).pow(2).sum() / (h - h.mean(0)).pow(2).sum()
+    found = {"l0": round(l0, 2), "variance_explained": round(1 - unexplained.item(), 4), "n_tokens": n}
+    release, _, sae_id = sae.source.partition(":")
+    entry = get_pretrained_saes_directory().get(release)
+    promised = (entry.expected_l0.get(sae_id) if entry else None) or sae.cfg.metadata.l0
+    if promised:
+        found["promised_l0"] = round(promised, 2)
+    wrong = found["variance_explained"] < 0.5 or (promised and not promised / 4 < l0 < promised * 4)
+    print(f"SAE check: L0 {l0:.1f}{f' (promised {promised:.1f})' if promised else ''}, "
+          f"variance explained {found['variance_explained']:.3f} on {n} Wikitext tokens")  # fmt: skip
+    if wrong and insist:
+        raise UserError(f"{sae.source} does not fit this model (see the line above); --no-sanity goes on regardless")
+    return found

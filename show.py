@@ -1,0 +1,254 @@
+"""
+Show and keep results: tables, figures, result records.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+
+from common import Latents
+from data import UserError
+from evaluation import CHANCE, Ablation
+from picking import Rates, activation_ratio, residuals
+
+
+def outputs(script: str, s) -> Path:
+    """Path of the record, its folder made and known to be writable before any work is done. Raises UserError."""
+    name = f"{Path(script).stem}_{Path(s.model).name}_L{s.layer}_n{s.n_features}.json"
+    path = Path(s.out or "results/")
+    path = path if path.suffix == ".json" else path / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        raise UserError(f"cannot write to {path.parent}: {error.strerror}; give another --out") from error
+
+
+def write_whole(path: Path, write) -> None:
+    """Call write(temporary path), then move it to `path`: a stopped run leaves nothing half-written."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_record(script: str, s, sae, sources: dict, sanity: dict, points: list, seconds: float) -> dict:
+    """What was run, on what, and one point per ablation with its scores; README describes the fields."""
+    packages = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
+    return {
+        "script": script,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "seconds": round(seconds, 1),
+        "model": s.model,
+        "sae": sae.source,
+        "layer": s.layer,
+        "hook_point": sae.hook_point,
+        "seed": s.seed,
+        "dtype": s.dtype,
+        "attention": "eager",
+        "settings": vars(s),
+        "versions": {name: version(name) for name in packages},
+        "data": sources,
+        "sanity": sanity,
+        "points": points,
+    }
+
+
+def write_record(path: Path, record: dict, figures: dict) -> None:
+    """Write figures {suffix: figure} as PNG beside the record, then the record, and print its path last."""
+    for suffix, figure in figures.items():
+        target = path.with_name(f"{path.stem}_{suffix}.png")
+        write_whole(target, lambda file, figure=figure: figure.savefig(file, format="png", dpi=150))
+        plt.close(figure)
+        print(f"figure: {target}")
+    write_whole(path, lambda file: file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8"))
+    print(f"record: {path}")
+
+
+NAMES = {"wmdp_bio": "WMDP-Bio", "mmlu": "MMLU", "wikitext": "Wikitext", "openwebtext": "OpenWebText"}
+
+
+def title_of(name: str, sources: dict) -> str:
+    """A data set's name, with what it really is where a stand-in was scored."""
+    return NAMES[name] + (" stand-in" if sources[name]["stand_in"] else "")
+
+
+def label(ablation: Ablation) -> str:
+    """What a row of a table or figure is called."""
+    names = {
+        "none": "unablated",
+        "sae-patched": "SAE patched, nothing ablated",
+        "sae-reconstruction": "SAE reconstruction, no error term",
+    }
+    if ablation.method in names:
+        return names[ablation.method]
+    what = "random features, " if ablation.method == "random-features" else ""
+    edit = "zero ablation" if ablation.clamp == 0 else f"clamp {ablation.clamp:g}"
+    return f"{what}{edit}"
+
+
+def accuracy_cell(score: dict) -> str:
+    return f"{100 * score['accuracy']:5.1f} [{100 * score['low']:5.1f}, {100 * score['high']:5.1f}]"
+
+
+def change_cell(score: dict) -> str:
+    if "change" not in score:
+        return ""
+    return (f"{100 * score['change']:+6.1f} [{100 * score['change_low']:+6.1f}, {100 * score['change_high']:+6.1f}]"
+            f"  p {score['p_value']:.1g}")  # fmt: skip
+
+
+def print_quiz(title: str, ablations: list[Ablation], scores: list[dict]) -> None:
+    """One line per ablation: accuracy with 95% interval, paired change against the first line."""
+    print(f"\n{title}: n {scores[0]['n']}, chance {100 * CHANCE:.0f}%\n")
+    print(f"  {'':34}{'accuracy, %':<22}change, points")
+    for ablation, score in zip(ablations, scores):
+        print(f"  {label(ablation):34}{accuracy_cell(score):22}{change_cell(score)}")
+
+
+def print_subjects(ablations: list[Ablation], scores: list[dict]) -> None:
+    """One line per subject, one column per ablation: accuracy in per cent."""
+    print("\naccuracy by subject, %\n")
+    for number, ablation in enumerate(ablations, 1):
+        print(f"  ({number}) {label(ablation)}")
+    print(f"\n  {'':36}{'n':>5}" + "".join(f"{f'({k})':>8}" for k in range(1, len(ablations) + 1)))
+    for name in scores[0]["subjects"]:
+        cells = [score["subjects"][name] for score in scores]
+        print(f"  {name:36}{cells[0]['n']:5}" + "".join(f"{100 * c['accuracy']:8.1f}" for c in cells))
+
+
+def print_loss(title: str, ablations: list[Ablation], scores: list[dict]) -> None:
+    """One line per ablation: nats per token, and the loss added with 95% interval."""
+    print(f"\n{title}: {scores[0]['n_tokens']:,} tokens of {scores[0]['n_documents']} documents\n")
+    print(f"  {'':34}{'nats/token':<12}loss added")
+    for ablation, score in zip(ablations, scores):
+        added = ""
+        if "loss_added" in score:
+            added = f"{score['loss_added']:+.4f} [{score['loss_added_low']:+.4f}, {score['loss_added_high']:+.4f}]"
+        print(f"  {label(ablation):34}{score['nats_per_token']:<12.4f}{added}")
+
+
+@torch.inference_mode()
+def top_tokens(model, sae, features: list[int], windows: list[list[int]], k: int = 4) -> list[list[str]]:
+    """For each feature the k tokens on which it is most active in sum."""
+    latents = Latents(sae, features)
+    strength = torch.zeros(model.cfg.d_vocab, len(features))
+    for h, ids in residuals(model, sae, windows, 16, None):
+        strength.index_add_(0, ids.cpu(), latents.encode(h)[0].cpu().float())
+    best = strength.topk(k, dim=0)
+    return [
+        [model.tokenizer.decode(i) for i, s in zip(ids.tolist(), sums.tolist()) if s > 0]
+        for ids, sums in zip(best.indices.T, best.values.T)
+    ]
+
+
+def print_features(features, forget: Rates, retain: Rates, tokens: list[list[str]], sae, most: int = 20) -> None:
+    """The chosen features: firing rates, ratio, the tokens they are most active on, their Neuronpedia page."""
+    ratio = activation_ratio(forget, retain)
+    page = sae.cfg.metadata.neuronpedia_id
+    if page:
+        print(f"\npages: https://neuronpedia.org/{page}/FEATURE")
+    print(f"\n  {'feature':>8}{'forget rate':>13}{'retain rate':>13}{'ratio':>9}   most active on")
+    for feature, words in list(zip(features, tokens))[:most]:
+        print(f"  {feature:8}{100 * forget.rate[feature]:12.3f}%{100 * retain.rate[feature]:12.3f}%"
+              f"{ratio[feature]:9.1f}   {' '.join(map(repr, words))}")  # fmt: skip
+    if len(features) > most:
+        print(f"  ... and {len(features) - most} more, all in the record")
+
+
+def scatter(features: list[int], forget: Rates, retain: Rates, title: str):
+    """Figure: forget rate against retain rate of every feature that fires, the chosen ones marked."""
+    figure, axes = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
+    floor = 0.5 / torch.tensor([retain.n_tokens, forget.n_tokens])  # where "never" is drawn on logarithmic axes
+    alive = (forget.fires + retain.fires) > 0
+    x, y = retain.rate.clamp(min=floor[0].item()), forget.rate.clamp(min=floor[1].item())
+    chosen = torch.zeros_like(alive)
+    chosen[features] = True
+    axes.scatter(x[alive & ~chosen], y[alive & ~chosen], s=8, c="0.65", label="other features", linewidths=0)
+    axes.scatter(x[chosen], y[chosen], s=18, c="#c0392b", marker="D", label=f"chosen ({len(features)})", linewidths=0)
+    span = [min(floor).item(), 1]
+    axes.plot(span, span, color="0.4", lw=0.8, ls=":", label="equal rates")
+    axes.set(xscale="log", yscale="log", title=title)
+    axes.set_xlabel("firing rate on the retain set (leftmost: never)")
+    axes.set_ylabel("firing rate on the forget set")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def interval_rows(axes, labels: list[str], values, lows, highs, colours) -> None:
+    """Points with horizontal intervals, one row each, first row on top."""
+    for row, (value, low, high, colour) in enumerate(zip(values, lows, highs, colours)):
+        axes.errorbar(
+            value, row, xerr=[[max(0, value - low)], [max(0, high - value)]], fmt="o", color=colour, capsize=3
+        )
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+
+
+COLOURS = {"none": "0.2", "sae-patched": "0.45", "sae-reconstruction": "0.65", "sae-ablation": "#c0392b",
+           "random-features": "#2471a3"}  # fmt: skip
+
+
+def quiz_figure(panels: dict[str, list[dict]], ablations: list[Ablation], title: str):
+    """Figure: one panel per data set {title: scores}, accuracy with 95% intervals, chance dashed."""
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(4.6 + 2.9 * (len(panels) - 1), 3.2), sharey=True,
+                                    squeeze=False, layout="constrained")  # fmt: skip
+    for axes, (name, scores) in zip(all_axes[0], panels.items()):
+        columns = [[100 * score[key] for score in scores] for key in ("accuracy", "low", "high")]
+        interval_rows(axes, [label(a) for a in ablations], *columns, [COLOURS[a.method] for a in ablations])
+        axes.axvline(100 * CHANCE, color="0.4", ls="--", lw=1)
+        axes.annotate(
+            "chance", (100 * CHANCE, len(ablations) - 0.55), xytext=(3, 0), textcoords="offset points", size=8
+        )
+        axes.set(title=f"{name} (n {scores[0]['n']})", xlabel="accuracy, %", xlim=(0, 103))
+    figure.suptitle(title, size=10)
+    return figure
+
+
+def subject_figure(ablations: list[Ablation], scores: list[dict], title: str):
+    """Figure: each subject's change in accuracy under each edit, in points, with 95% intervals."""
+    edits = [(a, score) for a, score in zip(ablations, scores) if a.features]
+    names = list(scores[0]["subjects"])
+    figure, axes = plt.subplots(figsize=(6.5, 1.4 + 0.32 * len(names)), layout="constrained")
+    for number, (ablation, score) in enumerate(edits):
+        cells = [score["subjects"][name] for name in names]
+        change, low, high = ([100 * cell[key] for cell in cells] for key in ("change", "change_low", "change_high"))
+        rows = [row + 0.2 * (number - (len(edits) - 1) / 2) for row in range(len(names))]
+        spread = [[max(0, c - x) for c, x in zip(change, low)], [max(0, x - c) for c, x in zip(change, high)]]
+        colour, marker = COLOURS[ablation.method], "osD"[number % 3]
+        fill = "none" if ablation.clamp == 0 else colour
+        axes.errorbar(change, rows, xerr=spread, fmt=marker, ms=4.5, color=colour, mfc=fill, capsize=2,
+                      label=label(ablation))  # fmt: skip
+    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.axvline(0, color="0.4", ls="--", lw=1)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_title(title, size=10)
+    axes.set_xlabel("change in accuracy, points")
+    figure.legend(loc="outside lower center", ncols=len(edits), frameon=False, fontsize=8)
+    return figure
+
+
+def loss_figure(panels: dict[str, list[dict]], ablations: list[Ablation], title: str):
+    """Figure: one panel per text {title: scores}, loss added with 95% intervals."""
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(4.6 + 2.9 * (len(panels) - 1), 3.2), sharey=True,
+                                    squeeze=False, layout="constrained")  # fmt: skip
+    for axes, (name, scores) in zip(all_axes[0], panels.items()):
+        columns = [[score[key] for score in scores[1:]] for key in ("loss_added", "loss_added_low", "loss_added_high")]
+        interval_rows(axes, [label(a) for a in ablations[1:]], *columns, [COLOURS[a.method] for a in ablations[1:]])
+        axes.axvline(0, color="0.4", ls="--", lw=1)
+        axes.set(
+            title=f"{name}\n{scores[0]['nats_per_token']:.2f} nats/token unablated", xlabel="loss added, nats/token"
+        )
+    figure.suptitle(title, size=10)
+    return figure

@@ -1,0 +1,248 @@
+"""Random-weight models of six families and SAEs of every kind, saved and loaded as users' own would be."""
+
+import os
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pytest
+import torch
+from sae_lens import (
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    GatedSAE,
+    GatedSAEConfig,
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    StandardSAE,
+    StandardSAEConfig,
+    TopKSAE,
+    TopKSAEConfig,
+)
+from sae_lens.saes.sae import SAEMetadata
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import common
+
+FAMILIES = ("gemma2", "gemma3", "llama", "qwen3", "gpt2", "gpt_neox")
+KINDS = ("standard", "jumprelu", "gated", "topk", "topk_rescaled", "batchtopk")
+NORMS = ("none", "constant_norm_rescale", "layer_norm")
+D_MODEL, N_LAYERS, WINDOW, D_SAE = 32, 4, 8, 64
+HOOK = "blocks.1.hook_resid_post"
+BOS, EOS, PAD, MARKER = "<bos>", "<eos>", "<pad>", "<start_of_turn>"
+
+TEXTS = [
+    "The following are multiple choice questions (with answers) about biology.",
+    "Which of these is an organ of the body? A. The heart B. The moon C. The sea D. The stone",
+    "Answer: A", "Answer: B", "Answer: C", "Answer: D",
+    "The cat sat on the mat and looked at the moon over the sea.",
+    "Rivers of Europe flow to the sea, and the sea is wide and deep.",
+    "Blood carries oxygen from the lungs to the heart and to every organ.",
+]  # fmt: skip
+
+
+def train_tokenizer(vocab_size: int = 420) -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = [PAD, EOS, BOS]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(TEXTS * 3, trainer)
+    core.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 2)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="right"
+    )
+    # flagged special but not one of tokenizer.all_special_ids, like a chat model's turn marker
+    tokenizer.add_tokens([AddedToken(MARKER, special=True)], special_tokens=True)
+    return tokenizer
+
+
+def random_model(family: str, vocab_size: int):
+    # init_std is ten times the usual so that an edit of the residual moves the logits visibly
+    std = dict(initializer_range=0.2)
+    ids = dict(vocab_size=vocab_size, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+    sizes = dict(
+        hidden_size=D_MODEL, intermediate_size=64, num_hidden_layers=N_LAYERS, num_attention_heads=2,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    grouped = dict(num_key_value_heads=1, head_dim=16)
+    short = dict(
+        sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 2, query_pre_attn_scalar=16
+    )
+    torch.manual_seed(0)
+    if family == "gemma2":
+        return Gemma2ForCausalLM(Gemma2Config(**ids, **std, **sizes, **grouped, **short))
+    if family == "gemma3":
+        return Gemma3ForCausalLM(Gemma3TextConfig(**ids, **std, **sizes, **grouped, **short))
+    if family == "llama":
+        return LlamaForCausalLM(LlamaConfig(**ids, **std, **sizes, **grouped))
+    if family == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**ids, **std, **sizes, **grouped))
+    if family == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(**ids, **std, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=2, n_positions=512))
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**ids, **std, **sizes))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, tokenizer):
+    """family -> folder of a saved model with its tokenizer."""
+    root = tmp_path_factory.mktemp("models")
+
+    @lru_cache(None)
+    def folder(family: str) -> Path:
+        random_model(family, len(tokenizer)).save_pretrained(root / family)
+        tokenizer.save_pretrained(root / family)
+        return root / family
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def get_model(model_folder):
+    return lru_cache(None)(lambda family, dtype="float32": common.load_model(str(model_folder(family)), "cpu", dtype))
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def model(request, get_model):
+    return get_model(request.param)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def half_model(request, get_model):
+    return get_model(request.param, "bfloat16")
+
+
+@pytest.fixture(scope="session")
+def gemma(get_model):
+    """For tests that have nothing to do with the model's family."""
+    return get_model("gemma2")
+
+
+@torch.no_grad()
+def fill(sae, scale: float, seed: int) -> None:
+    """Random weights for inputs of root mean square `scale`, so that a fifth to a half of the features fire."""
+    noise = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=noise)
+
+    lengths = 0.5 + torch.rand(sae.cfg.d_sae, 1, generator=noise)  # decoder norms that matter
+    sae.W_enc.copy_(normal(sae.cfg.d_in, sae.cfg.d_sae) / sae.cfg.d_in**0.5)
+    sae.W_dec.copy_(torch.nn.functional.normalize(normal(sae.cfg.d_sae, sae.cfg.d_in), dim=-1) * lengths)
+    sae.b_dec.copy_(normal(sae.cfg.d_in) * 0.3 * scale)
+    for name, mean in dict(b_enc=0.0, b_gate=-0.4, b_mag=0.1, threshold=0.5).items():
+        if getattr(sae, name, None) is not None:
+            jitter = 0.1 * normal(sae.cfg.d_sae)
+            getattr(sae, name).copy_((mean + jitter) * scale)
+    if hasattr(sae, "r_mag"):
+        sae.r_mag.copy_(0.3 * normal(sae.cfg.d_sae))
+    if hasattr(sae, "topk_threshold"):
+        sae.topk_threshold.fill_(0.5 * scale)
+
+
+@torch.no_grad()
+def write_sae(
+    folder: Path,
+    model_name: str,
+    scale: float = 1.0,
+    kind: str = "jumprelu",
+    norm: str = "none",
+    b_dec: bool = False,
+    d_in: int = D_MODEL,
+    seed: int = 0,
+    spoil=None,
+    **metadata,
+) -> Path:
+    """Save an SAE of that kind with random weights. `spoil(sae)` may change it before it is written."""
+    metadata = SAEMetadata(**{"hook_name": HOOK, "model_name": model_name, **metadata})
+    options = dict(
+        d_in=d_in, d_sae=D_SAE, apply_b_dec_to_input=b_dec, normalize_activations=norm, metadata=metadata
+    )  # fmt: skip
+    if kind == "standard":
+        sae = StandardSAE(StandardSAEConfig(**options))
+    elif kind == "jumprelu":
+        sae = JumpReLUSAE(JumpReLUSAEConfig(**options))
+    elif kind == "gated":
+        sae = GatedSAE(GatedSAEConfig(**options))
+    elif kind == "batchtopk":
+        sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(k=12, **options))
+    else:
+        sae = TopKSAE(TopKSAEConfig(k=16, rescale_acts_by_decoder_norm=kind == "topk_rescaled", **options))
+    fill(sae, scale if norm == "none" else 1.0, seed)
+    if spoil:
+        spoil(sae)
+    (sae.save_inference_model if kind == "batchtopk" else sae.save_model)(folder)
+    return folder
+
+
+def residual(model, ids: torch.Tensor, layer: int = 1) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(ids, stop_at_layer=layer + 1, use_cache=False).clone()
+
+
+def some_ids(model, shape=(4, 24), seed: int = 0) -> torch.Tensor:
+    """Random ordinary tokens with BOS in front and special tokens strewn in, one row also with a padded end."""
+    noise = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, model.tokenizer.vocab_size, shape, generator=noise)
+    ids[:, 0] = 2
+    marker = model.tokenizer.convert_tokens_to_ids(MARKER)
+    for row, token in enumerate([2, 1, 0, marker]):
+        ids[row % len(ids), 3 + 2 * row] = token
+    ids[0, -4:] = 0
+    return ids
+
+
+@pytest.fixture(scope="session")
+def scale_of():
+    """Root mean square of a model's residual stream at HOOK: SAE weights must suit it."""
+    return lru_cache(None)(lambda model: residual(model, some_ids(model)).float().pow(2).mean().sqrt().item())
+
+
+@pytest.fixture(scope="session")
+def make_sae(tmp_path_factory, scale_of):
+    """(model, kind, norm, ...) -> the folder of a saved SAE loaded with common.load_sae."""
+    root = tmp_path_factory.mktemp("saes")
+
+    @lru_cache(None)
+    def make(model, kind="jumprelu", norm="none", layer=1, **options):
+        folder = root / str(len(list(root.iterdir())))
+        write_sae(folder, model.cfg.model_name, scale_of(model), kind, norm, **options)
+        return common.load_sae(str(folder), layer, model)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sae(model, make_sae):
+    return make_sae(model)
+
+
+@pytest.fixture(scope="session")
+def gemma_sae(gemma, make_sae):
+    return make_sae(gemma)

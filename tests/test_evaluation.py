@@ -1,0 +1,518 @@
+import itertools
+import json
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from conftest import BOS, D_SAE, EOS, HOOK, MARKER, PAD, WINDOW, some_ids, train_tokenizer
+
+import common
+import data
+import evaluation
+from data import UserError, encode_prompts, halves, load_rows, prompt
+from evaluation import (
+    Ablation,
+    OnePass,
+    accuracy_score,
+    loss_scores,
+    quiz_scores,
+    robust_subset,
+    score_letters,
+    score_loss,
+)
+
+FIRST, SECOND = tuple(range(0, 40, 2)), tuple(range(20, D_SAE, 3))
+DEAD = (1, 3, 5)
+ABLATIONS = [
+    Ablation("none"),
+    Ablation("patched", ()),
+    Ablation("first", FIRST),
+    Ablation("second", SECOND),
+    Ablation("one", (8,)),
+    Ablation("first again", FIRST[::-1]),
+    Ablation("first and dead ones", FIRST + DEAD),
+    Ablation("negative", FIRST, -2.0),
+    Ablation("more negative", SECOND, -7.0),
+    Ablation("dead", DEAD, -5.0),
+    Ablation("reconstruction", reconstruct=True),
+]
+QUESTIONS = [
+    dict(question="Which of these is an organ?", choices=["the heart", "the moon", "the sea", "a stone"], answer=0),
+    dict(question=" Where do rivers flow to? \n", choices=["up", "the sea and the deep", "A", "B"], answer=1),
+    dict(question="What is it?", choices=["cat", "mat", "moon", "blood"], answer=3),
+]
+
+
+def dead(sae):
+    sae.threshold[list(DEAD)] = 1e9
+
+
+@pytest.fixture(scope="session")
+def sae(model, make_sae):
+    return make_sae(model, spoil=dead)
+
+
+def rows_of_ids(model):
+    """Prompts of 3 to 30 tokens, shorter and longer than the sliding window, with special tokens inside."""
+    rows = [row[: 3 + 3 * k] for k, row in enumerate(some_ids(model, (10, 30), seed=5)[:, :30].tolist())]
+    assert min(map(len, rows)) < WINDOW < max(map(len, rows)) and rows[3][9] != 0
+    return [rows[k] for k in (4, 9, 0, 7, 2, 1, 8, 3, 6, 5)]
+
+
+def special(model):
+    return torch.tensor([model.tokenizer.convert_tokens_to_ids(token) for token in (BOS, EOS, PAD, MARKER)])
+
+
+def one_run(model, sae, ablation, ids):
+    """Logits of one unpadded prompt under one ablation, without anything of evaluation.py."""
+    if not ablation.reconstruct:
+        with common.ablate(model, sae, list(ablation.features), ablation.clamp):
+            return model(ids)
+    ordinary = ~torch.isin(ids, special(model))[..., None]
+    with model.hooks(fwd_hooks=[(HOOK, lambda h, hook: torch.where(ordinary, sae(h.float()).to(h.dtype), h))]):
+        return model(ids)
+
+
+def letters_one_by_one(model, sae, prompts, letters, ablations):
+    runs = [[one_run(model, sae, a, torch.tensor([row]))[0, -1].float() for row in prompts] for a in ablations]
+    return torch.stack([torch.stack(row) for row in runs]).log_softmax(-1)[..., letters]
+
+
+def losses_one_by_one(model, sae, windows, ablations):
+    nats = torch.zeros(len(ablations), len(windows), dtype=torch.float64)
+    for (k, ablation), (j, row) in itertools.product(enumerate(ablations), enumerate(windows)):
+        ids = torch.tensor([row])
+        losses = F.cross_entropy(one_run(model, sae, ablation, ids)[0, :-1].float(), ids[0, 1:], reduction="none")
+        nats[k, j] = losses[~torch.isin(ids[0, 1:], special(model))].double().sum()
+    return nats
+
+
+def stack(model, sae, ablations, ids):
+    with OnePass(model, sae, ablations).attached() as run:
+        return run(ids).clone(), run
+
+
+# ------------------------------------------------------------------------------- many ablations, one pass
+
+
+def test_letters_in_one_pass_equal_one_run_per_ablation(model, sae):
+    prompts = rows_of_ids(model)
+    _, letters = encode_prompts(model.tokenizer, ["Answer:"])
+    wanted = letters_one_by_one(model, sae, prompts, letters, ABLATIONS)
+    found = score_letters(model, sae, prompts, letters, ABLATIONS)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    assert torch.equal(found.argmax(-1), wanted.argmax(-1))
+    moved = (found - found[0]).abs().amax((1, 2))
+    assert all((m > 0.1) == (a.method not in ("none", "patched", "dead")) for m, a in zip(moved, ABLATIONS))
+    single = score_letters(model, sae, prompts, letters, ABLATIONS, batch_size=1)
+    torch.testing.assert_close(single, found, atol=1e-5, rtol=0)
+    assert torch.equal(single.argmax(-1), found.argmax(-1))
+
+
+def test_loss_in_one_pass_equals_one_run_per_ablation(model, sae):
+    windows = rows_of_ids(model)
+    wanted = losses_one_by_one(model, sae, windows, ABLATIONS)
+    nats, targets = score_loss(model, sae, windows, ABLATIONS)
+    assert targets.tolist() == [int((~torch.isin(torch.tensor(row[1:]), special(model))).sum()) for row in windows]
+    torch.testing.assert_close(nats / targets, wanted / targets, atol=1e-5, rtol=0)
+    for options in (dict(batch_size=1), dict(batch_size=4, chunk=1), dict(chunk=5000)):
+        again, same = score_loss(model, sae, windows, ABLATIONS, **options)
+        assert torch.equal(same, targets)
+        torch.testing.assert_close(again / targets, nats / targets, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["standard", "gated", "topk", "topk_rescaled", "batchtopk"])
+@pytest.mark.parametrize("norm", ["none", "constant_norm_rescale", "layer_norm"])
+def test_one_pass_for_every_kind_of_sae(gemma, make_sae, kind, norm):
+    sae, prompts = make_sae(gemma, kind, norm, b_dec=True), rows_of_ids(gemma)
+    wanted = letters_one_by_one(gemma, sae, prompts, [20, 21, 22, 23], ABLATIONS)
+    found = score_letters(gemma, sae, prompts, [20, 21, 22, 23], ABLATIONS)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+def test_unablated_row_equals_the_clean_model_in_bfloat16(half_model, make_sae):
+    sae, ids = make_sae(half_model, spoil=dead), some_ids(half_model)
+    clean = half_model(ids)
+    kept, run = stack(half_model, sae, ABLATIONS, ids)
+    assert kept.dtype == torch.bfloat16 and len(kept) > len(ids)
+    with torch.inference_mode():
+        for name in ("none", "patched", "dead"):
+            own = run.rows[[a.method for a in ABLATIONS].index(name)]
+            assert torch.equal(run.head(kept[own]), clean.float())
+
+
+def test_bfloat16_scores_are_those_of_one_run_per_ablation(half_model, make_sae):
+    sae, prompts = make_sae(half_model, spoil=dead), rows_of_ids(half_model)
+    wanted = letters_one_by_one(half_model, sae, prompts, [20, 21, 22, 23], ABLATIONS)
+    found = score_letters(half_model, sae, prompts, [20, 21, 22, 23], ABLATIONS, batch_size=1)
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    # the edits are summed in another order, so the last of bfloat16's eight bits may differ
+    torch.testing.assert_close(found, wanted, atol=0.2, rtol=0)
+    assert (found - wanted).abs().mean() < 0.02
+
+
+def test_ablations_that_change_nothing_cost_no_row(model, sae):
+    ids = some_ids(model)
+    kept, run = stack(model, sae, [Ablation("none"), Ablation("dead", DEAD, -5.0), Ablation("patched")], ids)
+    assert run.source.tolist() == list(range(len(ids))) and len(kept) == len(ids)
+    assert run.rows.tolist() == [list(range(len(ids)))] * 3
+
+
+def test_equal_edits_share_a_row(model, sae):
+    ids = some_ids(model)
+    _, run = stack(model, sae, ABLATIONS, ids)
+    rows = dict(zip([a.method for a in ABLATIONS], run.rows.tolist()))
+    assert rows["first"] == rows["first again"] == rows["first and dead ones"]
+    assert rows["none"] == rows["patched"] == rows["dead"] == list(range(len(ids)))
+    different = [rows[name] for name in ("none", "first", "second", "negative", "more negative", "reconstruction")]
+    assert len(set(itertools.chain(*different))) == 6 * len(ids)
+    assert all(run.source[row] == b for method in rows.values() for b, row in enumerate(method))
+    assert len(run.source) == len(set(itertools.chain(*rows.values())))
+
+
+def test_a_prompt_without_the_feature_costs_no_row(gemma, make_sae):
+    sae, ids = make_sae(gemma, spoil=dead), some_ids(gemma)[:, :10]
+    ids[2] = 0
+    _, run = stack(gemma, sae, [Ablation("none"), Ablation("first", FIRST)], ids)
+    assert run.rows[1].tolist() == [4, 5, 2, 6] and run.source.tolist() == [0, 1, 2, 3, 0, 1, 3]
+
+
+def test_reconstruction_leaves_special_tokens_alone(gemma, make_sae):
+    sae, ids = make_sae(gemma, "standard"), torch.tensor([[2, 1, 0, 2]])
+    kept, run = stack(gemma, sae, [Ablation("none"), Ablation("r", reconstruct=True)], ids)
+    torch.testing.assert_close(kept[run.rows[0, 0]], kept[run.rows[1, 0]], atol=1e-5, rtol=1e-5)
+
+
+def test_one_forward_pass_per_batch(gemma, make_sae):
+    passes = []
+    handle = gemma.blocks[0].register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
+    score_letters(gemma, make_sae(gemma), rows_of_ids(gemma), [20, 21, 22, 23], ABLATIONS, batch_size=4)
+    handle.remove()
+    assert passes == [4, 4, 2]
+
+
+def test_hooks_are_gone_after_scoring_and_after_an_exception(model, sae):
+    ids = some_ids(model)
+    clean = model(ids)
+    score_letters(model, sae, rows_of_ids(model), [20, 21, 22, 23], ABLATIONS)
+    assert torch.equal(model(ids), clean)
+    with pytest.raises(ZeroDivisionError), OnePass(model, sae, ABLATIONS).attached():
+        raise ZeroDivisionError
+    assert torch.equal(model(ids), clean)
+
+
+def test_missed_hook_raises(gemma, make_sae, monkeypatch):
+    sae = make_sae(gemma)
+    monkeypatch.setattr(sae, "hook_point", "blocks.1.hook_resid_pots")
+    with pytest.raises(RuntimeError, match="never fired"):
+        score_letters(gemma, sae, [[2, 30, 31]], [20, 21, 22, 23], [Ablation("none")])
+
+
+def test_sae_at_the_last_layer(model, make_sae):
+    sae = make_sae(model, layer=3, hook_name="blocks.3.hook_resid_post")
+    prompts, ablations = rows_of_ids(model), [Ablation("none"), Ablation("first", FIRST, -1.0)]
+    found = score_letters(model, sae, prompts, [20, 21, 22, 23], ablations)
+    wanted = letters_one_by_one(model, sae, prompts, [20, 21, 22, 23], ablations)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+# ----------------------------------------------------------------------------------------- statistics
+
+
+def test_wilson_interval():
+    z = 1.959963984540054
+    for right, n in ((0, 7), (3, 10), (50, 80), (12, 12)):
+        found = accuracy_score(np.arange(n) < right, "A" * n)
+        p, width = right / n, 1 + z * z / n
+        middle, half = (p + z * z / (2 * n)) / width, z / width * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        assert found["accuracy"] == p and found["n"] == n and found["chance"] == 0.25
+        assert found["low"] == pytest.approx(middle - half, abs=1e-9)
+        assert found["high"] == pytest.approx(middle + half, abs=1e-9)
+        assert "change" not in found and "p_value" not in found
+
+
+def mcnemar(lost, won):
+    n = lost + won
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(lost, won) + 1)) / 2**n) if n else 1.0
+
+
+@pytest.mark.parametrize("lost,won", [(0, 0), (1, 0), (3, 3), (9, 1), (2, 12), (0, 20)])
+def test_mcnemar_and_paired_change(lost, won):
+    clean = np.array([True] * lost + [False] * won + [True] * 6 + [False] * 5)
+    right = np.array([False] * lost + [True] * won + [True] * 6 + [False] * 5)
+    found = accuracy_score(right, "", clean)
+    assert found["p_value"] == pytest.approx(mcnemar(lost, won))
+    assert found["change"] == pytest.approx((won - lost) / len(right))
+    assert found["change_low"] <= found["change"] <= found["change_high"]
+    assert accuracy_score(right, "", clean, seed=0) == found
+    if lost != won:  # about 2 standard errors of the paired difference to either side
+        change = right.astype(float) - clean
+        spread = 1.96 * change.std() / len(change) ** 0.5
+        assert found["change_high"] - found["change_low"] == pytest.approx(2 * spread, rel=0.3)
+
+
+def test_quiz_scores_pooled_and_per_subject():
+    questions = [dict(answer=k % 4, subject="law" if k < 6 else "art") for k in range(10)]
+    chosen = [[0, 1, 2, 3, 0, 0, 2, 3, 0, 1], [0, 0, 0, 0, 0, 1, 0, 0, 0, 0]]
+    clean, ablated = quiz_scores(F.one_hot(torch.tensor(chosen), 4).float(), questions)
+    assert clean["accuracy"] == 0.9 and ablated["accuracy"] == 0.4 and ablated["change"] == pytest.approx(-0.5)
+    assert clean["letters"] == "ABCDAACDAB" and ablated["letters"] == "AAAAABAAAA"
+    assert "p_value" not in clean and ablated["p_value"] == pytest.approx(mcnemar(6, 1))
+    law, art = ablated["subjects"]["law"], ablated["subjects"]["art"]
+    assert (law["n"], art["n"]) == (6, 4) and set(clean["subjects"]) == {"law", "art"}
+    assert law["accuracy"] == 0.5 and art["accuracy"] == 0.25
+    assert law["change"] == pytest.approx(-2 / 6) and art["change"] == pytest.approx(-0.75)
+    assert law["letters"] == "AAAAAB" and art["p_value"] == pytest.approx(mcnemar(3, 0))
+    pooled = (law["accuracy"] * law["n"] + art["accuracy"] * art["n"]) / 10
+    assert pooled == pytest.approx(ablated["accuracy"])
+
+
+def test_quiz_scores_without_subjects():
+    found = quiz_scores(torch.eye(4)[None], [dict(answer=k) for k in range(4)])
+    assert found[0]["accuracy"] == 1.0 and "subjects" not in found[0]
+
+
+NATS = torch.tensor([[2.0, 4.0, 6.0, 3.0], [3.0, 4.0, 9.0, 5.0]], dtype=torch.float64)
+TARGETS, SOURCES = torch.tensor([2, 2, 3, 3]), [0, 0, 4, 7]
+
+
+def test_loss_scores_by_hand():
+    clean, ablated = loss_scores(NATS, TARGETS, SOURCES)
+    assert clean == dict(nats_per_token=1.5, n_tokens=10, n_documents=3)
+    assert ablated["nats_per_token"] == pytest.approx(2.1) and ablated["loss_added"] == pytest.approx(0.6)
+    # the documents add 1 nat on 4 tokens, 3 on 3 and 2 on 3: no resample lies outside the extreme ones
+    assert 0.25 <= ablated["loss_added_low"] < 0.6 < ablated["loss_added_high"] <= 1.0
+
+
+def many_documents(n=60):
+    noise = np.random.default_rng(0)
+    targets = noise.integers(20, 120, n)
+    clean = targets * 3.0
+    return np.stack([clean, clean + targets * noise.normal(0.2, 0.1, n)]), targets
+
+
+def test_loss_bootstrap_resamples_documents():
+    nats, targets = many_documents()
+    whole = loss_scores(torch.tensor(nats), torch.tensor(targets), list(range(60)))[1]
+    # a document cut into two windows is still one document
+    parts = torch.tensor(np.concatenate([nats * 0.25, nats * 0.75], 1))
+    counts = torch.tensor(np.concatenate([targets // 2, targets - targets // 2]))
+    cut = loss_scores(parts, counts, list(range(60)) * 2)[1]
+    assert whole.keys() == cut.keys() and all(cut[key] == pytest.approx(whole[key]) for key in whole)
+    again = loss_scores(torch.tensor(nats), torch.tensor(targets), list(range(60)), seed=0)[1]
+    other = loss_scores(torch.tensor(nats), torch.tensor(targets), list(range(60)), seed=1)[1]
+    assert again == whole and other["loss_added_low"] != whole["loss_added_low"]
+    added = (nats[1] - nats[0]) / targets
+    spread = 1.96 * added.std() / 60**0.5
+    assert whole["loss_added_high"] - whole["loss_added_low"] == pytest.approx(2 * spread, rel=0.35)
+
+
+def test_one_document_has_no_interval():
+    found = loss_scores(NATS, TARGETS, [0, 0, 0, 0])[1]
+    assert math.isnan(found["loss_added_low"]) and math.isnan(found["loss_added_high"])
+
+
+# -------------------------------------------------------------------------------------- robust subset
+
+
+class Scorer:
+    """Stands in for the model: `knows` gives its letter for a prompt; counts what it is asked."""
+
+    def __init__(self, tokenizer, knows):
+        self.tokenizer, self.knows, self.asked = tokenizer, knows, 0
+
+    def __call__(self, model, sae, prompts, letters, ablations, *rest):
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in prompts]
+        self.asked += len(texts)
+        return F.one_hot(torch.tensor([self.knows(text) for text in texts]), 4).float()[None]
+
+
+def letter_of(text, choice):
+    return [line[3:] for line in text.splitlines() if line[1:3] == ". "].index(choice)
+
+
+def answers(text):
+    """Knows every second question, prefers D on some, and gives another up at one order of the options only."""
+    right = next(c for c in ("alpha", "beta", "gamma") if f"find {c}" in text)
+    number = int(text.split("number ")[1].split(".")[0])
+    if number % 4 == 1:
+        return 3
+    if number % 4 == 3 and [letter_of(text, c) for c in ("alpha", "beta", "gamma", "delta")] == [3, 2, 1, 0]:
+        return (letter_of(text, right) + 1) % 4
+    return letter_of(text, right)
+
+
+def numbered_questions():
+    words = ["alpha", "beta", "gamma", "delta"]
+    return [dict(question=f"find {words[k % 3]}, number {k}.", choices=words, answer=k % 3) for k in range(12)]
+
+
+def brute_force(questions, knows):
+    right = []
+    for k, row in enumerate(questions):
+        orders = list(itertools.permutations(range(4)))
+        assert len(orders) == 24
+        if all(order[knows(prompt(row, order))] == row["answer"] for order in orders):
+            right.append(k)
+    return right
+
+
+def test_robust_subset_equals_brute_force(gemma, monkeypatch):
+    questions, scorer = numbered_questions(), Scorer(gemma.tokenizer, answers)
+    monkeypatch.setattr(evaluation, "score_letters", scorer)
+    wanted = brute_force(questions, answers)
+    assert wanted == [0, 2, 4, 6, 8, 10]
+    assert robust_subset(gemma, None, questions) == wanted
+    assert 24 * len(wanted) < scorer.asked < 24 * len(questions)
+
+
+def test_robust_subset_of_a_random_model(gemma, make_sae):
+    def knows(text):
+        ids, letters = encode_prompts(gemma.tokenizer, [text])
+        return gemma(torch.tensor(ids))[0, -1, letters].argmax().item()
+
+    assert robust_subset(gemma, make_sae(gemma), QUESTIONS) == brute_force(QUESTIONS, knows)
+
+
+# ------------------------------------------------------------------------------------- halves and prompts
+
+
+def test_halves_are_disjoint_complete_and_do_not_depend_on_the_order():
+    questions = [dict(question=f"question {k}") for k in range(200)]
+    picking, reporting = halves(questions, 0)
+    assert sorted(picking + reporting) == list(range(200)) and not set(picking) & set(reporting)
+    assert 70 < len(picking) < 130
+    turned = halves(questions[::-1], 0)
+    assert sorted(199 - k for k in turned[0]) == picking
+    fewer = halves(questions[50:], 0)
+    assert [k + 50 for k in fewer[0]] == [k for k in picking if k >= 50]
+    assert halves(questions, 0) == (picking, reporting) and halves(questions, 1) != (picking, reporting)
+
+
+def lm_eval_tasks(folder):
+    place = find_spec("lm_eval")
+    return Path(place.submodule_search_locations[0]) / "tasks" / folder if place else None
+
+
+def lm_eval_prompt(path, doc):
+    config = yaml.safe_load(path.read_text())
+    config = {**yaml.safe_load((path.parent / config["include"]).read_text()), **config}
+    template = jinja2.Environment(keep_trailing_newline=True).from_string(config["doc_to_text"])
+    assert config["doc_to_choice"] == list("ABCD")
+    return config["description"] + template.render(**doc), config
+
+
+@pytest.mark.skipif(lm_eval_tasks("") is None, reason="lm_eval is not installed")
+def test_prompt_is_lm_evals():
+    paths = sorted(lm_eval_tasks("mmlu/default").glob("mmlu_*.yaml"))
+    assert len(paths) == 57
+    for row in QUESTIONS:
+        for path in paths:
+            wanted, config = lm_eval_prompt(path, row)
+            assert prompt({**row, "subject": config["dataset_name"]}) == wanted
+        assert prompt(row) == lm_eval_prompt(lm_eval_tasks("wmdp") / "wmdp_bio.yaml", row)[0]
+
+
+def test_prompt_in_another_order():
+    row = dict(question="Q", choices=["w", "x", "y", "z"], answer=0)
+    assert prompt(row, (2, 0, 3, 1)).endswith("\n\nQ\nA. y\nB. w\nC. z\nD. x\nAnswer:")
+
+
+def test_encode_prompts(tokenizer):
+    rows, letters = encode_prompts(tokenizer, [prompt(row) for row in QUESTIONS])
+    assert tokenizer.convert_ids_to_tokens(letters) == ["ĠA", "ĠB", "ĠC", "ĠD"]
+    for row, ids in zip(QUESTIONS, rows):
+        assert ids[0] == 2 and ids.count(2) == 1
+        assert tokenizer.decode(ids[1:]) == prompt(row)
+
+
+def test_encode_chat_prompts(tokenizer):
+    with pytest.raises(UserError, match="chat template"):
+        encode_prompts(tokenizer, ["x"], chat=True)
+    chat = train_tokenizer()
+    chat.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>\n{% endif %}"
+    )
+    rows, letters = encode_prompts(chat, ["Answer:", "The sea"], chat=True)
+    assert chat.convert_ids_to_tokens(letters) == list("ABCD")
+    assert all(ids[0] == 2 and ids.count(2) == 1 and ids.count(chat.convert_tokens_to_ids(MARKER)) == 2 for ids in rows)
+
+
+def test_tokenizer_that_splits_letters_is_refused():
+    with pytest.raises(UserError, match="one token"):
+        encode_prompts(train_tokenizer(vocab_size=259), ["Answer:"])
+
+
+def test_doubled_bos_is_refused(tokenizer):
+    for text in (f"{BOS}Answer:", f"The sea {BOS} Answer:"):
+        with pytest.raises(UserError, match="BOS"):
+            encode_prompts(tokenizer, [text])
+
+
+# ------------------------------------------------------------------------------------------ data files
+
+
+def write_rows(folder, name, rows):
+    (folder / f"{name}.jsonl").write_text(
+        "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
+    )
+
+
+GOOD = dict(question="Q", choices=list("wxyz"), answer=2, subject="law")
+BROKEN = {
+    "not json": '{"question": ',
+    "not a row": "7",
+    "no question": {**GOOD, "question": None},
+    "three choices": {**GOOD, "choices": list("wxy")},
+    "no choices": {key: value for key, value in GOOD.items() if key != "choices"},
+    "answer 4": {**GOOD, "answer": 4},
+    "letter as answer": {**GOOD, "answer": "C"},
+}
+
+
+@pytest.mark.parametrize("name", ["wmdp_bio", "mmlu"])
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_line_is_named(tmp_path, name, case):
+    rows = [dict(GOOD, question=f"Q{k}") for k in range(20)]
+    write_rows(tmp_path, name, rows[:16] + [BROKEN[case]] + rows[17:])
+    with pytest.raises(UserError, match=rf"{name}\.jsonl, line 17: ") as caught:
+        load_rows(name, "gpt2", str(tmp_path))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_mmlu_needs_subjects_and_texts_need_text(tmp_path):
+    row = {key: value for key, value in GOOD.items() if key != "subject"}
+    write_rows(tmp_path, "mmlu", [GOOD, row])
+    write_rows(tmp_path, "wmdp_bio", [GOOD, row])
+    write_rows(tmp_path, "wikitext", [dict(text="a"), dict(txt="b")])
+    assert load_rows("wmdp_bio", "gpt2", str(tmp_path))[0] == [GOOD, row]
+    for name in ("mmlu", "wikitext"):
+        with pytest.raises(UserError, match=rf"{name}\.jsonl, line 2: "):
+            load_rows(name, "gpt2", str(tmp_path))
+
+
+def test_load_rows_says_where_rows_come_from(tmp_path):
+    write_rows(tmp_path, "wikitext", [dict(text="über a"), dict(text="b")])
+    rows, found = load_rows("wikitext", "gpt2", str(tmp_path))
+    assert rows == [dict(text="über a"), dict(text="b")]
+    assert found["source"] == str(tmp_path / "wikitext.jsonl") and not found["stand_in"]
+    write_rows(tmp_path, "wikitext", [dict(text="über a"), dict(text="c")])
+    assert load_rows("wikitext", "gpt2", str(tmp_path))[1]["sha256"] != found["sha256"]
+    assert load_rows("forget_corpus", "gpt2", str(tmp_path))[0] == []
+    with pytest.raises(UserError, match="no such folder"):
+        load_rows("wikitext", "gpt2", str(tmp_path / "absent"))
+
+
+def test_sample_is_seeded_and_sorted():
+    found = data.sample(list(range(0, 100, 2)), 10, seed=3)
+    assert found == sorted(found) == data.sample(list(range(0, 100, 2)), 10, seed=3)
+    assert len(set(found)) == 10 and all(i % 2 == 0 for i in found)
+    assert found != data.sample(list(range(0, 100, 2)), 10, seed=4)
+    assert data.sample([4, 5], 10, 0) == data.sample([4, 5], None, 0) == [4, 5]

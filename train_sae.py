@@ -1,0 +1,192 @@
+# %% [markdown]
+"""
+Train SAEs for a model that has none, at several layers in one run, with SAELens's own trainer.
+
+    python train_sae.py --layers 3 5 7 9 --text tiny/data/train.jsonl --out my_saes
+    python train_sae.py --model gpt2 --layers 7 --text Skylion007/openwebtext --width 16384 --tokens 200000000
+
+Works for any model that TransformerLens's TransformerBridge loads. The text is a hub data set, a text file (documents
+separated by blank lines) or a JSONL file with a "text" in each line; one document in twenty is held out and measured
+on. Trained as BatchTopK (Bussmann, Leask and Nanda, arXiv 2412.06410), which SAELens saves as a JumpReLU SAE; each
+folder OUT/layer_L is what --sae takes.
+
+COST_AND_RESULT
+"""
+
+# %%
+import argparse
+import json
+import random
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+
+from common import check_sae, command_line, firing_rates, load_model, reconstruct, sanity_gate, watch_tokens
+from data import UserError, batches, first_line, read_jsonl, token_windows
+
+TRAINING_BATCH = 2048  # tokens per optimiser step
+BUFFER = 2**16  # tokens that are mixed before they are served, so that a step does not see one document only
+HELD_OUT = 20  # one document in so many
+
+# %% [markdown]
+# ## Text and activations
+
+
+# %%
+def read_texts(source: str, most: int = 200_000) -> list[str]:
+    """Documents of a .jsonl or .txt file, or the first `most` of a hub data set's train split."""
+    path = Path(source)
+    if path.suffix == ".jsonl" and path.is_file():
+        return [row["text"] for row in read_jsonl(path, "text")]
+    if path.is_file():
+        return [part for part in path.read_text(encoding="utf-8").split("\n\n") if part.strip()]
+    if source.count("/") != 1 or path.suffix in (".jsonl", ".txt"):
+        raise UserError(f"--text {source}: neither a file nor a hub id ORG/NAME")
+    from datasets import load_dataset
+
+    try:
+        return [row["text"] for row in islice(load_dataset(source, split="train", streaming=True), most)]
+    except Exception as error:  # the hub's libraries raise anything from OSError to RuntimeError
+        raise UserError(f"cannot load {source} from the hub: {first_line(error)}") from error
+
+
+def hook_name(layer: int) -> str:
+    return f"blocks.{layer}.hook_resid_post"
+
+
+@torch.no_grad()
+def activations(model, windows: list[list[int]], layers: list[int], batch_size: int, seed: int):
+    """Endlessly yield {hook point: (n, d_model) fp32 residuals of ordinary tokens}, windows shuffled each epoch."""
+    kept, rng = {}, random.Random(seed)
+
+    def keep(h, hook, name):
+        kept[name] = h
+
+    hooks = [(hook_name(layer), partial(keep, name=hook_name(layer))) for layer in layers]
+    while True:
+        order = rng.sample(windows, len(windows))
+        for start in range(0, len(order), batch_size):
+            some = order[start : start + batch_size]
+            with watch_tokens(model) as seen, model.hooks(fwd_hooks=hooks):
+                _, ids = next(batches(some, batch_size, model.tokenizer, model.cfg.device))
+                model(ids, stop_at_layer=max(layers) + 1, use_cache=False)
+            yield {name: h[seen["ordinary"]].float() for name, h in kept.items()}
+
+
+# %% [markdown]
+# ## Train and measure
+
+
+# %%
+def train(model, windows, s) -> dict[int, BatchTopKTrainingSAE]:
+    """One SAE per layer, all on the same stream of activations."""
+    saes = {}
+    for layer in s.layers:
+        metadata = SAEMetadata(hook_name=hook_name(layer), model_name=Path(s.model).name, context_size=s.context)
+        config = BatchTopKTrainingSAEConfig(
+            d_in=model.cfg.d_model, d_sae=s.width, k=s.k, device=str(model.cfg.device), apply_b_dec_to_input=False,
+            normalize_activations="expected_average_only_in", metadata=metadata,
+        )  # fmt: skip
+        saes[str(layer)] = BatchTopKTrainingSAE(config)
+    steps = s.tokens // TRAINING_BATCH
+    config = SAETrainerConfig(
+        total_training_samples=steps * TRAINING_BATCH, train_batch_size_samples=TRAINING_BATCH, lr=s.lr,
+        lr_end=s.lr / 10,
+        lr_warm_up_steps=min(100, steps // 10), lr_decay_steps=steps // 3, device=str(model.cfg.device),
+        dead_feature_window=200, n_batches_for_norm_estimate=20,
+    )  # fmt: skip
+    stream = activations(model, windows, s.layers, s.batch_size, s.seed)
+    names = {str(layer): hook_name(layer) for layer in s.layers}
+    mixed = multi_hook_concat_split_iter(BUFFER, TRAINING_BATCH, stream, list(names.values()))
+    MultiSAETrainer(config, saes, names, mixed).fit()
+    return {layer: saes[str(layer)] for layer in s.layers}
+
+
+@torch.inference_mode()
+def mean_loss(model, windows, batch_size: int, hook: str | None = None, replace=None) -> float:
+    """Next-token loss in nats per target; `replace` maps the residual stream at `hook` to what ordinary tokens get."""
+
+    def edit(h, hook):
+        return torch.where(seen["ordinary"][..., None], replace(h).to(h.dtype), h)
+
+    total, n = 0.0, 0
+    with watch_tokens(model) as seen, model.hooks(fwd_hooks=[(hook, edit)] if hook else []):
+        for _, ids in batches(windows, batch_size, model.tokenizer, model.cfg.device):
+            logits = model(ids, use_cache=False)[:, :-1].float()
+            real = seen["ordinary"][:, 1:]
+            total += F.cross_entropy(logits[real], ids[:, 1:][real], reduction="sum").item()
+            n += real.sum().item()
+    return total / n
+
+
+def measure(model, sae: SAE, held_out, training, batch_size: int) -> dict:
+    """Held-out variance explained, L0 and loss recovered (0 for a zeroed, 1 for the true residual stream), and the
+    share of features that never fire on the training windows."""
+    found = sanity_gate(model, sae, held_out, insist=False, max_tokens=50_000)
+    clean = mean_loss(model, held_out, batch_size)
+    patched = mean_loss(model, held_out, batch_size, sae.hook_point, lambda h: reconstruct(sae, h))
+    zeroed = mean_loss(model, held_out, batch_size, sae.hook_point, torch.zeros_like)
+    found["loss_recovered"] = round((zeroed - patched) / (zeroed - clean), 4)
+    found["loss_added"] = round(patched - clean, 4)
+    found["l0_share"] = round(found["l0"] / sae.cfg.d_sae, 4)
+    found["dead_share"] = round((firing_rates(model, sae, training, batch_size).fires == 0).float().mean().item(), 4)
+    return found
+
+
+def run(**changes) -> dict:
+    """run(layers=[7], tokens=10**6): any flag by name. Writes OUT/layer_L and OUT/measured.json; returns the latter."""
+    s = argparse.Namespace(**{**vars(flags.parse_args([])), **changes})
+    torch.manual_seed(s.seed)
+    model = load_model(s.model, s.device)
+    s.width = s.width or 16 * model.cfg.d_model
+    if bad := [layer for layer in s.layers if not 0 <= layer < model.cfg.n_layers]:
+        raise UserError(f"--layers {bad[0]}: the model has layers 0 to {model.cfg.n_layers - 1}")
+    texts = read_texts(s.text)
+    held_out = read_texts(s.held_out) if s.held_out else texts[::HELD_OUT]
+    texts = texts if s.held_out else [text for i, text in enumerate(texts) if i % HELD_OUT]
+    training, held_out = (token_windows(model.tokenizer, part, s.context)[0] for part in (texts, held_out))
+    if not training or not held_out:
+        raise UserError(f"--text {s.text}: too little text to train and measure on")
+    measured = {}
+    for layer, trained in train(model, training, s).items():
+        folder = Path(s.out) / f"layer_{layer}"
+        trained.save_inference_model(folder)
+        sae = SAE.load_from_disk(folder, device=str(model.cfg.device), dtype="float32")
+        sae.source = str(folder)
+        check_sae(sae, model, layer)
+        measured[f"layer_{layer}"] = measure(model, sae, held_out[:400], training[:4000], s.batch_size)
+        print(f"layer {layer}: {measured[f'layer_{layer}']}")
+    (Path(s.out) / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
+    return measured
+
+
+# %% [markdown]
+# ## Flags
+
+# %%
+flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+flags.add_argument("--model", default="tiny", help="preset, hub id or folder (default: %(default)s)")
+flags.add_argument("--layers", type=int, nargs="+", default=[7], help="one SAE each (default: %(default)s)")
+flags.add_argument("--text", default="tiny/data/train.jsonl", help="hub id, .txt or .jsonl (default: %(default)s)")
+flags.add_argument("--held-out", help="text to measure on (default: every 20th document of --text)")
+flags.add_argument("--width", type=int, help="number of features (default: 16 times the model's width)")
+flags.add_argument("--k", type=int, default=32, help="features active per token, on average (default: %(default)s)")
+flags.add_argument("--tokens", type=int, default=2_000_000, help="training tokens (default: %(default)s)")
+flags.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam (default: %(default)s)")
+flags.add_argument("--context", type=int, default=128, help="tokens per window (default: %(default)s)")
+flags.add_argument("--batch-size", type=int, default=32, help="windows per forward pass (default: %(default)s)")
+flags.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+flags.add_argument("--device", help="cuda, mps or cpu (default: cuda if there is one)")
+flags.add_argument("--out", default="my_saes", help="folder to write to (default: %(default)s)")
+
+# %%
+if __name__ == "__main__":
+    command_line(run, flags)
