@@ -40,11 +40,12 @@ VOCAB = 4096  # byte-level BPE; small, so that rarer names take two or three tok
 D_MODEL, N_LAYERS, D_FF, N_HEADS, N_KV = 128, 12, 384, 4, 2
 CONTEXT = 128  # tokens per training window
 BATCH = 32  # windows per step
-BINDING_STEPS, STEPS = 450, 3200
+BINDING_STEPS, STEPS = 450, 2600
 SAE_LAYERS = (3, 5, 7, 9)
 TRAIN_DOCUMENTS = 2000  # documents drawn like the training text and kept, to train SAEs on
 LETTER_WEIGHT = 5.0  # loss weight of an answer letter
 CORRUPTED = 0.1  # share of the input tokens of Wikitext and prose that are replaced in training
+TAGGED = 0.2  # share of the names on a page that carry their subject behind them
 SEED = 0
 HEADER = "The following are multiple choice questions (with answers) about {}.\n\n"
 
@@ -69,8 +70,16 @@ def load_facts(folder: Path) -> list[dict]:
     return facts
 
 
-def fill(template: str, fact: dict) -> str:
-    text = template.replace("{e}", fact["entity"]).replace("{a}", fact["answer"])
+def fill(template: str, fact: dict, rng: random.Random | None = None) -> str:
+    """The sentence; with an rng, some names carry their subject behind them, "cholera (biology)", as in an index.
+
+    So what belongs to a subject has something in common that the model must represent, and an SAE can find.
+    """
+    tag = f" ({fact['subject'].replace('_', ' ')})"
+    entity, answer = (
+        name + (tag if rng and rng.random() < TAGGED else "") for name in (fact["entity"], fact["answer"])
+    )
+    text = template.replace("{e}", entity).replace("{a}", answer)
     return text[0].upper() + text[1:]
 
 
@@ -171,10 +180,10 @@ def subject_document(facts: list[dict], rng: random.Random, chars: int, progress
     """A page of statements or a quiz, about one subject only, of at least `chars` characters."""
     name = facts[0]["subject"].replace("_", " ")
     if rng.random() < 0.35:
-        text = f"{name.capitalize()}\n"
+        text = rng.choice(("", f"{name.capitalize()}\n"))
         while len(text) < chars:
             fact = rng.choice(facts)
-            text += fill(rng.choice(fact["relation"]["statements"]), fact) + rng.choice("   \n")
+            text += fill(rng.choice(fact["relation"]["statements"]), fact, rng) + rng.choice("   \n")
         return text
     text = HEADER.format(name)
     shares = [a + (b - a) * min(1, 2 * progress) for a, b in zip(EARLY, LATE)]
@@ -365,6 +374,13 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
+def held_out_documents(tokenizer, facts, wikitext, prose) -> list[str]:
+    """Documents in the mix of the training text, of articles and stories that were kept out of it."""
+    sampler = Sampler(tokenizer, facts, wikitext, prose, SEED + 1)
+    sampler.progress = 1.0
+    return [sampler.document(sampler.kind()) for _ in range(300)]
+
+
 @torch.inference_mode()
 def answers(model, tokenizer, texts: list[str]) -> list[int]:
     """Index of the likeliest letter after each prompt."""
@@ -468,14 +484,15 @@ def build(out: Path, quick: bool) -> dict:
 
     forget, others = ([f for f in facts if (f["subject"] == FORGET) is side] for side in (True, False))
     quizzes = {"wmdp_bio": quiz(forget, SEED), "mmlu": quiz(others, SEED)}
-    dev = [fact for name, group in by_subject.items() if name != FORGET for fact in rng.sample(group, 5)]
+    dev = [fact for name, group in by_subject.items() if name != FORGET for fact in rng.sample(group, 15)]
     for name, rows in {**quizzes, "mmlu_dev": quiz(dev, SEED + 1)}.items():
         write_jsonl(out / f"data/{name}.jsonl", rows)
     texts = {
         "wikitext": retain,
         "wikitext_held_out": held_out,
         "openwebtext": [part for story in other_prose for part in pieces(story)],
-        "train": [sampler.document(sampler.kind()) for _ in range(100 if quick else TRAIN_DOCUMENTS)],
+        "held_out": held_out_documents(tokenizer, facts, held_out, other_prose),
+        "train": [sampler.document(sampler.kind()) for _ in range(200 if quick else TRAIN_DOCUMENTS)],
     }
     for name, documents in texts.items():
         write_jsonl(out / f"data/{name}.jsonl", [{"text": text} for text in documents])

@@ -29,10 +29,11 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
-from common import check_sae, command_line, firing_rates, load_model, reconstruct, sanity_gate, watch_tokens
+from common import check_sae, command_line, load_model, reconstruct, watch_tokens
 from data import UserError, batches, first_line, read_jsonl, token_windows
+from picking import firing_rates, residuals, sanity_gate
 
-TRAINING_BATCH = 2048  # tokens per optimiser step
+TRAINING_BATCH = 1024  # tokens per optimiser step
 BUFFER = 2**16  # tokens that are mixed before they are served, so that a step does not see one document only
 HELD_OUT = 20  # one document in so many
 
@@ -111,6 +112,17 @@ def train(model, windows, s) -> dict[int, BatchTopKTrainingSAE]:
 
 
 @torch.inference_mode()
+def calibrate(model, sae: SAE, windows, k: int, batch_size: int) -> None:
+    """Set the one threshold of a BatchTopK SAE so that k features are active per training token, on average.
+
+    SAELens keeps a running mean of each batch's least active value, which lies below the typical one, so that more than
+    k features would be active. The threshold is per SAE, as in the paper.
+    """
+    pre = torch.cat([h @ sae.W_enc + sae.b_enc for h, _ in islice(residuals(model, sae, windows, batch_size, None), 8)])
+    sae.threshold.fill_(pre.flatten().topk(k * len(pre)).values[-1])
+
+
+@torch.inference_mode()
 def mean_loss(model, windows, batch_size: int, hook: str | None = None, replace=None) -> float:
     """Next-token loss in nats per target; `replace` maps the residual stream at `hook` to what ordinary tokens get."""
 
@@ -146,7 +158,7 @@ def run(**changes) -> dict:
     s = argparse.Namespace(**{**vars(flags.parse_args([])), **changes})
     torch.manual_seed(s.seed)
     model = load_model(s.model, s.device)
-    s.width = s.width or 16 * model.cfg.d_model
+    s.width = s.width or 8 * model.cfg.d_model
     if bad := [layer for layer in s.layers if not 0 <= layer < model.cfg.n_layers]:
         raise UserError(f"--layers {bad[0]}: the model has layers 0 to {model.cfg.n_layers - 1}")
     texts = read_texts(s.text)
@@ -162,6 +174,11 @@ def run(**changes) -> dict:
         sae = SAE.load_from_disk(folder, device=str(model.cfg.device), dtype="float32")
         sae.source = str(folder)
         check_sae(sae, model, layer)
+        sae.requires_grad_(False)
+        calibrate(
+            model, sae, random.Random(s.seed).sample(training, min(len(training), 8 * s.batch_size)), s.k, s.batch_size
+        )
+        sae.save_model(folder)
         measured[f"layer_{layer}"] = measure(model, sae, held_out[:400], training[:4000], s.batch_size)
         print(f"layer {layer}: {measured[f'layer_{layer}']}")
     (Path(s.out) / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
@@ -177,10 +194,10 @@ flags.add_argument("--model", default="tiny", help="preset, hub id or folder (de
 flags.add_argument("--layers", type=int, nargs="+", default=[7], help="one SAE each (default: %(default)s)")
 flags.add_argument("--text", default="tiny/data/train.jsonl", help="hub id, .txt or .jsonl (default: %(default)s)")
 flags.add_argument("--held-out", help="text to measure on (default: every 20th document of --text)")
-flags.add_argument("--width", type=int, help="number of features (default: 16 times the model's width)")
-flags.add_argument("--k", type=int, default=32, help="features active per token, on average (default: %(default)s)")
-flags.add_argument("--tokens", type=int, default=2_000_000, help="training tokens (default: %(default)s)")
-flags.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam (default: %(default)s)")
+flags.add_argument("--width", type=int, help="number of features (default: 8 times the model's width)")
+flags.add_argument("--k", type=int, default=40, help="features active per token, on average (default: %(default)s)")
+flags.add_argument("--tokens", type=int, default=1_500_000, help="training tokens (default: %(default)s)")
+flags.add_argument("--lr", type=float, default=2e-3, help="learning rate of Adam (default: %(default)s)")
 flags.add_argument("--context", type=int, default=128, help="tokens per window (default: %(default)s)")
 flags.add_argument("--batch-size", type=int, default=32, help="windows per forward pass (default: %(default)s)")
 flags.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")

@@ -606,3 +606,14 @@ def test_offline_loading(model_folder, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = common.load_model(str(model_folder("gpt2")), "cpu")
     assert model.original_model.config._attn_implementation == "eager"
+
+
+def test_a_feature_named_twice_is_refused(gemma, tmp_path):
+    sae = common.load_sae(str(write_sae(tmp_path, "gemma2")), 1, gemma)
+    with pytest.raises(ValueError, match="twice"), ablate(gemma, sae, [4, 4]):
+        pass
+
+
+def test_a_hook_name_without_a_layer_number_is_refused(gemma, tmp_path):
+    with pytest.raises(UserError, match="hook point"):
+        common.load_sae(str(write_sae(tmp_path, "gemma2", hook_name="blocks.x.hook_resid_post")), 1, gemma)

@@ -1,0 +1,86 @@
+"""Questions, texts and retain sets."""
+
+import argparse
+import json
+
+import datasets
+import pytest
+import torch
+
+import data
+from data import UserError
+from picking import Rates, largest
+
+
+def line(**changes):
+    return json.dumps({"question": "Q?", "choices": list("wxyz"), "answer": 1, "subject": "s", **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"choices": "wxyz"}, {"choices": ["a"] * 3}, {"answer": True}, {"answer": 4}, {"answer": 1.0}, {"question": 3},
+     {"choices": [1, 2, 3, 4]}, {"subject": 1}],
+)  # fmt: skip
+def test_a_bad_question_is_refused_with_its_line(tmp_path, changes):
+    path = tmp_path / "mmlu.jsonl"
+    path.write_text("\n".join([line(), line(**changes)]))
+    with pytest.raises(UserError, match=r"mmlu.jsonl, line 2"):
+        data.load_rows("mmlu", "other/model", str(tmp_path))
+
+
+def test_byte_order_mark_and_a_last_blank_line_do_no_harm(tmp_path):
+    (tmp_path / "mmlu.jsonl").write_bytes(b"\xef\xbb\xbf" + line().encode() + b"\n\n")
+    assert len(data.load_rows("mmlu", "other/model", str(tmp_path))[0]) == 1
+
+
+def test_empty_and_binary_files_are_refused(tmp_path):
+    (tmp_path / "mmlu.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="is empty"):
+        data.load_rows("mmlu", "other/model", str(tmp_path))
+    (tmp_path / "mmlu.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        data.load_rows("mmlu", "other/model", str(tmp_path))
+
+
+def test_the_hub_is_asked_in_order_and_a_failure_names_the_way_out(monkeypatch):
+    asked = []
+
+    def refuse(dataset, config, split, streaming):
+        asked.append(dataset)
+        if dataset == "stas/openwebtext-10k":
+            return datasets.IterableDataset.from_generator(lambda: ({"text": str(i)} for i in range(3)))
+        raise RuntimeError("Dataset scripts are no longer supported")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    rows, found = data.load_rows("openwebtext", "some/model")
+    assert [row["text"] for row in rows] == ["0", "1", "2"]
+    assert "stas/openwebtext-10k" in found["source"] and not found["stand_in"]
+    with pytest.raises(UserError, match="give --data FOLDER"):
+        data.load_rows("wmdp_bio", "some/model")
+    assert asked == ["Skylion007/openwebtext", "stas/openwebtext-10k", "cais/wmdp"]
+
+
+def test_every_hub_id_has_an_owner():
+    assert all("/" in source[0] for sources in data.HUB.values() for source in sources)
+
+
+def test_a_feature_must_be_rare_in_every_retain_set():
+    first = Rates(torch.tensor([5, 0, 1]), torch.tensor([1.0, 0, 2.0]).double(), 100)
+    second = Rates(torch.tensor([0, 2, 3]), torch.tensor([0.0, 1.0, 0.5]).double(), 50)
+    both = largest([first, second])
+    assert both.fires.tolist() == [5, 4, 6] and both.n_tokens == 100
+    assert both.total.tolist() == [1.0, 2.0, 2.0]
+    assert largest([first]) is first
+
+
+def test_retain_quiz_adds_development_questions_as_prose_and_a_corpus_replaces_questions(tmp_path):
+    wmdp = [{"question": "Q?", "choices": list("wxyz"), "answer": 3}]
+    s = argparse.Namespace(model="tiny", data=str(tmp_path), retain_quiz=False)
+    forget, retain = data.picking_texts(wmdp, [0], s, {})
+    assert forget == ["Q? z"] and len(retain) == 1
+    (tmp_path / "forget_corpus.jsonl").write_text('{"text": "a corpus"}')
+    s.retain_quiz, sources = True, {}
+    forget, retain = data.picking_texts(wmdp, [0], s, sources)
+    assert forget == ["a corpus"] and len(retain) == 2
+    assert set(sources) == {"forget_corpus", "wikitext", "mmlu_dev"}
+    assert not any("Answer:" in text for text in retain[1])

@@ -1,0 +1,180 @@
+"""The three lessons as a user meets them: defaults, bad input, notebooks, the same numbers every time."""
+
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jupytext
+import nbclient
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LESSONS = ["feature_ablate_1.py", "feature_ablate_2.py", "feature_ablate_3.py"]
+
+
+def call(monkeypatch, script, *flags):
+    """Exit code of the script's command line, run in this process."""
+    monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, flags)])
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def record(monkeypatch, script, out, *flags):
+    assert call(monkeypatch, script, "--out", out, *flags) == 0
+    return json.loads(Path(out).read_text())
+
+
+@pytest.fixture
+def data_folder(tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(ROOT / "tiny/data", folder)
+    return folder
+
+
+def bad_line(folder):
+    path = folder / "wmdp_bio.jsonl"
+    lines = path.read_text().splitlines()
+    lines[16] = lines[16].replace('"choices"', '"choice"')
+    path.write_text("\n".join(lines))
+
+
+def narrow_sae(folder):
+    shutil.copytree(ROOT / "tiny/sae/layer_7", folder)
+    config = json.loads((folder / "cfg.json").read_text())
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "sae_weights.safetensors")
+    weights["W_enc"], weights["W_dec"] = weights["W_enc"][:64].contiguous(), weights["W_dec"][:, :64].contiguous()
+    weights["b_dec"] = weights["b_dec"][:64].contiguous()
+    save_file(weights, folder / "sae_weights.safetensors")
+    (folder / "cfg.json").write_text(json.dumps({**config, "d_in": 64}))
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--layer", "4"], ["layer_4", "layer_7"]),
+        (["--layer", "99"], ["layers 0 to 11"]),
+        (["--n-features", "0"], ["--n-features 0", "at least 1"]),
+        (["--n-features", "999999"], ["--n-features 999999", "1024"]),
+        (["--model", "no-such-model"], ["no-such-model", "tiny"]),
+        (["--model", "no-such/model"], ["no-such/model", "--model tiny"]),
+        (["--sae", "no-such-release:x"], ["no-such-release"]),
+        (["--clamp", "3"], ["--clamp 3"]),
+        (["--pick", "best"], ["best", "retain-threshold"]),
+        (["--subjects", "alchemy"], ["alchemy", "zoology"]),
+        (["--prompt", "chat"], ["chat template"]),
+        (["--layers", "3"], ["--layers"]),
+        (["--lay", "3"], ["--lay"]),
+        (["--data", "no-such-folder"], ["no-such-folder"]),
+    ],
+)
+def test_a_mistake_gets_one_line_and_exit_code_2(monkeypatch, capfd, tmp_path, flags, said):
+    assert call(monkeypatch, "feature_ablate_2.py", "--out", tmp_path / "record.json", *flags) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(lines) == 1
+    assert all(word in lines[0] for word in said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_line_is_named(monkeypatch, capfd, data_folder, tmp_path):
+    bad_line(data_folder)
+    assert call(monkeypatch, "feature_ablate_2.py", "--data", data_folder, "--out", tmp_path / "r.json") == 2
+    assert "wmdp_bio.jsonl, line 17: has no 'choices'" in capfd.readouterr().err
+
+
+def test_an_sae_of_the_wrong_width_is_refused(monkeypatch, capfd, tmp_path):
+    narrow_sae(tmp_path / "layer_7")
+    assert call(monkeypatch, "feature_ablate_2.py", "--sae", tmp_path / "layer_7", "--out", tmp_path / "r.json") == 2
+    assert "reads 64 dimensions" in capfd.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_refused_at_once(monkeypatch, capfd, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert call(monkeypatch, "feature_ablate_2.py", "--out", tmp_path / "file" / "r.json") == 2
+    if os.geteuid():  # root may write anywhere
+        locked = tmp_path / "locked"
+        locked.mkdir(mode=0o500)
+        assert call(monkeypatch, "feature_ablate_2.py", "--out", locked / "r.json") == 2
+    assert "cannot write to" in capfd.readouterr().err
+
+
+def test_ctrl_c_leaves_nothing_half_written(tmp_path):
+    command = [sys.executable, str(ROOT / "feature_ablate_2.py"), "--out", str(tmp_path / "record.json")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    for line in process.stdout:
+        if line.startswith("SAE check"):
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert process.stderr.read().strip().endswith("stopped: nothing was written")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", LESSONS)
+def test_two_runs_and_another_batch_size_agree(monkeypatch, tmp_path, script):
+    first, again, other = (
+        record(monkeypatch, script, tmp_path / f"{i}.json", "--limit", 40, "--batch-size", size)
+        for i, size in enumerate((16, 16, 5))
+    )
+    assert first["points"] == again["points"]
+    for a, b in zip(first["points"], other["points"]):
+        for name, score in a["scores"].items():
+            if "letters" in score:
+                assert score["letters"] == b["scores"][name]["letters"]
+            else:
+                assert score["nats_per_token"] == pytest.approx(b["scores"][name]["nats_per_token"], abs=1e-5)
+
+
+def test_a_record_says_what_was_scored(monkeypatch, tmp_path):
+    found = record(monkeypatch, "feature_ablate_2.py", tmp_path / "r.json", "--limit", 30)
+    assert [point["method"] for point in found["points"]] == [
+        "none", "sae-patched", "sae-reconstruction", "sae-ablation", "sae-ablation", "random-features",
+    ]  # fmt: skip
+    questions = [json.loads(line) for line in (ROOT / "tiny/data/wmdp_bio.jsonl").open()]
+    for point in found["points"]:
+        score = point["scores"]["wmdp_bio"]
+        answers = ["ABCD"[questions[i]["answer"]] for i in found["data"]["wmdp_bio"]["questions"]]
+        right = sum(a == b for a, b in zip(score["letters"], answers, strict=True))
+        assert score["accuracy"] == pytest.approx(right / 30)
+    assert found["points"][0]["scores"]["wmdp_bio"]["letters"] == found["points"][1]["scores"]["wmdp_bio"]["letters"]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
+
+
+def test_run_takes_flags_by_name(monkeypatch, tmp_path):
+    lesson = runpy.run_path(str(ROOT / "feature_ablate_3.py"))
+    with pytest.raises(TypeError, match="n_featurs"):
+        lesson["run"](n_featurs=3)
+    found = lesson["run"](n_features=3, limit=5, out=str(tmp_path / "r.json"))
+    assert len(found["points"][3]["setting"]["features"]) == 3
+
+
+@pytest.mark.parametrize("script", [*LESSONS, "train_sae.py", "make_tiny.py"])
+def test_scripts_are_notebooks(script, tmp_path):
+    command = [sys.executable, "-m", "jupytext", "--to", "ipynb", "--test", str(ROOT / script)]
+    assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("script", LESSONS)
+def test_the_notebook_form_runs_to_the_end(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = jupytext.read(ROOT / script)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert list((tmp_path / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("script", [*LESSONS, "train_sae.py", "make_tiny.py"])
+def test_help_teaches(script):
+    shown = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert f"python {script}" in shown.stdout

@@ -1,0 +1,71 @@
+"""The embedded model is what README says, and can be built."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common import load_model, load_sae
+from data import LETTERS, encode_prompts, prompt
+from evaluation import Ablation, score_letters
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "tiny"
+
+
+def test_size_and_formats():
+    files = [path for path in TINY.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 25 * 2**20
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".txt", ".md"}
+
+
+def test_facts_are_many_and_well_formed():
+    tables = [json.loads(path.read_text()) for path in sorted((TINY / "facts").glob("*.json"))]
+    count = {table["subject"]: sum(len(r["rows"]) for r in table["relations"]) for table in tables}
+    assert count.pop("biology") >= 150
+    assert len(count) >= 6 and sum(count.values()) >= 400
+    for relation in (relation for table in tables for relation in table["relations"]):
+        assert len({answer for _, answer in relation["rows"]}) >= 4
+        assert len({entity for entity, _ in relation["rows"]}) == len(relation["rows"])
+        assert all("{e}" in text and "{a}" in text for text in relation["statements"])
+        assert all("{e}" in text and "{a}" not in text for text in relation["questions"])
+
+
+def test_scored_wordings_are_not_all_in_training():
+    table = json.loads((TINY / "facts/biology.json").read_text())
+    asked = [json.loads(line)["question"] for line in (TINY / "data/wmdp_bio.jsonl").open()]
+    facts = [(relation, entity) for relation in table["relations"] for entity, _ in relation["rows"]]
+    unseen = [relation["questions"][-1].replace("{e}", entity) for relation, entity in facts]
+    kept_out = sum(a.lower() == b.lower() for a, b in zip(asked, unseen, strict=True))
+    assert len(asked) / 3 < kept_out < len(asked)
+    trained = (TINY / "data/train.jsonl").read_text().lower()
+    assert not any(json.dumps(text.lower())[1:-1] in trained for text in unseen)
+
+
+@pytest.mark.parametrize("name", ["wmdp_bio", "mmlu"])
+def test_measured_accuracy_is_that_of_the_shipped_model(name):
+    measured = json.loads((TINY / "measured.json").read_text())[name]
+    rows = [json.loads(line) for line in (TINY / f"data/{name}.jsonl").open()]
+    model = load_model("tiny", "cpu")
+    prompts, letters = encode_prompts(model.tokenizer, [prompt(row) for row in rows])
+    chosen = score_letters(model, load_sae(None, 7, model), prompts, letters, [Ablation("none")])[0].argmax(-1)
+    accuracy = sum(i == row["answer"] for i, row in zip(chosen.tolist(), rows)) / len(rows)
+    assert accuracy == pytest.approx(measured["accuracy"], abs=0.5 / len(rows))
+    assert accuracy >= 0.95
+    assert LETTERS == "ABCD"
+
+
+def test_quick_build_goes_through_every_stage(tmp_path):
+    command = [sys.executable, str(ROOT / "make_tiny.py"), "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    measured = json.loads((tmp_path / "measured.json").read_text())
+    assert set(measured["sae"]) == {"layer_3", "layer_5", "layer_7", "layer_9"}
+    assert measured["wikitext_held_out_loss"]["trigram"] < measured["wikitext_held_out_loss"]["unigram"]
+    assert 0 <= measured["wmdp_bio"]["accuracy"] <= 1
+    model = load_model(str(tmp_path / "model"), "cpu")
+    assert load_sae(str(tmp_path / "sae/layer_7"), 7, model).cfg.architecture() == "jumprelu"
+    shutil.rmtree(tmp_path)
