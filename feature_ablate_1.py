@@ -11,7 +11,8 @@ One pass scores every row of the table: unablated, patched with nothing ablated,
 ablation, a negative clamp, and as many random features of like firing rate, clamped too. Scored is the reporting half
 of MMLU: settings such as the clamp were chosen on the other.
 
-COST_AND_RESULT
+tiny, layer 7, 50 features: 99.1% on the MMLU stand-in unablated, 99.1% under zero ablation, 98.3% under clamp -20,
+47.8% under the random control (n 232); 12 s and 0.8 GB on two cores.
 """
 
 # %% [markdown]
@@ -20,9 +21,10 @@ COST_AND_RESULT
 # %%
 import time
 
-from common import command_line, firing_rates, load_model, load_sae, parser, pick_features, sanity_gate, settings
+from common import command_line, load_model, load_sae, parser, settings
 from data import halves, load_rows, of_subjects, picking_texts, token_windows
-from evaluation import matched_random, score_quiz, standard_rows
+from evaluation import score_quiz, standard_rows
+from picking import firing_rates, largest, matched_random, pick_features, sanity_gate
 from show import (
     make_record,
     outputs,
@@ -63,12 +65,12 @@ def run(**changes) -> dict:
 
     wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
     picking, _ = halves(wmdp, s.seed, s.pick_on)
-    forget_texts, retain_texts = picking_texts(wmdp, picking, s, sources)
+    forget_texts, retain_sets = picking_texts(wmdp, picking, s, sources)
     forget_windows, _ = token_windows(lm.tokenizer, forget_texts)
-    retain_windows, _ = token_windows(lm.tokenizer, retain_texts, max_tokens=RETAIN_TOKENS)
-    sanity = sanity_gate(lm, sae, retain_windows, insist=not s.no_sanity)
+    retain_windows = [token_windows(lm.tokenizer, texts, max_tokens=RETAIN_TOKENS)[0] for texts in retain_sets]
+    sanity = sanity_gate(lm, sae, retain_windows[0], insist=not s.no_sanity)
     forget = firing_rates(lm, sae, forget_windows, s.batch_size, "forget rates")
-    retain = firing_rates(lm, sae, retain_windows, s.batch_size, "retain rates")
+    retain = largest([firing_rates(lm, sae, part, s.batch_size, "retain rates") for part in retain_windows])
     features = pick_features(forget, retain, s.n_features, s.pick)
     control = matched_random(retain, features, s.seed)
     print_features(features, forget, retain, top_tokens(lm, sae, features, forget_windows), sae)

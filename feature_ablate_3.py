@@ -10,7 +10,8 @@ the other half, as prose, is scored beside OpenWebText. One pass scores every ro
 nothing ablated, the SAE's bare reconstruction, zero ablation, a negative clamp, and as many random features of like
 firing rate, clamped too. Every window starts with BOS, which is never a target.
 
-COST_AND_RESULT
+tiny, layer 7, 50 features: loss added on the OpenWebText stand-in -0.0003 under zero ablation, +0.034 under clamp -20,
++0.031 under the random control (20,000 tokens); 17 s and 1.2 GB on two cores.
 """
 
 # %% [markdown]
@@ -19,9 +20,10 @@ COST_AND_RESULT
 # %%
 import time
 
-from common import command_line, firing_rates, load_model, load_sae, parser, pick_features, sanity_gate, settings
+from common import command_line, load_model, load_sae, parser, settings
 from data import as_prose, halves, load_rows, picking_texts, token_windows
-from evaluation import loss_scores, matched_random, score_loss, standard_rows
+from evaluation import loss_scores, score_loss, standard_rows
+from picking import firing_rates, largest, matched_random, pick_features, sanity_gate
 from show import (
     loss_figure,
     make_record,
@@ -65,12 +67,12 @@ def run(**changes) -> dict:
 
     wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
     picking, reporting = halves(wmdp, s.seed, s.pick_on)
-    forget_texts, retain_texts = picking_texts(wmdp, picking, s, sources)
+    forget_texts, retain_sets = picking_texts(wmdp, picking, s, sources)
     forget_windows, _ = token_windows(lm.tokenizer, forget_texts)
-    retain_windows, _ = token_windows(lm.tokenizer, retain_texts, max_tokens=RETAIN_TOKENS)
-    sanity = sanity_gate(lm, sae, retain_windows, insist=not s.no_sanity)
+    retain_windows = [token_windows(lm.tokenizer, texts, max_tokens=RETAIN_TOKENS)[0] for texts in retain_sets]
+    sanity = sanity_gate(lm, sae, retain_windows[0], insist=not s.no_sanity)
     forget = firing_rates(lm, sae, forget_windows, s.batch_size, "forget rates")
-    retain = firing_rates(lm, sae, retain_windows, s.batch_size, "retain rates")
+    retain = largest([firing_rates(lm, sae, part, s.batch_size, "retain rates") for part in retain_windows])
     features = pick_features(forget, retain, s.n_features, s.pick)
     control = matched_random(retain, features, s.seed)
     print_features(features, forget, retain, top_tokens(lm, sae, features, forget_windows), sae)

