@@ -77,7 +77,8 @@ def run(**changes) -> dict:
     bio, sources["wmdp_bio"]["questions"] = score_quiz(lm, sae, "WMDP-Bio", wmdp, reporting, rows, s)
     mmlu, sources["mmlu"] = load_rows("mmlu", s.model, s.data)
     subjects = s.subjects or (None if sources["mmlu"]["stand_in"] else SUBJECTS)
-    beside = [i for i in of_subjects(mmlu, subjects) if i in set(halves(mmlu, s.seed, s.pick_on)[1])]
+    reported = set(halves(mmlu, s.seed, s.pick_on)[1])
+    beside = [i for i in of_subjects(mmlu, subjects) if i in reported]
     rest, sources["mmlu"]["questions"] = score_quiz(lm, sae, "MMLU", mmlu, beside, rows, s)
 
     titles = [title_of(name, sources) for name in ("wmdp_bio", "mmlu")]

@@ -9,7 +9,7 @@ A Gemma-2 model of 12 thin layers learns real Wikitext, Victorian prose and some
 fact is stated in four wordings and asked in four; the quizzes ask half of the facts in a fifth, never trained on.
 
 37 minutes on two cores. Reached: 97.1% of the forget quiz, 99.4% of the retain quiz, held-out Wikitext at 5.28 nats per
-token (trigram model: 5.42). --quick takes about a minute and a half.
+token (trigram model: 5.42). --quick takes under two minutes.
 """
 
 # %%
