@@ -107,13 +107,14 @@ def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str
             there = sorted(p.name for p in Path(spec).parent.glob("*") if p.is_dir())
             raise UserError(f"no SAE folder {spec}; there are: {', '.join(there) or 'none'}")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"cannot load the SAE {spec}: {first_line(error)}{sae_ids_near(spec, layer)}") from error
+        raise UserError(f"cannot load the SAE {spec}: {first_line(error)}{sae_ids_near(spec)}") from error
     sae.source = os.path.relpath(spec, HERE) if Path(spec).is_dir() and HERE in Path(spec).parents else spec
     check_sae(sae, model, layer)
     return sae.eval().requires_grad_(False)
 
 
-def sae_ids_near(spec: str, layer: int) -> str:
+def sae_ids_near(spec: str) -> str:
+    """What else the release of a RELEASE:ID holds, for an error message."""
     release = get_pretrained_saes_directory().get(spec.split(":")[0])
     return f"; the release has: {', '.join(release.saes_map)[:300]} ..." if release else ""
 

@@ -25,7 +25,7 @@ def first_line(error: Exception) -> str:
 
 # --------------------------------------------------------------------------------- questions and texts
 
-# Where a data set is found if no folder has it: hub id, configuration, split (methods' usual sources; the second
+# Where a data set is found if no folder has it: hub id, configuration, split (the second
 # OpenWebText is a 10,000-document sample that serves where the first is still a loading script)
 HUB = {
     "wmdp_bio": [("cais/wmdp", "wmdp-bio", "test")],

@@ -506,14 +506,8 @@ def build(out: Path, quick: bool) -> dict:
     prose = token_windows(tokenizer, texts["openwebtext"], CONTEXT)[0][few]
     measured["openwebtext_loss"] = text_loss(model, prose)
     size = ["--tokens", "20480", "--width", "256"] if quick else []
-    files = [
-        "--text",
-        out / "data/train.jsonl",
-        "--held-out",
-        out / "data/wikitext_held_out.jsonl",
-        "--out",
-        out / "sae",
-    ]
+    text, unseen = out / "data/train.jsonl", out / "data/held_out.jsonl"
+    files = ["--text", text, "--held-out", unseen, "--out", out / "sae"]
     layers = ["--layers", *map(str, SAE_LAYERS)]
     subprocess.run(
         [sys.executable, HERE / "train_sae.py", "--model", out / "model", *layers, *size, *files], check=True

@@ -116,8 +116,8 @@ def train(model, windows, s) -> dict[int, BatchTopKTrainingSAE]:
 def calibrate(model, sae: SAE, windows, k: int, batch_size: int) -> None:
     """Set the one threshold of a BatchTopK SAE so that k features are active per training token, on average.
 
-    SAELens keeps a running mean of each batch's least active value, which lies below the typical one, so that more than
-    k features would be active. The threshold is per SAE, as in the paper.
+    SAELens's own value, a running mean of each batch's least active one, was within 3% of it on tiny. The threshold is
+    one per SAE, as in the paper.
     """
     pre = torch.cat([h @ sae.W_enc + sae.b_enc for h, _ in islice(residuals(model, sae, windows, batch_size, None), 8)])
     sae.threshold.fill_(pre.flatten().topk(k * len(pre)).values[-1])
