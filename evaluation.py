@@ -1,19 +1,19 @@
 """
 Measure what an ablation does: multiple choice and next-token loss for many ablations in one pass, and statistics.
 
-A list of ablations at one hook point shares the layers below it. So the model runs once a batch: at the hook
-point each prompt's residual stream is copied once for every ablation that changes it (equal edits share a copy, an
-edit that changes nothing costs nothing), and the later layers run on the stack of copies.
+A list of ablations at one hook point shares the layers below it. So the model runs once a batch, unablated; then each
+prompt's residual stream at the hook point is copied once for every ablation that changes it (equal edits share a copy,
+an edit that changes nothing costs nothing), and the later layers run on the copies from their first edited token on.
 """
 
 import itertools
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import stats
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from common import Latents, reconstruct, watch_tokens
 from data import LETTERS, UserError, batches, encode_prompts, prompt, sample
@@ -54,94 +54,140 @@ def standard_rows(features: list[int], control: list[int], clamp: float) -> list
 class OnePass:
     """Runs a model on token ids (batch, pos) once for a list of ablations at one SAE's hook point.
 
-    After each call `rows` (n_ablations, batch) says which row of the stack belongs to which ablation and prompt;
-    the call returns the stack (n_rows, pos, d_model) that leaves the final norm, the unembedding to come.
+    Calling it runs the unablated model and returns what leaves its final norm, (batch, pos, d_model). Then `rows`
+    (n_ablations, batch) says which row belongs to which ablation and prompt, rows 0 to batch - 1 being the unablated
+    prompts and the others edited copies; `source` (n_rows,) is each row's prompt; and `copies` runs the later layers
+    on the edited copies, at most `max_rows` at a time. Tokens before a copy's first edited one are not run again: later
+    layers are causal, so they take the unablated prompt's keys and values.
     """
 
-    def __init__(self, model, sae, ablations: list[Ablation]):
-        self.model, self.sae, self.ablations = model, sae, ablations
+    def __init__(self, model, sae, ablations: list[Ablation], max_rows: int = 64):
+        self.model, self.sae, self.ablations, self.max_rows = model, sae, ablations, max_rows
+        self.layer = int(sae.hook_point.split(".")[1])
         union = sorted({i for ablation in ablations for i in ablation.features})
         self.latents = Latents(sae, union)
-        place = {feature: k for k, feature in enumerate(union)}
-        self.columns = [torch.tensor([place[i] for i in a.features], dtype=torch.long) for a in ablations]
+        # (n_ablations, n_union): which features belong to which ablation
+        self.members = np.stack([np.isin(union, ablation.features).astype(bool) for ablation in ablations])
         self.head_checked = False
-
-    @contextmanager
-    def attached(self):
-        """Hooks that edit and stack at the hook point, repeat later layers' per-row inputs, and keep the result."""
-        layer = int(self.sae.hook_point.split(".")[1])
-        with ExitStack() as stack:
-            self.seen = stack.enter_context(watch_tokens(self.model))
-            stack.enter_context(self.model.hooks(fwd_hooks=[(self.sae.hook_point, self.edit)]))
-            for block in self.model.blocks[layer + 1 :]:
-                handle = block.register_forward_pre_hook(self.repeat_inputs, with_kwargs=True)
-                stack.callback(handle.remove)
-            handle = self.model.unembed.register_forward_pre_hook(self.keep_result)
-            stack.callback(handle.remove)
-            yield self
 
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        self.rows = self.result = None
-        logits = self.model(ids, use_cache=False)
-        if self.rows is None:
+        self.inputs, kept, handles = [], {}, []
+        self.cache = DynamicCache()  # without the model's config it keeps all keys of sliding layers too
+
+        def keep_residual(h, hook):
+            kept["h"] = h
+
+        def keep_inputs(module, args, kwargs):
+            self.inputs.append((args[1:], kwargs))
+
+        def keep_result(module, args):
+            kept["result"] = args[0]
+            return args[0][:1, :1], *args[1:]  # the unembedding that the model goes on to is not what we need
+
+        try:
+            for block in self.model.blocks[self.layer + 1 :]:
+                handles.append(block.register_forward_pre_hook(keep_inputs, with_kwargs=True))
+            handles.append(self.model.unembed.register_forward_pre_hook(keep_result))
+            hooks = [(self.sae.hook_point, keep_residual)]
+            with watch_tokens(self.model) as seen, self.model.hooks(fwd_hooks=hooks):
+                logits = self.model(ids, past_key_values=self.cache, use_cache=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if "h" not in kept:
             raise RuntimeError(f"the hook at {self.sae.hook_point} never fired: nothing was ablated")
+        self.h, self.ordinary, result = kept["h"], seen["ordinary"], kept["result"]
         if not self.head_checked:  # some model families scale their logits; then our head would not be theirs
-            if not torch.allclose(self.head(self.result[:1, :1]), logits[:1, :1].float(), atol=1e-3, rtol=1e-3):
+            if not torch.allclose(self.head(result[:1, :1]), logits[:1, :1].float(), atol=1e-3, rtol=1e-3):
                 raise UserError("this model does something to its logits that evaluation.py does not know")
             self.head_checked = True
-        return self.result
+        self.plan()
+        return result
 
-    def edit(self, h, hook):  # (batch, pos, d_model) -> (n_rows, pos, d_model)
-        acts, scale = self.latents.encode(h)
-        acts = acts * self.seen["ordinary"][..., None]
-        active = (acts > 0).any(1)  # (batch, n_union)
-        new, sources, known = [], [], {}
-        rows = torch.empty(len(self.ablations), len(h), dtype=torch.long)
-        for k, (ablation, columns) in enumerate(zip(self.ablations, self.columns)):
-            columns = columns.to(h.device)
-            for b in range(len(h)):
-                # an edit is its clamp and the picked features that are active anywhere on the prompt
-                firing = columns[active[b, columns]].sort().values
-                key = (b, ablation.reconstruct, ablation.clamp, tuple(firing.tolist()))
-                if not len(firing) and not ablation.reconstruct:
-                    rows[k, b] = b
+    def plan(self) -> None:
+        """Which ablations change which prompts, from which token on; equal edits share a row."""
+        batch = len(self.h)
+        acts, self.scale = self.latents.encode(self.h)  # (batch, pos, n_union)
+        self.acts = acts * self.ordinary[..., None]
+        active, first = (self.acts > 0).max(1)  # (batch, n_union): active anywhere, and first where
+        active, first = active.cpu().numpy(), first.cpu().numpy()
+        first_ordinary = self.ordinary.int().argmax(1).tolist()
+        self.rows = torch.arange(batch).repeat(len(self.ablations), 1)
+        self.edits, source, known = [], list(range(batch)), {}
+        for k, ablation in enumerate(self.ablations):
+            firing = active & self.members[k]  # (batch, n_union)
+            for b in range(batch):
+                if not firing[b].any() and not ablation.reconstruct:
                     continue
+                # an edit is its clamp and the picked features that are active anywhere on the prompt
+                key = (b, ablation.reconstruct, ablation.clamp, firing[b].tobytes())
                 if key not in known:
-                    known[key] = len(h) + len(new)
-                    sources.append(b)
-                    if ablation.reconstruct:
-                        row = torch.where(self.seen["ordinary"][b, :, None], reconstruct(self.sae, h[b]), h[b])
-                    else:
-                        some = acts[b][:, firing]
-                        change = torch.where(some > 0, ablation.clamp - some, 0) @ self.latents.W_dec[firing]
-                        row = h[b] + change * (scale if isinstance(scale, float) else scale[b])
-                    new.append(row.to(h.dtype))
-                rows[k, b] = known[key]
-        self.rows, self.batch = rows, len(h)
-        self.source = torch.tensor([*range(len(h)), *sources], device=h.device)
-        return torch.cat([h, torch.stack(new)]) if new else None
+                    start = first_ordinary[b] if ablation.reconstruct else int(first[b][firing[b]].min())
+                    known[key] = batch + len(self.edits)
+                    self.edits.append((b, start, ablation, firing[b]))
+                    source.append(b)
+                self.rows[k, b] = known[key]
+        self.source = torch.tensor(source, device=self.h.device)
 
-    def repeat_inputs(self, module, args, kwargs):
-        """Attention masks and the like were made for the original batch: give each copy its prompt's."""
+    @torch.inference_mode()
+    def copies(self):
+        """Yield (rows, start, h): edited rows (n,), and from token `start` on what leaves the final norm,
+        (n, pos - start, d_model)."""
+        batch = len(self.h)
+        order = sorted(range(len(self.edits)), key=lambda i: self.edits[i][1])
+        for at in range(0, len(order), self.max_rows):
+            some = order[at : at + self.max_rows]
+            edits, start = [self.edits[i] for i in some], self.edits[some[0]][1]
+            rows = torch.tensor(some) + batch
+            h, source = self.edited(edits, start), self.source[rows.to(self.source.device)]
+            cache = self.prefix(source, start)
+            for block, (args, kwargs) in zip(self.model.blocks[self.layer + 1 :], self.inputs):
+                args, kwargs = self.cut((args, kwargs), source, start, cache)
+                out = block(h, *args, **kwargs)
+                h = out[0] if isinstance(out, tuple) else out
+            yield rows, start, self.model.ln_final(h)
 
-        if self.rows is None:
-            raise RuntimeError(f"the hook at {self.sae.hook_point} never fired: nothing was ablated")
+    def edited(self, edits: list[tuple], start: int) -> torch.Tensor:
+        """The residual stream of edited copies from token `start` on, (n, pos - start, d_model)."""
+        device = self.h.device
+        prompts = torch.tensor([b for b, *_ in edits], device=device)
+        clamp = torch.tensor([ablation.clamp for *_, ablation, _ in edits], device=device)
+        picked = torch.from_numpy(np.stack([firing for *_, firing in edits])).to(device)
+        h, acts = self.h[prompts, start:], self.acts[prompts, start:]
+        change = torch.where((acts > 0) & picked[:, None], clamp[:, None, None] - acts, 0) @ self.latents.W_dec
+        new = (h + change * (self.scale if isinstance(self.scale, float) else self.scale[prompts, start:])).to(h.dtype)
+        for i, (b, _, ablation, _) in enumerate(edits):
+            if ablation.reconstruct:
+                whole = reconstruct(self.sae, self.h[b, start:]).to(h.dtype)
+                new[i] = torch.where(self.ordinary[b, start:, None], whole, self.h[b, start:])
+        return new
 
-        def repeat(value):
-            if isinstance(value, tuple):
-                return tuple(map(repeat, value))
-            per_row = torch.is_tensor(value) and value.ndim > 1 and len(value) == self.batch
-            return value[self.source.to(value.device)] if per_row else value
+    def prefix(self, source: torch.Tensor, start: int) -> DynamicCache:
+        """The unablated prompts' keys and values of the tokens before `start`, for each copy."""
+        cache = DynamicCache()
+        for number, layer in enumerate(self.cache.layers):
+            cache.layers.append(DynamicLayer())
+            if start and number > self.layer:
+                keys, values = (x[:, :, :start][source.to(x.device)] for x in (layer.keys, layer.values))
+                cache.update(keys, values, number)
+        return cache
 
-        h, *rest = args  # already stacked
-        return (h, *map(repeat, rest)), {name: repeat(value) for name, value in kwargs.items()}
-
-    def keep_result(self, module, args):
-        if self.result is not None:  # `head` is at work
-            return None
-        self.result = args[0]
-        return args[0][:1, :1], *args[1:]  # the unembedding that the model goes on to is not what we need
+    def cut(self, value, source: torch.Tensor, start: int, cache):
+        """What a block was given for the batch (attention mask, positions), for these copies from `start` on."""
+        if value is self.cache:
+            return cache
+        if isinstance(value, dict):
+            return {name: self.cut(item, source, start, cache) for name, item in value.items()}
+        if isinstance(value, tuple):
+            return tuple(self.cut(item, source, start, cache) for item in value)
+        if not torch.is_tensor(value):
+            return value
+        batch, length = self.ordinary.shape
+        if value.ndim > 1 and len(value) == batch:
+            value = value[source.to(value.device)]
+        dim = {1: 0, 2: 1, 3: 1, 4: 2}[value.ndim]  # (pos), (batch, pos), (batch, pos, d_head), (batch, 1, pos, pos)
+        return value.narrow(dim, start, length - start) if value.shape[dim] == length else value
 
     def head(self, h: torch.Tensor) -> torch.Tensor:
         """(n, pos, d_model) after the final norm -> (n, pos, d_vocab) logits in fp32."""
@@ -151,26 +197,28 @@ class OnePass:
 
 
 @torch.inference_mode()
-def score_letters(model, sae, prompts, letters, ablations, batch_size=16, desc=None) -> torch.Tensor:
+def score_letters(model, sae, prompts, letters, ablations, batch_size=16, desc=None, max_rows=64) -> torch.Tensor:
     """Log-probability of each answer letter after each prompt: (n_ablations, n_prompts, 4), fp32, over the vocabulary.
 
     prompts: lists of ids; letters: the four letters' ids. Only the last position meets the unembedding.
     """
     out = torch.empty(len(ablations), len(prompts), 4)
     last = torch.tensor([len(row) - 1 for row in prompts])
-    with OnePass(model, sae, ablations).attached() as run:
-        for picked, ids in batches(prompts, batch_size, model.tokenizer, model.cfg.device, desc):
-            h = run(ids)
-            end = last[picked].to(h.device)[run.source]  # (n_rows,) last token of each row's prompt
+    run = OnePass(model, sae, ablations, max_rows)
+    for picked, ids in batches(prompts, batch_size, model.tokenizer, model.cfg.device, desc):
+        clean = run(ids)
+        ends, scores = last[picked].to(clean.device)[run.source], torch.empty(len(run.source), 4)
+        for rows, start, h in itertools.chain([(torch.arange(len(ids)), 0, clean)], run.copies()):
+            end = ends[rows.to(h.device)] - start
             logits = run.head(h[torch.arange(len(h), device=h.device), end][:, None])[:, 0]
-            scores = logits.log_softmax(-1)[:, letters].cpu()
-            out[:, picked] = scores[run.rows]
+            scores[rows] = logits.log_softmax(-1)[:, letters].cpu()
+        out[:, picked] = scores[run.rows]
     return out
 
 
 @torch.inference_mode()
 def score_loss(
-    model, sae, windows, ablations, batch_size=16, desc=None, chunk=2**25
+    model, sae, windows, ablations, batch_size=16, desc=None, max_rows=64, chunk=2**25
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed next-token loss of each window, (n_ablations, n_windows) in nats, fp64, and its targets (n_windows,).
 
@@ -178,21 +226,30 @@ def score_loss(
     """
     nats = torch.empty(len(ablations), len(windows), dtype=torch.float64)
     targets = torch.empty(len(windows), dtype=torch.long)
-    with OnePass(model, sae, ablations).attached() as run:
-        for picked, ids in batches(windows, batch_size, model.tokenizer, model.cfg.device, desc):
-            h = run(ids)
-            real = run.seen["ordinary"][:, 1:]  # (batch, pos - 1): is position t + 1 a target
-            keep = real[run.source]
-            flat, goal = h[:, :-1][keep], ids[:, 1:][run.source][keep]
-            losses = [
-                F.cross_entropy(run.head(part[None])[0], wanted, reduction="none")
-                for part, wanted in zip(*(x.split(max(1, chunk // model.cfg.d_vocab)) for x in (flat, goal)))
-            ]
-            per_row = torch.zeros(keep.shape, dtype=torch.float64, device=h.device)
-            per_row[keep] = torch.cat(losses).double()
-            nats[:, picked] = per_row.sum(1).cpu()[run.rows]
-            targets[picked] = real.sum(1).cpu()
+    run = OnePass(model, sae, ablations, max_rows)
+    for picked, ids in batches(windows, batch_size, model.tokenizer, model.cfg.device, desc):
+        clean = run(ids)
+        real = run.ordinary[:, 1:]  # (batch, pos - 1): is position t + 1 a target
+        sums = torch.zeros(len(run.source), dtype=torch.float64)
+        of_clean = token_losses(run, clean, ids, real, chunk)  # (batch, pos - 1)
+        sums[: len(ids)] = of_clean.sum(1)
+        for rows, start, h in run.copies():
+            source = run.source[rows.to(ids.device)]
+            new = token_losses(run, h, ids[source, start:], real[source, start:], chunk)
+            sums[rows] = of_clean[source.cpu(), :start].sum(1) + new.sum(1)
+        nats[:, picked] = sums[run.rows]
+        targets[picked] = real.sum(1).cpu()
     return nats, targets
+
+
+def token_losses(run: OnePass, h: torch.Tensor, ids: torch.Tensor, real: torch.Tensor, chunk: int) -> torch.Tensor:
+    """(n, pos - 1) next-token losses in nats, fp64 on the CPU, 0 where the target is not real."""
+    flat, goal = h[:, :-1][real], ids[:, 1:][real]
+    pieces = zip(*(x.split(max(1, chunk // run.model.cfg.d_vocab)) for x in (flat, goal)))
+    losses = [F.cross_entropy(run.head(part[None])[0], wanted, reduction="none") for part, wanted in pieces]
+    out = torch.zeros(real.shape, dtype=torch.float64, device=h.device)
+    out[real] = torch.cat(losses).double()
+    return out.cpu()
 
 
 def robust_subset(model, sae, questions: list[dict], batch_size: int = 16, chat: bool = False) -> list[int]:
@@ -242,14 +299,13 @@ def accuracy_score(right: np.ndarray, letters: str, clean: np.ndarray | None = N
     return score
 
 
-def quiz_scores(scores: torch.Tensor, questions: list[dict], seed: int = 0) -> list[dict]:
-    """One score per ablation from log-probabilities (n_ablations, n_questions, 4); the first ablation is the clean one.
+def quiz_scores(chosen: np.ndarray, questions: list[dict], seed: int = 0, by_subject: bool = True) -> list[dict]:
+    """One score per ablation from the options chosen (n_ablations, n_questions), 0 to 3; the first is the clean model.
 
     Where questions have subjects, each score also carries `subjects` with the same fields for each.
     """
     answers = np.array([row["answer"] for row in questions])
-    chosen = scores.argmax(-1).numpy()  # (n_ablations, n_questions)
-    subjects = sorted({row["subject"] for row in questions if "subject" in row})
+    subjects = sorted({row["subject"] for row in questions if "subject" in row}) if by_subject else []
     out = []
     for k, row in enumerate(chosen):
 
@@ -276,8 +332,8 @@ def score_quiz(model, sae, title: str, questions: list[dict], indices: list[int]
     if not asked:
         raise UserError("no question is left to score: take away --robust, or give more questions")
     prompts, letters = encode_prompts(model.tokenizer, [prompt(row) for row in asked], chat)
-    log_probs = score_letters(model, sae, prompts, letters, ablations, s.batch_size, title)
-    return quiz_scores(log_probs, asked, s.seed), indices
+    log_probs = score_letters(model, sae, prompts, letters, ablations, s.batch_size, title, s.max_rows)
+    return quiz_scores(log_probs.argmax(-1).numpy(), asked, s.seed), indices
 
 
 def loss_scores(nats: torch.Tensor, targets: torch.Tensor, sources: list[int], seed: int = 0) -> list[dict]:
