@@ -259,10 +259,9 @@ def reconstruct(sae: SAE, h: torch.Tensor) -> torch.Tensor:
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """The flags that every script has; a script adds its own."""
-    p = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    """The flags that every script has; a script adds its own, or one of the same name in place of ours."""
+    shape = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=doc, formatter_class=shape, allow_abbrev=False, conflict_handler="resolve")
     add = p.add_argument
     add("--model", default="tiny", help=f"preset ({', '.join(PRESETS)}), hub id or folder (default: %(default)s)")
     add("--sae", help="RELEASE:ID of SAELens's table, or a folder (default: the preset's SAE of --layer)")
@@ -272,10 +271,13 @@ def parser(doc: str) -> argparse.ArgumentParser:
     add("--pick", default="ratio", help="rule: ratio, retain-threshold or dsg (default: %(default)s)")
     add("--pick-on", default="half", choices=["half", "all"], help="half: pick on one half of the WMDP-Bio questions "
         "and score the other; all: pick and score on all, the old leaky number (default: %(default)s)")  # fmt: skip
-    add("--retain-quiz", action="store_true", help="a feature must be rare in MMLU's development questions too")
+    add("--pick-text", default="prompt", choices=["prompt", "prose"], help="prompt: pick on the questions as they are "
+        "asked, and a feature must be rare in MMLU's development questions too; prose: on question and answer without "
+        "the template, against Wikitext alone, which picks features of any quiz (default: %(default)s)")  # fmt: skip
     add("--data", help="folder with any of wmdp_bio, mmlu, mmlu_dev, wikitext, openwebtext, forget_corpus .jsonl")
     add("--limit", type=int, help="score only that many questions (a seeded sample) or documents of each data set")
     add("--batch-size", type=int, default=16, help="prompts per pass; changes memory, not results (default: 16)")
+    add("--max-rows", type=int, default=64, help="edited copies per pass; changes memory, not results (default: 64)")
     add("--seed", type=int, default=0, help="seed of split, control features and bootstrap (default: %(default)s)")
     add("--device", help="cuda, cuda:1, mps or cpu (default: cuda if there is one)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model; SAEs stay in float32")
@@ -290,13 +292,14 @@ def settings(p: argparse.ArgumentParser, flags: dict) -> argparse.Namespace:
     if unknown := set(flags) - set(known):
         raise TypeError(f"no such setting: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     s = argparse.Namespace(**{**known, **flags})
-    if s.n_features < 1:
-        raise UserError(f"--n-features {s.n_features}: at least 1")
-    if s.batch_size < 1 or (s.limit is not None and s.limit < 1):
-        raise UserError("--batch-size and --limit must be at least 1")
+    for n in s.n_features if isinstance(s.n_features, list) else [s.n_features]:
+        if n < 1:
+            raise UserError(f"--n-features {n}: at least 1")
+    if s.batch_size < 1 or s.max_rows < 1 or (s.limit is not None and s.limit < 1):
+        raise UserError("--batch-size, --max-rows and --limit must be at least 1")
     if s.clamp is None:
         s.clamp = PRESETS[s.model].clamp if s.model in PRESETS else -100.0
-    if s.clamp >= 0:
+    if not isinstance(s.clamp, list) and s.clamp >= 0:
         raise UserError(f"--clamp {s.clamp:g}: a negative number; zero ablation has a row of its own")
     return s
 
@@ -317,6 +320,6 @@ def command_line(run, p: argparse.ArgumentParser) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped: nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\nstopped: {stop or 'nothing was written'}", file=sys.stderr)
         sys.exit(130)

@@ -144,25 +144,27 @@ def prompt(row: dict, order: tuple[int, ...] = (0, 1, 2, 3)) -> str:
 
 
 def as_prose(row: dict) -> str:
-    """The question and its right answer, without letters or template, which would pick features of the quiz format."""
+    """The question and its right answer, without letters or template."""
     return f"{row['question'].strip()} {row['choices'][row['answer']]}"
 
 
 def picking_texts(questions: list[dict], picking: list[int], s, sources: dict) -> tuple[list[str], list[list[str]]]:
     """The forget texts and the retain sets that firing rates are counted on; notes in `sources` where they come from.
 
-    Forget: the user's forget corpus if --data has one, else the picking questions as prose. Retain: Wikitext, and
-    with --retain-quiz MMLU's development questions as prose, against features of any quiz. s: the settings.
+    Forget: the user's forget corpus if --data has one, else the picking questions. Retain: Wikitext. With --pick-text
+    prompt questions stand as they are asked, and MMLU's development questions are a second retain set: the template
+    then cancels out, and what is picked is rare on the very text whose accuracy must stay. s: the settings.
     """
     corpus, found = load_rows("forget_corpus", s.model, s.data)
     if corpus:
         sources["forget_corpus"] = found
-    forget = [row["text"] for row in corpus] or [as_prose(questions[i]) for i in picking]
+    form = prompt if s.pick_text == "prompt" else as_prose
+    forget = [row["text"] for row in corpus] or [form(questions[i]) for i in picking]
     rows, sources["wikitext"] = load_rows("wikitext", s.model, s.data)
     retain = [[row["text"] for row in rows]]
-    if s.retain_quiz:
+    if s.pick_text == "prompt":
         rows, sources["mmlu_dev"] = load_rows("mmlu_dev", s.model, s.data)
-        retain.append([as_prose(row) for row in rows])
+        retain.append([prompt(row) for row in rows])
     return forget, retain
 
 

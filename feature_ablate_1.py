@@ -6,10 +6,10 @@ Lesson 1 of 3: ablate WMDP-Bio features and score MMLU, subject by subject: what
     python feature_ablate_1.py --subjects human_anatomy,zoology
     python feature_ablate_1.py --model gemma-2-2b-it --layer 7 --n-features 50 --dtype bfloat16
 
-Features are picked on one half of the WMDP-Bio questions, by how much more often they fire there than on Wikitext.
-One pass scores every row of the table: unablated, patched with nothing ablated, the SAE's bare reconstruction, zero
-ablation, a negative clamp, and as many random features of like firing rate, clamped too. Scored is the reporting half
-of MMLU: settings such as the clamp were chosen on the other.
+Features are picked on one half of the WMDP-Bio questions, by how much more often they fire there than on Wikitext and
+on MMLU's development questions. One pass scores every row of the table: unablated, patched with nothing ablated, the
+SAE's bare reconstruction, zero ablation, a negative clamp, and as many random features of like firing rate on the
+retain sets, clamped too. Only MMLU's reporting half is scored, so that a setting can be chosen on the other.
 
 tiny, layer 7, 50 features: 99.1% on the MMLU stand-in unablated, 99.1% under zero ablation, 98.3% under clamp -20,
 47.8% under the random control (n 232); 12 s and 0.8 GB on two cores.

@@ -5,10 +5,11 @@ Lesson 3 of 3: ablate WMDP-Bio features and measure the loss added on OpenWebTex
     python feature_ablate_3.py --layer 7 --n-features 50
     python feature_ablate_3.py --model gemma-2-2b-it --layer 7 --n-features 50 --dtype bfloat16
 
-Features are picked on one half of the WMDP-Bio questions, by how much more often they fire there than on Wikitext;
-the other half, as prose, is scored beside OpenWebText. One pass scores every row of the table: unablated, patched with
-nothing ablated, the SAE's bare reconstruction, zero ablation, a negative clamp, and as many random features of like
-firing rate, clamped too. Every window starts with BOS, which is never a target.
+Features are picked on one half of the WMDP-Bio questions, by how much more often they fire there than on Wikitext and
+on MMLU's development questions; the other half, as prose, is scored beside OpenWebText. One pass scores every row of
+the table: unablated, patched with nothing ablated, the SAE's bare reconstruction, zero ablation, a negative clamp, and
+as many random features of like firing rate on the retain sets, clamped too. Every window starts with BOS, which is
+never a target.
 
 tiny, layer 7, 50 features: loss added on the OpenWebText stand-in -0.0003 under zero ablation, +0.034 under clamp -20,
 +0.031 under the random control (20,000 tokens); 17 s and 1.2 GB on two cores.
@@ -49,7 +50,7 @@ flags = parser(__doc__)
 def score(lm, sae, title, texts, rows, s):
     """One score per row: nats per token, and the loss added with a bootstrap over documents."""
     windows, documents = token_windows(lm.tokenizer, texts[: s.limit], max_tokens=SCORED_TOKENS)
-    nats, targets = score_loss(lm, sae, windows, rows, s.batch_size, title)  # (rows, windows), (windows,)
+    nats, targets = score_loss(lm, sae, windows, rows, s.batch_size, title, s.max_rows)  # (rows, windows), (windows,)
     return loss_scores(nats, targets, documents, s.seed)
 
 

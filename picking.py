@@ -95,15 +95,21 @@ def pick_features(forget: Rates, retain: Rates, n: int, rule: str = "ratio", tau
 
 
 def matched_random(rates: Rates, features: list[int], seed: int, nearest: int = 10) -> list[int]:
-    """As many other features, each drawn from the `nearest` unused ones in firing rate to one of `features`."""
-    rng, rate, used, control = random.Random(seed), rates.rate, set(features), []
+    """As many other features, each drawn from the `nearest` unused ones in firing rate to one of `features`, and from
+    all that are as near as the last of these: many features never fire on a retain set.
+
+    Raises UserError if the SAE has too few.
+    """
+    if 2 * len(features) > len(rates.rate):
+        raise UserError(f"--n-features {len(features)}: too few other features for a control of as many")
+    rng, rate, control = random.Random(seed), rates.rate, []
+    unused = torch.ones(len(rate), dtype=torch.bool)
+    unused[features] = False
     for feature in features:
-        order = torch.argsort((rate - rate[feature]).abs(), stable=True).tolist()
-        unused = [i for i in order if i not in used][:nearest]
-        if not unused:
-            raise UserError(f"--n-features {len(features)}: too few other features for a control of as many")
-        control.append(rng.choice(unused))
-        used.add(control[-1])
+        distance = torch.where(unused, (rate - rate[feature]).abs(), torch.inf)
+        reach = distance.kthvalue(min(nearest, int(unused.sum()))).values
+        control.append(rng.choice(torch.nonzero(unused & (distance <= reach))[:, 0].tolist()))
+        unused[control[-1]] = False
     return control
 
 

@@ -556,6 +556,14 @@ def test_matched_random():
     assert all(abs(values.fires[a] - values.fires[b]) <= 9 for a, b in zip(picked, control))
 
 
+def test_matched_random_draws_from_all_that_are_equally_near():
+    values = rates([0] * 100 + [500] * 100, 1000)
+    drawn = {matched_random(values, [3], seed)[0] for seed in range(200)}
+    assert len(drawn) > 60 and max(drawn) < 100
+    with pytest.raises(UserError, match="too few"):
+        matched_random(values, list(range(101)), 0)
+
+
 # ------------------------------------------------------------------------------------------ sanity gate
 
 

@@ -73,14 +73,16 @@ def test_a_feature_must_be_rare_in_every_retain_set():
     assert largest([first]) is first
 
 
-def test_retain_quiz_adds_development_questions_as_prose_and_a_corpus_replaces_questions(tmp_path):
+def test_picking_texts_are_prompts_on_both_sides_or_prose(tmp_path):
     wmdp = [{"question": "Q?", "choices": list("wxyz"), "answer": 3}]
-    s = argparse.Namespace(model="tiny", data=str(tmp_path), retain_quiz=False)
+    s = argparse.Namespace(model="tiny", data=str(tmp_path), pick_text="prose")
     forget, retain = data.picking_texts(wmdp, [0], s, {})
     assert forget == ["Q? z"] and len(retain) == 1
+    s.pick_text = "prompt"
+    assert data.picking_texts(wmdp, [0], s, {})[0] == [data.prompt(wmdp[0])]
     (tmp_path / "forget_corpus.jsonl").write_text('{"text": "a corpus"}')
-    s.retain_quiz, sources = True, {}
+    sources = {}
     forget, retain = data.picking_texts(wmdp, [0], s, sources)
     assert forget == ["a corpus"] and len(retain) == 2
     assert set(sources) == {"forget_corpus", "wikitext", "mmlu_dev"}
-    assert not any("Answer:" in text for text in retain[1])
+    assert all(text.endswith("Answer:") and "Which" in "".join(retain[1]) for text in retain[1])
