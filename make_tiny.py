@@ -41,8 +41,8 @@ VOCAB = 4096  # byte-level BPE; small, so that rarer names take two or three tok
 D_MODEL, N_LAYERS, D_FF, N_HEADS, N_KV = 128, 12, 384, 4, 2
 CONTEXT = 128  # tokens per training window
 BATCH = 32  # windows per step
-BINDING_STEPS, STEPS = 450, 2600
-SAE_LAYERS = (3, 5, 7, 9)
+BINDING_STEPS, STEPS = 450, 3200
+SAE_LAYERS, SAE_WIDTH = (3, 5, 7, 9), 2048  # half as many features code a large subject by a feature of several
 TRAIN_DOCUMENTS = 2000  # documents drawn like the training text and kept, to train SAEs on
 LETTER_WEIGHT = 5.0  # loss weight of an answer letter
 CORRUPTED = 0.1  # share of the input tokens of Wikitext and prose that are replaced in training
@@ -214,8 +214,10 @@ class Sampler:
 
     def document(self, kind: str) -> str:
         if kind == "facts":
-            sizes = [len(f) for f in self.by_subject.values()]
-            facts = self.rng.choices(list(self.by_subject.values()), sizes)[0]
+            # by the root of its size: a subject of a quarter of all pages is what the model expects before it has read
+            # a page's subject, and then has no feature of its own
+            weights = [len(f) ** 0.5 for f in self.by_subject.values()]
+            facts = self.rng.choices(list(self.by_subject.values()), weights)[0]
             return subject_document(facts, self.rng, CONTEXT * 5, self.progress)
         texts = self.texts[kind]
         text = self.rng.choices(texts, [len(t) for t in texts])[0]
@@ -484,8 +486,9 @@ def build(out: Path, quick: bool) -> dict:
     model.save_pretrained(out / "model")
 
     forget, others = ([f for f in facts if (f["subject"] == FORGET) is side] for side in (True, False))
-    quizzes = {"wmdp_bio": quiz(forget, SEED), "mmlu": quiz(others, SEED)}
     dev = [fact for name, group in by_subject.items() if name != FORGET for fact in rng.sample(group, 15)]
+    asked = [fact for fact in others if fact not in dev]
+    quizzes = {"wmdp_bio": quiz(forget, SEED), "mmlu": quiz(asked, SEED)}
     for name, rows in {**quizzes, "mmlu_dev": quiz(dev, SEED + 1)}.items():
         write_jsonl(out / f"data/{name}.jsonl", rows)
     texts = {
@@ -505,7 +508,7 @@ def build(out: Path, quick: bool) -> dict:
     measured["wikitext_held_out_loss"] = losses
     prose = token_windows(tokenizer, texts["openwebtext"], CONTEXT)[0][few]
     measured["openwebtext_loss"] = text_loss(model, prose)
-    size = ["--tokens", "20480", "--width", "256"] if quick else []
+    size = ["--tokens", "20480", "--width", "256"] if quick else ["--width", str(SAE_WIDTH)]
     text, unseen = out / "data/train.jsonl", out / "data/held_out.jsonl"
     files = ["--text", text, "--held-out", unseen, "--out", out / "sae"]
     layers = ["--layers", *map(str, SAE_LAYERS)]

@@ -32,7 +32,7 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 from common import check_sae, command_line, load_model, reconstruct, watch_tokens
 from data import UserError, batches, first_line, read_jsonl, token_windows
-from picking import firing_rates, residuals, sanity_gate
+from picking import firing_rates, sanity_gate
 
 TRAINING_BATCH = 1024  # tokens per optimiser step
 BUFFER = 2**16  # tokens that are mixed before they are served, so that a step does not see one document only
@@ -113,17 +113,6 @@ def train(model, windows, s) -> dict[int, BatchTopKTrainingSAE]:
 
 
 @torch.inference_mode()
-def calibrate(model, sae: SAE, windows, k: int, batch_size: int) -> None:
-    """Set the one threshold of a BatchTopK SAE so that k features are active per training token, on average.
-
-    SAELens's own value, a running mean of each batch's least active one, was within 3% of it on tiny. The threshold is
-    one per SAE, as in the paper.
-    """
-    pre = torch.cat([h @ sae.W_enc + sae.b_enc for h, _ in islice(residuals(model, sae, windows, batch_size, None), 8)])
-    sae.threshold.fill_(pre.flatten().topk(k * len(pre)).values[-1])
-
-
-@torch.inference_mode()
 def mean_loss(model, windows, batch_size: int, hook: str | None = None, replace=None) -> float:
     """Next-token loss in nats per target; `replace` maps the residual stream at `hook` to what ordinary tokens get."""
 
@@ -176,10 +165,6 @@ def run(**changes) -> dict:
         sae.source = str(folder)
         check_sae(sae, model, layer)
         sae.requires_grad_(False)
-        calibrate(
-            model, sae, random.Random(s.seed).sample(training, min(len(training), 8 * s.batch_size)), s.k, s.batch_size
-        )
-        sae.save_model(folder)
         measured[f"layer_{layer}"] = measure(model, sae, held_out[:400], training[:4000], s.batch_size)
         print(f"layer {layer}: {measured[f'layer_{layer}']}")
     (Path(s.out) / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
