@@ -20,7 +20,8 @@ from picking import Rates, activation_ratio, residuals
 
 def outputs(script: str, s) -> Path:
     """Path of the record, its folder made and known to be writable before any work is done. Raises UserError."""
-    name = f"{Path(script).stem}_{Path(s.model).name}_L{s.layer}_n{s.n_features}.json"
+    layer, n = ("-".join(map(str, v)) if isinstance(v, list) else v for v in (s.layer, s.n_features))
+    name = f"{Path(script).stem}_{Path(s.model).name}_L{layer}_n{n}.json"
     path = Path(s.out or "results/")
     path = path if path.suffix == ".json" else path / name
     try:
@@ -63,13 +64,16 @@ def make_record(script: str, s, sae, sources: dict, sanity: dict, points: list, 
     }
 
 
-def write_record(path: Path, record: dict, figures: dict) -> None:
-    """Write figures {suffix: figure} as PNG beside the record, then the record, and print its path last."""
+def write_record(path: Path, record: dict | None, figures: dict, formats: tuple[str, ...] = ("png",)) -> None:
+    """Write figures {suffix: figure} beside the record, then the record if there is one, and print its path last."""
     for suffix, figure in figures.items():
-        target = path.with_name(f"{path.stem}_{suffix}.png")
-        write_whole(target, lambda file, figure=figure: figure.savefig(file, format="png", dpi=150))
+        for form in formats:
+            target = path.with_name(f"{path.stem}_{suffix}.{form}")
+            write_whole(target, lambda file, form=form, figure=figure: figure.savefig(file, format=form, dpi=150))
+            print(f"figure: {target}")
         plt.close(figure)
-        print(f"figure: {target}")
+    if record is None:
+        return
     write_whole(path, lambda file: file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8"))
     print(f"record: {path}")
 

@@ -1,0 +1,286 @@
+"""The sweep: frontier, area and choice against brute force; kept pieces; figures of any records."""
+
+import argparse
+import itertools
+import json
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+import pareto
+from common import load_model, load_sae
+from data import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--limit", "6", "--n-features", "2", "30", "--clamp", "0", "-60"]
+
+# ------------------------------------------------------------- frontier, area, choice: against brute force
+
+
+def point(mmlu, wmdp, tuning=None, method="sae-ablation", clamp=-5.0, **setting):
+    scores = {"mmlu": {"accuracy": mmlu}, "wmdp_bio": {"accuracy": wmdp}}
+    for name, value in zip(("mmlu_tuning", "wmdp_bio_tuning"), tuning or (mmlu, wmdp)):
+        scores[name] = {"accuracy": value}
+    return {"method": method, "setting": {"clamp": clamp, **setting}, "scores": scores}
+
+
+def some_points(seed, n=14):
+    """Few different values, so that ties and duplicates are many; above, at and below chance."""
+    draw = random.Random(seed)
+    return [point(0.9, 0.8)] + [point(*(draw.choice([0.1, 0.25, 0.4, 0.6, 0.8, 0.9, 0.95]) for _ in range(2)))
+                                for _ in range(n)]  # fmt: skip
+
+
+def accuracies(points):
+    return [(p["scores"]["mmlu"]["accuracy"], p["scores"]["wmdp_bio"]["accuracy"]) for p in points]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_frontier_is_what_nothing_dominates(seed):
+    pairs = [(-keeps, forgets) for keeps, forgets in accuracies(some_points(seed))]
+    kept = pareto.frontier(pairs)
+
+    def beats(a, b):
+        no_worse = pairs[a][0] <= pairs[b][0] and pairs[a][1] <= pairs[b][1]
+        return no_worse and (pairs[a] != pairs[b] or a < b)
+
+    beaten = {b for a, b in itertools.permutations(range(len(pairs)), 2) if beats(a, b)}
+    assert sorted(kept) == [i for i in range(len(pairs)) if i not in beaten]
+    assert [pairs[i] for i in kept] == sorted(pairs[i] for i in kept)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_area_is_the_mean_over_mmlu_levels(seed):
+    points = some_points(seed)
+    pairs, steps = accuracies(points), 20_000
+    levels = 0.25 + (np.arange(steps) + 0.5) * (0.9 - 0.25) / steps
+    lowest = [max(0.0, min(forgets for keeps, forgets in pairs if keeps >= level) - 0.25) for level in levels]
+    assert pareto.area(points) == pytest.approx(np.mean(lowest) / (0.8 - 0.25), abs=2e-4)
+
+
+def test_area_at_its_ends():
+    clean = point(0.9, 0.8)
+    assert pareto.area([clean]) == pytest.approx(1.0)
+    assert pareto.area([clean, point(0.9, 0.2)]) == pytest.approx(0.0)
+    assert pareto.area([clean, point(0.575, 0.25)]) == pytest.approx(0.5)  # half of MMLU buys all of the forgetting
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_choice_is_the_lowest_that_keeps_mmlu(seed):
+    draw = random.Random(seed)
+    clean = point(0.9, 0.8)
+    points = [clean] + [point(draw.choice([0.85, 0.89, 0.891, 0.9, 0.95]), draw.choice([0.3, 0.4, 0.5]), number=k)
+                        for k in range(10)]  # fmt: skip
+    allowed = [p for p in points if p["scores"]["mmlu"]["accuracy"] >= 0.891]
+    low = min(p["scores"]["wmdp_bio"]["accuracy"] for p in allowed)
+    tied = [p for p in allowed if p["scores"]["wmdp_bio"]["accuracy"] == low]
+    high = max(p["scores"]["mmlu"]["accuracy"] for p in tied)
+    assert pareto.best_setting(points, "") is next(p for p in tied if p["scores"]["mmlu"]["accuracy"] == high)
+
+
+def test_the_tuning_half_chooses_and_the_reporting_half_reports():
+    clean = point(0.9, 0.8)
+    points = [{**p, "clean": clean} for p in (
+        clean | {"method": "none", "setting": {}},
+        point(0.9, 0.7, tuning=(0.9, 0.3), n_features=5), point(0.9, 0.2, tuning=(0.9, 0.5), n_features=9),
+        point(0.9, 0.6, clamp=0.0), point(0.9, 0.8, method="random-features"),
+    )]  # fmt: skip
+    clamp, zero, control = sorted(pareto.summary(points), key=lambda row: -row["settings"])[:3]
+    assert (clamp["method"], zero["method"], control["method"]) == (
+        "negative clamp",
+        "zero ablation",
+        "random features",
+    )
+    assert clamp["settings"] == 2 and "n 5" in clamp["chosen"]
+    assert (clamp["wmdp_bio_tuning"], clamp["wmdp_bio"]) == (0.3, 0.7)
+    assert "n 5 clamp -5" in pareto.table([clamp]) and "70.0" in pareto.table([clamp])
+
+
+# ----------------------------------------------------------------------------------- pieces that are kept
+
+
+def call(monkeypatch, *given):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "pareto.py"), *map(str, given)])
+    try:
+        runpy.run_path(str(ROOT / "pareto.py"), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def without_time(path):
+    record = json.loads(Path(path).read_text())
+    return {name: value for name, value in record.items() if name not in ("seconds", "command")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "sweep.json"
+    pareto.run(limit=6, n_features=[2, 30], clamp=[0.0, -60.0], out=str(out))
+    return out
+
+
+def test_a_sweep_writes_record_table_and_figures_and_no_piece(undisturbed):
+    assert sorted(path.name for path in undisturbed.parent.iterdir()) == [
+        "sweep.json", "sweep.md", "sweep_frontier.png", "sweep_frontier.svg",
+    ]  # fmt: skip
+    record = json.loads(undisturbed.read_text())
+    assert [p["method"] for p in record["points"]] == ["none"] + ["sae-ablation"] * 4 + ["random-features"] * 4
+    assert all(p["scores"]["mmlu"]["n"] == 6 and p["scores"]["mmlu_tuning"]["n"] == 6 for p in record["points"])
+    assert not set(record["data"]["mmlu"]["questions"]) & set(record["data"]["mmlu"]["tuning_questions"])
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_record(undisturbed, tmp_path):
+    out = tmp_path / "sweep.json"
+    command = [sys.executable, str(ROOT / "pareto.py"), *SMALL, "--out", str(out)]
+    for _ in range(2):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list(tmp_path.rglob("*.json")):
+            time.sleep(0.05)
+        time.sleep(random.random())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    resumed, whole = without_time(out), without_time(undisturbed)
+    resumed["settings"].pop("out"), whole["settings"].pop("out")
+    assert resumed == whole
+
+
+def test_a_stopped_sweep_says_what_it_kept_and_takes_it_up(monkeypatch, tmp_path):
+    done, real = [], pareto.score_letters
+
+    def stop_at_the_second(*args, **options):
+        if len(done) == 1:
+            raise KeyboardInterrupt
+        done.append(1)
+        return real(*args, **options)
+
+    settings = dict(limit=6, n_features=[2], clamp=[0.0], out=str(tmp_path / "sweep.json"))
+    monkeypatch.setattr(pareto, "score_letters", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt, match="1 finished pieces are kept"):
+        pareto.run(**settings)
+    done.clear()
+    pareto.run(**{**settings, "batch_size": 4})  # WMDP-Bio is not scored again: MMLU is the first and only call
+    assert len(done) == 1
+
+
+@pytest.fixture
+def piece(tmp_path):
+    path = tmp_path / "L7_mmlu_0000.json"
+    path.write_text(json.dumps(pareto.sealed([[0, 1, 2], [3, 2, 1]])))
+    return path
+
+
+def test_a_piece_is_read_as_it_was_written(piece):
+    assert pareto.read_piece(piece).tolist() == [[0, 1, 2], [3, 2, 1]]
+    nats = [[3.0000000000000004, 1e-17], [2.5, 1 / 3]]
+    piece.write_text(json.dumps(pareto.sealed(nats)))
+    assert pareto.read_piece(piece).tolist() == nats
+
+
+def test_a_damaged_piece_is_refused_and_named(piece):
+    whole = piece.read_bytes()
+    for position in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << position % 7
+        piece.write_bytes(flipped)
+        if json_or_none(flipped) == json.loads(whole):
+            continue  # a blank became another blank
+        with pytest.raises(UserError, match=r"L7_mmlu_0000\.json is damaged"):
+            pareto.read_piece(piece)
+        piece.write_bytes(whole[:position])
+        with pytest.raises(UserError, match=r"L7_mmlu_0000\.json is damaged"):
+            pareto.read_piece(piece)
+
+
+def json_or_none(text):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def test_a_damaged_piece_ends_the_run_in_one_line(monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr(Path, "exists", lambda path: True if path.suffix == ".json" else path.is_dir())
+    monkeypatch.setattr(Path, "read_text", lambda path, real=Path.read_text, **options:
+                        "{" if ".pieces" in str(path) else real(path, **options))  # fmt: skip
+    assert call(monkeypatch, *SMALL, "--out", tmp_path / "r.json") == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and "L7_wmdp_bio_0000.json is damaged" in errors[0]
+
+
+def test_another_model_sae_data_or_setting_has_another_fingerprint():
+    model, s = load_model("tiny", "cpu"), argparse.Namespace(layer=[7], clamp=[0.0], out="a", batch_size=16)
+    sae, sources = load_sae(None, 7, model), {"mmlu": {"sha256": "x"}}
+    first = pareto.fingerprint(model, [sae], sources, s)
+    assert first == pareto.fingerprint(
+        model, [sae], sources, argparse.Namespace(**{**vars(s), "out": "b", "batch_size": 4})
+    )
+    others = [
+        pareto.fingerprint(model, [sae], {"mmlu": {"sha256": "y"}}, s),
+        pareto.fingerprint(model, [sae], sources, argparse.Namespace(**{**vars(s), "clamp": [-1.0]})),
+    ]
+    with torch.no_grad():
+        for weights in (sae.W_dec, sae.threshold, model.original_model.get_input_embeddings().weight):
+            weights[3] += 1e-3
+            others.append(pareto.fingerprint(model, [sae], sources, s))
+            weights[3] -= 1e-3
+    assert len({first, *others}) == 6
+
+
+# -------------------------------------------------------------------------------------- plots and mistakes
+
+
+def test_plot_shows_the_points_of_any_records(monkeypatch, capfd, undisturbed, tmp_path):
+    lesson = tmp_path / "lesson.json"
+    clean, other = json.loads(undisturbed.read_text())["points"][:2]
+    other = {**other, "method": "rmu", "setting": {"alpha": 100.0}}
+    for score in (other["scores"], clean["scores"]):
+        del score["mmlu_tuning"], score["openwebtext"]
+    lesson.write_text(json.dumps({"points": [clean, other], "data": json.loads(undisturbed.read_text())["data"]}))
+    only_loss = tmp_path / "loss.json"
+    only_loss.write_text(json.dumps({"points": [{"method": "none", "scores": {"openwebtext": {}}}], "data": {}}))
+    assert call(monkeypatch, "--plot", undisturbed, lesson, only_loss, "--out", tmp_path / "all.json") == 0
+    said = capfd.readouterr()
+    assert "| rmu | 1 |" in said.out and "loss.json has no scores of both quizzes" in said.err
+    assert {"all_frontier.png", "all_frontier.svg", "all.md"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_labels_of_a_figure_do_not_overlap(undisturbed):
+    points = json.loads(undisturbed.read_text())["points"]
+    points = [{**p, "clean": points[0]} for p in points]
+    figure = pareto.pareto_figure(points, ("WMDP-Bio", "MMLU", "OpenWebText"), "title")
+    figure.canvas.draw()
+    for axes in figure.axes:
+        boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+        legend = figure.legends[0].get_window_extent()
+        assert not legend.overlaps(axes.get_window_extent())
+    plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["--clamp", "3"], ["--clamp 3"]),
+        (["--n-features", "0"], ["--n-features 0"]),
+        (["--n-features", "1", "999999"], ["999999"]),
+        (["--layers", "3", "4"], ["layer_4"]),
+        (["--plot", "no-such.json"], ["no-such.json"]),
+        (["--max-rows", "0"], ["--max-rows"]),
+    ],
+)
+def test_a_mistake_gets_one_line_and_exit_code_2(monkeypatch, capfd, tmp_path, given, said):
+    assert call(monkeypatch, *given, "--out", tmp_path / "r.json") == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and all(word in errors[0] for word in said)
+    assert not list(tmp_path.iterdir())
