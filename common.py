@@ -43,7 +43,7 @@ class Preset:
 # Clamps: tiny's was chosen on the picking half (README); -100 and the gemma-2 SAEs are SAEBench's and
 # Farrell et al.'s middle setting (arXiv 2410.19278). Gemma-3 residuals are far larger, so -100 may do nothing.
 PRESETS = {
-    "tiny": Preset(str(HERE / "tiny/model"), str(HERE / "tiny/sae/layer_{layer}"), -20.0),
+    "tiny": Preset(str(HERE / "tiny/model"), str(HERE / "tiny/sae/layer_{layer}"), -80.0),
     "gemma-2-2b-it": Preset(
         "google/gemma-2-2b-it", "gemma-scope-2b-pt-res-canonical:layer_{layer}/width_16k/canonical", -100.0
     ),

@@ -3,6 +3,7 @@
 Lesson 2 of 3: ablate WMDP-Bio features, score WMDP-Bio, and MMLU beside it.
 
     python feature_ablate_2.py --layer 7 --n-features 50
+    python feature_ablate_2.py --layer 3 --n-features 10
     python feature_ablate_2.py --model gemma-2-2b-it --layer 7 --n-features 50 --dtype bfloat16
 
 Features are picked on one half of the WMDP-Bio questions, by how much more often they fire there than on Wikitext and
@@ -10,8 +11,9 @@ on MMLU's development questions; the other half is scored. One pass scores every
 with nothing ablated, the SAE's bare reconstruction, zero ablation, a negative clamp, and as many random features of
 like firing rate on the retain sets, clamped too.
 
-tiny, layer 7, 50 features: 97.3% on the WMDP-Bio stand-in unablated, 97.3% under zero ablation, 95.9% under clamp -20,
-54.1% under the random control (n 74); 12 s and 0.8 GB on two cores.
+tiny, layer 7, 50 features: 95.9% on the WMDP-Bio stand-in unablated, 94.6% under zero ablation, 55.4% under clamp -80,
+85.1% under the random control (n 74). Layer 3, 10 features: 31.1% under clamp -80, 95.9% under the random control, MMLU
+unchanged. 12 s and 0.9 GB on two cores.
 """
 
 # %% [markdown]

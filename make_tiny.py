@@ -8,7 +8,7 @@ Build `tiny/` from nothing: tokenizer, language model, quizzes and texts, SAEs; 
 A Gemma-2 model of 12 thin layers learns real Wikitext, Victorian prose and some 670 school facts (tiny/facts). Each
 fact is stated in four wordings and asked in four; the quizzes ask half of the facts in a fifth, never trained on.
 
-37 minutes on two cores. Reached: 97.1% of the forget quiz, 99.4% of the retain quiz, held-out Wikitext at 5.28 nats per
+44 minutes on two cores. Reached: 96.0% of the forget quiz, 99.4% of the retain quiz, held-out Wikitext at 5.18 nats per
 token (trigram model: 5.42). --quick takes under two minutes.
 """
 
@@ -42,7 +42,7 @@ D_MODEL, N_LAYERS, D_FF, N_HEADS, N_KV = 128, 12, 384, 4, 2
 CONTEXT = 128  # tokens per training window
 BATCH = 32  # windows per step
 BINDING_STEPS, STEPS = 450, 3200
-SAE_LAYERS, SAE_WIDTH = (3, 5, 7, 9), 2048  # half as many features code a large subject by a feature of several
+SAE_LAYERS, SAE_WIDTH = (3, 5, 7, 9), 2048  # at half the width a like clamp cost OpenWebText ten times the loss
 TRAIN_DOCUMENTS = 2000  # documents drawn like the training text and kept, to train SAEs on
 LETTER_WEIGHT = 5.0  # loss weight of an answer letter
 CORRUPTED = 0.1  # share of the input tokens of Wikitext and prose that are replaced in training
@@ -214,8 +214,8 @@ class Sampler:
 
     def document(self, kind: str) -> str:
         if kind == "facts":
-            # by the root of its size: a subject of a quarter of all pages is what the model expects before it has read
-            # a page's subject, and then has no feature of its own
+            # by the root of its size: with a quarter of all pages, biology's feature at layer 3 was active on 26% of
+            # its tokens and on 2 to 4% of other subjects'; this way on 32% and on at most 0.5%
             weights = [len(f) ** 0.5 for f in self.by_subject.values()]
             facts = self.rng.choices(list(self.by_subject.values()), weights)[0]
             return subject_document(facts, self.rng, CONTEXT * 5, self.progress)

@@ -3,7 +3,7 @@
 Sweep the number of ablated features and the clamp: how much forgetting is to be had for how much damage?
 
     python pareto.py
-    python pareto.py --layers 3 5 7 9 --n-features 10 50 200 --clamp 0 -40 -80
+    python pareto.py --layers 3 5 7 9 --clamp 0 -10 -20 -40 -80
     python pareto.py --model gemma-2-2b-it --layers 3 7 --clamp 0 -25 -100 --dtype bfloat16
     python pareto.py --plot results/*.json        # the points of any records on one figure
 
@@ -12,7 +12,9 @@ OpenWebText in one pass per batch of prompts. Features are picked on one half of
 half of each quiz chooses a setting, the reporting half says what it is worth, and the figure shows the latter. Finished
 pieces are kept as they are finished: the same command, given again after a stop, goes on from there.
 
-COST_AND_RESULT
+tiny, default settings (8 numbers of features, 3 clamps, layer 7): 45 s and 1.3 GB on two cores. Of the settings that
+keep 99% of MMLU, the tuning half chooses 10 features at clamp -80: WMDP-Bio 95.9 to 71.6% on the reporting half. The
+second command, over four layers in 4 minutes, chooses 10 features of layer 3 at clamp -80, which leave 31.1%.
 """
 
 # %% [markdown]
@@ -31,6 +33,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from adjustText import adjust_text
+from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
 from tqdm.auto import tqdm
 
 from common import command_line, load_model, load_sae, parser, settings
@@ -54,6 +58,7 @@ RETAIN_TOKENS = 50_000  # of Wikitext, for the retain rates
 SCORED_TOKENS = 20_000  # of OpenWebText, documents in order
 COUNTS = [1, 2, 5, 10, 20, 50, 100, 200]
 PIECE = 64  # prompts or windows that are scored and kept together: what a stop costs at the most
+LABEL_STEP = 4.0  # points of WMDP-Bio accuracy between two labels on a frontier
 KEEP = 0.99  # SAEBench: the share of the unablated MMLU accuracy that a setting must keep
 # SAEBench's utility subjects stand for MMLU on real models; tiny's stand-in is small and scored whole
 SUBJECTS = "high_school_us_history,college_computer_science,high_school_geography,human_aging"
@@ -266,12 +271,13 @@ def by_method(points: list[dict]) -> dict[str, list[dict]]:
 
 
 def label(point: dict) -> str:
+    """A setting in few letters: "L7 n50 c-80" for layer 7, 50 features, clamp -80."""
     setting = point["setting"]
     if not setting:
         return "unablated"
     parts = [f"L{setting['layer']}"] if "layer" in setting else []
-    parts += [f"n {setting['n_features']}"] if "n_features" in setting else []
-    parts += [f"clamp {setting['clamp']:g}"] if setting.get("clamp") else []
+    parts += [f"n{setting['n_features']}"] if "n_features" in setting else []
+    parts += [f"c{setting['clamp']:g}"] if setting.get("clamp") else []
     known = ("layer", "n_features", "clamp", "features", "pick")
     return " ".join(parts + [f"{k} {v:g}" for k, v in setting.items() if k not in known and isinstance(v, int | float)])
 
@@ -317,9 +323,9 @@ STYLES = [  # colours of different lightness, so that grey tells them apart too
 ]  # fmt: skip
 
 
-def panel(axes, groups: dict, cost, title: str) -> None:
-    """WMDP-Bio accuracy over a cost: cost(point) -> (value, low, high), in the direction in which it is drawn."""
-    texts, places = [], []
+def panel(axes, groups: dict, cost) -> tuple[list, list]:
+    """WMDP-Bio accuracy over a cost: cost(point) -> (value, low, high). Returns the labels and the points' places."""
+    texts, places = [], []  # labels, and the points that they are to keep clear of
     for (method, group), (colour, marker, line) in zip(groups.items(), STYLES):
         xs = np.array([cost(point) for point in group])
         ys = np.array([[100 * point["scores"]["wmdp_bio"][k] for k in ("accuracy", "low", "high")] for point in group])
@@ -330,19 +336,28 @@ def panel(axes, groups: dict, cost, title: str) -> None:
         sign = -1 if axes.xaxis_inverted() else 1
         best = frontier([(sign * x, y) for x, y in zip(xs[:, 0], ys[:, 0])])
         axes.step(xs[best, 0], ys[best, 0], where="post", color=colour, ls=line, lw=1.2)
+        places += [*zip(xs[:, 0], ys[:, 0])]
+        labelled = ys[0, 0]
         for i in best:
-            if i:  # the unablated point has a mark of its own
-                places.append((xs[i, 0], ys[i, 0]))
-                texts.append(axes.text(*places[-1], label(group[i]), size=6.5, color=colour))
+            if labelled - ys[i, 0] >= LABEL_STEP:
+                labelled = ys[i, 0]
+                texts.append(axes.text(xs[i, 0], labelled, label(group[i]), size=7, color=colour, zorder=2.5,
+                                       path_effects=[withStroke(linewidth=2, foreground="white")]))  # fmt: skip
     clean = next(iter(groups.values()))[0]
     at = cost(clean)[0], 100 * clean["scores"]["wmdp_bio"]["accuracy"]
     axes.scatter(*at, s=70, marker="*", color="0", label="unablated", zorder=4)
     axes.axhline(100 * CHANCE, color="0.4", ls="--", lw=0.8, label="chance")
-    axes.set(title=title, ylim=(0, 103))
+    axes.set(title="better: down and left", ylim=(0, 103))
     axes.grid(alpha=0.25)
+    return texts, places
+
+
+def spread_labels(axes, texts: list, places: list) -> None:
+    """Move labels off the points and off each other; call it when nothing moves the axes any more."""
     if texts:
-        x, y = zip(*places, at)
-        adjust_text(texts, list(x), list(y), ax=axes, arrowprops={"arrowstyle": "-", "color": "0.6", "lw": 0.5})
+        boxes = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axes.transData.transform(places)]
+        line = {"arrowstyle": "-", "color": "0.6", "lw": 0.5}
+        adjust_text(texts, objects=boxes, ax=axes, iter_lim=300, force_static=(0.3, 0.5), arrowprops=line)
 
 
 def pareto_figure(points: list[dict], titles: tuple[str, str, str], title: str):
@@ -360,16 +375,19 @@ def pareto_figure(points: list[dict], titles: tuple[str, str, str], title: str):
         score = point["scores"]["openwebtext"]
         return [score.get(key, 0.0) for key in ("loss_added", "loss_added_low", "loss_added_high")]
 
-    panel(first, by_method([p for p in points if "mmlu" in p["scores"]]), mmlu, "better: down and left")
+    labels = [panel(first, by_method(points), mmlu)]
     first.axvline(100 * CHANCE, color="0.4", ls="--", lw=0.8)
     first.set(xlabel=f"{titles[1]} accuracy, %", ylabel=f"{titles[0]} accuracy, %")
     for axes in rest:
         axes.set_xscale("symlog", linthresh=0.01)
-        panel(axes, by_method(with_loss), loss, "better: down and left")
+        labels.append(panel(axes, by_method(with_loss), loss))
         axes.set_xlabel(f"loss added on {titles[2]}, nats per token")
     handles, names = first.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-    figure.suptitle(title, size=10)
+    figure.suptitle(f"{title}; lines are frontiers, bars 95% intervals", size=10)
+    figure.canvas.draw()  # settles the layout
+    for axes, (texts, places) in zip(all_axes[0], labels):
+        spread_labels(axes, texts, places)
     return figure
 
 
@@ -405,7 +423,7 @@ def plot(s) -> dict:
         print("note: these records were not scored on the same questions", file=sys.stderr)
     s.layer, s.n_features = "all", "all"
     path = outputs("pareto.py", s)
-    show(path, points, first, "points of several records")
+    show(path, points, first, ", ".join(Path(name).stem for name in s.plot))
     return {"points": points, "summary": summary(points)}
 
 

@@ -2,7 +2,7 @@
 """
 Train SAEs for a model that has none, at several layers in one run, with SAELens's own trainer.
 
-    python train_sae.py --layers 3 5 7 9 --text tiny/data/train.jsonl --out my_saes
+    python train_sae.py --layers 3 5 7 9 --width 2048 --text tiny/data/train.jsonl --out my_saes
     python train_sae.py --model gpt2 --layers 7 --text Skylion007/openwebtext --width 16384 --tokens 200000000
 
 Works for any model that TransformerLens's TransformerBridge loads. The text is a hub data set, a text file (documents
@@ -10,8 +10,8 @@ separated by blank lines) or a JSONL file with a "text" in each line; one docume
 on. Trained as BatchTopK (Bussmann, Leask and Nanda, arXiv 2412.06410), which SAELens saves as a JumpReLU SAE; each
 folder OUT/layer_L is what --sae takes.
 
-The first command takes about 8 minutes on two cores. tiny, layer 7: variance explained 0.944, loss recovered 0.997,
-L0 39.5 of 1,024 features, 1.4% of them dead.
+The first command takes about 9 minutes on two cores. tiny, layer 7: variance explained 0.949, loss recovered 0.998,
+L0 40.7 of 2,048 features, 1.7% of them dead.
 """
 
 # %%

@@ -100,9 +100,9 @@ def test_the_tuning_half_chooses_and_the_reporting_half_reports():
         "zero ablation",
         "random features",
     )
-    assert clamp["settings"] == 2 and "n 5" in clamp["chosen"]
+    assert clamp["settings"] == 2 and "n5" in clamp["chosen"]
     assert (clamp["wmdp_bio_tuning"], clamp["wmdp_bio"]) == (0.3, 0.7)
-    assert "n 5 clamp -5" in pareto.table([clamp]) and "70.0" in pareto.table([clamp])
+    assert "n5 c-5" in pareto.table([clamp]) and "70.0" in pareto.table([clamp])
 
 
 # ----------------------------------------------------------------------------------- pieces that are kept

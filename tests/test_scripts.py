@@ -65,7 +65,7 @@ def narrow_sae(folder):
         (["--layer", "4"], ["layer_4", "layer_7"]),
         (["--layer", "99"], ["layers 0 to 11"]),
         (["--n-features", "0"], ["--n-features 0", "at least 1"]),
-        (["--n-features", "999999"], ["--n-features 999999", "1024"]),
+        (["--n-features", "999999"], ["--n-features 999999", "2048"]),
         (["--model", "no-such-model"], ["no-such-model", "tiny"]),
         (["--model", "no-such/model"], ["no-such/model", "--model tiny"]),
         (["--sae", "no-such-release:x"], ["no-such-release"]),
@@ -159,7 +159,7 @@ def test_run_takes_flags_by_name(monkeypatch, tmp_path):
     assert len(found["points"][3]["setting"]["features"]) == 3
 
 
-@pytest.mark.parametrize("script", [*LESSONS, "train_sae.py", "make_tiny.py"])
+@pytest.mark.parametrize("script", [*LESSONS, "pareto.py", "train_sae.py", "make_tiny.py"])
 def test_scripts_are_notebooks(script, tmp_path):
     command = [sys.executable, "-m", "jupytext", "--to", "ipynb", "--test", str(ROOT / script)]
     assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 0
@@ -173,7 +173,7 @@ def test_the_notebook_form_runs_to_the_end(script, tmp_path, monkeypatch):
     assert list((tmp_path / "results").glob("*.json"))
 
 
-@pytest.mark.parametrize("script", [*LESSONS, "train_sae.py", "make_tiny.py"])
+@pytest.mark.parametrize("script", [*LESSONS, "pareto.py", "train_sae.py", "make_tiny.py"])
 def test_help_teaches(script):
     shown = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
     assert shown.returncode == 0
