@@ -321,5 +321,5 @@ def command_line(run, p: argparse.ArgumentParser) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        print(f"\nstopped: {stop or 'nothing was written'}", file=sys.stderr)
+        print(f"\nstopped: {str(stop) or 'nothing was written'}", file=sys.stderr)
         sys.exit(130)

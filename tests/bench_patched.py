@@ -8,6 +8,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from common import ablate, load_model, load_sae
 
-ROUNDS = 15
+ROUNDS = 25
 
 
 def smollm_shape(folder: Path):
@@ -48,13 +49,10 @@ def ratio(model, sae, batch: int, length: int) -> None:
     features = list(range(0, 500, 10))
 
     def seconds(patched: bool) -> float:
-        start = time.perf_counter()
-        if patched:
-            with ablate(model, sae, features, -5.0):
-                model(ids, use_cache=False)
-        else:
+        with ablate(model, sae, features, -5.0) if patched else nullcontext():
+            start = time.perf_counter()
             model(ids, use_cache=False)
-        return time.perf_counter() - start
+            return time.perf_counter() - start
 
     seconds(True), seconds(False)
     pairs = [(seconds(True), seconds(False)) for _ in range(ROUNDS)]

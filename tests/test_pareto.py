@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import pareto
-from common import load_model, load_sae
+from common import command_line, load_model, load_sae
 from data import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,7 +155,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_record(undisturbed, tmp_
     assert resumed == whole
 
 
-def test_a_stopped_sweep_says_what_it_kept_and_takes_it_up(monkeypatch, tmp_path):
+def test_a_stopped_sweep_says_what_it_kept_and_takes_it_up(monkeypatch, capfd, tmp_path):
     done, real = [], pareto.score_letters
 
     def stop_at_the_second(*args, **options):
@@ -166,8 +166,10 @@ def test_a_stopped_sweep_says_what_it_kept_and_takes_it_up(monkeypatch, tmp_path
 
     settings = dict(limit=6, n_features=[2], clamp=[0.0], out=str(tmp_path / "sweep.json"))
     monkeypatch.setattr(pareto, "score_letters", stop_at_the_second)
-    with pytest.raises(KeyboardInterrupt, match="1 finished pieces are kept"):
-        pareto.run(**settings)
+    monkeypatch.setattr(sys, "argv", ["pareto.py"])
+    with pytest.raises(SystemExit, match="130"):
+        command_line(lambda **_: pareto.run(**settings), pareto.flags)
+    assert "stopped: 1 finished pieces are kept" in capfd.readouterr().err
     done.clear()
     pareto.run(**{**settings, "batch_size": 4})  # WMDP-Bio is not scored again: MMLU is the first and only call
     assert len(done) == 1
