@@ -70,7 +70,7 @@ SUBJECTS = "high_school_us_history,college_computer_science,high_school_geograph
 flags = parser(__doc__)
 flags.add_argument("--layer", "--layers", type=int, nargs="+", default=[7], help="one or several (default: 7)")
 flags.add_argument("--n-features", type=int, nargs="+", default=COUNTS, help="(default: 1 2 5 10 20 50 100 200)")
-flags.add_argument("--clamp", type=float, nargs="+", help="0 and negative values (default: 0, half the preset's, all)")
+flags.add_argument("--clamp", type=float, nargs="+", help="0 or negative (default: 0, half the preset's, the preset's)")
 flags.add_argument("--subjects", help="MMLU subjects, comma-separated (default: SAEBench's four; tiny: all)")
 flags.add_argument("--plot", nargs="+", metavar="RECORD", help="score nothing: draw the points of these record files")
 
@@ -286,7 +286,10 @@ def summary(points: list[dict]) -> list[dict]:
     """One row per method: area on both halves, the setting chosen on the tuning half and its scores on both."""
     rows = []
     for method, group in by_method(points).items():
+        pairs = [tuple(p["scores"][name]["accuracy"] for name in ("mmlu", "wmdp_bio")) for p in group]
+        best = frontier([(-mmlu, wmdp) for mmlu, wmdp in pairs])
         row = {"method": method, "settings": len(group) - 1, "area": area(group)}
+        row["frontier"] = [{"setting": label(group[i]), "mmlu": pairs[i][0], "wmdp_bio": pairs[i][1]} for i in best]
         if all("mmlu_tuning" in point["scores"] for point in group):
             chosen = best_setting(group)
             row |= {"area_tuning": area(group, "_tuning"), "chosen": label(chosen)}
@@ -298,7 +301,7 @@ def summary(points: list[dict]) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """The summary as a Markdown table, accuracies in per cent."""
+    """The summary as a Markdown table and a list of frontiers, accuracies in per cent."""
     head = ["method", "settings", "area, tuning half", "area, reporting half", f"chosen to keep {KEEP:.0%} of MMLU",
             "WMDP-Bio %, tuning", "reporting", "MMLU %, tuning", "reporting"]  # fmt: skip
 
@@ -310,7 +313,12 @@ def table(rows: list[dict]) -> str:
         accuracies = [cell(row, name + half, 100, 1) for name in ("wmdp_bio", "mmlu") for half in ("_tuning", "")]
         areas = [cell(row, "area_tuning"), cell(row, "area")]
         lines.append([row["method"], str(row["settings"]), *areas, row.get("chosen", ""), *accuracies])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text += "\n\nFrontiers on the reporting half, each setting with its MMLU and WMDP-Bio accuracy in per cent:\n\n"
+    for row in rows:
+        at = [f"{p['setting']} ({100 * p['mmlu']:.1f}, {100 * p['wmdp_bio']:.1f})" for p in row["frontier"]]
+        text += f"- {row['method']}: {'; '.join(at)}\n"
+    return text
 
 
 # %% [markdown]
@@ -416,7 +424,8 @@ def plot(s) -> dict:
             print(f"note: {path} has no scores of both quizzes, and is left out", file=sys.stderr)
             continue
         points, first = points + found, first or sources
-        asked.add(json.dumps([(sources[name]["sha256"], sources[name]["questions"]) for name in ("wmdp_bio", "mmlu")]))
+        of_quizzes = [sources.get(name, {}) for name in ("wmdp_bio", "mmlu")]
+        asked.add(json.dumps([(source.get("sha256"), source.get("questions")) for source in of_quizzes]))
     if not points:
         raise UserError("--plot: none of these records has scores of both quizzes")
     if len(asked) > 1:
@@ -445,8 +454,8 @@ def run(**changes) -> dict:
     s, started = settings(flags, changes), time.time()
     if s.plot:
         return plot(s)
-    s.clamp = s.clamp if isinstance(s.clamp, list) else [0.0, s.clamp / 2, s.clamp]
-    s.layer, s.n_features = sorted(set(s.layer)), sorted(set(s.n_features))
+    clamps = s.clamp if isinstance(s.clamp, list) else [0.0, s.clamp / 2, s.clamp]
+    s.layer, s.n_features, s.clamp = sorted(set(s.layer)), sorted(set(s.n_features)), sorted(set(clamps), reverse=True)
     if bad := [clamp for clamp in s.clamp if clamp > 0]:
         raise UserError(f"--clamp {bad[0]:g}: 0 or negative")
     path = outputs("pareto.py", s)
@@ -469,7 +478,9 @@ def run(**changes) -> dict:
     record["summary"] = summary(with_clean)
     layers = ", ".join(map(str, s.layer))
     show(path, with_clean, sources, f"{s.model}, layer {layers}: {len(points) - 1} settings", record)
-    shutil.rmtree(folder.parent, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    if not any(folder.parent.iterdir()):  # else it holds what another sweep was stopped at
+        folder.parent.rmdir()
     return record
 
 

@@ -103,6 +103,18 @@ def test_the_tuning_half_chooses_and_the_reporting_half_reports():
     assert clamp["settings"] == 2 and "n5" in clamp["chosen"]
     assert (clamp["wmdp_bio_tuning"], clamp["wmdp_bio"]) == (0.3, 0.7)
     assert "n5 c-5" in pareto.table([clamp]) and "70.0" in pareto.table([clamp])
+    assert "- negative clamp: n9 c-5 (90.0, 20.0)\n" in pareto.table([clamp])  # it beats doing nothing, too
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_printed_frontier_is_the_brute_force_one(seed):
+    points = [{**p, "clean": point(0.9, 0.8)} for p in some_points(seed)[1:]]
+    (row,) = pareto.summary(points)
+    pairs = {(0.9, 0.8), *accuracies(points)}
+    best = [a for a in pairs if not any(b != a and b[0] >= a[0] and b[1] <= a[1] for b in pairs)]
+    best.sort(reverse=True)
+    assert [(p["mmlu"], p["wmdp_bio"]) for p in row["frontier"]] == best
+    assert "; ".join(f"c-5 ({100 * a:.1f}, {100 * b:.1f})" for a, b in best) in pareto.table([row])
 
 
 # ----------------------------------------------------------------------------------- pieces that are kept
@@ -137,6 +149,19 @@ def test_a_sweep_writes_record_table_and_figures_and_no_piece(undisturbed):
     assert [p["method"] for p in record["points"]] == ["none"] + ["sae-ablation"] * 4 + ["random-features"] * 4
     assert all(p["scores"]["mmlu"]["n"] == 6 and p["scores"]["mmlu_tuning"]["n"] == 6 for p in record["points"])
     assert not set(record["data"]["mmlu"]["questions"]) & set(record["data"]["mmlu"]["tuning_questions"])
+
+
+def test_the_sweep_scores_what_the_lessons_score(undisturbed, tmp_path):
+    lessons = [runpy.run_path(str(ROOT / f"feature_ablate_{k}.py"))["run"] for k in (2, 3)]
+    quiz, loss = (run(n_features=30, clamp=-60.0, limit=6, out=str(tmp_path / "r.json"))["points"] for run in lessons)
+    swept = json.loads(undisturbed.read_text())["points"]
+    for place, setting in ((3, (30, 0.0)), (4, (30, -60.0))):
+        point = next(p for p in swept[1:5] if (p["setting"]["n_features"], p["setting"]["clamp"]) == setting)
+        assert point["setting"]["features"] == quiz[place]["setting"]["features"]
+        for name in ("wmdp_bio", "mmlu"):
+            assert point["scores"][name]["letters"] == quiz[place]["scores"][name]["letters"]
+        for name, value in loss[place]["scores"]["openwebtext"].items():
+            assert point["scores"]["openwebtext"][name] == pytest.approx(value, abs=1e-5)
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_record(undisturbed, tmp_path):
