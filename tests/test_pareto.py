@@ -77,8 +77,8 @@ def test_area_at_its_ends():
 @pytest.mark.parametrize("seed", range(20))
 def test_choice_is_the_lowest_that_keeps_mmlu(seed):
     draw = random.Random(seed)
-    clean = point(0.9, 0.8)
-    points = [clean] + [point(draw.choice([0.85, 0.89, 0.891, 0.9, 0.95]), draw.choice([0.3, 0.4, 0.5]), number=k)
+    clean, forgets = point(0.9, 0.8), [0.3, 0.4] if seed % 2 else [0.2 + 0.01 * k for k in range(50)]  # ties, or none
+    points = [clean] + [point(draw.choice([0.85, 0.89, 0.891, 0.9, 0.95]), draw.choice(forgets), number=k)
                         for k in range(10)]  # fmt: skip
     allowed = [p for p in points if p["scores"]["mmlu"]["accuracy"] >= 0.891]
     low = min(p["scores"]["wmdp_bio"]["accuracy"] for p in allowed)

@@ -45,6 +45,19 @@ def test_scored_wordings_are_not_all_in_training():
     assert not any(json.dumps(text.lower())[1:-1] in trained for text in unseen)
 
 
+def test_no_fact_of_the_development_questions_is_scored():
+    tables = [json.loads(path.read_text()) for path in sorted((TINY / "facts").glob("*.json"))]
+    relations = [(table["subject"], relation) for table in tables for relation in table["relations"]]
+    fact_of = {
+        (subject, wording.replace("{e}", entity).lower()): (subject, relation["name"], entity)
+        for subject, relation in relations for entity, _ in relation["rows"] for wording in relation["questions"]
+    }  # fmt: skip
+    asked = {name: [json.loads(line) for line in (TINY / f"data/{name}.jsonl").open()] for name in ("mmlu", "mmlu_dev")}
+    facts = {name: {fact_of[row["subject"], row["question"].lower()] for row in rows} for name, rows in asked.items()}
+    assert len(facts["mmlu"]) == len(asked["mmlu"]) >= 350 and len(facts["mmlu_dev"]) == len(asked["mmlu_dev"]) >= 100
+    assert not facts["mmlu"] & facts["mmlu_dev"]
+
+
 @pytest.mark.parametrize("name", ["wmdp_bio", "mmlu"])
 def test_measured_accuracy_is_that_of_the_shipped_model(name):
     measured = json.loads((TINY / "measured.json").read_text())[name]
