@@ -23,6 +23,7 @@ second command, over four layers in 4 minutes, chooses 10 features of layer 3 at
 # %%
 import argparse
 import hashlib
+import itertools
 import json
 import shutil
 import sys
@@ -331,10 +332,11 @@ STYLES = [  # colours of different lightness, so that grey tells them apart too
 ]  # fmt: skip
 
 
-def panel(axes, groups: dict, cost) -> tuple[list, list]:
+def panel(axes, groups: dict, styles: dict, cost) -> tuple[list, list]:
     """WMDP-Bio accuracy over a cost: cost(point) -> (value, low, high). Returns the labels and the points' places."""
     texts, places = [], []  # labels, and the points that they are to keep clear of
-    for (method, group), (colour, marker, line) in zip(groups.items(), STYLES):
+    for method, group in groups.items():
+        colour, marker, line = styles[method]
         xs = np.array([cost(point) for point in group])
         ys = np.array([[100 * point["scores"]["wmdp_bio"][k] for k in ("accuracy", "low", "high")] for point in group])
         spread = [np.abs(x[:, 1:] - x[:, :1]).T for x in (xs, ys)]
@@ -383,12 +385,13 @@ def pareto_figure(points: list[dict], titles: tuple[str, str, str], title: str):
         score = point["scores"]["openwebtext"]
         return [score.get(key, 0.0) for key in ("loss_added", "loss_added_low", "loss_added_high")]
 
-    labels = [panel(first, by_method(points), mmlu)]
+    styles = dict(zip(by_method(points), itertools.cycle(STYLES)))
+    labels = [panel(first, by_method(points), styles, mmlu)]
     first.axvline(100 * CHANCE, color="0.4", ls="--", lw=0.8)
     first.set(xlabel=f"{titles[1]} accuracy, %", ylabel=f"{titles[0]} accuracy, %")
     for axes in rest:
         axes.set_xscale("symlog", linthresh=0.01)
-        labels.append(panel(axes, by_method(with_loss), loss))
+        labels.append(panel(axes, by_method(with_loss), styles, loss))
         axes.set_xlabel(f"loss added on {titles[2]}, nats per token")
     handles, names = first.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False, fontsize=8)

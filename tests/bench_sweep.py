@@ -83,6 +83,12 @@ def one_by_one(model, sae, prompts, letters, ablations) -> torch.Tensor:
     return torch.cat([score_letters(model, sae, prompts, letters, [ablation]) for ablation in ablations])
 
 
+def difference(a: torch.Tensor, b: torch.Tensor) -> str:
+    """Of log-probabilities (n_ablations, n_prompts, 4)."""
+    letters, logs = (a.argmax(-1) != b.argmax(-1)).sum(), (a - b).abs().max()
+    return f"{letters} letters differ, probabilities by {(a.exp() - b.exp()).abs().max():.1e}, their logs by {logs:.1e}"
+
+
 def rerun(model, sae, prompts, ablations) -> str:
     """How much there is to run again: edited copies, and their tokens from the first edited one on."""
     run, copies, tokens, whole = OnePass(model, sae, ablations), 0, 0, 0
@@ -124,8 +130,8 @@ def bench(model, sae, folder: str, clamp: float, n_prompts: int) -> None:
               f"{rerun(model, sae, prompts, settings)}")  # fmt: skip
         print(f"    24 settings one after another {each:7.2f} s = {each / sweep:5.2f} times the sweep")
         print(f"    through the attached SAE      {theirs_time:7.2f} s = {theirs_time / sweep:5.2f} times the sweep")
-        print(f"    largest difference in log-probability: {(ours - single).abs().max():.1e} from one after another, "
-              f"{(ours - theirs).abs().max():.1e} from the attached SAE")  # fmt: skip
+        for way, other in (("one after another", single), ("the attached SAE", theirs)):
+            print(f"    against {way}: {difference(ours, other)}")
 
 
 if __name__ == "__main__":

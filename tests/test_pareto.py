@@ -295,6 +295,19 @@ def test_labels_of_a_figure_do_not_overlap(undisturbed):
     plt.close(figure)
 
 
+def test_a_method_looks_the_same_in_both_panels_and_none_is_left_out(undisturbed):
+    clean, other = json.loads(undisturbed.read_text())["points"][:2]
+    points = [{**other, "method": f"method {k}", "clean": clean} for k in range(12)]
+    points[0] = {**points[0], "scores": {name: points[0]["scores"][name] for name in ("wmdp_bio", "mmlu")}}
+    figure = pareto.pareto_figure(points, ("WMDP-Bio", "MMLU", "OpenWebText"), "title")
+    first, second = (dict(zip(*axes.get_legend_handles_labels()[::-1])) for axes in figure.axes)
+    assert {f"method {k}" for k in range(12)} <= set(first) and "method 0" not in second
+    for k in range(1, 12):
+        one, other = first[f"method {k}"], second[f"method {k}"]
+        assert one.get_facecolor().tolist() == other.get_facecolor().tolist()
+    plt.close(figure)
+
+
 @pytest.mark.parametrize(
     "given, said",
     [
