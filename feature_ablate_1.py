@@ -72,7 +72,7 @@ def run(**changes) -> dict:
     forget = firing_rates(lm, sae, forget_windows, s.batch_size, "forget rates")
     retain = largest([firing_rates(lm, sae, part, s.batch_size, "retain rates") for part in retain_windows])
     features = pick_features(forget, retain, s.n_features, s.pick)
-    control = matched_random(retain, features, s.seed)
+    control = matched_random(forget, retain, features, s.seed)
     print_features(features, forget, retain, top_tokens(lm, sae, features, forget_windows), sae)
 
     rows = standard_rows(features, control, s.clamp)

@@ -42,7 +42,7 @@ D_MODEL, N_LAYERS, D_FF, N_HEADS, N_KV = 128, 12, 384, 4, 2
 CONTEXT = 128  # tokens per training window
 BATCH = 32  # windows per step
 BINDING_STEPS, STEPS = 450, 3200
-SAE_LAYERS, SAE_WIDTH = (3, 5, 7, 9), 2048  # at half the width a like clamp cost OpenWebText ten times the loss
+SAE_LAYERS, SAE_WIDTH = (3, 5, 7, 9), 2048  # at half the width a like clamp cost OpenWebText 3 to 11 times the loss
 TRAIN_DOCUMENTS = 2000  # documents drawn like the training text and kept, to train SAEs on
 LETTER_WEIGHT = 5.0  # loss weight of an answer letter
 CORRUPTED = 0.1  # share of the input tokens of Wikitext and prose that are replaced in training
@@ -214,8 +214,7 @@ class Sampler:
 
     def document(self, kind: str) -> str:
         if kind == "facts":
-            # by the root of its size: with a quarter of all pages, biology's feature at layer 3 was active on 26% of
-            # its tokens and on 2 to 4% of other subjects'; this way on 32% and on at most 0.5%
+            # by the root of its size, so that the forget domain, a quarter of all facts, is not a quarter of all pages
             weights = [len(f) ** 0.5 for f in self.by_subject.values()]
             facts = self.rng.choices(list(self.by_subject.values()), weights)[0]
             return subject_document(facts, self.rng, CONTEXT * 5, self.progress)

@@ -148,7 +148,7 @@ def sweep_layer(lm, sae, layer: int, folder: Path, texts: dict, s) -> tuple[list
     forget = firing_rates(lm, sae, forget_windows, s.batch_size, "forget rates")
     retain = largest([firing_rates(lm, sae, part, s.batch_size, "retain rates") for part in retain_windows])
     features = pick_features(forget, retain, max(s.n_features), s.pick)
-    rows = ablations(features, matched_random(retain, features, s.seed), s)
+    rows = ablations(features, matched_random(forget, retain, features, s.seed), s)
 
     scores = [{} for _ in rows]
     for name, (questions, parts) in texts["quizzes"].items():

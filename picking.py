@@ -94,17 +94,17 @@ def pick_features(forget: Rates, retain: Rates, n: int, rule: str = "ratio", tau
     return order[:n].tolist()
 
 
-def matched_random(rates: Rates, features: list[int], seed: int, nearest: int = 10) -> list[int]:
-    """As many other features, each drawn from the `nearest` unused ones in firing rate to one of `features`, and from
+def matched_random(forget: Rates, retain: Rates, features: list[int], seed: int, nearest: int = 10) -> list[int]:
+    """As many other features, each drawn from the `nearest` unused ones in retain rate to one of `features`, and from
     all that are as near as the last of these: many features never fire on a retain set.
 
-    Raises UserError if the SAE has too few.
+    A feature that fires on neither set is no control: ablating it does nothing. Raises UserError if too few are left.
     """
-    if 2 * len(features) > len(rates.rate):
-        raise UserError(f"--n-features {len(features)}: too few other features for a control of as many")
-    rng, rate, control = random.Random(seed), rates.rate, []
-    unused = torch.ones(len(rate), dtype=torch.bool)
+    rng, rate, control = random.Random(seed), retain.rate, []
+    unused = (forget.fires + retain.fires) > 0
     unused[features] = False
+    if len(features) > int(unused.sum()):
+        raise UserError(f"--n-features {len(features)}: too few other features for a control of as many")
     for feature in features:
         distance = torch.where(unused, (rate - rate[feature]).abs(), torch.inf)
         reach = distance.kthvalue(min(nearest, int(unused.sum()))).values

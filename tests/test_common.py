@@ -548,9 +548,10 @@ def test_unknown_rule_is_refused():
 def test_matched_random():
     values = rates([3 * (i % 50) for i in range(200)], 1000)
     picked = [5, 40, 120, 7]
-    control = matched_random(values, picked, seed=0)
-    assert control == matched_random(values, picked, seed=0)
-    assert control != matched_random(values, picked, seed=1)
+    some = rates([1] * 200, 1000)
+    control = matched_random(some, values, picked, seed=0)
+    assert control == matched_random(some, values, picked, seed=0)
+    assert control != matched_random(some, values, picked, seed=1)
     assert len(set(control)) == len(picked) and not set(control) & set(picked)
     # each rate occurs four times, so ten unused neighbours lie within three steps
     assert all(abs(values.fires[a] - values.fires[b]) <= 9 for a, b in zip(picked, control))
@@ -558,10 +559,15 @@ def test_matched_random():
 
 def test_matched_random_draws_from_all_that_are_equally_near():
     values = rates([0] * 100 + [500] * 100, 1000)
-    drawn = {matched_random(values, [3], seed)[0] for seed in range(200)}
+    drawn = {matched_random(rates([1] * 200, 1000), values, [3], seed)[0] for seed in range(200)}
     assert len(drawn) > 60 and max(drawn) < 100
     with pytest.raises(UserError, match="too few"):
-        matched_random(values, list(range(101)), 0)
+        matched_random(values, values, list(range(101)), 0)
+
+
+def test_a_feature_that_never_fires_is_no_control():
+    forget, retain = rates([0] * 50 + [1] * 50, 1000), rates([0] * 100, 1000)
+    assert all(min(matched_random(forget, retain, [60, 70], seed)) >= 50 for seed in range(50))
 
 
 # ------------------------------------------------------------------------------------------ sanity gate
