@@ -27,6 +27,8 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from data import HERE, UserError, first_line, special_ids
+from processes import LostProcess, one_voice
+from processes import device as own_device
 
 disable_progress_bar()  # "Loading weights" would come before the first line of ours
 
@@ -67,7 +69,7 @@ def load_model(name: str, device: str | None = None, dtype: str = "float32") -> 
     path = PRESETS[name].model if name in PRESETS else name
     if not Path(path).is_dir() and "/" not in path and name not in PRESETS:
         raise UserError(f"no model {name!r}: give a preset ({', '.join(PRESETS)}), a hub id ORG/NAME or a folder")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device() or device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         # where a processor of images fails to load, TransformerLens would pip install torchvision and a new torch
         with patch("subprocess.check_call", side_effect=OSError("no installing from here")):
@@ -200,22 +202,44 @@ class Latents:
 
 
 @contextmanager
-def watch_tokens(model: TransformerBridge):
+def watch_tokens(module: torch.nn.Module, tokenizer):
     """Yields a dict whose "ordinary" is the (batch, pos) mask of non-special tokens of the running forward pass.
 
-    A hook on the residual stream does not see tokens, and special tokens may stand anywhere, not only first.
+    module: the Hugging Face model. A hook on the residual stream does not see tokens, and special tokens may stand
+    anywhere, not only first.
     """
-    special = torch.tensor(special_ids(model.tokenizer))
+    special = torch.tensor(special_ids(tokenizer))
     seen = {}
 
     def remember(module, args):
         seen["ordinary"] = ~torch.isin(args[0], special.to(args[0].device))
 
-    handle = model.original_model.get_input_embeddings().register_forward_pre_hook(remember)
+    handle = module.get_input_embeddings().register_forward_pre_hook(remember)
     try:
         yield seen
     finally:
         handle.remove()
+
+
+def checked(sae: SAE, features: list[int], clamp: float) -> Latents:
+    """The features' latents. Raises ValueError for features the SAE lacks, one named twice, and a positive clamp."""
+    if clamp > 0:
+        raise ValueError(f"clamp must be 0 (zero ablation) or negative, not {clamp}")
+    if len(set(features)) != len(features):
+        raise ValueError("a feature is named twice")
+    if len(features) and not 0 <= min(features) <= max(features) < sae.cfg.d_sae:
+        raise ValueError(f"feature ids must lie in 0..{sae.cfg.d_sae - 1}")
+    return Latents(sae, features)
+
+
+def edited(h: torch.Tensor, latents: Latents, clamp: float, ordinary: torch.Tensor) -> torch.Tensor | None:
+    """h (batch, pos, d_model) with the latents set to `clamp` where they are active on tokens of `ordinary`
+    (batch, pos), in h's dtype; None where that changes nothing."""
+    acts, scale = latents.encode(h)
+    change = torch.where(acts > 0, clamp - acts, 0) * ordinary[..., None]
+    if not change.any():
+        return None
+    return (h + (change @ latents.W_dec * scale)).to(h.dtype)  # added in fp32, rounded once
 
 
 @contextmanager
@@ -223,27 +247,16 @@ def ablate(model: TransformerBridge, sae: SAE, features: list[int], clamp: float
     """Within this context the model runs with `features` ablated: clamp 0 zeroes them, a negative clamp overshoots.
 
     Only tokens on which a feature is active are edited, special tokens never. With no features the output is
-    the model's own to the last bit. Raises ValueError for features the SAE lacks or a positive clamp, and
-    RuntimeError if the hook never fired.
+    the model's own to the last bit. Raises ValueError as `checked` does, and RuntimeError if the hook never fired.
     """
-    if clamp > 0:
-        raise ValueError(f"clamp must be 0 (zero ablation) or negative, not {clamp}")
-    if len(set(features)) != len(features):
-        raise ValueError("a feature is named twice")
-    if len(features) and not 0 <= min(features) <= max(features) < sae.cfg.d_sae:
-        raise ValueError(f"feature ids must lie in 0..{sae.cfg.d_sae - 1}")
-    latents, fired = Latents(sae, features), 0
+    latents, fired = checked(sae, features, clamp), 0
 
     def edit(h, hook):  # (batch, pos, d_model)
         nonlocal fired
         fired += 1
-        acts, scale = latents.encode(h)
-        change = torch.where(acts > 0, clamp - acts, 0) * seen["ordinary"][..., None]
-        if not change.any():
-            return None
-        return (h + (change @ latents.W_dec * scale)).to(h.dtype)  # added in fp32, rounded once
+        return edited(h, latents, clamp, seen["ordinary"])
 
-    with watch_tokens(model) as seen, model.hooks(fwd_hooks=[(sae.hook_point, edit)]):
+    with watch_tokens(model.original_model, model.tokenizer) as seen, model.hooks(fwd_hooks=[(sae.hook_point, edit)]):
         yield
     if not fired:
         raise RuntimeError(f"the hook at {sae.hook_point} never fired: nothing was ablated")
@@ -295,7 +308,7 @@ def settings(p: argparse.ArgumentParser, flags: dict) -> argparse.Namespace:
     for n in s.n_features if isinstance(s.n_features, list) else [s.n_features]:
         if n < 1:
             raise UserError(f"--n-features {n}: at least 1")
-    if s.batch_size < 1 or s.max_rows < 1 or (s.limit is not None and s.limit < 1):
+    if any(isinstance(number, int) and number < 1 for number in (s.batch_size, s.max_rows, s.limit)):
         raise UserError("--batch-size, --max-rows and --limit must be at least 1")
     if s.clamp is None:
         s.clamp = PRESETS[s.model].clamp if s.model in PRESETS else -100.0
@@ -305,7 +318,7 @@ def settings(p: argparse.ArgumentParser, flags: dict) -> argparse.Namespace:
 
 
 def command_line(run, p: argparse.ArgumentParser) -> None:
-    """Call run(**flags); a user's mistake ends in one line and exit code 2, Ctrl-C in 130.
+    """Call run(**flags); a user's mistake ends in one line and exit code 2, Ctrl-C in 130, a lost process in 1.
 
     In a notebook sys.argv is the kernel's, and the defaults are taken.
     """
@@ -314,12 +327,16 @@ def command_line(run, p: argparse.ArgumentParser) -> None:
         raise UserError(f"{message} (see --help)")
 
     p.error = mistake
-    try:
-        flags = p.parse_args([] if "kernel_launcher" in sys.argv[0] else None)
-        run(**vars(flags))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as stop:
-        print(f"\nstopped: {str(stop) or 'nothing was written'}", file=sys.stderr)
-        sys.exit(130)
+    with one_voice() as say:
+        try:
+            flags = p.parse_args([] if "kernel_launcher" in sys.argv[0] else None)
+            run(**vars(flags))
+        except UserError as error:
+            say(f"error: {error}")
+            sys.exit(2)
+        except LostProcess as error:
+            say(f"error: {error}")
+            sys.exit(1)
+        except KeyboardInterrupt as stop:
+            print(f"\nstopped: {str(stop) or 'nothing was written'}", file=sys.stderr)
+            sys.exit(130)

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+import processes
+
 HERE = Path(__file__).resolve().parent
 LETTERS = "ABCD"
 
@@ -115,7 +117,7 @@ def from_hub(name: str) -> tuple[list[dict], str]:
 
 
 def digest(rows: list[dict]) -> str:
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def halves(questions: list[dict], seed: int, pick_on: str = "half") -> tuple[list[int], list[int]]:
@@ -231,11 +233,16 @@ def token_windows(tokenizer, texts: list[str], context: int = 128, max_tokens: i
     return windows, sources
 
 
-def batches(rows: list[list[int]], batch_size: int, tokenizer, device, desc: str | None = None):
-    """Yield (indices, (batch, pos) ids) over rows sorted by length, right-padded with a special token."""
+def batches(rows: list[list[int]], batch_size: int, tokenizer, device, desc: str | None = None, shared: bool = True):
+    """Yield (indices, (batch, pos) ids) over rows sorted by length, right-padded with a special token.
+
+    shared: of several processes each gets its share of the batches, the same ones that a single process would run.
+    """
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # longest first: running out of memory shows at once
-    for start in tqdm(range(0, len(order), batch_size), desc=desc, unit="batch", disable=desc is None, leave=False):
+    starts = range(0, len(order), batch_size)
+    starts = processes.own(starts) if shared else starts
+    for start in tqdm(starts, desc=desc, unit="batch", disable=desc is None, leave=False):
         picked = order[start : start + batch_size]
         width = len(rows[picked[0]])
         yield picked, torch.tensor([rows[i] + [pad] * (width - len(rows[i])) for i in picked], device=device)

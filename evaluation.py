@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from common import Latents, reconstruct, watch_tokens
 from data import LETTERS, UserError, batches, encode_prompts, prompt, sample
+from processes import total as over_processes
 
 CHANCE = 0.25
 PERMUTATIONS = list(itertools.permutations(range(4)))  # the first is the order of the source
@@ -90,7 +91,10 @@ class OnePass:
                 handles.append(block.register_forward_pre_hook(keep_inputs, with_kwargs=True))
             handles.append(self.model.unembed.register_forward_pre_hook(keep_result))
             hooks = [(self.sae.hook_point, keep_residual)]
-            with watch_tokens(self.model) as seen, self.model.hooks(fwd_hooks=hooks):
+            with (
+                watch_tokens(self.model.original_model, self.model.tokenizer) as seen,
+                self.model.hooks(fwd_hooks=hooks),
+            ):
                 logits = self.model(ids, past_key_values=self.cache, use_cache=True)
         finally:
             for handle in handles:
@@ -202,7 +206,7 @@ def score_letters(model, sae, prompts, letters, ablations, batch_size=16, desc=N
 
     prompts: lists of ids; letters: the four letters' ids. Only the last position meets the unembedding.
     """
-    out = torch.empty(len(ablations), len(prompts), 4)
+    out = torch.zeros(len(ablations), len(prompts), 4)  # what other processes score stays 0 here
     last = torch.tensor([len(row) - 1 for row in prompts])
     run = OnePass(model, sae, ablations, max_rows)
     for picked, ids in batches(prompts, batch_size, model.tokenizer, model.cfg.device, desc):
@@ -213,7 +217,7 @@ def score_letters(model, sae, prompts, letters, ablations, batch_size=16, desc=N
             logits = run.head(h[torch.arange(len(h), device=h.device), end][:, None])[:, 0]
             scores[rows] = logits.log_softmax(-1)[:, letters].cpu()
         out[:, picked] = scores[run.rows]
-    return out
+    return over_processes(out)
 
 
 @torch.inference_mode()
@@ -224,8 +228,8 @@ def score_loss(
 
     Special tokens are no targets. `chunk`: how many logits are held at a time.
     """
-    nats = torch.empty(len(ablations), len(windows), dtype=torch.float64)
-    targets = torch.empty(len(windows), dtype=torch.long)
+    nats = torch.zeros(len(ablations), len(windows), dtype=torch.float64)
+    targets = torch.zeros(len(windows), dtype=torch.long)
     run = OnePass(model, sae, ablations, max_rows)
     for picked, ids in batches(windows, batch_size, model.tokenizer, model.cfg.device, desc):
         clean = run(ids)
@@ -239,7 +243,7 @@ def score_loss(
             sums[rows] = of_clean[source.cpu(), :start].sum(1) + new.sum(1)
         nats[:, picked] = sums[run.rows]
         targets[picked] = real.sum(1).cpu()
-    return nats, targets
+    return over_processes(nats), over_processes(targets)
 
 
 def token_losses(run: OnePass, h: torch.Tensor, ids: torch.Tensor, real: torch.Tensor, chunk: int) -> torch.Tensor:
@@ -283,13 +287,15 @@ def bootstrap(statistic, *samples, seed: int = 0) -> tuple[float, float]:
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def accuracy_score(right: np.ndarray, letters: str, clean: np.ndarray | None = None, seed: int = 0) -> dict:
+def accuracy_score(
+    right: np.ndarray, letters: str, clean: np.ndarray | None = None, seed: int = 0, chance: float = CHANCE
+) -> dict:
     """Accuracy with Wilson 95% interval; against `clean` (the unablated model's right answers, same questions) the
     paired change with bootstrap interval and the exact McNemar p value. right: (n,) bool."""
     n = len(right)
     interval = stats.binomtest(int(right.sum()), n).proportion_ci(method="wilson")
     score = {"accuracy": right.mean().item(), "low": float(interval.low), "high": float(interval.high), "n": n,
-             "chance": CHANCE, "letters": letters}  # fmt: skip
+             "chance": chance, "letters": letters}  # fmt: skip
     if clean is not None:
         change = right.astype(float) - clean
         lost, won = int((change < 0).sum()), int((change > 0).sum())

@@ -38,6 +38,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 from tqdm.auto import tqdm
 
+import processes
 from common import command_line, load_model, load_sae, parser, settings
 from data import (
     UserError,
@@ -101,14 +102,19 @@ def piecewise(folder: Path, name: str, items: list[list[int]], score, title: str
     Raises UserError for a piece that is not what was written.
     """
     order = sorted(range(len(items)), key=lambda i: -len(items[i]))  # items of like length share a batch
-    columns = []
-    for number, at in enumerate(tqdm(range(0, len(order), PIECE), desc=title, unit="piece", leave=False)):
-        path = folder / f"{name}_{number:04}.json"
-        if not path.exists():
-            values = score([items[i] for i in order[at : at + PIECE]]).tolist()
+    pieces = [order[at : at + PIECE] for at in range(0, len(order), PIECE)]
+    paths = [folder / f"{name}_{number:04}.json" for number in range(len(pieces))]
+    columns = processes.from_first([read_piece(path) if path.exists() else None for path in paths])
+    missing = [number for number, column in enumerate(columns) if column is None]
+    # as many pieces at once as there are processes, so that each has a piece's worth of batches to run
+    for at in tqdm(range(0, len(missing), processes.count()), desc=title, unit="piece", leave=False):
+        some = missing[at : at + processes.count()]
+        values = score([items[i] for number in some for i in pieces[number]])
+        for number, part in zip(some, values.split([len(pieces[number]) for number in some], dim=1)):
+            columns[number] = part.numpy()
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, lambda file, values=values: file.write_text(json.dumps(sealed(values))))
-        columns.append(read_piece(path))
+            sealed_part = json.dumps(sealed(part.tolist()))
+            write_whole(paths[number], lambda file, text=sealed_part: file.write_text(text))
     table = np.concatenate(columns, axis=1)
     table[:, order] = table.copy()
     return table
@@ -472,18 +478,20 @@ def run(**changes) -> dict:
             found, checked = sweep_layer(lm, sae, layer, folder, texts, s)
             points += found[1 if points else 0 :]  # the unablated model is the same at every layer
             sanity.append(checked)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, processes.LostProcess) as stop:
         kept = len(list(folder.glob("*.json")))
-        raise KeyboardInterrupt(f"{kept} finished pieces are kept; the same command goes on from there") from None
+        why = f"{stop}: " if str(stop) else ""
+        raise type(stop)(f"{why}{kept} finished pieces are kept; the same command goes on from there") from None
     record = make_record("pareto.py", s, saes[0], sources, sanity, points, time.time() - started)
     record |= {"sae": [sae.source for sae in saes], "hook_point": [sae.hook_point for sae in saes]}
     with_clean = [{**point, "clean": points[0]} for point in points]
     record["summary"] = summary(with_clean)
     layers = ", ".join(map(str, s.layer))
     show(path, with_clean, sources, f"{s.model}, layer {layers}: {len(points) - 1} settings", record)
-    shutil.rmtree(folder, ignore_errors=True)
-    if not any(folder.parent.iterdir()):  # else it holds what another sweep was stopped at
-        folder.parent.rmdir()
+    if processes.is_first():
+        shutil.rmtree(folder, ignore_errors=True)
+        if not any(folder.parent.iterdir()):  # else it holds what another sweep was stopped at
+            folder.parent.rmdir()
     return record
 
 

@@ -12,6 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from common import Latents, reconstruct, watch_tokens
 from data import UserError, batches
+from processes import total as over_processes
 
 
 @dataclass
@@ -28,11 +29,16 @@ class Rates:
 
 
 @torch.inference_mode()
-def residuals(model: TransformerBridge, sae: SAE, windows: list[list[int]], batch_size: int, desc: str | None):
-    """Yield, batch by batch, the ordinary tokens' residual stream (n, d_model) at the hook point and their ids (n,)."""
+def residuals(
+    model: TransformerBridge, sae: SAE, windows: list, batch_size: int, desc: str | None, shared: bool = True
+):
+    """Yield, batch by batch, the ordinary tokens' residual stream (n, d_model) at the hook point and their ids (n,).
+
+    shared: as in data.batches.
+    """
     layer = int(sae.hook_point.split(".")[1])
-    with watch_tokens(model) as seen:
-        for _, ids in batches(windows, batch_size, model.tokenizer, model.cfg.device, desc):
+    with watch_tokens(model.original_model, model.tokenizer) as seen:
+        for _, ids in batches(windows, batch_size, model.tokenizer, model.cfg.device, desc, shared):
             h = model(ids, stop_at_layer=layer + 1, use_cache=False)
             yield h[seen["ordinary"]], ids[seen["ordinary"]]
 
@@ -41,14 +47,15 @@ def residuals(model: TransformerBridge, sae: SAE, windows: list[list[int]], batc
 def firing_rates(model, sae, windows, batch_size: int = 16, desc: str | None = None) -> Rates:
     """Count over `windows` (lists of ids) where each feature is active, special tokens left out by id."""
     fires = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.W_dec.device)
-    total, n = torch.zeros_like(fires, dtype=torch.float64), 0
+    total, n = torch.zeros_like(fires, dtype=torch.float64), torch.tensor(0)
     everything = Latents(sae, range(sae.cfg.d_sae))
     for h, _ in residuals(model, sae, windows, batch_size, desc):
         acts, _ = everything.encode(h)
         fires += (acts > 0).sum(0)
         total += acts.sum(0, dtype=torch.float64)
         n += len(h)
-    return Rates(fires.cpu(), total.cpu(), n)
+    fires, total, n = map(over_processes, (fires, total, n))
+    return Rates(fires.cpu(), total.cpu(), int(n))
 
 
 def largest(rates: list[Rates]) -> Rates:
@@ -121,7 +128,7 @@ def sanity_gate(model, sae, windows: list[list[int]], insist: bool = True, max_t
     scaling or layer gives numbers too, only not of this SAE.
     """
     h, n = [], 0
-    for chunk, _ in residuals(model, sae, windows, 16, None):
+    for chunk, _ in residuals(model, sae, windows, 16, None, shared=False):
         h.append(chunk.float())
         n += len(chunk)
         if n >= max_tokens:

@@ -14,8 +14,9 @@ import torch
 
 from common import Latents
 from data import UserError
-from evaluation import CHANCE, Ablation
+from evaluation import Ablation
 from picking import Rates, activation_ratio, residuals
+from processes import is_first, total
 
 
 def outputs(script: str, s) -> Path:
@@ -33,7 +34,12 @@ def outputs(script: str, s) -> Path:
 
 
 def write_whole(path: Path, write) -> None:
-    """Call write(temporary path), then move it to `path`: a stopped run leaves nothing half-written."""
+    """Call write(temporary path), then move it to `path`: a stopped run leaves nothing half-written.
+
+    Of several processes the first one writes.
+    """
+    if not is_first():
+        return
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         write(temporary)
@@ -83,7 +89,7 @@ NAMES = {"wmdp_bio": "WMDP-Bio", "mmlu": "MMLU", "wikitext": "Wikitext", "openwe
 
 def title_of(name: str, sources: dict) -> str:
     """A data set's name, with what it really is where a stand-in was scored."""
-    return NAMES[name] + (" stand-in" if sources[name]["stand_in"] else "")
+    return NAMES.get(name, name) + (" stand-in" if sources[name]["stand_in"] else "")
 
 
 def label(ablation: Ablation) -> str:
@@ -113,7 +119,7 @@ def change_cell(score: dict) -> str:
 
 def print_quiz(title: str, ablations: list[Ablation], scores: list[dict]) -> None:
     """One line per ablation: accuracy with 95% interval, paired change against the first line."""
-    print(f"\n{title}: n {scores[0]['n']}, chance {100 * CHANCE:.0f}%\n")
+    print(f"\n{title}: n {scores[0]['n']}, chance {100 * scores[0]['chance']:.0f}%\n")
     print(f"  {'':34}{'accuracy, %':<22}change, points")
     for ablation, score in zip(ablations, scores):
         print(f"  {label(ablation):34}{accuracy_cell(score):22}{change_cell(score)}")
@@ -148,7 +154,7 @@ def top_tokens(model, sae, features: list[int], windows: list[list[int]], k: int
     strength = torch.zeros(model.cfg.d_vocab, len(features))
     for h, ids in residuals(model, sae, windows, 16, None):
         strength.index_add_(0, ids.cpu(), latents.encode(h)[0].cpu().float())
-    best = strength.topk(k, dim=0)
+    best = total(strength).topk(k, dim=0)
     return [
         [model.tokenizer.decode(i) for i, s in zip(ids.tolist(), sums.tolist()) if s > 0]
         for ids, sums in zip(best.indices.T, best.values.T)
@@ -210,10 +216,9 @@ def quiz_figure(panels: dict[str, list[dict]], ablations: list[Ablation], title:
     for axes, (name, scores) in zip(all_axes[0], panels.items()):
         columns = [[100 * score[key] for score in scores] for key in ("accuracy", "low", "high")]
         interval_rows(axes, [label(a) for a in ablations], *columns, [COLOURS[a.method] for a in ablations])
-        axes.axvline(100 * CHANCE, color="0.4", ls="--", lw=1)
-        axes.annotate(
-            "chance", (100 * CHANCE, len(ablations) - 0.55), xytext=(3, 0), textcoords="offset points", size=8
-        )
+        chance = 100 * scores[0]["chance"]
+        axes.axvline(chance, color="0.4", ls="--", lw=1)
+        axes.annotate("chance", (chance, len(ablations) - 0.55), xytext=(3, 0), textcoords="offset points", size=8)
         axes.set(title=f"{name} (n {scores[0]['n']})", xlabel="accuracy, %", xlim=(0, 103))
     figure.suptitle(title, size=10)
     return figure

@@ -77,7 +77,7 @@ def activations(model, windows: list[list[int]], layers: list[int], batch_size: 
         order = rng.sample(windows, len(windows))
         for start in range(0, len(order), batch_size):
             some = order[start : start + batch_size]
-            with watch_tokens(model) as seen, model.hooks(fwd_hooks=hooks):
+            with watch_tokens(model.original_model, model.tokenizer) as seen, model.hooks(fwd_hooks=hooks):
                 _, ids = next(batches(some, batch_size, model.tokenizer, model.cfg.device))
                 model(ids, stop_at_layer=max(layers) + 1, use_cache=False)
             yield {name: h[seen["ordinary"]].float() for name, h in kept.items()}
@@ -120,7 +120,10 @@ def mean_loss(model, windows, batch_size: int, hook: str | None = None, replace=
         return torch.where(seen["ordinary"][..., None], replace(h).to(h.dtype), h)
 
     total, n = 0.0, 0
-    with watch_tokens(model) as seen, model.hooks(fwd_hooks=[(hook, edit)] if hook else []):
+    with (
+        watch_tokens(model.original_model, model.tokenizer) as seen,
+        model.hooks(fwd_hooks=[(hook, edit)] if hook else []),
+    ):
         for _, ids in batches(windows, batch_size, model.tokenizer, model.cfg.device):
             logits = model(ids, use_cache=False)[:, :-1].float()
             real = seen["ordinary"][:, 1:]

@@ -201,7 +201,7 @@ def test_special_ids_know_the_added_marker(gemma):
 
 def test_mask_follows_each_forward_pass(gemma):
     ids = some_ids(gemma)
-    with common.watch_tokens(gemma) as seen:
+    with common.watch_tokens(gemma.original_model, gemma.tokenizer) as seen:
         for part in (ids, ids[:2, :7]):
             gemma(part)
             assert torch.equal(seen["ordinary"], ordinary(gemma, part))

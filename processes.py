@@ -1,0 +1,109 @@
+"""
+One run on one process or, under `accelerate launch`, on several: who scores which batch, sums over all, one voice.
+
+Every process loads the model and scores every n-th batch; sums over processes give each of them the whole result, from
+which all compute the same statistics; only the first process prints and writes.
+"""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from contextlib import contextmanager
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, reduce
+
+PATIENCE = 10  # seconds that the other processes leave to the first to report a mistake that all of them met
+
+
+class LostProcess(Exception):
+    """Another process of this run is gone, and with it what it scored."""
+
+
+def state() -> PartialState:
+    """accelerate's own record of the processes; the first call connects them."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
+def is_first() -> bool:
+    return state().is_main_process
+
+
+def count() -> int:
+    return state().num_processes
+
+
+def own(items: range) -> range:
+    """The items that this process works on: every n-th one, so that all processes have as much to do."""
+    return items[state().process_index :: count()]
+
+
+def device() -> str | None:
+    """The device that accelerate gives this process; None where it is the only one."""
+    found = state().device
+    return None if count() == 1 else "cpu" if found.type == "cpu" else str(found)
+
+
+@contextmanager
+def together():
+    """Around what all processes do at once: a peer's end comes out as LostProcess."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostProcess("another process of this run ended before its part was done") from error
+
+
+def total(part: torch.Tensor) -> torch.Tensor:
+    """Elementwise sum of all processes' tensors; exact where one process has the entry and the others 0."""
+    if count() == 1:
+        return part
+    with together():
+        return reduce(part.to(state().device), "sum").to(part.device)
+
+
+def from_first(value):
+    """The first process's value, on all of them. value: anything that pickles."""
+    with together():
+        return broadcast_object_list([value])[0]
+
+
+def from_all(values: list) -> list:
+    """All processes' lists in one, the first process's first."""
+    with together():
+        return gather_object(values)
+
+
+def stopped_by_launcher(*_):
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def one_voice():
+    """Around a command line. Yields say(message): only the first process is heard, unless another one fails alone.
+
+    accelerate launch ends the other processes with SIGTERM when one has failed: they then leave as after Ctrl-C.
+    """
+    loud, index = sys.stderr, state().process_index
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ and "LOCAL_RANK" not in os.environ:
+        print("note: without GPUs accelerate launch starts one process only; for two on the CPU: "
+              "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 ...", file=loud)  # fmt: skip
+    if count() > 1:
+        signal.signal(signal.SIGTERM, stopped_by_launcher)
+    if index:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+
+    def say(message: str) -> None:
+        if index:
+            time.sleep(PATIENCE)
+        print(f"process {index}: {message}" if index else message, file=loud)
+
+    try:
+        yield say
+    except Exception:
+        if index:
+            say(traceback.format_exc())
+        raise
+    state().destroy_process_group()
