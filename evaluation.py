@@ -4,6 +4,7 @@ Measure what an ablation does: multiple choice and next-token loss for many abla
 A list of ablations at one hook point shares the layers below it. So the model runs once a batch, unablated; then each
 prompt's residual stream at the hook point is copied once for every ablation that changes it (equal edits share a copy,
 an edit that changes nothing costs nothing), and the later layers run on the copies from their first edited token on.
+What all prompts of a batch begin with, as a quiz's header, is run once for all of them.
 """
 
 import itertools
@@ -20,6 +21,7 @@ from data import LETTERS, UserError, batches, encode_prompts, prompt, sample
 from processes import total as over_processes
 
 CHANCE = 0.25
+WORTH_SHARING = 8  # tokens, at least, that all prompts of a batch begin with, for these to be run only once
 PERMUTATIONS = list(itertools.permutations(range(4)))  # the first is the order of the source
 
 # ------------------------------------------------------------------------------- many ablations, one pass
@@ -52,6 +54,18 @@ def standard_rows(features: list[int], control: list[int], clamp: float) -> list
     ]
 
 
+@dataclass
+class Stage:
+    """What one pass of the unablated model over ids (n, pos) leaves behind, for OnePass."""
+
+    ids: torch.Tensor
+    h: torch.Tensor  # (n, pos, d_model), the residual stream at the hook point
+    ordinary: torch.Tensor  # (n, pos), which tokens are not special
+    result: torch.Tensor  # (n, pos, d_model), what leaves the final norm
+    inputs: list[tuple]  # (args, kwargs) of each layer behind the hook point
+    cache: DynamicCache  # keys and values of these tokens and of those before
+
+
 class OnePass:
     """Runs a model on token ids (batch, pos) once for a list of ablations at one SAE's hook point.
 
@@ -59,7 +73,8 @@ class OnePass:
     (n_ablations, batch) says which row belongs to which ablation and prompt, rows 0 to batch - 1 being the unablated
     prompts and the others edited copies; `source` (n_rows,) is each row's prompt; and `copies` runs the later layers
     on the edited copies, at most `max_rows` at a time. Tokens before a copy's first edited one are not run again: later
-    layers are causal, so they take the unablated prompt's keys and values.
+    layers are causal, so they take the unablated prompt's keys and values. Likewise tokens that all prompts begin with
+    are a stage of their own, run for one row, and not again while the next batch begins with the same.
     """
 
     def __init__(self, model, sae, ablations: list[Ablation], max_rows: int = 64):
@@ -69,18 +84,36 @@ class OnePass:
         self.latents = Latents(sae, union)
         # (n_ablations, n_union): which features belong to which ablation
         self.members = np.stack([np.isin(union, ablation.features).astype(bool) for ablation in ablations])
-        self.head_checked = False
+        self.head_checked, self.begin = False, None
 
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        self.inputs, kept, handles = [], {}, []
-        self.cache = DynamicCache()  # without the model's config it keeps all keys of sliding layers too
+        same = int((ids == ids[:1]).all(0).int().cumprod(0).sum())  # tokens that all prompts begin with
+        first = min(same, ids.shape[1] - 1) if len(ids) > 1 and same >= WORTH_SHARING else 0
+        self.stages, cache = [], DynamicCache()  # without the model's config it keeps all keys of sliding layers too
+        if first:
+            if self.begin is None or not torch.equal(self.begin.ids, ids[:1, :first]):
+                self.begin = self.forward(ids[:1, :first], DynamicCache())
+            self.stages.append(self.begin)
+            cache = for_rows(self.begin.cache, torch.zeros(len(ids), dtype=torch.long, device=ids.device), first)
+        self.stages.append(self.forward(ids[:, first:], cache))
+        self.h, self.ordinary, result = (
+            torch.cat([x.expand(len(ids), *x.shape[1:]) for x in parts], 1)
+            for parts in zip(*((stage.h, stage.ordinary, stage.result) for stage in self.stages))
+        )
+        self.cache = cache
+        self.plan()
+        return result
+
+    def forward(self, ids: torch.Tensor, cache: DynamicCache) -> Stage:
+        """One pass of the unablated model behind the tokens that `cache` holds, which it adds to."""
+        inputs, kept, handles = [], {}, []
 
         def keep_residual(h, hook):
             kept["h"] = h
 
         def keep_inputs(module, args, kwargs):
-            self.inputs.append((args[1:], kwargs))
+            inputs.append((args[1:], kwargs))
 
         def keep_result(module, args):
             kept["result"] = args[0]
@@ -90,24 +123,19 @@ class OnePass:
             for block in self.model.blocks[self.layer + 1 :]:
                 handles.append(block.register_forward_pre_hook(keep_inputs, with_kwargs=True))
             handles.append(self.model.unembed.register_forward_pre_hook(keep_result))
-            hooks = [(self.sae.hook_point, keep_residual)]
-            with (
-                watch_tokens(self.model.original_model, self.model.tokenizer) as seen,
-                self.model.hooks(fwd_hooks=hooks),
-            ):
-                logits = self.model(ids, past_key_values=self.cache, use_cache=True)
+            watch = watch_tokens(self.model.original_model, self.model.tokenizer)
+            with watch as seen, self.model.hooks(fwd_hooks=[(self.sae.hook_point, keep_residual)]):
+                logits = self.model(ids, past_key_values=cache, use_cache=True)
         finally:
             for handle in handles:
                 handle.remove()
         if "h" not in kept:
             raise RuntimeError(f"the hook at {self.sae.hook_point} never fired: nothing was ablated")
-        self.h, self.ordinary, result = kept["h"], seen["ordinary"], kept["result"]
         if not self.head_checked:  # some model families scale their logits; then our head would not be theirs
-            if not torch.allclose(self.head(result[:1, :1]), logits[:1, :1].float(), atol=1e-3, rtol=1e-3):
+            if not torch.allclose(self.head(kept["result"][:1, :1]), logits[:1, :1].float(), atol=1e-3, rtol=1e-3):
                 raise UserError("this model does something to its logits that evaluation.py does not know")
             self.head_checked = True
-        self.plan()
-        return result
+        return Stage(ids, kept["h"], seen["ordinary"], kept["result"], inputs, cache)
 
     def plan(self) -> None:
         """Which ablations change which prompts, from which token on; equal edits share a row."""
@@ -145,12 +173,25 @@ class OnePass:
             edits, start = [self.edits[i] for i in some], self.edits[some[0]][1]
             rows = torch.tensor(some) + batch
             h, source = self.edited(edits, start), self.source[rows.to(self.source.device)]
-            cache = self.prefix(source, start)
-            for block, (args, kwargs) in zip(self.model.blocks[self.layer + 1 :], self.inputs):
-                args, kwargs = self.cut((args, kwargs), source, start, cache)
-                out = block(h, *args, **kwargs)
-                h = out[0] if isinstance(out, tuple) else out
-            yield rows, start, self.model.ln_final(h)
+            cache, out = for_rows(self.cache, source, start, self.layer + 1), []
+            first = 0
+            for stage in self.stages:
+                length = stage.ids.shape[1]
+                skip = max(0, start - first)
+                if skip < length:
+                    piece = h[:, first + skip - start : first + length - start]
+                    out.append(self.later_layers(piece, stage.inputs, source, skip, length, cache))
+                first += length
+            yield rows, start, self.model.ln_final(torch.cat(out, 1))
+
+    def later_layers(self, h, inputs: list, source, skip: int, length: int, cache) -> torch.Tensor:
+        """Run the layers behind the hook point on h (n, length - skip, d_model), given what they were given for the
+        stage's `length` tokens."""
+        for block, given in zip(self.model.blocks[self.layer + 1 :], inputs):
+            args, kwargs = self.cut(given, source, skip, length, cache)
+            out = block(h, *args, **kwargs)
+            h = out[0] if isinstance(out, tuple) else out
+        return h
 
     def edited(self, edits: list[tuple], start: int) -> torch.Tensor:
         """The residual stream of edited copies from token `start` on, (n, pos - start, d_model)."""
@@ -167,37 +208,36 @@ class OnePass:
                 new[i] = torch.where(self.ordinary[b, start:, None], whole, self.h[b, start:])
         return new
 
-    def prefix(self, source: torch.Tensor, start: int) -> DynamicCache:
-        """The unablated prompts' keys and values of the tokens before `start`, for each copy."""
-        cache = DynamicCache()
-        for number, layer in enumerate(self.cache.layers):
-            cache.layers.append(DynamicLayer())
-            if start and number > self.layer:
-                keys, values = (x[:, :, :start][source.to(x.device)] for x in (layer.keys, layer.values))
-                cache.update(keys, values, number)
-        return cache
-
-    def cut(self, value, source: torch.Tensor, start: int, cache):
-        """What a block was given for the batch (attention mask, positions), for these copies from `start` on."""
-        if value is self.cache:
+    def cut(self, value, source: torch.Tensor, skip: int, length: int, cache):
+        """What a block was given for a stage (attention mask, positions), for these copies from its token `skip` on."""
+        if isinstance(value, DynamicCache):
             return cache
         if isinstance(value, dict):
-            return {name: self.cut(item, source, start, cache) for name, item in value.items()}
+            return {name: self.cut(item, source, skip, length, cache) for name, item in value.items()}
         if isinstance(value, tuple):
-            return tuple(self.cut(item, source, start, cache) for item in value)
+            return tuple(self.cut(item, source, skip, length, cache) for item in value)
         if not torch.is_tensor(value):
             return value
-        batch, length = self.ordinary.shape
-        if value.ndim > 1 and len(value) == batch:
+        if value.ndim > 1 and len(value) == len(self.h):
             value = value[source.to(value.device)]
         dim = {1: 0, 2: 1, 3: 1, 4: 2}[value.ndim]  # (pos), (batch, pos), (batch, pos, d_head), (batch, 1, pos, pos)
-        return value.narrow(dim, start, length - start) if value.shape[dim] == length else value
+        return value.narrow(dim, skip, length - skip) if value.shape[dim] == length else value
 
     def head(self, h: torch.Tensor) -> torch.Tensor:
         """(n, pos, d_model) after the final norm -> (n, pos, d_vocab) logits in fp32."""
         logits = self.model.unembed(h)
         cap = getattr(self.model.original_model.config, "final_logit_softcapping", None)
         return (torch.tanh(logits / cap) * cap if cap else logits).float()
+
+
+def for_rows(cache: DynamicCache, source: torch.Tensor, length: int, layer: int = 0) -> DynamicCache:
+    """The keys and values of the first `length` tokens, from `layer` on, with row source[i] of `cache` as row i."""
+    new = DynamicCache()
+    for number, old in enumerate(cache.layers):
+        new.layers.append(DynamicLayer())
+        if length and number >= layer:
+            new.update(*(x[:, :, :length][source.to(x.device)] for x in (old.keys, old.values)), number)
+    return new
 
 
 @torch.inference_mode()

@@ -472,6 +472,16 @@ def test_firing_rates_by_hand(model, sae):
     torch.testing.assert_close(found.rate, fires / float(n), check_dtype=False)
 
 
+def test_firing_rates_at_the_last_layer(model, make_sae):
+    """Behind the last layer there is nothing to stop at: TransformerLens would go on to the logits."""
+    sae = make_sae(model, layer=3, hook_name="blocks.3.hook_resid_post")
+    ids, seen = some_ids(model), {}
+    with model.hooks(fwd_hooks=[(sae.hook_point, lambda h, hook: seen.update(h=h))]), torch.inference_mode():
+        model(ids)
+    fires = (sae.encode(seen["h"].float()) > 0) & ordinary(model, ids)[..., None]
+    assert torch.equal(picking.firing_rates(model, sae, ids.tolist()).fires, fires.sum((0, 1)))
+
+
 def test_firing_rates_do_not_depend_on_the_batch_size(model, sae):
     windows = some_windows(model)
     wanted = picking.firing_rates(model, sae, windows, batch_size=16)

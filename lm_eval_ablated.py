@@ -1,0 +1,716 @@
+# %% [markdown]
+"""
+lm-eval with SAE features ablated: any of its tasks, any number of features, several layers, one or many GPUs.
+
+    python lm_eval_ablated.py --layer 7 --n-features 50 --tasks tiny_wmdp_bio,tiny_mmlu --unablated
+    python lm_eval_ablated.py --features features.json --tasks tiny_wmdp_bio,tiny_openwebtext --limit 50
+    accelerate launch --num_processes 8 lm_eval_ablated.py --model gemma-2-2b-it --layer 7 --n-features 50 \\
+        --tasks wmdp_bio,mmlu --batch_size auto --dtype bfloat16
+
+Features are picked as in the lessons, or read with --features: a JSON list of ids of --layer's SAE, {"layer": [ids]}
+for several layers, or a record that a lesson or a sweep wrote. With --unablated the model is scored without ablation
+too, and the two are compared question by question, which lm-eval itself does not do. Questions that features were
+picked on are left out. Tasks are lm-eval's and those of lm_eval_tasks/ (--tasks list), options lm-eval's own.
+
+In lm-eval's command line the model is called sae-ablated:
+
+    python -c "import lm_eval_ablated, lm_eval.__main__ as m; m.cli_evaluate()" --model sae-ablated \\
+        --model_args pretrained=tiny/model,sae=tiny/sae/layer_7,layer=7,features=features.json,clamp=-80 \\
+        --include_path lm_eval_tasks --tasks tiny_wmdp_bio --batch_size 16
+
+RESULT
+"""
+
+# %% [markdown]
+# Start a notebook in this folder, so that the helper files beside this one can be imported.
+
+# %%
+import difflib
+import gc
+import hashlib
+import itertools
+import json
+import logging
+import time
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.model import LM, CachingLM
+from lm_eval.api.registry import register_model
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table, simple_parse_args_string
+
+import processes
+from common import PRESETS, checked, command_line, edited, load_model, load_sae, parser, settings, watch_tokens
+from data import HERE, UserError, digest, first_line, halves, load_rows, picking_texts, sample, token_windows
+from evaluation import Ablation, accuracy_score, bootstrap, loss_scores, robust_subset
+from picking import firing_rates, largest, pick_features, sanity_gate
+from show import (
+    label,
+    make_record,
+    outputs,
+    print_features,
+    print_loss,
+    print_quiz,
+    quiz_figure,
+    title_of,
+    top_tokens,
+    write_record,
+)
+
+RETAIN_TOKENS = 50_000  # of Wikitext, for the retain rates
+TASKS = HERE / "lm_eval_tasks"
+# lm-eval has advice for those who write a task with data of its own; users of these tasks need none
+logging.getLogger("lm_eval.api.task").addFilter(lambda note: "Custom kwargs can be passed" not in note.getMessage())
+TINY_TASKS, HUB_TASKS = "tiny_wmdp_bio,tiny_mmlu", "wmdp_bio,sae_mmlu_saebench"
+QUIZ = {"question", "choices", "answer"}  # what documents of wmdp's and mmlu's form have
+LAYER, N_FEATURES = 7, 50  # where neither a flag nor a record says otherwise
+# What records, and so pareto.py, call a task's data set; other tasks keep their names
+DATA_SETS = {"tiny_wmdp_bio": "wmdp_bio", "tiny_mmlu": "mmlu", "sae_mmlu_saebench": "mmlu",
+             "tiny_openwebtext": "openwebtext", "sae_openwebtext": "openwebtext"}  # fmt: skip
+
+# %% [markdown]
+# ## The model: lm-eval's `hf` with the edit of common.py on its decoder layers
+
+
+# %%
+@register_model("sae-ablated")
+class AblatedLM(HFLM):
+    """lm-eval's `hf`, all of its arguments, and SAE features that are ablated in every forward pass.
+
+    pretrained: preset, hub id or folder. sae: folder or RELEASE:ID, with "{layer}" where there are several layers, or
+    {layer: loaded SAE} (default: the preset's). features: {layer: ids}, a list of ids of `layer`, or a JSON file of
+    either or a record. clamp: 0 or negative. With no features every log-likelihood is `hf`'s to the last bit. Set
+    `ablated` to False to run the model as it is. Raises UserError for features and SAEs that do not fit.
+    """
+
+    def __init__(self, pretrained: str, sae=None, features=(), layer: int = 7, clamp=0.0, device=None, **kwargs):
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")  # lm-eval takes cuda even without one
+        path = PRESETS[pretrained].model if pretrained in PRESETS else pretrained
+        super().__init__(path, device=device, **kwargs)
+        if hasattr(self, "accelerator"):  # lm-eval knows of several processes on GPUs only, and of one machine
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if not isinstance(features, dict):
+            features = (
+                read_features(features, layer)
+                if isinstance(features, str)
+                else {layer: list(features)}
+                if features
+                else {}
+            )
+        layers = decoder_layers(self.model)
+        self.edits, self.ablated = [], True  # [(layer, its module, the features' latents, clamp)]
+        for number, ids in features.items():
+            if isinstance(sae, dict):
+                found = sae[number]
+            else:
+                spec = sae.replace("{layer}", str(number)) if sae else None
+                found = load_sae(spec, number, as_bridge(self.model, len(layers)), pretrained)
+            module = layers[int(found.hook_point.split(".")[1])]  # an SAE of hook_resid_pre reads the layer before
+            try:
+                latents = checked(found.to(next(module.parameters()).device), ids, float(clamp))
+            except ValueError as error:
+                raise UserError(f"layer {number}: {error}") from error
+            self.edits.append((number, module, latents, float(clamp)))
+
+    @contextmanager
+    def patched(self):
+        """Within this context the model's layers have the edit; RuntimeError if one of them never ran."""
+        fired = set()
+
+        def edit(number, latents, clamp):
+            def hook(module, args, output):  # transformers 5 returns h, earlier versions (h, ...)
+                fired.add(number)
+                h = output[0] if isinstance(output, tuple) else output
+                new = edited(h, latents, clamp, seen["ordinary"].to(h.device))
+                return new if new is None or not isinstance(output, tuple) else (new, *output[1:])
+
+            return hook
+
+        edits = self.edits if self.ablated else []
+        with watch_tokens(self.model, self.tokenizer) as seen, ExitStack() as handles:
+            for number, module, latents, clamp in edits:
+                handles.callback(module.register_forward_hook(edit(number, latents, clamp)).remove)
+            yield
+        if len(fired) != len(edits):
+            raise RuntimeError("a layer that features are ablated at never ran")
+
+    def _model_call(self, *args, **kwargs):
+        with self.patched():
+            return super()._model_call(*args, **kwargs)
+
+    def _model_generate(self, *args, **kwargs):
+        with self.patched():
+            return super()._model_generate(*args, **kwargs)
+
+    def fingerprint(self) -> str:
+        """Hash of what decides the answers: weights (of a folder by time and size), arguments, edits."""
+        weights = [(path.name, path.stat().st_mtime_ns, path.stat().st_size)
+                   for path in sorted(Path(self.pretrained).glob("*.safetensors"))]  # fmt: skip
+        whole = [self.pretrained, weights, self.revision, self.peft, self.delta, self.add_bos_token, self.max_length,
+                 self.model.config._attn_implementation, str(self.model.dtype), str(self.mixed_precision_dtype),
+                 str(self.softmax_dtype), self.chat_template_args]  # fmt: skip
+        digest = hashlib.sha256(json.dumps(whole).encode())
+        for number, _, latents, clamp in self.edits if self.ablated else []:
+            digest.update(json.dumps([number, clamp, latents.features.tolist()]).encode())
+            for weight in (latents.W_enc, latents.W_dec):
+                digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def set_cache_hook(self, cache_hook) -> None:
+        """lm-eval's cache knows a request, not the model that answered it: another model's cache is refused."""
+        known, mine = cache_hook.dbdict, self.fingerprint()
+        if len(known) and known.get("sae-ablated") != mine:
+            raise UserError("these cached answers are another model's or another ablation's: give another cache")
+        known["sae-ablated"] = mine
+        super().set_cache_hook(cache_hook)
+
+    def _loglikelihood_tokens(self, requests, **kwargs):
+        bos = self.tokenizer.bos_token_id
+        for key, context, _ in requests:  # key None: a rolling request, where lm-eval has put two itself
+            if key is not None and bos is not None and context.count(bos) > 1:
+                raise UserError(f"a prompt has more than one BOS token: {key[0][:60]!r} ...")
+        return super()._loglikelihood_tokens(requests, **kwargs)
+
+
+def decoder_layers(model) -> torch.nn.ModuleList:
+    """The blocks of a Hugging Face language model: output L is TransformerLens's blocks.L.hook_resid_post."""
+    n = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n]
+    if len(lists) != 1:
+        raise UserError(f"cannot tell which modules of {type(model).__name__} are its {n} layers")
+    return lists[0]
+
+
+def as_bridge(model, n_layers: int) -> SimpleNamespace:
+    """What common.load_sae asks of a model; the SAE is moved to the device of its layer later."""
+    config = model.config.get_text_config()
+    cfg = SimpleNamespace(n_layers=n_layers, d_model=config.hidden_size, model_name=model.name_or_path, device="cpu")
+    return SimpleNamespace(cfg=cfg, hook_dict={f"blocks.{i}.hook_resid_post" for i in range(n_layers)})
+
+
+# %% [markdown]
+# ## Features from a file
+
+
+# %%
+def read_json(path: str):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {first_line(error)}") from error
+
+
+def read_features(path: str, layer: int) -> dict[int, list[int]]:
+    """{layer: ids} from a JSON file: a list of ids, {layer: ids}, or a record (see `of_record`)."""
+    found = read_json(path)
+    if isinstance(found, dict) and "points" in found:
+        setting = of_record(path, found)
+        return {setting["layer"]: setting["features"]}
+    found = {layer: found} if isinstance(found, list) else found
+    try:
+        features = {int(number): ids for number, ids in found.items()}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: a list of feature ids, {{layer: ids}} or a record is wanted") from error
+    for number, ids in features.items():
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+            raise UserError(f"{path}: layer {number} has no list of feature ids")
+    return features
+
+
+def of_record(path: str, record: dict, **wanted) -> dict:
+    """The setting of a record's SAE ablation that has the wanted layer, n_features and clamp (None: any).
+
+    Where lessons left both zero ablation and a clamp the clamp is meant. Raises UserError if not one setting is left.
+    """
+    settings_of = [
+        {"layer": record["layer"], **p["setting"]} for p in record["points"] if p["method"] == "sae-ablation"
+    ]
+    left = [s for s in settings_of if all(v is None or s[k] == v for k, v in wanted.items())]
+    if wanted.get("clamp") is None and len({(s["layer"], tuple(s["features"])) for s in left}) == 1:
+        left = [min(left, key=lambda s: s["clamp"])]
+    if len(left) != 1:
+        there = ", ".join(f"--layer {s['layer']} --n-features {s['n_features']} --clamp {s['clamp']:g}"
+                          for s in (left or settings_of)[:40])  # fmt: skip
+        raise UserError(f"{path}: say which of its settings: {there or 'it has no SAE ablation'}")
+    return left[0]
+
+
+# %% [markdown]
+# ## Flags: the shared ones, some with other defaults, and lm-eval's own, in its spelling or with hyphens
+
+# %%
+flags = parser(__doc__)
+
+
+def number_or_auto(text: str) -> int | str:
+    return text if text.startswith("auto") else int(text)
+
+
+def lm_eval_flag(name: str, **options) -> None:
+    flags.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name, **options)
+
+
+flags.add_argument("--tasks", help="comma-separated; list shows this folder's (default: the preset's stand-ins, or "
+                                   "wmdp_bio,sae_mmlu_saebench)")  # fmt: skip
+flags.add_argument("--layer", type=int, help="layer of the SAE (default: 7, or the record's)")
+flags.add_argument(
+    "--n-features", type=int, help="how many features to pick (default: 50), or which setting of a record"
+)
+flags.add_argument("--clamp", type=float, help="0 or negative (default: the preset's, or the record's)")
+flags.add_argument(
+    "--features", metavar="FILE", help="JSON list of ids, {layer: ids}, or a record (default: pick them)"
+)
+flags.add_argument("--unablated", action="store_true", help="score the model without ablation too, and compare")
+flags.add_argument("--subjects", help="comma-separated: only the questions on these")
+flags.add_argument("--samples", nargs="+", metavar="TASK:FILE", help="JSON list of the indices to ask of a task")
+flags.add_argument("--robust", nargs="?", const="all", choices=["all", "question"], help="ask only what the model gets "
+                   "right in all 24 orders of the options; question: and not without the question too")  # fmt: skip
+lm_eval_flag("batch_size", type=number_or_auto, default=16, help="a number, auto or auto:N (default: %(default)s)")
+lm_eval_flag("max_batch_size", type=int, default=64, help="where auto starts (default: %(default)s)")
+lm_eval_flag("num_fewshot", type=int, help="examples in front of each question (default: the task's)")
+lm_eval_flag("apply_chat_template", nargs="?", const=True, default=False, help="wrap prompts, optionally by name")
+lm_eval_flag("system_instruction", help="text in front of every prompt")
+lm_eval_flag("model_args", default="", help="more arguments of lm-eval's hf, as parallelize=True,max_length=2048")
+lm_eval_flag("gen_kwargs", help="for tasks that generate, as max_gen_toks=20,temperature=0")
+lm_eval_flag("include_path", help="folder with more task files")
+lm_eval_flag("use_cache", metavar="FOLDER", help="keep answers there; every ablation has a cache of its own")
+lm_eval_flag("output_path", metavar="FOLDER", help="lm-eval's own result files go there")
+lm_eval_flag("log_samples", action="store_true", help="and its per-question log, with --output_path")
+
+
+# %% [markdown]
+# ## Tasks, and which of their questions are asked
+
+
+# %%
+def find_tasks(s) -> dict[str, tuple]:
+    """{requested name: (what lm-eval loaded: task or group, its tasks)}. Raises UserError for unknown names."""
+    folders = [str(TASKS), *([s.include_path] if s.include_path else [])]
+    names = list(dict.fromkeys(name.strip() for name in s.tasks.split(",")))
+    manager = TaskManager(include_path=folders, include_defaults=False, metadata={"data": s.data})
+    if not set(names) <= set(manager.all_tasks):  # reading lm-eval's 14,000 task files takes seconds
+        manager = TaskManager(include_path=folders, metadata={"data": s.data})
+    if unknown := [name for name in names if name not in manager.all_tasks]:
+        near = difflib.get_close_matches(unknown[0], manager.all_tasks, 5, 0.5)
+        raise UserError(f"--tasks: no {unknown[0]}; near: {', '.join(near) or '-'}; --tasks list, or lm-eval ls tasks")
+    found = {}
+    for name in names:
+        try:
+            loaded = manager.load([name])
+        except UserError:
+            raise
+        except Exception as error:  # as in data.from_hub, anything from OSError to RuntimeError
+            raise UserError(f"cannot load task {name}: {first_line(error)}. Its data may be gated or out of reach; "
+                            f"see its dataset_path at https://huggingface.co/datasets") from error  # fmt: skip
+        found[name] = (loaded["groups"].get(name), [loaded["tasks"][key] for key in sorted(loaded["tasks"])])
+    return found
+
+
+def list_tasks() -> None:
+    for path in sorted(TASKS.glob("*.yaml")):
+        print(f"{path.stem:32}{path.read_text().splitlines()[0].lstrip('# ')}")
+
+
+def samples_of(s) -> dict[str, list[int]]:
+    """{task: indices} of --samples TASK:FILE."""
+    found = {}
+    for entry in s.samples or []:
+        task, _, path = entry.partition(":")
+        ids = read_json(path)
+        if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+            raise UserError(f"--samples {entry}: a JSON list of indices is wanted, as [0, 3, 4]")
+        found[task] = sorted(set(ids))
+    return found
+
+
+def choose(tasks: dict[str, tuple], s, half: bool) -> dict[str, list[int]]:
+    """{task: indices of the documents to ask}, tasks without any left out.
+
+    half: of quizzes like wmdp's and mmlu's only the reporting half. --samples takes its place, --subjects narrows it
+    down, and --limit keeps a seeded sample of what is left of each name in --tasks; documents that are one question in
+    several orders (`number`) stay together. Raises UserError where nothing is left.
+    """
+    wanted, chosen = samples_of(s), {}
+    subjects = {name.strip() for name in s.subjects.split(",")} if s.subjects else None
+    if strange := set(wanted) - {part.task_name for _, parts in tasks.values() for part in parts}:
+        raise UserError(f"--samples: {strange.pop()} is none of the tasks to run")
+    for name, (_, parts) in tasks.items():
+        questions, there, total = {}, set(), 0  # {(task, question): documents}
+        for part in parts:
+            docs = list(part.eval_docs)
+            ids = wanted.get(part.task_name) or range(len(docs))
+            if max(ids) >= len(docs):
+                raise UserError(f"--samples: {part.task_name} has {len(docs)} documents, there is no {max(ids)}")
+            if half and part.task_name not in wanted and set(docs[0]) >= QUIZ:
+                ids = halves([{"question": doc.get("left_out", doc["question"])} for doc in docs], s.seed)[1]
+            there |= {doc.get("subject") for doc in docs}
+            for i in ids:
+                if subjects is None or docs[i].get("subject") in subjects:
+                    questions.setdefault((part.task_name, docs[i].get("number", i)), []).append(i)
+            total += len(docs)
+        if subjects and (unknown := subjects - there):
+            known = ", ".join(sorted(filter(None, there))) or "none"
+            raise UserError(f"--subjects: {name} has no {', '.join(sorted(unknown))}; there are {known}")
+        if not questions:
+            raise UserError(f"{name}: --samples, --subjects and --pick-on leave no question to ask")
+        for key in sample(list(questions), s.limit, s.seed):
+            chosen.setdefault(key[0], []).extend(questions[key])
+        asked = sum(len(chosen.get(part.task_name, [])) for part in parts)
+        unseen = half and not {part.task_name for part in parts} & set(wanted)
+        print(f"{name}: {asked} of {total} documents" + (", none that features were picked on" if unseen else ""))
+    return {name: sorted(ids) for name, ids in chosen.items()}
+
+
+def keep_robust(lm, sae, task, ids: list[int], s, batch_size: int) -> list[int]:
+    """Of these documents those that the unablated model gets right in all 24 orders (SAEBench, arXiv 2503.09532);
+    with --robust question not those that it gets right in all 24 orders without the question as well."""
+    docs = list(task.eval_docs)
+    asked = [{key: docs[i][key] for key in (*QUIZ, "subject") if key in docs[i]} for i in ids]
+    if not asked or not set(asked[0]) >= QUIZ or len(asked[0]["choices"]) != 4:
+        raise UserError(f"--robust: {task.task_name} does not ask four-way questions")
+    chat = bool(s.apply_chat_template)
+    right = set(robust_subset(lm, sae, asked, batch_size, chat))
+    if s.robust == "question":
+        right -= set(robust_subset(lm, sae, [{**row, "question": ""} for row in asked], batch_size, chat))
+    return [ids[i] for i in sorted(right)]
+
+
+# %% [markdown]
+# ## Answers: on several processes each has its share of the requests
+
+
+# %%
+class Spread(LM):
+    """A model whose requests are shared out over the processes; every process gets all answers, in order.
+
+    lm-eval's own way deals out documents, and fails where a task has fewer of them than there are processes.
+    """
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def share(self, name: str, requests: list) -> list:
+        contexts = [request.args[0] or str(request.args) for request in requests]  # a question's letters share one
+        numbers = {context: i for i, context in enumerate(dict.fromkeys(contexts))}
+        mine = set(processes.own(range(len(numbers))))
+        own = [i for i, context in enumerate(contexts) if numbers[context] in mine]
+        answers = getattr(self.inner, name)([requests[i] for i in own]) if own else []
+        found = dict(processes.from_all(list(zip(own, answers))))
+        return [found[i] for i in range(len(requests))]
+
+    def loglikelihood(self, requests):
+        return self.share("loglikelihood", requests)
+
+    def loglikelihood_rolling(self, requests):
+        return self.share("loglikelihood_rolling", requests)
+
+    def generate_until(self, requests):
+        return self.share("generate_until", requests)
+
+    def apply_chat_template(self, *args, **kwargs):
+        return self.inner.apply_chat_template(*args, **kwargs)
+
+    def chat_template(self, *args, **kwargs):
+        return self.inner.chat_template(*args, **kwargs)
+
+    @property
+    def tokenizer_name(self):
+        return self.inner.tokenizer_name
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+def load_ablated(s, saes: dict, features: dict[int, list[int]]) -> AblatedLM:
+    """The model with these features, from the settings. lm-eval sees one process: `Spread` deals with the others."""
+    more = {"attn_implementation": "eager", **simple_parse_args_string(s.model_args)}  # as TransformerLens has it
+    lm = AblatedLM(s.model, sae=saes, features=features, clamp=s.clamp, device=s.device, dtype=s.dtype,
+                   batch_size=s.batch_size, max_batch_size=s.max_batch_size, **more)  # fmt: skip
+    lm._rank, lm._world_size = 0, 1
+    return lm
+
+
+def to_ask(tasks: dict, chosen: dict) -> list:
+    """What lm-eval is to run: a group as a whole if all of its tasks have questions to ask, else those that have."""
+    items = []
+    for whole, parts in tasks.values():
+        left = [part for part in parts if part.task_name in chosen]
+        items += [whole] if whole is not None and len(left) == len(parts) else left
+    return items
+
+
+def ask(lm: AblatedLM, tasks: dict, chosen: dict[str, list[int]], s, ablated: bool) -> dict | None:
+    """lm-eval's results of one run, with its samples; None on all processes but the first."""
+    lm.ablated = ablated
+    # every process caches what it was asked, every ablation has a cache of its own
+    cache = s.use_cache and Path(s.use_cache) / f"{lm.fingerprint()}_process{processes.state().process_index}.db"
+    inner = CachingLM(lm, str(cache)) if cache else lm
+    tracker = EvaluationTracker(output_path=str(Path(s.output_path) / ("ablated" if ablated else "unablated"))
+                                if s.output_path else None)  # fmt: skip
+    results = simple_evaluate(
+        Spread(inner), tasks=to_ask(tasks, chosen), samples=chosen, num_fewshot=s.num_fewshot, batch_size=s.batch_size,
+        apply_chat_template=s.apply_chat_template, system_instruction=s.system_instruction, gen_kwargs=s.gen_kwargs,
+        evaluation_tracker=tracker, bootstrap_iters=1000, task_manager=TaskManager(include_defaults=False),
+    )  # fmt: skip
+    if results and s.output_path and processes.is_first():
+        samples = results["samples"] if s.log_samples else None
+        tracker.save_results_aggregated({k: v for k, v in results.items() if k != "samples"}, samples)
+        for name in samples or []:
+            tracker.save_results_samples(name, samples[name])
+    return results
+
+
+# %% [markdown]
+# ## Scores: what lm-eval logged for each question, paired
+
+
+# %%
+def logged(results: dict, tasks: list) -> list[dict]:
+    """The logged documents of several tasks in one list, by task and document, each once."""
+    out = []
+    for task in tasks:
+        rows = results["samples"].get(task.task_name, [])
+        out += sorted((row for row in rows if row["filter"] == rows[0]["filter"]), key=lambda row: row["doc_id"])
+    return out
+
+
+def answer(row: dict) -> str:
+    """The letter of the choice of largest log-likelihood; "-" where a task does not choose among up to 26."""
+    choices = row["filtered_resps"]
+    if not 2 <= len(choices) <= 26 or isinstance(choices[0], str):
+        return "-"
+    return chr(ord("A") + max(range(len(choices)), key=lambda i: choices[i][0]))
+
+
+def by_question(rows: list[dict]) -> dict:
+    """{"metric": name, "value", "answers", "subject"}: the latter three have an entry for each question; one that is
+    asked in several orders is right if all are. The metric is acc, or else the first that is a number."""
+    names = [name for name in rows[0]["metrics"] if isinstance(rows[0][name], (int, float))]
+    if not names:
+        return {}
+    metric, groups = "acc" if "acc" in names else names[0], {}
+    for position, row in enumerate(rows):
+        groups.setdefault(row["doc"]["number"] if "all_orders" in row["metrics"] else position, []).append(row)
+    return {
+        "metric": metric,
+        "value": np.array([min(float(row[metric]) for row in group) for group in groups.values()]),
+        "answers": np.array([answer(group[0]) for group in groups.values()]),
+        "subject": np.array([str(group[0]["doc"].get("subject")) for group in groups.values()]),
+    }
+
+
+def quiz_score(now: dict, clean: dict | None, chance: float, seed: int) -> dict:
+    """Score of right and wrong answers, as evaluation.quiz_scores has it, with its subjects where there are several."""
+
+    def score(mask):
+        before = clean and clean["value"][mask].astype(bool)
+        return accuracy_score(now["value"][mask].astype(bool), "".join(now["answers"][mask]), before, seed, chance)
+
+    whole, names = score(slice(None)), sorted(set(now["subject"]))
+    return {**whole, "subjects": {name: score(now["subject"] == name) for name in names}} if len(names) > 1 else whole
+
+
+def mean_score(now: dict, clean: dict | None, seed: int) -> dict:
+    """Score of a metric that is neither right nor wrong: its mean over documents and the paired change."""
+    score = {"metric": now["metric"], "mean": now["value"].mean().item(), "n": len(now["value"])}
+    if clean:
+        change = now["value"] - clean["value"]
+        score["change"], (low, high) = change.mean().item(), bootstrap(np.mean, change, seed=seed)
+        score |= {"change_low": low, "change_high": high}
+    return score
+
+
+def scores_of(runs: list[list[dict]], lm: AblatedLM, seed: int) -> list[dict | None]:
+    """One score per run (unablated first, if it was run) from its logged documents; None where lm-eval has no number
+    for each document."""
+    first = runs[0][0]
+    if "bits_per_byte" in first["metrics"] and "document" in first["doc"]:
+        nats = torch.tensor([[-row["bits_per_byte"][0] for row in rows] for rows in runs], dtype=torch.float64)
+        windows = [lm.tok_encode(row["doc"]["text"], add_special_tokens=False) for row in runs[0]]
+        documents = [row["doc"]["document"] for row in runs[0]]
+        return loss_scores(nats, torch.tensor([len(ids) for ids in windows]), documents, seed)
+    tables = [by_question(rows) for rows in runs]
+    if not tables[0]:
+        return [None] * len(runs)
+    pairs = [(table, tables[0] if k else None) for k, table in enumerate(tables)]
+    if not all(set(table["value"]) <= {0.0, 1.0} for table in tables):
+        return [mean_score(now, clean, seed) for now, clean in pairs]
+    choices = len(first["filtered_resps"])
+    chance = (1 / choices if choices > 1 else 0.0) ** (24 if "all_orders" in first["metrics"] else 1)
+    return [quiz_score(now, clean, chance, seed) for now, clean in pairs]
+
+
+# %% [markdown]
+# ## The run: features, tasks, answers, scores
+
+
+# %%
+def layers_of(s, given: dict) -> dict[int, list[int]] | None:
+    """{layer: features} of --features, None where they are to be picked. A record also settles what else is its own:
+    SAE, clamp, seed, and whether all questions may be scored."""
+    if not s.features:
+        return None
+    s.pick_on = "all"  # of a bare list nobody knows what it was picked on
+    record = read_json(s.features)
+    if not (isinstance(record, dict) and "points" in record):
+        return read_features(s.features, s.layer)
+    if record["model"] != s.model:
+        raise UserError(f"{s.features} is a record of {record['model']}, the model is {s.model}")
+    setting = of_record(s.features, record, **given)
+    saes, there = record["sae"], record["layer"]
+    source = saes[there.index(setting["layer"])] if isinstance(saes, list) else saes
+    s.sae = s.sae or (str(HERE / source) if (HERE / source).is_dir() else source)
+    s.seed, s.pick_on, s.clamp = record["seed"], record["settings"]["pick_on"], setting["clamp"]
+    return {setting["layer"]: setting["features"]}
+
+
+def pick(lm, sae, forget_windows: list, retain_windows: list, s, batch_size: int) -> list[int]:
+    """As many features as --n-features, as in the lessons."""
+    forget = firing_rates(lm, sae, forget_windows, batch_size, "forget rates")
+    retain = largest([firing_rates(lm, sae, part, batch_size, "retain rates") for part in retain_windows])
+    features = pick_features(forget, retain, s.n_features, s.pick)
+    print_features(features, forget, retain, top_tokens(lm, sae, features, forget_windows), sae)
+    return features
+
+
+def prepare(s, features: dict | None, tasks: dict, chosen: dict, sources: dict) -> tuple[dict, dict, dict]:
+    """What needs TransformerLens's model, which is gone afterwards: the SAE check, picking, --robust.
+
+    Returns {layer: features}, {layer: what the check found} and {layer: SAE}; narrows `chosen` down.
+    """
+    batch_size = s.batch_size if isinstance(s.batch_size, int) else 16
+    lm = load_model(s.model, s.device, s.dtype)
+    if s.sae and len(features or []) > 1 and "{layer}" not in s.sae:
+        raise UserError(f"--sae {s.sae}: with several layers it needs {{layer}} in the layer's place")
+    saes = {number: load_sae(s.sae and s.sae.replace("{layer}", str(number)), number, lm, s.model)
+            for number in features or [s.layer]}  # fmt: skip
+    noted = {}
+    wmdp, noted["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
+    forget, retain = picking_texts(wmdp, halves(wmdp, s.seed, s.pick_on)[0], s, noted)
+    sources |= {name: found for name, found in noted.items() if name == "wikitext" or not features}
+    retain_windows = [token_windows(lm.tokenizer, texts, max_tokens=RETAIN_TOKENS)[0] for texts in retain]
+    sanity = {number: sanity_gate(lm, sae, retain_windows[0], not s.no_sanity) for number, sae in saes.items()}
+    if not features:
+        forget_windows, _ = token_windows(lm.tokenizer, forget)
+        features = {s.layer: pick(lm, saes[s.layer], forget_windows, retain_windows, s, batch_size)}
+    if s.robust:
+        for _, parts in tasks.values():
+            for task in parts:
+                ids = chosen.pop(task.task_name, [])
+                if ids := keep_robust(lm, next(iter(saes.values())), task, ids, s, batch_size):
+                    chosen[task.task_name] = ids
+        if empty := [name for name, (_, parts) in tasks.items() if not {p.task_name for p in parts} & set(chosen)]:
+            raise UserError(f"{empty[0]}: --robust leaves no question to ask")
+    return features, sanity, saes
+
+
+def name_in_record(name: str, names: list[str]) -> str:
+    """The data set's name, unless an earlier task of this run has it."""
+    short = DATA_SETS.get(name, name)
+    return name if short in [DATA_SETS.get(other, other) for other in names[: names.index(name)]] else short
+
+
+def source_of(name: str, tasks: list, chosen: dict, s) -> dict:
+    """Where documents come from, and which were asked: indices over all tasks' documents, one after another."""
+    short, rows, asked = DATA_SETS.get(name, name), [], []
+    for task in tasks:
+        asked += [len(rows) + i for i in chosen.get(task.task_name, [])]
+        rows += map(dict, task.eval_docs)
+    if name in ("tiny_wmdp_bio", "tiny_mmlu"):
+        found = load_rows(short, "tiny", s.data)[1]
+    else:
+        stand_in = name.startswith("tiny_") and not s.data
+        found = {"source": f"lm-eval task {name}", "sha256": digest(rows), "stand_in": stand_in}
+    return {**found, "task": name, "questions": asked}
+
+
+def points_of(rows: list[Ablation], scores: dict, features: dict, s) -> list[dict]:
+    """Record entries, one per run. The setting of several layers has them joined by + and features by layer."""
+    points = [row.point(**{name: values[k] for name, values in scores.items()}) for k, row in enumerate(rows)]
+    for point in points:
+        if point["setting"]:
+            point["setting"]["layer"] = s.layer
+            if len(features) > 1:
+                point["setting"]["features"] = features
+    return points
+
+
+def show(rows: list[Ablation], scores: dict, sources: dict, runs: dict) -> None:
+    """Print a table for every data set; lm-eval's own where it logs no number for each document."""
+    for name, values in scores.items():
+        title = title_of(name, sources)
+        if values[0] is None:
+            for run_name, results in runs.items():
+                print(f"\n{title}, {run_name}, lm-eval's own table\n\n{make_table(results)}")
+        elif "accuracy" in values[0]:
+            print_quiz(title, rows, values)
+        elif "nats_per_token" in values[0]:
+            print_loss(title, rows, values)
+        else:
+            print(f"\n{title}: n {values[0]['n']}, {values[0]['metric']}\n")
+            for row, value in zip(rows, values):
+                change = "change {change:+.4f} [{change_low:+.4f}, {change_high:+.4f}]" if "change" in value else ""
+                print(f"  {label(row):34}{value['mean']:.4f}  {change.format(**value)}")
+
+
+def run(**changes) -> dict:
+    """run(tasks="tiny_mmlu", unablated=True): any flag by name. Returns the record; {} in all processes but the first
+    and for --tasks list. Raises UserError."""
+    started, sources = time.time(), {}
+    given = {name: changes.pop(name, None) for name in ("layer", "n_features", "clamp")}
+    layer, n, clamp = given.values()
+    changes |= {"layer": LAYER if layer is None else layer, "n_features": N_FEATURES if n is None else n}
+    s = settings(flags, changes)
+    s.clamp = s.clamp if clamp is None else clamp
+    if s.tasks == "list":
+        return list_tasks() or {}
+    if s.clamp > 0:
+        raise UserError(f"--clamp {s.clamp:g}: 0 or negative")
+    s.tasks = s.tasks or (TINY_TASKS if s.model == "tiny" or s.data else HUB_TASKS)
+    features = layers_of(s, given)
+    if features:
+        s.layer = next(iter(features)) if len(features) == 1 else "+".join(map(str, features))
+        s.n_features = sum(map(len, features.values()))
+    path = outputs("lm_eval_ablated.py", s)
+    tasks = find_tasks(s)
+    chosen = choose(tasks, s, s.pick_on == "half")
+    features, sanity, saes = prepare(s, features, tasks, chosen, sources)
+    gc.collect()  # TransformerLens's model goes before lm-eval's comes
+    lm = load_ablated(s, saes, features)
+    runs = {name: ask(lm, tasks, chosen, s, name == "ablated")
+            for name in (["unablated"] if s.unablated else []) + ["ablated"]}  # fmt: skip
+    if not processes.is_first():
+        return {}
+
+    ablated = Ablation("sae-ablation", tuple(itertools.chain(*features.values())), s.clamp)
+    rows = [Ablation("none"), ablated] if s.unablated else [ablated]
+    scores = {}
+    for name, (_, parts) in tasks.items():
+        short = name_in_record(name, list(tasks))
+        sources[short] = source_of(name, parts, chosen, s)
+        scores[short] = scores_of([logged(results, parts) for results in runs.values()], lm, s.seed)
+    show(rows, scores, sources, runs)
+    points, one_sae = points_of(rows, scores, features, s), next(iter(saes.values()))
+    record = make_record("lm_eval_ablated.py", s, one_sae, sources, sanity, points, time.time() - started)
+    record["versions"]["lm_eval"] = version("lm_eval")
+    record["lm_eval"] = {
+        name: json.loads(json.dumps(results["results"], default=str)) for name, results in runs.items()
+    }
+    quizzes = {title_of(name, sources): values for name, values in scores.items() if values and "accuracy" in values[0]}
+    title = f"{s.model}, layer {s.layer}: {s.n_features} features ablated, lm-eval"
+    write_record(path, record, {"accuracy": quiz_figure(quizzes, rows, title)} if quizzes else {})
+    return record
+
+
+# %%
+if __name__ == "__main__":
+    command_line(run, flags)

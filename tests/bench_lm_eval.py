@@ -1,0 +1,99 @@
+"""
+What the ablation costs in lm-eval, and what lm-eval costs: the same questions asked of lm-eval's `hf`, of `sae-ablated`
+and of our own scorer, in one run, taken in turn.
+
+    python tests/bench_lm_eval.py
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens.saes.sae import SAEMetadata
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from common import load_model, load_sae
+from data import LETTERS, encode_prompts, prompt
+from evaluation import Ablation, score_letters
+from lm_eval_ablated import AblatedLM
+
+ROUNDS, BATCH, FEATURES = 7, 16, list(range(0, 500, 10))
+
+
+def smollm_shape(folder: Path, vocabulary: int) -> None:
+    """A random model of SmolLM2-135M's shape (its config.json) but for the vocabulary, and an SAE at layer 7."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=8192,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(ROOT / "tiny/model").save_pretrained(folder / "model")
+    metadata = SAEMetadata(hook_name="blocks.7.hook_resid_post", model_name="model")
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=576, d_sae=16384, apply_b_dec_to_input=False, metadata=metadata))
+    with torch.no_grad():
+        sae.W_enc.normal_()
+        sae.threshold.fill_(0.5)
+    sae.save_model(folder / "sae")
+
+
+def compare(title: str, model: str, sae: str, questions: list[dict], dtype: str, rounds: int = ROUNDS) -> None:
+    texts = [prompt(row) for row in questions]
+    pairs = [(text, f" {letter}") for text in texts for letter in LETTERS]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    same = dict(device="cpu", dtype=dtype, batch_size=BATCH, attn_implementation="eager")
+    hf, ablated = HFLM(model, **same), AblatedLM(model, sae=sae, features={7: FEATURES}, clamp=-5.0, **same)
+    bridge = load_model(model, "cpu", dtype)
+    own_sae = load_sae(sae, 7, bridge)
+    rows = [Ablation("none")]
+
+    def ours():
+        ids, letters = encode_prompts(bridge.tokenizer, texts)
+        return score_letters(bridge, own_sae, ids, letters, rows, BATCH)
+
+    ways = {
+        "hf": lambda: hf.loglikelihood(requests, disable_tqdm=True),
+        "sae-ablated": lambda: ablated.loglikelihood(requests, disable_tqdm=True),
+        "our scorer": ours,
+    }
+    theirs = torch.tensor([value for value, _ in ways["hf"]()]).view(-1, 4)
+    worst = (theirs - ways["our scorer"]()[0]).abs().max().item()
+    ways["sae-ablated"]()
+    seconds = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - start)
+    ratios = {name: [a / b for a, b in zip(seconds[name], seconds["hf"])] for name in ways}
+    print(f"{title}, {len(questions)} questions; log-probabilities of hf and our scorer differ by {worst:.1e} at most")
+    for name in ways:
+        each = sorted(ratios[name])
+        print(f"  {name:12}{statistics.median(seconds[name]):7.2f} s, {statistics.median(each):.3f} of hf "
+              f"({each[0]:.3f} to {each[-1]:.3f}), {1 / statistics.median(each):.2f} times as fast")  # fmt: skip
+
+
+def questions(name: str) -> list[dict]:
+    return [json.loads(line) for line in (ROOT / f"tiny/data/{name}.jsonl").open()]
+
+
+if __name__ == "__main__":
+    for quiz in ("wmdp_bio", "mmlu"):
+        compare(f"tiny, {quiz}, float32", str(ROOT / "tiny/model"), str(ROOT / "tiny/sae/layer_7"), questions(quiz),
+                "float32")  # fmt: skip
+    for vocabulary in (49_152, 256_000):
+        with tempfile.TemporaryDirectory() as folder:
+            smollm_shape(Path(folder), vocabulary)
+            for quiz, dtype in (("wmdp_bio", "float32"), ("wmdp_bio", "bfloat16"), ("mmlu", "float32")):
+                title = f"random model of SmolLM2-135M's shape, vocabulary {vocabulary:,}, {quiz}, {dtype}"
+                compare(title, f"{folder}/model", f"{folder}/sae", questions(quiz)[:64], dtype, rounds=3)
