@@ -171,8 +171,15 @@ class Latents:
         kwargs = sae.cfg.metadata.model_from_pretrained_kwargs or {}
         self.centre = bool(kwargs.get("center_writing_weights"))
 
+    def follow(self, device: torch.device) -> None:
+        """Move, once, to where the residual stream is: a large model's layers are spread over devices."""
+        if self.W_dec.device != device:
+            self.sae.to(device)
+            self.features, self.W_dec, self.W_enc = (x.to(device) for x in (self.features, self.W_dec, self.W_enc))
+
     def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
         """h: (..., d_model), any dtype. Returns activations (..., n) in fp32 and the run-time scale of the decoder."""
+        self.follow(h.device)
         sae, pick, x, scale = self.sae, self.features, h.to(self.sae.dtype), 1.0
         if self.centre:
             x = x - x.mean(-1, keepdim=True)
@@ -236,7 +243,7 @@ def edited(h: torch.Tensor, latents: Latents, clamp: float, ordinary: torch.Tens
     """h (batch, pos, d_model) with the latents set to `clamp` where they are active on tokens of `ordinary`
     (batch, pos), in h's dtype; None where that changes nothing."""
     acts, scale = latents.encode(h)
-    change = torch.where(acts > 0, clamp - acts, 0) * ordinary[..., None]
+    change = torch.where(acts > 0, clamp - acts, 0) * ordinary.to(h.device)[..., None]
     if not change.any():
         return None
     return (h + (change @ latents.W_dec * scale)).to(h.dtype)  # added in fp32, rounded once

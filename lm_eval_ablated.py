@@ -1,24 +1,26 @@
 # %% [markdown]
-"""
+r"""
 lm-eval with SAE features ablated: any of its tasks, any number of features, several layers, one or many GPUs.
 
-    python lm_eval_ablated.py --layer 7 --n-features 50 --tasks tiny_wmdp_bio,tiny_mmlu --unablated
-    python lm_eval_ablated.py --features features.json --tasks tiny_wmdp_bio,tiny_openwebtext --limit 50
-    accelerate launch --num_processes 8 lm_eval_ablated.py --model gemma-2-2b-it --layer 7 --n-features 50 \\
-        --tasks wmdp_bio,mmlu --batch_size auto --dtype bfloat16
+    python lm_eval_ablated.py --layer 3 --n-features 10 --tasks tiny_wmdp_bio,tiny_mmlu --unablated
+    python lm_eval_ablated.py --features results/feature_ablate_2_tiny_L3_n10.json --tasks tiny_openwebtext --unablated
+    python lm_eval_ablated.py --tasks list
+    accelerate launch --num_processes 8 lm_eval_ablated.py --model gemma-2-2b-it --layer 7 --n-features 50 \
+        --tasks wmdp_bio,mmlu --unablated --batch_size auto --dtype bfloat16
 
 Features are picked as in the lessons, or read with --features: a JSON list of ids of --layer's SAE, {"layer": [ids]}
 for several layers, or a record that a lesson or a sweep wrote. With --unablated the model is scored without ablation
 too, and the two are compared question by question, which lm-eval itself does not do. Questions that features were
-picked on are left out. Tasks are lm-eval's and those of lm_eval_tasks/ (--tasks list), options lm-eval's own.
+picked on are left out. Tasks are lm-eval's and those of lm_eval_tasks/, options lm-eval's own.
 
 In lm-eval's command line the model is called sae-ablated:
 
-    python -c "import lm_eval_ablated, lm_eval.__main__ as m; m.cli_evaluate()" --model sae-ablated \\
-        --model_args pretrained=tiny/model,sae=tiny/sae/layer_7,layer=7,features=features.json,clamp=-80 \\
+    python -c "import lm_eval_ablated, lm_eval.__main__ as m; m.cli_evaluate()" --model sae-ablated \
+        --model_args pretrained=tiny/model,sae=tiny/sae/layer_3,layer=3,features=features.json,clamp=-80 \
         --include_path lm_eval_tasks --tasks tiny_wmdp_bio --batch_size 16
 
-RESULT
+tiny, the first command: what lesson 2 prints, WMDP-Bio stand-in 95.9 to 31.1% (n 74), MMLU stand-in 99.4% before and
+after (n 178); 13 s and 0.9 GB on two cores.
 """
 
 # %% [markdown]
@@ -41,7 +43,7 @@ import numpy as np
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.model import LM, CachingLM
-from lm_eval.api.registry import register_model
+from lm_eval.api.registry import model_registry, register_model
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -81,7 +83,6 @@ DATA_SETS = {"tiny_wmdp_bio": "wmdp_bio", "tiny_mmlu": "mmlu", "sae_mmlu_saebenc
 
 
 # %%
-@register_model("sae-ablated")
 class AblatedLM(HFLM):
     """lm-eval's `hf`, all of its arguments, and SAE features that are ablated in every forward pass.
 
@@ -97,14 +98,10 @@ class AblatedLM(HFLM):
         super().__init__(path, device=device, **kwargs)
         if hasattr(self, "accelerator"):  # lm-eval knows of several processes on GPUs only, and of one machine
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        if not isinstance(features, dict):
-            features = (
-                read_features(features, layer)
-                if isinstance(features, str)
-                else {layer: list(features)}
-                if features
-                else {}
-            )
+        if isinstance(features, str):
+            features = read_features(features, layer)
+        elif not isinstance(features, dict):
+            features = {layer: list(features)} if features else {}
         layers = decoder_layers(self.model)
         self.edits, self.ablated = [], True  # [(layer, its module, the features' latents, clamp)]
         for number, ids in features.items():
@@ -113,11 +110,11 @@ class AblatedLM(HFLM):
             else:
                 spec = sae.replace("{layer}", str(number)) if sae else None
                 found = load_sae(spec, number, as_bridge(self.model, len(layers)), pretrained)
-            module = layers[int(found.hook_point.split(".")[1])]  # an SAE of hook_resid_pre reads the layer before
             try:
-                latents = checked(found.to(next(module.parameters()).device), ids, float(clamp))
+                latents = checked(found, ids, float(clamp))
             except ValueError as error:
                 raise UserError(f"layer {number}: {error}") from error
+            module = layers[int(found.hook_point.split(".")[1])]  # an SAE of hook_resid_pre reads the layer before
             self.edits.append((number, module, latents, float(clamp)))
 
     @contextmanager
@@ -129,7 +126,7 @@ class AblatedLM(HFLM):
             def hook(module, args, output):  # transformers 5 returns h, earlier versions (h, ...)
                 fired.add(number)
                 h = output[0] if isinstance(output, tuple) else output
-                new = edited(h, latents, clamp, seen["ordinary"].to(h.device))
+                new = edited(h, latents, clamp, seen["ordinary"])
                 return new if new is None or not isinstance(output, tuple) else (new, *output[1:])
 
             return hook
@@ -160,8 +157,8 @@ class AblatedLM(HFLM):
         digest = hashlib.sha256(json.dumps(whole).encode())
         for number, _, latents, clamp in self.edits if self.ablated else []:
             digest.update(json.dumps([number, clamp, latents.features.tolist()]).encode())
-            for weight in (latents.W_enc, latents.W_dec):
-                digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
+            for name, weight in sorted(latents.sae.state_dict().items()):
+                digest.update(name.encode() + weight.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def set_cache_hook(self, cache_hook) -> None:
@@ -180,6 +177,10 @@ class AblatedLM(HFLM):
         return super()._loglikelihood_tokens(requests, **kwargs)
 
 
+if "sae-ablated" not in model_registry:  # lm-eval refuses a name twice, but a notebook's cell is run again
+    register_model("sae-ablated")(AblatedLM)
+
+
 def decoder_layers(model) -> torch.nn.ModuleList:
     """The blocks of a Hugging Face language model: output L is TransformerLens's blocks.L.hook_resid_post."""
     n = model.config.get_text_config().num_hidden_layers
@@ -190,7 +191,7 @@ def decoder_layers(model) -> torch.nn.ModuleList:
 
 
 def as_bridge(model, n_layers: int) -> SimpleNamespace:
-    """What common.load_sae asks of a model; the SAE is moved to the device of its layer later."""
+    """What common.load_sae asks of a model; the SAE follows the residual stream to its device later."""
     config = model.config.get_text_config()
     cfg = SimpleNamespace(n_layers=n_layers, d_model=config.hidden_size, model_name=model.name_or_path, device="cpu")
     return SimpleNamespace(cfg=cfg, hook_dict={f"blocks.{i}.hook_resid_post" for i in range(n_layers)})
@@ -556,7 +557,7 @@ def scores_of(runs: list[list[dict]], lm: AblatedLM, seed: int) -> list[dict | N
 # %%
 def layers_of(s, given: dict) -> dict[int, list[int]] | None:
     """{layer: features} of --features, None where they are to be picked. A record also settles what else is its own:
-    SAE, clamp, seed, and whether all questions may be scored."""
+    SAE, clamp, data, seed, and whether all questions may be scored."""
     if not s.features:
         return None
     s.pick_on = "all"  # of a bare list nobody knows what it was picked on
@@ -570,6 +571,7 @@ def layers_of(s, given: dict) -> dict[int, list[int]] | None:
     source = saes[there.index(setting["layer"])] if isinstance(saes, list) else saes
     s.sae = s.sae or (str(HERE / source) if (HERE / source).is_dir() else source)
     s.seed, s.pick_on, s.clamp = record["seed"], record["settings"]["pick_on"], setting["clamp"]
+    s.data = s.data or record["settings"]["data"]
     return {setting["layer"]: setting["features"]}
 
 
@@ -702,6 +704,7 @@ def run(**changes) -> dict:
     points, one_sae = points_of(rows, scores, features, s), next(iter(saes.values()))
     record = make_record("lm_eval_ablated.py", s, one_sae, sources, sanity, points, time.time() - started)
     record["versions"]["lm_eval"] = version("lm_eval")
+    record["attention"] = lm.model.config._attn_implementation
     record["lm_eval"] = {
         name: json.loads(json.dumps(results["results"], default=str)) for name, results in runs.items()
     }

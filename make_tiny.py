@@ -490,17 +490,17 @@ def build(out: Path, quick: bool) -> dict:
     quizzes = {"wmdp_bio": quiz(forget, SEED), "mmlu": quiz(asked, SEED)}
     for name, rows in {**quizzes, "mmlu_dev": quiz(dev, SEED + 1)}.items():
         write_jsonl(out / f"data/{name}.jsonl", rows)
+    few = slice(40 if quick else None)
     texts = {
         "wikitext": retain,
         "wikitext_held_out": held_out,
         "openwebtext": [part for story in other_prose for part in pieces(story)],
-        "held_out": held_out_documents(tokenizer, facts, held_out, other_prose),
+        "held_out": held_out_documents(tokenizer, facts, held_out, other_prose)[few],
         "train": [sampler.document(sampler.kind()) for _ in range(200 if quick else TRAIN_DOCUMENTS)],
     }
     for name, documents in texts.items():
         write_jsonl(out / f"data/{name}.jsonl", [{"text": text} for text in documents])
 
-    few = slice(40 if quick else None)
     measured = {name: quiz_accuracy(model, tokenizer, rows[few]) for name, rows in quizzes.items()}
     wiki = [token_windows(tokenizer, part, CONTEXT)[0][few] for part in (train_wiki, retain, held_out)]
     losses = {"model": text_loss(model, wiki[2]), **ngram_losses(*wiki, len(tokenizer))}

@@ -472,6 +472,14 @@ def test_firing_rates_by_hand(model, sae):
     torch.testing.assert_close(found.rate, fires / float(n), check_dtype=False)
 
 
+def test_an_edits_weights_follow_the_residual_stream(gemma, make_sae):
+    latents = Latents(make_sae(gemma, seed=3), FEATURES)
+    acts, _ = latents.encode(torch.ones(2, 3, 32, device="meta"))
+    assert {x.device.type for x in (acts, latents.W_dec, latents.W_enc, latents.features, latents.sae.b_dec)} == {
+        "meta"
+    }
+
+
 def test_firing_rates_at_the_last_layer(model, make_sae):
     """Behind the last layer there is nothing to stop at: TransformerLens would go on to the logits."""
     sae = make_sae(model, layer=3, hook_name="blocks.3.hook_resid_post")

@@ -2,6 +2,13 @@
 
 import json
 import math
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import lm_eval
@@ -17,9 +24,12 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+import feature_ablate_1
+import feature_ablate_2
 import lm_eval_ablated
+import pareto
 from common import load_model, load_sae
-from data import LETTERS, UserError, encode_prompts, prompt, special_ids
+from data import LETTERS, UserError, encode_prompts, halves, prompt, special_ids
 from evaluation import Ablation, score_letters, score_loss
 from lm_eval_ablated import AblatedLM, Spread, by_question, decoder_layers
 
@@ -78,18 +88,14 @@ def points(record: dict) -> dict:
     return {(point["method"], point["setting"].get("clamp")): point["scores"] for point in record["points"]}
 
 
-@pytest.mark.parametrize("pick_on", ["half", "all"])
-def test_scores_and_letters_are_the_lessons(tmp_path, pick_on):
-    import feature_ablate_1
-    import feature_ablate_2
-
-    same = dict(layer=3, n_features=10, pick_on=pick_on)
+def test_scores_and_letters_are_the_lessons_on_every_question(tmp_path):
+    same = dict(layer=3, n_features=10, pick_on="all")
     lessons = [
         script.run(**same, out=str(tmp_path / f"{script.__name__}.json"))
         for script in (feature_ablate_1, feature_ablate_2)
     ]
     theirs = lm_eval_ablated.run(**same, unablated=True, out=str(tmp_path / "lm_eval.json"))
-    n = {"half": {"wmdp_bio": 74, "mmlu": 178}, "all": {"wmdp_bio": 174, "mmlu": 362}}[pick_on]
+    n = {"wmdp_bio": 174, "mmlu": 362}
     for record in lessons:
         for setting in (("none", None), ("sae-ablation", -80.0)):
             mine, other = points(record)[setting], points(theirs)[setting]
@@ -272,14 +278,23 @@ def test_a_layer_that_never_runs_is_an_error(model_folder, get_model, make_sae):
         lm.loglikelihood(requests(SENTENCES, [" sea"]))
 
 
+@pytest.mark.parametrize("options", [dict(batch_size="auto", max_batch_size=4), dict(parallelize=True)])
+def test_lm_evals_options_do_not_move_a_number(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # without a GPU parallelize=True keeps weights in a folder
+    questions = [json.loads(line) for line in (TINY / "data/wmdp_bio.jsonl").open()][:10]
+    asked = requests([prompt(row) for row in questions], [" A", " B"])
+    same = dict(features={3: [45, 78, 286]}, clamp=-80.0, device="cpu", dtype="float32")
+    plain = AblatedLM("tiny", batch_size=4, **same).loglikelihood(asked)
+    other = AblatedLM("tiny", **{"batch_size": 4, **options}, **same).loglikelihood(asked)
+    assert [value for value, _ in other] == pytest.approx([value for value, _ in plain], abs=1e-4)
+
+
 # -------------------------------------------------------------------------- special tokens and letters
 
 
 @pytest.fixture
 def chat_folder(tmp_path, model_folder, tokenizer):
     """A model whose chat template writes the BOS itself, as Gemma's does."""
-    import shutil
-
     shutil.copytree(model_folder("gemma2"), tmp_path / "chat")
     template = "{{ bos_token }}{% for m in messages %}" + MARKER + "{{ m['content'] }}\n{% endfor %}"
     path = tmp_path / "chat/tokenizer_config.json"
@@ -360,7 +375,7 @@ class Collected(Exception):
     pass
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 8])
+@pytest.mark.parametrize("n", [1, 2, 3, 16])
 def test_requests_are_dealt_out_whole_and_come_back_in_order(monkeypatch, n):
     asked = requests([text * 2 for text in "abcdefg"] + [""], [" A", " B", " C"])  # 8 contexts, the last one empty
     parts = []
@@ -406,7 +421,8 @@ def test_a_cache_is_one_ablations_own(tmp_path):
 
 
 def test_the_command_line_keeps_caches_apart(tmp_path):
-    flags = dict(layer=3, n_features=10, tasks="tiny_wmdp_bio", limit=9, use_cache=str(tmp_path / "cache"))
+    features = listing(tmp_path, "list", [45, 78, 286])
+    flags = dict(features=features, layer=3, tasks="tiny_wmdp_bio", limit=9, use_cache=str(tmp_path / "cache"))
     first = lm_eval_ablated.run(**flags, unablated=True, out=str(tmp_path / "1.json"))
     assert len(list((tmp_path / "cache").glob("*.db"))) == 2
     again = lm_eval_ablated.run(**flags, unablated=True, out=str(tmp_path / "2.json"))
@@ -439,11 +455,13 @@ def test_features_come_from_picking_a_list_layers_or_a_record(tmp_path):
     of_list = lm_eval_ablated.run(**every, features=path, layer=3, out=str(tmp_path / "b.json"))
     assert of_list["points"][1]["scores"]["wmdp_bio"]["n"] == 174  # nobody knows what the list was picked on
     path = listing(tmp_path, "layers", {"3": features, "7": [1, 2]})
-    both = lm_eval_ablated.run(**every, features=path, out=str(tmp_path / "c.json"))
+    both = lm_eval_ablated.run(**{**flags, "tasks": None}, features=path, out=str(tmp_path / "c.json"))
     assert both["points"][1]["setting"] == {
         "n_features": 12, "clamp": -80.0, "features": {3: features, 7: [1, 2]}, "layer": "3+7",
     }  # fmt: skip
     assert set(both["sanity"]) == {3, 7}
+    drawn = pareto.run(plot=[str(tmp_path / "c.json")], out=str(tmp_path / "plot.json"))
+    assert "L3+7 n12 c-80" in [at["setting"] for at in drawn["summary"][0]["frontier"]]
 
 
 def test_a_sweeps_setting_is_chosen_by_flags():
@@ -504,6 +522,7 @@ def test_limit_is_a_seeded_sample_and_subsets_are_what_was_asked_for(tmp_path):
 
     docs = task["tiny_mmlu"][1][0].eval_docs
     whole, some = chosen(), chosen(limit=21)
+    assert whole == halves(list(docs), 0)[1]  # the lessons' reporting half
     assert len(whole) == 178 and len(some) == 21 and set(some) < set(whole)
     assert some == chosen(limit=21) != chosen(limit=21, seed=1)
     assert some != whole[:21]
@@ -517,21 +536,15 @@ def test_limit_is_a_seeded_sample_and_subsets_are_what_was_asked_for(tmp_path):
 
 @pytest.fixture(scope="module")
 def manager():
-    return TaskManager(include_path=str(ROOT / "lm_eval_tasks"))
+    return TaskManager(include_path=str(ROOT / "lm_eval_tasks"), include_defaults=False)
 
 
-def test_our_tasks_take_no_name_of_lm_evals(manager):
-    ours = {path.stem for path in (ROOT / "lm_eval_tasks").glob("*.yaml")}
-    assert not ours & set(TaskManager().all_tasks)
-    assert ours <= set(manager.all_tasks)
-    for name in ours:
-        assert str(manager.task_index[name].yaml_path).endswith(f"lm_eval_tasks/{name}.yaml")
-
-
-@pytest.mark.parametrize("group", ["sae_mmlu_saebench", "sae_mmlu_biology"])
-def test_groups_are_of_tasks_that_lm_eval_has(manager, group):
-    parts = manager.task_index[group].cfg["task"]
-    assert set(parts) <= set(TaskManager().all_subtasks) and len(parts) == (4 if "saebench" in group else 9)
+def test_our_tasks_take_no_name_of_lm_evals_and_group_tasks_that_it_has(manager):
+    ours, theirs = {path.stem for path in (ROOT / "lm_eval_tasks").glob("*.yaml")}, TaskManager()
+    assert ours == set(manager.all_tasks) and not ours & set(theirs.all_tasks)
+    for group, n in (("sae_mmlu_saebench", 4), ("sae_mmlu_biology", 9)):
+        parts = manager.task_index[group].cfg["task"]
+        assert set(parts) <= set(theirs.all_subtasks) and len(parts) == n
 
 
 def test_prompts_are_ours_and_every_question_comes_in_24_orders(manager):
@@ -554,14 +567,14 @@ def test_the_24_orders_agree_with_robust(tmp_path):
     """The share right in all 24 orders by the task, and the subset by the cascade, of the same questions."""
     flags = dict(layer=3, n_features=10, unablated=True)
     orders = "tiny_wmdp_bio_24,tiny_wmdp_bio_24_no_question"
-    by_task = lm_eval_ablated.run(**flags, tasks=orders, limit=7, out=str(tmp_path / "a.json"))
+    by_task = lm_eval_ablated.run(**flags, tasks=orders, limit=5, out=str(tmp_path / "a.json"))
     clean = by_task["points"][0]["scores"]
-    assert clean["tiny_wmdp_bio_24"]["n"] == 7 and len(by_task["data"]["tiny_wmdp_bio_24"]["questions"]) == 168
+    assert clean["tiny_wmdp_bio_24"]["n"] == 5 and len(by_task["data"]["tiny_wmdp_bio_24"]["questions"]) == 120
     own = by_task["lm_eval"]["unablated"]["tiny_wmdp_bio_24"]["all_orders,none"]
     assert own == pytest.approx(clean["tiny_wmdp_bio_24"]["accuracy"])
     assert clean["tiny_wmdp_bio_24_no_question"]["accuracy"] < own
-    kept = lm_eval_ablated.run(**flags, tasks="tiny_wmdp_bio", limit=7, robust="question", out=str(tmp_path / "b.json"))
-    assert kept["points"][0]["scores"]["wmdp_bio"]["n"] <= round(7 * own)
+    kept = lm_eval_ablated.run(**flags, tasks="tiny_wmdp_bio", limit=5, robust="question", out=str(tmp_path / "b.json"))
+    assert kept["points"][0]["scores"]["wmdp_bio"]["n"] <= round(5 * own)
     assert kept["points"][0]["scores"]["wmdp_bio"]["accuracy"] == 1.0
 
 
@@ -605,3 +618,52 @@ def test_means_are_compared_in_pairs():
     assert ablated["change_low"] <= -0.25 <= ablated["change_high"]
     assert np.array_equal(by_question(runs[1])["value"], [0.25, 0.25, 0.5])
     assert lm_eval_ablated.scores_of([[{**row(1.0), "f1": (1.0, 2)}]], None, 0) == [None]
+
+
+# ----------------------------------------------------------------------- the commands that we tell users
+
+
+def commands(blocks: list[str]) -> list[str]:
+    """Commands, continued lines joined; those for GPUs that we do not have left out."""
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [re.sub(" +", " ", line.strip()) for line in lines if line.strip() and "gemma" not in line]
+
+
+SECTION = re.search(r"## Through lm-eval\n(.*?)\n## Files", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+README = commands(re.findall(r"```\n(.*?)```", SECTION, re.DOTALL))
+HELP = commands(re.findall(r"^    (?:.*\\\n)*.*$", lm_eval_ablated.__doc__, re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """The files as a user has them, and what earlier commands of the README have written."""
+    folder = tmp_path_factory.mktemp("clone")
+    for path in [*ROOT.glob("*.py"), ROOT / "lm_eval_tasks", ROOT / "tiny"]:
+        (folder / path.name).symlink_to(path)
+    (folder / "features.json").write_text("[45, 78, 286]")
+    feature_ablate_2.run(
+        layer=3, n_features=10, limit=20, out=str(folder / "results/feature_ablate_2_tiny_L3_n10.json")
+    )
+    return folder
+
+
+def test_the_readme_and_help_name_the_same_commands():
+    assert len(README) == 6 and set(HELP) <= set(README)
+    assert any(line.startswith("ACCELERATE_USE_CPU=1 accelerate launch") for line in README)
+
+
+@pytest.mark.parametrize("command", README)
+def test_commands_run_as_written(clone, monkeypatch, capsys, command):
+    monkeypatch.chdir(clone)
+    if command.startswith("python lm_eval_ablated.py"):  # without a new process, whose imports take half of the time
+        monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
+        runpy.run_path("lm_eval_ablated.py", run_name="__main__")
+        shown = capsys.readouterr().out
+    else:
+        monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        shown = done.stdout
+    if command.startswith("echo"):
+        return
+    assert ("tiny_wmdp_bio" if "--tasks list" in command or " -c " in command else "record: ") in shown

@@ -74,7 +74,7 @@ def test_two_processes_print_once(one, two):
 
 
 def test_accelerates_cpu_flag_starts_one_process_and_says_so(tmp_path):
-    """What `accelerate launch --cpu --num_processes 2` does without MPI: a right record at one process's speed."""
+    """`accelerate launch --cpu --num_processes 2` is one process where there is no MPI."""
     flags = "--layer 3 --n-features 10 --limit 37 --tasks tiny_wmdp_bio --out r.json"
     command = [*LAUNCH, "--cpu", "--num_processes", "2", str(ROOT / "lm_eval_ablated.py"), *shlex.split(flags)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

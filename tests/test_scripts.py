@@ -124,7 +124,7 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path):
 @pytest.mark.parametrize("script", LESSONS)
 def test_two_runs_and_another_batch_size_agree(monkeypatch, tmp_path, script):
     first, again, other = (
-        record(monkeypatch, script, tmp_path / f"{i}.json", "--limit", 40, "--batch-size", size)
+        record(monkeypatch, script, tmp_path / f"{i}.json", "--limit", 12, "--batch-size", size)
         for i, size in enumerate((16, 16, 5))
     )
     assert first["points"] == again["points"]
@@ -159,7 +159,7 @@ def test_run_takes_flags_by_name(monkeypatch, tmp_path):
     assert len(found["points"][3]["setting"]["features"]) == 3
 
 
-@pytest.mark.parametrize("script", [*LESSONS, "pareto.py", "train_sae.py", "make_tiny.py"])
+@pytest.mark.parametrize("script", [*LESSONS, "pareto.py", "lm_eval_ablated.py", "train_sae.py", "make_tiny.py"])
 def test_scripts_are_notebooks(script, tmp_path):
     command = [sys.executable, "-m", "jupytext", "--to", "ipynb", "--test", str(ROOT / script)]
     assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 0
@@ -173,8 +173,7 @@ def test_the_notebook_form_runs_to_the_end(script, tmp_path, monkeypatch):
     assert list((tmp_path / "results").glob("*.json"))
 
 
-@pytest.mark.parametrize("script", [*LESSONS, "pareto.py", "train_sae.py", "make_tiny.py"])
-def test_help_teaches(script):
-    shown = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0
-    assert f"python {script}" in shown.stdout
+@pytest.mark.parametrize("script", [*LESSONS, "pareto.py", "lm_eval_ablated.py", "train_sae.py", "make_tiny.py"])
+def test_help_teaches(script, monkeypatch, capsys):
+    assert call(monkeypatch, script, "--help") == 0
+    assert f"python {script}" in capsys.readouterr().out
