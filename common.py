@@ -299,7 +299,8 @@ def parser(doc: str) -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=16, help="prompts per pass; changes memory, not results (default: 16)")
     add("--max-rows", type=int, default=64, help="edited copies per pass; changes memory, not results (default: 64)")
     add("--seed", type=int, default=0, help="seed of split, control features and bootstrap (default: %(default)s)")
-    add("--device", help="cuda, cuda:1, mps or cpu (default: cuda if there is one)")
+    add("--device", help="cuda, cuda:1, mps or cpu (default: cuda if there is one; accelerate launch decides "
+        "for each process)")  # fmt: skip
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model; SAEs stay in float32")
     add("--no-sanity", action="store_true", help="go on even if the SAE does not fit the model")
     add("--out", help="record file; figures get the same name (default: results/<script>_<settings>.json)")

@@ -37,11 +37,11 @@ def residuals(
     shared: as in data.batches.
     """
     above, kept = int(sae.hook_point.split(".")[1]) + 1, {}
-    stop = above if above < model.cfg.n_layers else None  # to stop behind the last layer is to get logits
+    # by a hook: what the model returns when it stops behind its last layer is logits
     hooks = [(sae.hook_point, lambda h, hook: kept.update(h=h))]
     with watch_tokens(model.original_model, model.tokenizer) as seen, model.hooks(fwd_hooks=hooks):
         for _, ids in batches(windows, batch_size, model.tokenizer, model.cfg.device, desc, shared):
-            model(ids, stop_at_layer=stop, use_cache=False)
+            model(ids, stop_at_layer=above, use_cache=False)
             yield kept.pop("h")[seen["ordinary"]], ids[seen["ordinary"]]
 
 

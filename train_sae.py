@@ -30,6 +30,7 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
+import processes
 from common import check_sae, command_line, load_model, reconstruct, watch_tokens
 from data import UserError, batches, first_line, read_jsonl, token_windows
 from picking import firing_rates, sanity_gate
@@ -149,6 +150,8 @@ def measure(model, sae: SAE, held_out, training, batch_size: int) -> dict:
 def run(**changes) -> dict:
     """run(layers=[7], tokens=10**6): any flag by name. Writes OUT/layer_L and OUT/measured.json; returns the latter."""
     s = argparse.Namespace(**{**vars(flags.parse_args([])), **changes})
+    if processes.count() > 1:
+        raise UserError("SAEs are trained by one process: start train_sae.py without accelerate launch")
     torch.manual_seed(s.seed)
     model = load_model(s.model, s.device)
     s.width = s.width or 8 * model.cfg.d_model

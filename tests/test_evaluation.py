@@ -135,19 +135,25 @@ def test_loss_in_one_pass_equals_one_run_per_ablation(model, sae):
 def test_what_all_prompts_begin_with_is_run_once(model, sae, shared):
     """Longer than the sliding window, with special tokens and edited ones inside."""
     rows = [row[: 15 + 2 * k] for k, row in enumerate(some_ids(model, (8, 30), seed=5).tolist())]
-    prompts = [[*rows[0][:shared], *row[shared:]] for row in rows]
+    other = some_ids(model, (1, 30), seed=6)[0].tolist()  # the last batch begins otherwise
+    prompts = [[*(rows[0] if k > 2 else other)[:shared], *row[shared:]] for k, row in enumerate(rows)]
     sizes = []
     handle = model.blocks[0].register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape[:2])))
     found = score_letters(model, sae, prompts, [20, 21, 22, 23], ABLATIONS, batch_size=5, max_rows=7)
     nats, targets = score_loss(model, sae, prompts, ABLATIONS, batch_size=5, max_rows=7)
     handle.remove()
-    assert sizes == [(1, shared), (5, 29 - shared), (3, 19 - shared)] * 2
+    assert sizes == [(1, shared), (5, 29 - shared), (1, shared), (3, 19 - shared)] * 2
     wanted = letters_one_by_one(model, sae, prompts, [20, 21, 22, 23], ABLATIONS)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
     losses = losses_one_by_one(model, sae, prompts, ABLATIONS)
     torch.testing.assert_close(nats / targets, losses / targets, atol=1e-5, rtol=0)
+    sizes.clear()
+    handle = model.blocks[0].register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape[:2])))
+    score_letters(model, sae, prompts[3:], [20, 21, 22, 23], ABLATIONS, batch_size=2)
+    handle.remove()
+    assert sizes[0] == (1, shared) and len(sizes) == 4  # the second batch begins as the first, the last is one prompt
     run = OnePass(model, sae, ABLATIONS)
-    run(torch.tensor([prompt[:15] for prompt in prompts]))
+    run(torch.tensor([prompt[:15] for prompt in prompts[3:]]))
     starts = {start for _, start, *_ in run.edits}
     assert min(starts) < shared  # some edits begin within what is shared
 

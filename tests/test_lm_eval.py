@@ -271,6 +271,29 @@ def test_generated_text_is_a_plain_references(family, case, get_model, model_fol
     assert differs or case == "two features"
 
 
+def test_a_layer_may_return_a_tuple(model_folder, get_model, make_sae):
+    """As transformers did before version 5: the first entry is edited, for every row of the batch, the rest kept."""
+    edits = edits_of("zero ablation", get_model("gemma2"), make_sae)
+    lm = ablated_lm(model_folder("gemma2"), edits)
+    ids = some_ids(get_model("gemma2"))
+    seen = {}
+    handle = decoder_layers(lm.model)[1].register_forward_pre_hook(lambda module, args: seen.update(h=args[0]))
+    lm.model(ids)
+    handle.remove()
+
+    class Layer(torch.nn.Module):
+        def forward(self, h):
+            return h, "weights"
+
+    whole, pair = torch.nn.Identity(), Layer()
+    lm.edits = [(1, whole, *lm.edits[0][2:]), (2, pair, *lm.edits[0][2:])]
+    with torch.no_grad(), lm.patched():
+        lm.model(ids)
+        alone, (first, second) = whole(seen["h"]), pair(seen["h"])
+    assert second == "weights" and torch.equal(first, alone)
+    assert (first != seen["h"]).any(-1).any(-1).all()
+
+
 def test_a_layer_that_never_runs_is_an_error(model_folder, get_model, make_sae):
     lm = ablated_lm(model_folder("gemma2"), edits_of("two features", get_model("gemma2"), make_sae))
     lm.edits = [(1, torch.nn.Identity(), *lm.edits[0][2:])]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import processes
+import show
 
 ROOT = Path(__file__).resolve().parent.parent
 # without GPUs accelerate starts several processes only when it takes them for GPUs (accelerate#2741)
@@ -142,3 +143,9 @@ def test_a_lost_process_is_told_as_that(monkeypatch):
     ):
         with pytest.raises(processes.LostProcess, match="another process"):
             call()
+
+
+def test_only_the_first_process_writes(monkeypatch, tmp_path):
+    monkeypatch.setattr(show, "is_first", lambda: False)
+    show.write_record(tmp_path / "r.json", {"points": []}, {})
+    assert not list(tmp_path.iterdir())
