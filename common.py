@@ -208,6 +208,15 @@ class Latents:
 # ------------------------------------------------------------------------------------------- ablate
 
 
+def decoder_layers(model) -> torch.nn.ModuleList:
+    """The blocks of a Hugging Face language model: output L is TransformerLens's blocks.L.hook_resid_post."""
+    n = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n]
+    if len(lists) != 1:
+        raise UserError(f"cannot tell which modules of {type(model).__name__} are its {n} layers")
+    return lists[0]
+
+
 @contextmanager
 def watch_tokens(module: torch.nn.Module, tokenizer):
     """Yields a dict whose "ordinary" is the (batch, pos) mask of non-special tokens of the running forward pass.
@@ -278,11 +287,15 @@ def reconstruct(sae: SAE, h: torch.Tensor) -> torch.Tensor:
 # -------------------------------------------------------------------------------------- command line
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """The flags that every script has; a script adds its own, or one of the same name in place of ours."""
+def parser(doc: str, without: tuple[str, ...] = ()) -> argparse.ArgumentParser:
+    """The flags that every script has, but for those `without`; a script adds its own, or one in place of ours."""
     shape = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=doc, formatter_class=shape, allow_abbrev=False, conflict_handler="resolve")
-    add = p.add_argument
+
+    def add(name, **options):
+        if name not in without:
+            p.add_argument(name, **options)
+
     add("--model", default="tiny", help=f"preset ({', '.join(PRESETS)}), hub id or folder (default: %(default)s)")
     add("--sae", help="RELEASE:ID of SAELens's table, or a folder (default: the preset's SAE of --layer)")
     add("--layer", type=int, default=7, help="layer of the SAE; tiny has 3, 5, 7, 9 (default: %(default)s)")
@@ -313,11 +326,13 @@ def settings(p: argparse.ArgumentParser, flags: dict) -> argparse.Namespace:
     if unknown := set(flags) - set(known):
         raise TypeError(f"no such setting: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     s = argparse.Namespace(**{**known, **flags})
-    for n in s.n_features if isinstance(s.n_features, list) else [s.n_features]:
-        if n < 1:
-            raise UserError(f"--n-features {n}: at least 1")
-    if any(isinstance(number, int) and number < 1 for number in (s.batch_size, s.max_rows, s.limit)):
-        raise UserError("--batch-size, --max-rows and --limit must be at least 1")
+    for name in ("n_features", "batch_size", "max_rows", "limit"):
+        value = getattr(s, name, None)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and number < 1:
+                raise UserError(f"--{name.replace('_', '-')} {number}: at least 1")
+    if "clamp" not in known:
+        return s
     if s.clamp is None:
         s.clamp = PRESETS[s.model].clamp if s.model in PRESETS else -100.0
     if not isinstance(s.clamp, list) and s.clamp >= 0:

@@ -51,7 +51,7 @@ def load_rows(name: str, model: str = "tiny", data: str | None = None) -> tuple[
     for folder in map(Path, folders):
         path = folder / f"{name}.jsonl"
         if path.is_file():
-            stand_in = folder == HERE / "tiny/data"
+            stand_in = folder.resolve() == HERE / "tiny/data"
             source = f"tiny/data/{path.name} (stand-in)" if stand_in else str(path)
             rows = read_jsonl(path, name)
             return rows, {"source": source, "sha256": digest(rows), "stand_in": stand_in}

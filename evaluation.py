@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from scipy import stats
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -238,6 +239,13 @@ def for_rows(cache: DynamicCache, source: torch.Tensor, length: int, layer: int 
         if length and number >= layer:
             new.update(*(x[:, :, :length][source.to(x.device)] for x in (old.keys, old.values)), number)
     return new
+
+
+def no_sae(model) -> SAE:
+    """For a model that is scored as it is: a feature that never fires, at a hook point that every model has."""
+    sae = StandardSAE(StandardSAEConfig(d_in=model.cfg.d_model, d_sae=1, device=str(model.cfg.device)))
+    sae.hook_point = "blocks.0.hook_resid_post"
+    return sae.requires_grad_(False)
 
 
 @torch.inference_mode()

@@ -50,7 +50,18 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table, simple_parse_args_string
 
 import processes
-from common import PRESETS, checked, command_line, edited, load_model, load_sae, parser, settings, watch_tokens
+from common import (
+    PRESETS,
+    checked,
+    command_line,
+    decoder_layers,
+    edited,
+    load_model,
+    load_sae,
+    parser,
+    settings,
+    watch_tokens,
+)
 from data import HERE, UserError, digest, first_line, halves, load_rows, picking_texts, sample, token_windows
 from evaluation import Ablation, accuracy_score, bootstrap, loss_scores, robust_subset
 from picking import firing_rates, largest, pick_features, sanity_gate
@@ -179,15 +190,6 @@ class AblatedLM(HFLM):
 
 if "sae-ablated" not in model_registry:  # lm-eval refuses a name twice, but a notebook's cell is run again
     register_model("sae-ablated")(AblatedLM)
-
-
-def decoder_layers(model) -> torch.nn.ModuleList:
-    """The blocks of a Hugging Face language model: output L is TransformerLens's blocks.L.hook_resid_post."""
-    n = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n]
-    if len(lists) != 1:
-        raise UserError(f"cannot tell which modules of {type(model).__name__} are its {n} layers")
-    return lists[0]
 
 
 def as_bridge(model, n_layers: int) -> SimpleNamespace:

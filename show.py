@@ -21,8 +21,9 @@ from processes import is_first, total
 
 def outputs(script: str, s) -> Path:
     """Path of the record, its folder made and known to be writable before any work is done. Raises UserError."""
-    layer, n = ("-".join(map(str, v)) if isinstance(v, list) else v for v in (s.layer, s.n_features))
-    name = f"{Path(script).stem}_{Path(s.model).name}_L{layer}_n{n}.json"
+    parts = [(letter, vars(s)[key]) for letter, key in (("L", "layer"), ("n", "n_features")) if key in vars(s)]
+    parts = [letter + ("-".join(map(str, v)) if isinstance(v, list) else str(v)) for letter, v in parts]
+    name = "_".join([Path(script).stem, Path(s.model).name, *parts]) + ".json"
     path = Path(s.out or "results/")
     path = path if path.suffix == ".json" else path / name
     try:
@@ -56,9 +57,9 @@ def make_record(script: str, s, sae, sources: dict, sanity: dict, points: list, 
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seconds": round(seconds, 1),
         "model": s.model,
-        "sae": sae.source,
+        "sae": sae.source if sae else None,
         "layer": s.layer,
-        "hook_point": sae.hook_point,
+        "hook_point": sae.hook_point if sae else None,
         "seed": s.seed,
         "dtype": s.dtype,
         "attention": "eager",
@@ -101,6 +102,8 @@ def label(ablation: Ablation) -> str:
     }
     if ablation.method in names:
         return names[ablation.method]
+    if ablation.method in ("rmu", "adaptive-rmu"):
+        return {"rmu": "RMU", "adaptive-rmu": "Adaptive RMU"}[ablation.method]
     what = "random features, " if ablation.method == "random-features" else ""
     edit = "zero ablation" if ablation.clamp == 0 else f"clamp {ablation.clamp:g}"
     return f"{what}{edit}"
