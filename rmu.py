@@ -4,6 +4,7 @@ RMU, Representation Misdirection for Unlearning: train a model to forget, save i
 
     python rmu.py
     python rmu.py --adaptive
+    python rmu.py --sweep
     python rmu.py --multiple 4 --alpha 300 --layer 3
     python rmu.py --model gemma-2-2b-it --dtype bfloat16
 
@@ -15,13 +16,16 @@ picking half of the WMDP-Bio questions, or forget_corpus.jsonl of --data; the re
 development questions. The trained model is saved as a folder that the lessons, pareto.py and lm-eval load with --model.
 
 tiny: WMDP-Bio stand-in 95.9 to 25.7%, MMLU stand-in 99.4 to 98.9% (reporting halves, n 74 and 178), loss added on the
-OpenWebText stand-in +0.072 nats per token; 21 s and 0.8 GB on two cores.
+OpenWebText stand-in +0.063 nats per token; 21 s and 0.8 GB on two cores. --sweep trains with twelve settings, chooses
+this one on the tuning half, and takes two and a half minutes; stopped, it goes on where it was.
 """
 
 # %% [markdown]
 # Start a notebook in this folder, so that the helper files beside this one can be imported.
 
 # %%
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -50,10 +54,12 @@ from data import (
     token_windows,
 )
 from evaluation import Ablation, loss_scores, no_sae, quiz_scores, score_letters, score_loss
-from show import make_record, outputs, print_loss, print_quiz, title_of, write_record
+from show import make_record, outputs, print_loss, print_quiz, title_of, write_record, write_whole
 
 RETAIN_TOKENS = 50_000  # of Wikitext
 SCORED_TOKENS = 20_000  # of OpenWebText, documents in order
+MULTIPLES, ALPHAS = (2.0, 4.0, 8.0, 16.0), (10.0, 30.0, 100.0)  # of --sweep
+KEEP = 0.99  # SAEBench: the share of the untrained MMLU accuracy that a setting must keep
 # SAEBench's utility subjects stand for MMLU on real models; tiny's stand-in is small and scored whole
 SUBJECTS = "high_school_us_history,college_computer_science,high_school_geography,human_aging"
 
@@ -72,10 +78,9 @@ class Setting:
 
 
 # zephyr: the CAIS release, c 6.5 over a norm of about 2.8 there. gemma-2-2b-it: c 400 over a norm of about 92, the best
-# of AMindToThink/sae_jailbreak_unlearning's runs (WMDP-Bio 65.1 to 30.9). tiny: of eleven settings the one of lowest
-# WMDP-Bio accuracy on the tuning half that keeps 99% of MMLU there
+# of AMindToThink/sae_jailbreak_unlearning's runs (WMDP-Bio 65.1 to 30.9). tiny: what --sweep chooses on the tuning half
 SETTINGS = {
-    "tiny": Setting(layer=3, multiple=16.0, alpha=30.0, steps=200, lr=2e-3),
+    "tiny": Setting(layer=3, multiple=4.0, alpha=10.0, steps=200, lr=2e-3),
     "gemma-2-2b-it": Setting(layer=3, multiple=4.3, alpha=100.0, steps=300, lr=5e-5),
     "HuggingFaceH4/zephyr-7b-beta": Setting(layer=7, multiple=2.3, alpha=1200.0, steps=150, lr=5e-5),
 }
@@ -169,10 +174,10 @@ def train(
     model, tokenizer, forget: list, retain_sets: list[list], setting: Setting, adaptive: bool, seed: int
 ) -> tuple:
     """Train the matrices in place. Returns the log, a row a step: forget loss, weighted retain loss, cosine of forget
-    text to the control vector; the control vector; and the coefficient. Raises UserError where a loss is no number."""
+    text to the control vector; the control vector; the coefficient; and what was trained. Raises UserError where a loss
+    is no number."""
     model.requires_grad_(False)
     matrices = down_projections(model, setting.layer)
-    print("trained:", ", ".join(matrices))
     originals = {name: matrix.detach().clone() for name, matrix in matrices.items()}
     for matrix in matrices.values():
         matrix.requires_grad_(True)
@@ -188,7 +193,6 @@ def train(
             h_forget, forget_mask = hidden(model, ids, setting.layer), seen["ordinary"]
             if coefficient is None:
                 coefficient = setting.multiple * norms[forget_mask].mean().item()
-                print(f"coefficient {coefficient:.1f}: {setting.multiple:g} times the norm at layer {setting.layer}")
             ids = batch_of(rng.choice(retain_sets), rng, setting.batch, pad, device)
             with torch.no_grad(), as_they_were(matrices, originals):
                 frozen = hidden(model, ids, setting.layer)
@@ -204,7 +208,7 @@ def train(
             optimizer.step()
             cosine = torch.cosine_similarity(h_forget.detach().float(), u, dim=-1)[forget_mask].mean()
             log.append([away.item(), back.item(), cosine.item()])
-    return log, u, coefficient
+    return log, u, coefficient, list(matrices)
 
 
 def loss_figure(log: list, title: str):
@@ -248,15 +252,15 @@ def load_texts(s) -> tuple[dict, dict]:
 
 
 def answers(lm, texts: dict, s) -> dict:
-    """What a model answers: {quiz: options chosen (n_asked,)}, and the loss of each window of OpenWebText in nats."""
+    """What a model answers: {quiz: options chosen}, and OpenWebText's windows: losses in nats, targets, documents."""
     rows, found = [Ablation("none")], {}
     for name, (questions, parts) in texts["quizzes"].items():
         asked = sorted({i for part in parts.values() for i in part})
         prompts, letters = encode_prompts(lm.tokenizer, [prompt(questions[i]) for i in asked])
-        found[name] = score_letters(lm, no_sae(lm), prompts, letters, rows, s.batch_size, name).argmax(-1)[0].numpy()
+        found[name] = score_letters(lm, no_sae(lm), prompts, letters, rows, s.batch_size, name).argmax(-1)[0].tolist()
     windows, documents = token_windows(lm.tokenizer, texts["web"][: s.limit], max_tokens=SCORED_TOKENS)
     nats, targets = score_loss(lm, no_sae(lm), windows, rows, s.batch_size, "OpenWebText")
-    return {**found, "openwebtext": (nats[0], targets, documents)}
+    return {**found, "openwebtext": [nats[0].tolist(), targets.tolist(), documents]}
 
 
 def scores_of(runs: list[dict], texts: dict, s) -> list[dict]:
@@ -265,11 +269,12 @@ def scores_of(runs: list[dict], texts: dict, s) -> list[dict]:
     for name, (questions, parts) in texts["quizzes"].items():
         asked = sorted({i for part in parts.values() for i in part})
         for half, part in parts.items():
-            chosen = np.stack([run[name][np.searchsorted(asked, part)] for run in runs])
+            chosen = np.array([run[name] for run in runs])[:, np.searchsorted(asked, part)]
             for score, value in zip(scores, quiz_scores(chosen, [questions[i] for i in part], s.seed, not half)):
                 score[name + half] = value
-    nats = torch.stack([run["openwebtext"][0] for run in runs])
-    for score, value in zip(scores, loss_scores(nats, *runs[0]["openwebtext"][1:], s.seed)):
+    nats = torch.tensor([run["openwebtext"][0] for run in runs], dtype=torch.float64)
+    _, targets, documents = runs[0]["openwebtext"]
+    for score, value in zip(scores, loss_scores(nats, torch.tensor(targets), documents, s.seed)):
         score["openwebtext"] = value
     return scores
 
@@ -288,7 +293,17 @@ flags.add_argument("--alpha", type=float, help="weight of the retain loss (defau
 flags.add_argument("--steps", type=int, help="of training (default: the model's setting)")
 flags.add_argument("--lr", type=float, help="learning rate of AdamW (default: the model's setting)")
 flags.add_argument("--adaptive", action="store_true", help="Adaptive RMU: every token is pushed by its own norm")
+flags.add_argument("--sweep", action="store_true", help="train with every multiple and alpha of a grid, and choose")
 flags.add_argument("--subjects", help="MMLU subjects, comma-separated (default: SAEBench's four; tiny: all)")
+
+
+def print_sweep(tried: list[Setting], scores: list[dict]) -> None:
+    """A line for each setting: accuracies on both halves in per cent, loss added."""
+    print(f"\n  {'multiple':>8}{'alpha':>7}   WMDP-Bio tuning, reporting   MMLU tuning, reporting   loss added")
+    for one, score in zip(tried, scores[1:]):
+        cells = [100 * score[name + half]["accuracy"] for name in ("wmdp_bio", "mmlu") for half in ("_tuning", "")]
+        print("  {:8g}{:7g}{:18.1f}{:11.1f}{:14.1f}{:11.1f}".format(one.multiple, one.alpha, *cells)
+              + f"{score['openwebtext']['loss_added']:+13.4f}")  # fmt: skip
 
 
 def setting_of(s) -> Setting:
@@ -308,7 +323,77 @@ def save(model, tokenizer, folder: Path) -> None:
         os.replace(half_written, folder)
     finally:
         shutil.rmtree(half_written, ignore_errors=True)
-    print(f"model: {folder}")
+
+
+def forgetful(setting: Setting, folder: Path, texts: dict, s) -> tuple:
+    """Load the model, train it, save it to the folder; what `train` returns."""
+    source = PRESETS[s.model].model if s.model in PRESETS else s.model
+    same = dict(dtype=getattr(torch, s.dtype), attn_implementation="eager")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(source, **same), AutoTokenizer.from_pretrained(source)
+    if not 0 <= setting.layer < len(decoder_layers(model)):
+        raise UserError(f"--layer {setting.layer}: the model has layers 0 to {len(decoder_layers(model)) - 1}")
+    model.to(s.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    forget, _ = token_windows(tokenizer, texts["forget"])
+    retain = [token_windows(tokenizer, part, max_tokens=RETAIN_TOKENS)[0] for part in texts["retain"]]
+    result = train(model, tokenizer, forget, retain, setting, s.adaptive, s.seed)
+    save(model, tokenizer, folder)
+    return result
+
+
+def kept(path: Path, make):
+    """What an earlier run left at `path`, or else make() and leave it there. Raises UserError for a damaged file."""
+    if not path.exists():
+        value = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda file: file.write_text(json.dumps(value)))
+        return value
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: delete it, and its setting is trained again") from error
+
+
+def sweep(setting: Setting, path: Path, texts: dict, sources: dict, s) -> tuple[list[Setting], list[dict]]:
+    """Every multiple with every alpha: the settings and what the models trained with them answer. Finished ones are
+    kept in a folder beside the record; stopped by Ctrl-C it says how many."""
+    folder = Path(PRESETS[s.model].model if s.model in PRESETS else s.model)
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*.safetensors")]
+    settled = {name: value for name, value in vars(s).items() if name not in ("out", "batch_size", "multiple", "alpha")}
+    whole = json.dumps([settled, asdict(setting), sources, sorted(weights)], sort_keys=True)
+    pieces = path.with_suffix(".pieces") / hashlib.sha256(whole.encode()).hexdigest()[:16]
+    tried = [replace(setting, multiple=m, alpha=a) for m in MULTIPLES for a in ALPHAS]
+    passing = path.with_suffix(".tried")
+
+    def make(one):
+        forgetful(one, passing, texts, s)
+        return answers(load_model(str(passing), s.device, s.dtype), texts, s)
+
+    try:
+        found = [kept(pieces / f"m{one.multiple:g}_a{one.alpha:g}.json", lambda one=one: make(one)) for one in tried]
+    except KeyboardInterrupt:
+        done = len(list(pieces.glob("*.json")))
+        raise KeyboardInterrupt(f"{done} finished settings are kept; the same command goes on from there") from None
+    finally:
+        shutil.rmtree(passing, ignore_errors=True)
+    shutil.rmtree(pieces, ignore_errors=True)
+    if pieces.parent.is_dir() and not any(pieces.parent.iterdir()):  # else it holds what another sweep was stopped at
+        pieces.parent.rmdir()
+    return tried, found
+
+
+def best(scores: list[dict]) -> int:
+    """SAEBench's choice on the tuning half (arXiv 2503.09532): lowest WMDP-Bio accuracy among what keeps KEEP of MMLU.
+
+    scores: the untrained model's first, which is left out. Where nothing keeps as much, what keeps most.
+    """
+
+    def of(k, name):
+        return scores[k][f"{name}_tuning"]["accuracy"]
+
+    good = [k for k in range(1, len(scores)) if of(k, "mmlu") >= KEEP * of(0, "mmlu") - 1e-12]
+    if not good:
+        return max(range(1, len(scores)), key=lambda k: of(k, "mmlu"))
+    return min(good, key=lambda k: (of(k, "wmdp_bio"), -of(k, "mmlu")))
 
 
 def run(**changes) -> dict:
@@ -321,34 +406,35 @@ def run(**changes) -> dict:
     path = outputs("rmu.py", s)
     lm = load_model(s.model, s.device, s.dtype)
     texts, sources = load_texts(s)
-    before = answers(lm, texts, s)
+    runs = [answers(lm, texts, s)]
     del lm
-    source = PRESETS[s.model].model if s.model in PRESETS else s.model
-    device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    same = dict(dtype=getattr(torch, s.dtype), attn_implementation="eager")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(source, **same), AutoTokenizer.from_pretrained(source)
-    model.to(device).eval()
-    if not 0 <= setting.layer < len(decoder_layers(model)):
-        raise UserError(f"--layer {setting.layer}: the model has layers 0 to {len(decoder_layers(model)) - 1}")
-    forget, _ = token_windows(tokenizer, texts["forget"])
-    retain = [token_windows(tokenizer, part, max_tokens=RETAIN_TOKENS)[0] for part in texts["retain"]]
-    log, u, coefficient = train(model, tokenizer, forget, retain, setting, s.adaptive, s.seed)
-    folder = path.with_suffix(".model")
-    save(model, tokenizer, folder)
-    del model
-    after = answers(load_model(str(folder), s.device, s.dtype), texts, s)
+    tried, folder = [setting], path.with_suffix(".model")
+    if s.sweep:
+        tried, found = sweep(setting, path, texts, sources, s)
+        runs += found
+        scores = scores_of(runs, texts, s)
+        print_sweep(tried, scores)
+        setting = tried[best(scores) - 1]
+        print(f"chosen: multiple {setting.multiple:g}, alpha {setting.alpha:g}, which is trained again and saved")
+    log, u, coefficient, matrices = forgetful(setting, folder, texts, s)
+    print(f"trained: {', '.join(matrices)}\ncoefficient: {coefficient:.1f}, {setting.multiple:g} times the norm")
+    if not s.sweep:
+        runs.append(answers(load_model(str(folder), s.device, s.dtype), texts, s))
+        scores = scores_of(runs, texts, s)
     method = "adaptive-rmu" if s.adaptive else "rmu"
-    rows = [Ablation("none"), Ablation(method)]
-    scores = scores_of([before, after], texts, s)
+    rows = [Ablation("none")] + [Ablation(method)] * len(tried)
     points = [row.point(**score) for row, score in zip(rows, scores)]
-    chosen = asdict(setting)
-    points[1]["setting"] = {name: chosen.pop(name) for name in ("layer", "multiple", "alpha")}
-    points[1]["setting"]["training"] = {**chosen, "coefficient": coefficient}
+    for point, one in zip(points[1:], tried):
+        chosen = asdict(one)
+        point["setting"] = {name: chosen.pop(name) for name in ("layer", "multiple", "alpha")} | {"training": chosen}
+    shown = [0, 1 + tried.index(setting)]
     for name in ("wmdp_bio", "mmlu"):
-        print_quiz(title_of(name, sources), rows, [score[name] for score in scores])
-    print_loss(title_of("openwebtext", sources), rows, [score["openwebtext"] for score in scores])
+        print_quiz(title_of(name, sources), rows[:2], [scores[k][name] for k in shown])
+    print_loss(title_of("openwebtext", sources), rows[:2], [scores[k]["openwebtext"] for k in shown])
     record = make_record("rmu.py", s, None, sources, {}, points, time.time() - started)
-    record |= {"folder": str(folder), "control_vector": u.tolist(), "log": log}
+    print(f"model: {folder}")
+    record |= {"folder": str(folder), "matrices": matrices, "coefficient": coefficient}
+    record |= {"control_vector": u.tolist(), "log": log}
     title = f"{s.model}: {method}, layer {setting.layer}, {setting.multiple:g} norms, alpha {setting.alpha:g}"
     write_record(path, record, {"losses": loss_figure(log, title)})
     return record

@@ -163,6 +163,48 @@ def test_the_saved_folder_gives_the_same_letters_through_lm_eval(trained):
         assert "".join(letters) == record["points"][1]["scores"][name]["letters"]
 
 
+def test_a_stopped_sweep_goes_on_and_ends_with_the_same_record(monkeypatch, tmp_path):
+    monkeypatch.setattr(rmu, "MULTIPLES", (2.0, 4.0))
+    monkeypatch.setattr(rmu, "ALPHAS", (10.0,))
+    flags = dict(sweep=True, steps=3, limit=6)
+    whole = rmu.run(**flags, out=str(tmp_path / "whole.json"))
+    assert [point["setting"]["multiple"] for point in whole["points"][1:]] == [2.0, 4.0]
+
+    train, calls = rmu.train, []
+
+    def stop_at_the_second(*args):
+        calls.append(args[4].multiple)
+        if calls == [2.0, 4.0]:
+            raise KeyboardInterrupt
+        return train(*args)
+
+    monkeypatch.setattr(rmu, "train", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt, match="1 finished settings are kept"):
+        rmu.run(**flags, out=str(tmp_path / "r.json"))
+    assert {path.name for path in tmp_path.glob("r*")} == {"r.pieces"}
+    again = rmu.run(**flags, out=str(tmp_path / "r.json"))
+    assert calls[2:3] == [4.0] and len(calls) == 4  # the second setting, and the chosen one for its folder
+    assert json.dumps(again["points"]) == json.dumps(whole["points"])  # as text NaN is equal
+    assert again["log"] == whole["log"]
+    assert {path.name for path in tmp_path.glob("r*")} == {"r.json", "r.model", "r_losses.png"}
+
+
+def test_a_damaged_piece_is_refused(tmp_path):
+    (tmp_path / "piece.json").write_text('{"wmdp_bio": [1, 2')
+    with pytest.raises(UserError, match=r"piece\.json is damaged"):
+        rmu.kept(tmp_path / "piece.json", None)
+
+
+def test_the_tuning_half_chooses():
+    def score(wmdp, mmlu):
+        return {"wmdp_bio_tuning": {"accuracy": wmdp}, "mmlu_tuning": {"accuracy": mmlu},
+                "wmdp_bio": {"accuracy": 1 - wmdp}, "mmlu": {"accuracy": 0.0}}  # fmt: skip
+
+    scores = [score(0.9, 0.8), score(0.3, 0.7), score(0.5, 0.795), score(0.4, 0.795), score(0.4, 0.8)]
+    assert rmu.best(scores) == 4
+    assert rmu.best(scores[:2]) == 1  # nothing keeps 99%: what keeps most
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
