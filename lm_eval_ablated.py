@@ -250,7 +250,7 @@ def of_record(path: str, record: dict, **wanted) -> dict:
 # ## Flags: the shared ones, some with other defaults, and lm-eval's own, in its spelling or with hyphens
 
 # %%
-flags = parser(__doc__)
+flags = parser(__doc__, without=("--max-rows",))
 
 
 def number_or_auto(text: str) -> int | str:

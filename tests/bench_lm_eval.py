@@ -16,11 +16,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from bench_patched import write_smollm_shape
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
-from sae_lens.saes.sae import SAEMetadata
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from common import load_model, load_sae
 from data import LETTERS, encode_prompts, prompt
@@ -28,23 +26,6 @@ from evaluation import Ablation, score_letters
 from lm_eval_ablated import AblatedLM
 
 ROUNDS, BATCH, FEATURES = 7, 16, list(range(0, 500, 10))
-
-
-def smollm_shape(folder: Path, vocabulary: int) -> None:
-    """A random model of SmolLM2-135M's shape (its config.json) but for the vocabulary, and an SAE at layer 7."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=8192,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    AutoTokenizer.from_pretrained(ROOT / "tiny/model").save_pretrained(folder / "model")
-    metadata = SAEMetadata(hook_name="blocks.7.hook_resid_post", model_name="model")
-    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=576, d_sae=16384, apply_b_dec_to_input=False, metadata=metadata))
-    with torch.no_grad():
-        sae.W_enc.normal_()
-        sae.threshold.fill_(0.5)
-    sae.save_model(folder / "sae")
 
 
 def compare(title: str, model: str, sae: str, questions: list[dict], dtype: str, rounds: int = ROUNDS) -> None:
@@ -93,7 +74,7 @@ if __name__ == "__main__":
                 "float32")  # fmt: skip
     for vocabulary in (49_152, 256_000):
         with tempfile.TemporaryDirectory() as folder:
-            smollm_shape(Path(folder), vocabulary)
+            write_smollm_shape(Path(folder), vocabulary)
             for quiz, dtype in (("wmdp_bio", "float32"), ("wmdp_bio", "bfloat16"), ("mmlu", "float32")):
                 title = f"random model of SmolLM2-135M's shape, vocabulary {vocabulary:,}, {quiz}, {dtype}"
                 compare(title, f"{folder}/model", f"{folder}/sae", questions(quiz)[:64], dtype, rounds=3)

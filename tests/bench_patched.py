@@ -24,11 +24,12 @@ from common import ablate, load_model, load_sae
 ROUNDS = 25
 
 
-def smollm_shape(folder: Path):
-    """A random model of SmolLM2-135M's shape (its config.json) and a JumpReLU SAE of 16k features at layer 7."""
+def write_smollm_shape(folder: Path, vocabulary: int = 49_152) -> None:
+    """A random model of SmolLM2-135M's shape (its config.json), with that vocabulary or another, in folder/model, and a
+    JumpReLU SAE of 16k features at layer 7 in folder/sae."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        vocab_size=vocabulary, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=8192,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "model")
@@ -39,6 +40,11 @@ def smollm_shape(folder: Path):
         sae.W_enc.normal_()
         sae.threshold.fill_(0.5)
     sae.save_model(folder / "sae")
+
+
+def smollm_shape(folder: Path):
+    """The model and the SAE, loaded."""
+    write_smollm_shape(folder)
     model = load_model(str(folder / "model"), "cpu")
     return model, load_sae(str(folder / "sae"), 7, model)
 

@@ -77,10 +77,16 @@ def test_one_step_in_float64_by_hand(model_folder, get_model, family):
     held = alpha * ((moved_r[real_r] - frozen_r[real_r]) ** 2).mean()
     assert [x.item() for x in found] == pytest.approx([away, held], abs=1e-8, rel=1e-8)
 
+    with rmu.as_they_were(matrices, originals):
+        rmu.hidden(model, retain, layer)  # between forward and backward, as train may have it
     (found[0] + found[1]).backward()
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert len(with_gradient) == 3 and all(name.endswith(MATRIX[family]) for name in with_gradient)
-    assert all(matrix.grad.abs().sum() > 0 for matrix in matrices.values())
+    swapped = {name: matrix.grad.clone() for name, matrix in matrices.items()}
+    model.zero_grad()
+    h_f, h_r = (rmu.hidden(model, ids, layer) for ids in (forget, retain))
+    sum(rmu.rmu_loss(h_f, (coefficient * u).expand_as(h_f), h_r, back, mask_f, mask_r, alpha)).backward()
+    assert all(torch.equal(matrix.grad, swapped[name]) for name, matrix in matrices.items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
