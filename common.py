@@ -23,7 +23,7 @@ import torch
 from sae_lens import SAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from data import HERE, UserError, first_line, special_ids
@@ -85,6 +85,20 @@ def load_model(name: str, device: str | None = None, dtype: str = "float32") -> 
         ) from error
     model.eval().requires_grad_(False)
     return model
+
+
+def load_hf(name: str, device: str | None = None, dtype: str = "float32") -> tuple:
+    """The Hugging Face model and tokenizer behind load_model(name), to be trained: eager attention, no dropout."""
+    path = PRESETS[name].model if name in PRESETS else name
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="eager")
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(path)
+
+
+def weights_of(name: str) -> list:
+    """Names, sizes and times of a local folder's weights, [] of a hub id: what a kept result depends on."""
+    folder = Path(PRESETS[name].model if name in PRESETS else name)
+    return sorted([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in folder.glob("*.safetensors"))
 
 
 def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str = "tiny") -> SAE:

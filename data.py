@@ -36,6 +36,9 @@ HUB = {
     "wikitext": [("Salesforce/wikitext", "wikitext-2-raw-v1", "test")],
     "openwebtext": [("Skylion007/openwebtext", None, "train"), ("stas/openwebtext-10k", None, "train")],
 }
+# SAEBench's utility subjects stand for MMLU in sweeps on real models; tiny's stand-in is small and scored whole
+SUBJECTS = "high_school_us_history,college_computer_science,high_school_geography,human_aging"
+RETAIN_TOKENS = 50_000  # of Wikitext, for rates and for training
 STREAMED = 2000  # documents of OpenWebText to take from the hub: the first in order, never a shuffled stream
 
 
@@ -62,7 +65,7 @@ def load_rows(name: str, model: str = "tiny", data: str | None = None) -> tuple[
 
 
 def read_line(line: str, path: Path, number: int, name: str) -> dict:
-    quiz = name in ("wmdp_bio", "mmlu", "mmlu_dev")
+    quiz = name.startswith(("wmdp_bio", "mmlu"))
     try:
         row = json.loads(line)
         if not quiz and not isinstance(row["text"], str):
@@ -150,6 +153,10 @@ def as_prose(row: dict) -> str:
     return f"{row['question'].strip()} {row['choices'][row['answer']]}"
 
 
+def answered(row: dict) -> str:
+    return f"{prompt(row)} {LETTERS[row['answer']]}"
+
+
 def picking_texts(questions: list[dict], picking: list[int], s, sources: dict) -> tuple[list[str], list[list[str]]]:
     """The forget texts and the retain sets that firing rates are counted on; notes in `sources` where they come from.
 
@@ -177,6 +184,32 @@ def of_subjects(questions: list[dict], subjects: str | None) -> list[int]:
     if unknown := set(wanted) - set(there):
         raise UserError(f"--subjects: no {', '.join(sorted(unknown))}; there are {', '.join(there)}")
     return [i for i, row in enumerate(questions) if row["subject"] in wanted]
+
+
+def load_benchmark(s) -> tuple[dict, dict]:
+    """What a method is tuned, trained and scored on, and where it comes from.
+
+    {"forget": texts, "retain": sets of texts, "web": texts, "quizzes": {name: (questions, {"": indices of the reporting
+    half, "_tuning": of the tuning half})}}.
+    s: the settings, with `subjects` of MMLU. Raises UserError for a half without a question.
+    """
+    sources = {}
+    wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
+    mmlu, sources["mmlu"] = load_rows("mmlu", s.model, s.data)
+    web, sources["openwebtext"] = load_rows("openwebtext", s.model, s.data)
+    forget, retain = picking_texts(wmdp, halves(wmdp, s.seed, s.pick_on)[0], s, sources)
+    wanted = set(of_subjects(mmlu, s.subjects or (None if sources["mmlu"]["stand_in"] else SUBJECTS)))
+    quizzes = {}
+    for name, questions, some in (("wmdp_bio", wmdp, range(len(wmdp))), ("mmlu", mmlu, wanted)):
+        tuning, reporting = (
+            sample([i for i in half if i in some], s.limit, s.seed) for half in halves(questions, s.seed, s.pick_on)
+        )
+        if not tuning or not reporting:
+            raise UserError(f"{name}: too few questions for a tuning and a reporting half")
+        quizzes[name] = (questions, {"": reporting, "_tuning": tuning})
+        sources[name] |= {"questions": reporting, "tuning_questions": tuning}
+    web = [row["text"] for row in web][: s.limit]
+    return {"forget": forget, "retain": retain, "quizzes": quizzes, "web": web}, sources
 
 
 def encode_prompts(tokenizer, texts: list[str], chat: bool = False) -> tuple[list[list[int]], list[int]]:
@@ -238,11 +271,31 @@ def batches(rows: list[list[int]], batch_size: int, tokenizer, device, desc: str
 
     shared: of several processes each gets its share of the batches, the same ones that a single process would run.
     """
-    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # longest first: running out of memory shows at once
     starts = range(0, len(order), batch_size)
     starts = processes.own(starts) if shared else starts
     for start in tqdm(starts, desc=desc, unit="batch", disable=desc is None, leave=False):
         picked = order[start : start + batch_size]
-        width = len(rows[picked[0]])
-        yield picked, torch.tensor([rows[i] + [pad] * (width - len(rows[i])) for i in picked], device=device)
+        yield picked, padded([rows[i] for i in picked], tokenizer, device)
+
+
+def padded(rows: list[list[int]], tokenizer, device) -> torch.Tensor:
+    """(batch, pos) ids, right-padded with a special token."""
+    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None)
+    width = max(map(len, rows))
+    return torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
+
+
+def training_windows(tokenizer, texts: dict, s) -> tuple[list, list[list]]:
+    """Windows of what methods train on that need next tokens to predict, answers among them; texts: load_benchmark's.
+
+    Forget: the user's corpus, or the picking half's questions as they are asked, with their answers, and as prose.
+    Retain sets: Wikitext, and MMLU's development questions with their answers.
+    """
+    corpus, _ = load_rows("forget_corpus", s.model, s.data)
+    questions, _ = texts["quizzes"]["wmdp_bio"]
+    picking = [questions[i] for i in halves(questions, s.seed, s.pick_on)[0]]
+    forget = [row["text"] for row in corpus] or [form(row) for form in (answered, as_prose) for row in picking]
+    development = [answered(row) for row in load_rows("mmlu_dev", s.model, s.data)[0]]
+    retain = [token_windows(tokenizer, part, max_tokens=RETAIN_TOKENS)[0] for part in (texts["retain"][0], development)]
+    return token_windows(tokenizer, forget)[0], retain

@@ -361,6 +361,11 @@ def quiz(facts: list[dict], seed: int) -> list[dict]:
     return rows
 
 
+def reworded(rows: list[dict], facts: list[dict]) -> list[dict]:
+    """The same questions with the same options in another wording, one that training did use."""
+    return [{**row, "question": fill(fact["relation"]["questions"][0], fact)} for row, fact in zip(rows, facts)]
+
+
 def pieces(text: str, chars: int = 1500) -> list[str]:
     """A story cut into documents of about `chars` characters, at line ends."""
     parts = [""]
@@ -488,7 +493,8 @@ def build(out: Path, quick: bool) -> dict:
     dev = [fact for name, group in by_subject.items() if name != FORGET for fact in rng.sample(group, 15)]
     asked = [fact for fact in others if fact not in dev]
     quizzes = {"wmdp_bio": quiz(forget, SEED), "mmlu": quiz(asked, SEED)}
-    for name, rows in {**quizzes, "mmlu_dev": quiz(dev, SEED + 1)}.items():
+    beside = {"mmlu_dev": quiz(dev, SEED + 1), "wmdp_bio_reworded": reworded(quizzes["wmdp_bio"], forget)}
+    for name, rows in {**quizzes, **beside}.items():
         write_jsonl(out / f"data/{name}.jsonl", rows)
     few = slice(40 if quick else None)
     texts = {

@@ -24,9 +24,6 @@ this one on the tuning half, and takes two and a half minutes; stopped, it goes 
 # Start a notebook in this folder, so that the helper files beside this one can be imported.
 
 # %%
-import hashlib
-import json
-import os
 import random
 import shutil
 import time
@@ -38,30 +35,33 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import processes
-from common import PRESETS, command_line, decoder_layers, load_model, parser, settings, watch_tokens
-from data import (
-    UserError,
-    encode_prompts,
-    halves,
-    load_rows,
-    of_subjects,
-    picking_texts,
-    prompt,
-    sample,
-    token_windows,
+from common import (
+    command_line,
+    decoder_layers,
+    load_hf,
+    load_model,
+    parser,
+    settings,
+    watch_tokens,
+    weights_of,
 )
-from evaluation import Ablation, loss_scores, no_sae, quiz_scores, score_letters, score_loss
-from show import make_record, outputs, print_loss, print_quiz, title_of, write_record, write_whole
+from data import RETAIN_TOKENS, UserError, load_benchmark, padded, token_windows
+from evaluation import Ablation, answers, best_setting, scores_of
+from show import (
+    make_record,
+    outputs,
+    peak_gb,
+    print_loss,
+    print_quiz,
+    resumable,
+    save_model,
+    title_of,
+    write_record,
+)
 
-RETAIN_TOKENS = 50_000  # of Wikitext
-SCORED_TOKENS = 20_000  # of OpenWebText, documents in order
-MULTIPLES, ALPHAS = (2.0, 4.0, 8.0, 16.0), (10.0, 30.0, 100.0)  # of --sweep
-KEEP = 0.99  # SAEBench: the share of the untrained MMLU accuracy that a setting must keep
-# SAEBench's utility subjects stand for MMLU on real models; tiny's stand-in is small and scored whole
-SUBJECTS = "high_school_us_history,college_computer_science,high_school_geography,human_aging"
+MULTIPLES, ALPHAS = (2.0, 4.0, 8.0, 16.0), (10.0, 30.0)  # of --sweep
 
 
 @dataclass(frozen=True)
@@ -153,10 +153,8 @@ def as_they_were(matrices: dict, originals: dict):
             matrix.data = trained[name]
 
 
-def batch_of(windows: list[list[int]], rng: random.Random, n: int, pad: int, device) -> torch.Tensor:
-    some = rng.sample(windows, min(n, len(windows)))
-    width = max(map(len, some))
-    return torch.tensor([row + [pad] * (width - len(row)) for row in some], device=device)
+def draw(windows: list[list[int]], rng: random.Random, n: int, tokenizer, device) -> torch.Tensor:
+    return padded(rng.sample(windows, min(n, len(windows))), tokenizer, device)
 
 
 # %% [markdown]
@@ -183,17 +181,16 @@ def train(
         matrix.requires_grad_(True)
     device, rng = next(model.parameters()).device, random.Random(seed)
     u = control_vector(model.config.get_text_config().hidden_size, seed, device)
-    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None)
     optimizer, log, coefficient = torch.optim.AdamW(matrices.values(), lr=setting.lr), [], None
     with watch_tokens(model, tokenizer) as seen:
         for _ in tqdm(range(setting.steps), desc="RMU", unit="step", leave=False):
-            ids = batch_of(forget, rng, setting.batch, pad, device)
+            ids = draw(forget, rng, setting.batch, tokenizer, device)
             with torch.no_grad(), as_they_were(matrices, originals):
                 norms = hidden(model, ids, setting.layer).float().norm(dim=-1, keepdim=True)  # (batch, pos, 1)
             h_forget, forget_mask = hidden(model, ids, setting.layer), seen["ordinary"]
             if coefficient is None:
                 coefficient = setting.multiple * norms[forget_mask].mean().item()
-            ids = batch_of(rng.choice(retain_sets), rng, setting.batch, pad, device)
+            ids = draw(rng.choice(retain_sets), rng, setting.batch, tokenizer, device)
             with torch.no_grad(), as_they_were(matrices, originals):
                 frozen = hidden(model, ids, setting.layer)
             h_retain = hidden(model, ids, setting.layer)
@@ -229,57 +226,6 @@ def loss_figure(log: list, title: str):
 
 
 # %% [markdown]
-# ## Scores: on the lessons' questions and texts, of any model folder
-
-
-# %%
-def load_texts(s) -> tuple[dict, dict]:
-    """What is trained and scored on, and where it comes from."""
-    sources = {}
-    wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
-    mmlu, sources["mmlu"] = load_rows("mmlu", s.model, s.data)
-    web, sources["openwebtext"] = load_rows("openwebtext", s.model, s.data)
-    forget, retain = picking_texts(wmdp, halves(wmdp, s.seed, s.pick_on)[0], s, sources)
-    wanted = set(of_subjects(mmlu, s.subjects or (None if sources["mmlu"]["stand_in"] else SUBJECTS)))
-    quizzes = {}
-    for name, questions, some in (("wmdp_bio", wmdp, range(len(wmdp))), ("mmlu", mmlu, wanted)):
-        tuning, reporting = (
-            sample([i for i in half if i in some], s.limit, s.seed) for half in halves(questions, s.seed, s.pick_on)
-        )
-        quizzes[name] = (questions, {"": reporting, "_tuning": tuning})
-        sources[name] |= {"questions": reporting, "tuning_questions": tuning}
-    return {"forget": forget, "retain": retain, "quizzes": quizzes, "web": [row["text"] for row in web]}, sources
-
-
-def answers(lm, texts: dict, s) -> dict:
-    """What a model answers: {quiz: options chosen}, and OpenWebText's windows: losses in nats, targets, documents."""
-    rows, found = [Ablation("none")], {}
-    for name, (questions, parts) in texts["quizzes"].items():
-        asked = sorted({i for part in parts.values() for i in part})
-        prompts, letters = encode_prompts(lm.tokenizer, [prompt(questions[i]) for i in asked])
-        found[name] = score_letters(lm, no_sae(lm), prompts, letters, rows, s.batch_size, name).argmax(-1)[0].tolist()
-    windows, documents = token_windows(lm.tokenizer, texts["web"][: s.limit], max_tokens=SCORED_TOKENS)
-    nats, targets = score_loss(lm, no_sae(lm), windows, rows, s.batch_size, "OpenWebText")
-    return {**found, "openwebtext": [nats[0].tolist(), targets.tolist(), documents]}
-
-
-def scores_of(runs: list[dict], texts: dict, s) -> list[dict]:
-    """Scores by data set for each run, the first being the model as it was."""
-    scores = [{} for _ in runs]
-    for name, (questions, parts) in texts["quizzes"].items():
-        asked = sorted({i for part in parts.values() for i in part})
-        for half, part in parts.items():
-            chosen = np.array([run[name] for run in runs])[:, np.searchsorted(asked, part)]
-            for score, value in zip(scores, quiz_scores(chosen, [questions[i] for i in part], s.seed, not half)):
-                score[name + half] = value
-    nats = torch.tensor([run["openwebtext"][0] for run in runs], dtype=torch.float64)
-    _, targets, documents = runs[0]["openwebtext"]
-    for score, value in zip(scores, loss_scores(nats, torch.tensor(targets), documents, s.seed)):
-        score["openwebtext"] = value
-    return scores
-
-
-# %% [markdown]
 # ## Flags, and the run
 
 
@@ -297,10 +243,21 @@ flags.add_argument("--sweep", action="store_true", help="train with every multip
 flags.add_argument("--subjects", help="MMLU subjects, comma-separated (default: SAEBench's four; tiny: all)")
 
 
-def print_sweep(tried: list[Setting], scores: list[dict]) -> None:
+def points_of(tried: list[Setting], scores: list[dict], s) -> list[dict]:
+    """The record's points: the untrained model's, then a point for each setting."""
+    points = [Ablation("none").point(**scores[0])]
+    for one, score in zip(tried, scores[1:]):
+        rest = asdict(one)
+        setting = {name: rest.pop(name) for name in ("layer", "multiple", "alpha")} | {"training": rest}
+        points.append({"method": "adaptive-rmu" if s.adaptive else "rmu", "setting": setting, "scores": score})
+    return points
+
+
+def print_sweep(tried: list[Setting], points: list[dict]) -> None:
     """A line for each setting: accuracies on both halves in per cent, loss added."""
     print(f"\n  {'multiple':>8}{'alpha':>7}   WMDP-Bio tuning, reporting   MMLU tuning, reporting   loss added")
-    for one, score in zip(tried, scores[1:]):
+    for one, point in zip(tried, points[1:]):
+        score = point["scores"]
         cells = [100 * score[name + half]["accuracy"] for name in ("wmdp_bio", "mmlu") for half in ("_tuning", "")]
         print("  {:8g}{:7g}{:18.1f}{:11.1f}{:14.1f}{:11.1f}".format(one.multiple, one.alpha, *cells)
               + f"{score['openwebtext']['loss_added']:+13.4f}")  # fmt: skip
@@ -313,54 +270,20 @@ def setting_of(s) -> Setting:
     return replace(known, **{name: value for name, value in given.items() if value is not None})
 
 
-def save(model, tokenizer, folder: Path) -> None:
-    """Write a model folder; one of the same name that an earlier run wrote makes place for it."""
-    half_written = folder.with_name(f".{os.getpid()}.{folder.name}")
-    try:
-        model.save_pretrained(half_written)
-        tokenizer.save_pretrained(half_written)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(half_written, folder)
-    finally:
-        shutil.rmtree(half_written, ignore_errors=True)
-
-
 def forgetful(setting: Setting, folder: Path, texts: dict, s) -> tuple:
     """Load the model, train it, save it to the folder; what `train` returns."""
-    source = PRESETS[s.model].model if s.model in PRESETS else s.model
-    same = dict(dtype=getattr(torch, s.dtype), attn_implementation="eager")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(source, **same), AutoTokenizer.from_pretrained(source)
+    model, tokenizer = load_hf(s.model, s.device, s.dtype)
     if not 0 <= setting.layer < len(decoder_layers(model)):
         raise UserError(f"--layer {setting.layer}: the model has layers 0 to {len(decoder_layers(model)) - 1}")
-    model.to(s.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     forget, _ = token_windows(tokenizer, texts["forget"])
     retain = [token_windows(tokenizer, part, max_tokens=RETAIN_TOKENS)[0] for part in texts["retain"]]
     result = train(model, tokenizer, forget, retain, setting, s.adaptive, s.seed)
-    save(model, tokenizer, folder)
+    save_model(model, tokenizer, folder)
     return result
 
 
-def kept(path: Path, make):
-    """What an earlier run left at `path`, or else make() and leave it there. Raises UserError for a damaged file."""
-    if not path.exists():
-        value = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: file.write_text(json.dumps(value)))
-        return value
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: delete it, and its setting is trained again") from error
-
-
 def sweep(setting: Setting, path: Path, texts: dict, sources: dict, s) -> tuple[list[Setting], list[dict]]:
-    """Every multiple with every alpha: the settings and what the models trained with them answer. Finished ones are
-    kept in a folder beside the record; stopped by Ctrl-C it says how many."""
-    folder = Path(PRESETS[s.model].model if s.model in PRESETS else s.model)
-    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*.safetensors")]
-    settled = {name: value for name, value in vars(s).items() if name not in ("out", "batch_size", "multiple", "alpha")}
-    whole = json.dumps([settled, asdict(setting), sources, sorted(weights)], sort_keys=True)
-    pieces = path.with_suffix(".pieces") / hashlib.sha256(whole.encode()).hexdigest()[:16]
+    """Every multiple with every alpha: the settings and what the models trained with them answer; resumable."""
     tried = [replace(setting, multiple=m, alpha=a) for m in MULTIPLES for a in ALPHAS]
     passing = path.with_suffix(".tried")
 
@@ -368,32 +291,12 @@ def sweep(setting: Setting, path: Path, texts: dict, sources: dict, s) -> tuple[
         forgetful(one, passing, texts, s)
         return answers(load_model(str(passing), s.device, s.dtype), texts, s)
 
+    settled = {name: value for name, value in vars(s).items() if name not in ("out", "batch_size", "multiple", "alpha")}
+    jobs = {f"m{one.multiple:g}_a{one.alpha:g}": lambda one=one: make(one) for one in tried}
     try:
-        found = [kept(pieces / f"m{one.multiple:g}_a{one.alpha:g}.json", lambda one=one: make(one)) for one in tried]
-    except KeyboardInterrupt:
-        done = len(list(pieces.glob("*.json")))
-        raise KeyboardInterrupt(f"{done} finished settings are kept; the same command goes on from there") from None
+        return tried, resumable(path, [settled, asdict(setting), sources, weights_of(s.model)], jobs)
     finally:
         shutil.rmtree(passing, ignore_errors=True)
-    shutil.rmtree(pieces, ignore_errors=True)
-    if pieces.parent.is_dir() and not any(pieces.parent.iterdir()):  # else it holds what another sweep was stopped at
-        pieces.parent.rmdir()
-    return tried, found
-
-
-def best(scores: list[dict]) -> int:
-    """SAEBench's choice on the tuning half (arXiv 2503.09532): lowest WMDP-Bio accuracy among what keeps KEEP of MMLU.
-
-    scores: the untrained model's first, which is left out. Where nothing keeps as much, what keeps most.
-    """
-
-    def of(k, name):
-        return scores[k][f"{name}_tuning"]["accuracy"]
-
-    good = [k for k in range(1, len(scores)) if of(k, "mmlu") >= KEEP * of(0, "mmlu") - 1e-12]
-    if not good:
-        return max(range(1, len(scores)), key=lambda k: of(k, "mmlu"))
-    return min(good, key=lambda k: (of(k, "wmdp_bio"), -of(k, "mmlu")))
 
 
 def run(**changes) -> dict:
@@ -405,37 +308,35 @@ def run(**changes) -> dict:
     s.layer = setting.layer
     path = outputs("rmu.py", s)
     lm = load_model(s.model, s.device, s.dtype)
-    texts, sources = load_texts(s)
+    texts, sources = load_benchmark(s)
     runs = [answers(lm, texts, s)]
     del lm
     tried, folder = [setting], path.with_suffix(".model")
     if s.sweep:
         tried, found = sweep(setting, path, texts, sources, s)
-        runs += found
-        scores = scores_of(runs, texts, s)
-        print_sweep(tried, scores)
-        setting = tried[best(scores) - 1]
+        points = points_of(tried, scores_of(runs + found, texts, s.seed), s)
+        print_sweep(tried, points)
+        setting = tried[points.index(best_setting(points[0], points[1:])) - 1]
         print(f"chosen: multiple {setting.multiple:g}, alpha {setting.alpha:g}, which is trained again and saved")
+    begun = time.time()
     log, u, coefficient, matrices = forgetful(setting, folder, texts, s)
+    seconds = time.time() - begun
     print(f"trained: {', '.join(matrices)}\ncoefficient: {coefficient:.1f}, {setting.multiple:g} times the norm")
     if not s.sweep:
         runs.append(answers(load_model(str(folder), s.device, s.dtype), texts, s))
-        scores = scores_of(runs, texts, s)
-    method = "adaptive-rmu" if s.adaptive else "rmu"
-    rows = [Ablation("none")] + [Ablation(method)] * len(tried)
-    points = [row.point(**score) for row, score in zip(rows, scores)]
-    for point, one in zip(points[1:], tried):
-        chosen = asdict(one)
-        point["setting"] = {name: chosen.pop(name) for name in ("layer", "multiple", "alpha")} | {"training": chosen}
-    shown = [0, 1 + tried.index(setting)]
+        points = points_of(tried, scores_of(runs, texts, s.seed), s)
+    shown = [points[0], points[1 + tried.index(setting)]]
+    rows = [Ablation(point["method"]) for point in shown]
     for name in ("wmdp_bio", "mmlu"):
-        print_quiz(title_of(name, sources), rows[:2], [scores[k][name] for k in shown])
-    print_loss(title_of("openwebtext", sources), rows[:2], [scores[k]["openwebtext"] for k in shown])
+        print_quiz(title_of(name, sources), rows, [point["scores"][name] for point in shown])
+    print_loss(title_of("openwebtext", sources), rows, [point["scores"]["openwebtext"] for point in shown])
     record = make_record("rmu.py", s, None, sources, {}, points, time.time() - started)
     print(f"model: {folder}")
-    record |= {"folder": str(folder), "matrices": matrices, "coefficient": coefficient}
+    record |= {"chosen": points.index(shown[1]), "folder": str(folder)}
+    record |= {"seconds_to_make": round(seconds, 2), "peak_gb": round(peak_gb(), 2)}
+    record |= {"matrices": matrices, "coefficient": coefficient}
     record |= {"control_vector": u.tolist(), "log": log}
-    title = f"{s.model}: {method}, layer {setting.layer}, {setting.multiple:g} norms, alpha {setting.alpha:g}"
+    title = f"{s.model}: {rows[1].method}, layer {setting.layer}, {setting.multiple:g} norms, alpha {setting.alpha:g}"
     write_record(path, record, {"losses": loss_figure(log, title)})
     return record
 

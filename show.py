@@ -2,8 +2,11 @@
 Show and keep results: tables, figures, result records.
 """
 
+import hashlib
 import json
 import os
+import resource
+import shutil
 import sys
 import tempfile
 from importlib.metadata import version
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from tqdm.auto import tqdm
 
 from common import Latents
 from data import UserError
@@ -47,6 +51,59 @@ def write_whole(path: Path, write) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def resumable(path: Path, decides, jobs: dict) -> list:
+    """Results of the jobs {name: function without arguments}, each kept in a folder beside `path` until all are there.
+
+    decides: all that the results depend on, so that those of another run are never taken up. Stopped by Ctrl-C it says
+    what was kept. Raises UserError for a damaged file.
+    """
+    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    folder = path.with_suffix(".pieces") / key
+    try:
+        steps = tqdm(jobs.items(), desc="settings", unit="setting", leave=False)
+        found = [kept(folder / f"{name}.json", make) for name, make in steps]
+    except KeyboardInterrupt:
+        done = len(list(folder.glob("*.json")))
+        raise KeyboardInterrupt(f"{done} finished settings are kept; the same command goes on from there") from None
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.parent.is_dir() and not any(folder.parent.iterdir()):  # else it holds what another run was stopped at
+        folder.parent.rmdir()
+    return found
+
+
+def kept(path: Path, make):
+    """What an earlier run left at `path`, or else make() and leave it there. Raises UserError for a damaged file."""
+    if not path.exists():
+        value = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda file: file.write_text(json.dumps(value)))
+        return value
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: delete it, and its setting is run again") from error
+
+
+def save_model(model, tokenizer, folder: Path) -> None:
+    """Write a model folder; one of the same name that an earlier run wrote makes place for it."""
+    half_written = folder.with_name(f".{os.getpid()}.{folder.name}")
+    try:
+        model.save_pretrained(half_written)
+        tokenizer.save_pretrained(half_written)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(half_written, folder)
+    finally:
+        shutil.rmtree(half_written, ignore_errors=True)
+
+
+def peak_gb() -> float:
+    """Most memory that this process has had: of the GPU where there is one, else of the process as a whole."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes here
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def make_record(script: str, s, sae, sources: dict, sanity: dict, points: list, seconds: float) -> dict:
@@ -93,6 +150,16 @@ def title_of(name: str, sources: dict) -> str:
     return NAMES.get(name, name) + (" stand-in" if sources[name]["stand_in"] else "")
 
 
+METHODS = {
+    "rmu": "RMU",
+    "adaptive-rmu": "Adaptive RMU",
+    "npo": "NPO",
+    "simnpo": "SimNPO",
+    "dsg": "DSG",
+    "crisp": "CRISP",
+}
+
+
 def label(ablation: Ablation) -> str:
     """What a row of a table or figure is called."""
     names = {
@@ -102,8 +169,8 @@ def label(ablation: Ablation) -> str:
     }
     if ablation.method in names:
         return names[ablation.method]
-    if ablation.method in ("rmu", "adaptive-rmu"):
-        return {"rmu": "RMU", "adaptive-rmu": "Adaptive RMU"}[ablation.method]
+    if ablation.method not in ("sae-ablation", "random-features"):
+        return METHODS.get(ablation.method, ablation.method.replace("-", " "))
     what = "random features, " if ablation.method == "random-features" else ""
     edit = "zero ablation" if ablation.clamp == 0 else f"clamp {ablation.clamp:g}"
     return f"{what}{edit}"

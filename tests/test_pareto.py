@@ -84,7 +84,12 @@ def test_choice_is_the_lowest_that_keeps_mmlu(seed):
     low = min(p["scores"]["wmdp_bio"]["accuracy"] for p in allowed)
     tied = [p for p in allowed if p["scores"]["wmdp_bio"]["accuracy"] == low]
     high = max(p["scores"]["mmlu"]["accuracy"] for p in tied)
-    assert pareto.best_setting(points, "") is next(p for p in tied if p["scores"]["mmlu"]["accuracy"] == high)
+    assert pareto.best_setting(clean, points, "") is next(p for p in tied if p["scores"]["mmlu"]["accuracy"] == high)
+
+
+def test_where_nothing_keeps_mmlu_the_choice_is_what_keeps_most():
+    lossy = [point(0.5, 0.2, number=0), point(0.7, 0.6, number=1), point(0.6, 0.1, number=2)]
+    assert pareto.best_setting(point(0.9, 0.8), lossy, "") is lossy[1]
 
 
 def test_the_tuning_half_chooses_and_the_reporting_half_reports():
@@ -278,7 +283,7 @@ def test_plot_shows_the_points_of_any_records(monkeypatch, capfd, undisturbed, t
     only_loss.write_text(json.dumps({"points": [{"method": "none", "scores": {"openwebtext": {}}}], "data": {}}))
     assert call(monkeypatch, "--plot", undisturbed, lesson, only_loss, "--out", tmp_path / "all.json") == 0
     said = capfd.readouterr()
-    assert "| rmu | 1 |" in said.out and "loss.json has no scores of both quizzes" in said.err
+    assert "| RMU | 1 |" in said.out and "loss.json has no scores of both quizzes" in said.err
     assert {"all_frontier.png", "all_frontier.svg", "all.md"} <= {path.name for path in tmp_path.iterdir()}
 
 

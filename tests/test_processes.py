@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # without GPUs accelerate starts several processes only when it takes them for GPUs (accelerate#2741)
 ON_CPU = {**os.environ, "ACCELERATE_USE_CPU": "1"}
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-TWO = [*LAUNCH, "--multi_gpu", "--num_processes", "2"]
+# a port of its own: another file's tests launch too, and may run at the same time
+TWO = [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", "29611"]
 FLAGS = {
     "feature_ablate_1.py": "--layer 3 --n-features 10 --limit 37",
     "feature_ablate_2.py": "--layer 3 --n-features 10 --limit 37",

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import rmu
+import show
 from common import decoder_layers, watch_tokens
 from data import UserError
 
@@ -198,17 +199,7 @@ def test_a_stopped_sweep_goes_on_and_ends_with_the_same_record(monkeypatch, tmp_
 def test_a_damaged_piece_is_refused(tmp_path):
     (tmp_path / "piece.json").write_text('{"wmdp_bio": [1, 2')
     with pytest.raises(UserError, match=r"piece\.json is damaged"):
-        rmu.kept(tmp_path / "piece.json", None)
-
-
-def test_the_tuning_half_chooses():
-    def score(wmdp, mmlu):
-        return {"wmdp_bio_tuning": {"accuracy": wmdp}, "mmlu_tuning": {"accuracy": mmlu},
-                "wmdp_bio": {"accuracy": 1 - wmdp}, "mmlu": {"accuracy": 0.0}}  # fmt: skip
-
-    scores = [score(0.9, 0.8), score(0.3, 0.7), score(0.5, 0.795), score(0.4, 0.795), score(0.4, 0.8)]
-    assert rmu.best(scores) == 4
-    assert rmu.best(scores[:2]) == 1  # nothing keeps 99%: what keeps most
+        show.kept(tmp_path / "piece.json", None)
 
 
 @pytest.mark.parametrize(

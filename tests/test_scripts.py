@@ -161,7 +161,17 @@ def test_run_takes_flags_by_name(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script", [*LESSONS, "pareto.py", "lm_eval_ablated.py", "rmu.py", "train_sae.py", "make_tiny.py"]
+    "script",
+    [
+        *LESSONS,
+        "pareto.py",
+        "lm_eval_ablated.py",
+        "rmu.py",
+        "baselines.py",
+        "robustness.py",
+        "train_sae.py",
+        "make_tiny.py",
+    ],
 )
 def test_scripts_are_notebooks(script, tmp_path):
     command = [sys.executable, "-m", "jupytext", "--to", "ipynb", "--test", str(ROOT / script)]
@@ -177,7 +187,17 @@ def test_the_notebook_form_runs_to_the_end(script, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "script", [*LESSONS, "pareto.py", "lm_eval_ablated.py", "rmu.py", "train_sae.py", "make_tiny.py"]
+    "script",
+    [
+        *LESSONS,
+        "pareto.py",
+        "lm_eval_ablated.py",
+        "rmu.py",
+        "baselines.py",
+        "robustness.py",
+        "train_sae.py",
+        "make_tiny.py",
+    ],
 )
 def test_help_teaches(script, monkeypatch, capsys):
     assert call(monkeypatch, script, "--help") == 0

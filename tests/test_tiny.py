@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import make_tiny
 from common import load_model, load_sae
 from data import LETTERS, encode_prompts, prompt
 from evaluation import Ablation, score_letters
@@ -56,6 +57,16 @@ def test_no_fact_of_the_development_questions_is_scored():
     facts = {name: {fact_of[row["subject"], row["question"].lower()] for row in rows} for name, rows in asked.items()}
     assert len(facts["mmlu"]) == len(asked["mmlu"]) >= 350 and len(facts["mmlu_dev"]) == len(asked["mmlu_dev"]) >= 100
     assert not facts["mmlu"] & facts["mmlu_dev"]
+
+
+def test_the_other_wordings_ask_for_the_same():
+    rows, others = ([json.loads(line) for line in (TINY / f"data/{name}.jsonl").open()]
+                    for name in ("wmdp_bio", "wmdp_bio_reworded"))  # fmt: skip
+    for row, other in zip(rows, others, strict=True):
+        assert row["question"] != other["question"]
+        assert (row["choices"], row["answer"]) == (other["choices"], other["answer"])
+    facts = [fact for fact in make_tiny.load_facts(TINY / "facts") if fact["subject"] == "biology"]
+    assert others == make_tiny.reworded(rows, facts)
 
 
 @pytest.mark.parametrize("name", ["wmdp_bio", "mmlu"])

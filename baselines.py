@@ -1,0 +1,649 @@
+# %% [markdown]
+"""
+What feature ablation competes with: other edits at inference time, and training that unlearns; one function a method.
+
+    python baselines.py --method npo
+    python baselines.py --method dsg --layer 5
+    python baselines.py --all                     # every method, RMU too, and all their frontiers on one figure
+    python baselines.py --all --relearn 100       # and then: does what was forgotten come back?
+
+Each method is tuned with the same number of settings, eight. The tuning half of the quizzes chooses one of them, the
+lowest on WMDP-Bio that keeps 99% of MMLU; the reporting half says what it is worth. Finished settings are kept as they
+are finished: the same command, given again after a stop, goes on from there. A trained model is saved as a folder that
+the lessons, pareto.py and lm-eval load with --model. --all starts every method as a process of its own, so that its
+time and memory are its own, and leaves out those whose record is there already.
+
+The edits are in edits.py. ELM (arXiv 2410.02760) is not here: it needs a model that answers differently as a novice and
+as an expert, and tiny does not (README); on real models use its authors' code, and --model with the folder it saves.
+"""
+
+# %% [markdown]
+# Start a notebook in this folder, so that the helper files beside this one can be imported.
+
+# %%
+import itertools
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+import processes
+from common import (
+    Latents,
+    command_line,
+    decoder_layers,
+    load_hf,
+    load_model,
+    load_sae,
+    parser,
+    settings,
+    weights_of,
+)
+from data import (
+    HERE,
+    RETAIN_TOKENS,
+    UserError,
+    batches,
+    load_benchmark,
+    padded,
+    special_ids,
+    token_windows,
+    training_windows,
+)
+from edits import EDITS, applied, gate_of
+from evaluation import Ablation, answers, best_setting, no_sae, scores_of
+from picking import Rates, firing_rates, largest, matched_random, pick_features, residuals, sanity_gate
+from show import (
+    make_record,
+    outputs,
+    peak_gb,
+    print_loss,
+    print_quiz,
+    resumable,
+    save_model,
+    title_of,
+    write_record,
+    write_whole,
+)
+
+BATCH = 4  # forget and as many retain texts a step
+STEPS = 60
+# Learning rate that a grid's `lr` multiplies. 1e-5: open-unlearning's; tiny's thin matrices need more
+LEARNING_RATE = {"tiny": 4e-4}
+LORA_RATE = {"tiny": 4e-3}  # of CRISP; elsewhere 4e-5, the paper's on Gemma-2-2B
+# Where CRISP reads features; Gemma-2's are the paper's. Elsewhere: --layer
+CRISP_LAYERS = {"tiny": (3, 5, 7, 9), "gemma-2-2b-it": (4, 6, 8, 10, 12, 14)}
+
+# %% [markdown]
+# ## Eight settings a method; clamps are multiples of --clamp, learning rates of the model's
+
+
+# %%
+def grid(**axes) -> list[dict]:
+    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+
+
+MANY = (5, 10, 20, 50, 100, 200, 300, 400)
+GRIDS = {
+    "zero-ablation": grid(n_features=MANY),
+    "mean-ablation": grid(n_features=MANY),
+    "clamp": grid(n_features=(10, 20), clamp=(0.25, 0.5, 1, 2)),  # SAEBench: -25 to -200
+    "random-features": grid(n_features=(10, 20), clamp=(0.25, 0.5, 1, 2)),
+    "conditional-clamp": grid(n_features=(10, 20), clamp=(1, 2), threshold=(0.25, 0.5)),  # of the mean activation
+    "refusal-clamp": grid(n_features=(10, 20), clamp=(1, 5), refusal=(0.5, 1)),
+    "dsg": grid(n_features=(20, 50), clamp=(0.0625, 0.125, 0.25, 1)),
+    "diff-in-means": grid(strength=(0.5, 1, 1.5, 2), behind=(False, True)),  # at --layer, or at all layers from it on
+    "gradient-ascent": grid(lr=(0.5, 1, 1.5, 2), steps=(5, 10)),
+    "grad-diff": grid(lr=(0.25, 0.5, 1, 2), alpha=(1, 10)),
+    "npo": grid(lr=(0.5, 1), alpha=(1, 10), beta=(0.02, 0.1)),
+    "simnpo": grid(lr=(0.5, 1), gamma=(0.125, 1), delta=(0, 4)),
+    "crisp": grid(lr=(0.25, 1), k=(10, 30), alpha=(0.003, 0.01)),
+}
+BY_FEATURES = [name for name in GRIDS if name in EDITS and name != "diff-in-means"]
+NEEDS_A_LATENT = "refusal-clamp"  # one that is active when the model declines; tiny never does
+
+# %% [markdown]
+# ## What the edits are made of
+
+
+# %%
+@dataclass
+class Measured:
+    """What a forget and a retain set say about a model's layer and its SAE; s: the settings."""
+
+    lm: object
+    sae: object
+    texts: dict
+    s: object
+
+    @cached_property
+    def windows(self) -> tuple[list, list[list]]:
+        retain = [token_windows(self.lm.tokenizer, part, max_tokens=RETAIN_TOKENS)[0] for part in self.texts["retain"]]
+        return token_windows(self.lm.tokenizer, self.texts["forget"])[0], retain
+
+    @cached_property
+    def rates(self) -> tuple[Rates, Rates]:
+        forget, retain = self.windows
+        sanity_gate(self.lm, self.sae, retain[0], insist=not self.s.no_sanity)
+        return (
+            firing_rates(self.lm, self.sae, forget, self.s.batch_size, "forget rates"),
+            largest([firing_rates(self.lm, self.sae, part, self.s.batch_size, "retain rates") for part in retain]),
+        )
+
+    def features(self, n: int, rule: str | None = None) -> list[int]:
+        return pick_features(*self.rates, n, rule or self.s.pick)
+
+    def control(self, n: int) -> list[int]:
+        most = max(one["n_features"] for one in GRIDS["random-features"])
+        return matched_random(*self.rates, self.features(most), self.s.seed)[:n]
+
+    @cached_property
+    def crisp(self) -> tuple[dict, dict]:
+        """SAEs, and (forget, retain) rates, by layer."""
+        layers = (self.s.layer,) if self.s.sae else CRISP_LAYERS.get(self.s.model, (self.s.layer,))
+        saes = {layer: load_sae(self.s.sae, layer, self.lm, self.s.model) for layer in layers}
+        return saes, {layer: replace(self, sae=sae).rates for layer, sae in saes.items()}
+
+    @cached_property
+    def direction(self) -> list[float]:
+        """Mean residual stream of forget tokens less that of retain tokens, each retain set counting alike."""
+
+        def mean(windows):
+            total, n = 0.0, 0
+            for h, _ in residuals(self.lm, self.sae, windows, self.s.batch_size, "means"):
+                total, n = total + h.double().sum(0), n + len(h)
+            return total / n
+
+        forget, retain = self.windows
+        return (mean(forget) - torch.stack([mean(part) for part in retain]).mean(0)).tolist()
+
+    @cached_property
+    def gates(self) -> dict[int, float]:
+        """DSG's tau for each number of features of its grid: the 95th percentile of rho over retain texts."""
+        return {n: self.gate(self.features(n, "dsg")) for n in {one["n_features"] for one in GRIDS["dsg"]}}
+
+    @torch.inference_mode()
+    def gate(self, features: list[int], quantile: float = 0.95) -> float:
+        latents, found = Latents(self.sae, features), []
+
+        def look(h, ordinary):
+            found.append(gate_of(latents.encode(h)[0], ordinary).cpu())
+            return h
+
+        model, tokenizer = self.lm.original_model, self.lm.tokenizer
+        with applied(model, tokenizer, [self.s.layer], look):
+            for part in self.windows[1]:
+                for _, ids in batches(part, self.s.batch_size, tokenizer, self.lm.cfg.device, "gate"):
+                    model(ids, use_cache=False)
+        return torch.cat(found).quantile(quantile).item()
+
+
+def edit_of(method: str, one: dict, m: Measured) -> dict:
+    """A setting of the grid as what is applied: {"layers", "arguments" of the method's function in edits.py}."""
+    layers, n, s = [m.s.layer], one.get("n_features"), m.s
+    if method == "diff-in-means":
+        layers = list(range(s.layer, m.lm.cfg.n_layers)) if one["behind"] else layers
+        return {"layers": layers, "arguments": {"direction": m.direction, "strength": one["strength"]}}
+    if method == "mean-ablation":
+        features, retain = m.features(n), m.rates[1]
+        arguments = {"features": features, "means": (retain.total / retain.n_tokens)[features].tolist()}
+    elif method == "dsg":
+        features = m.features(n, "dsg")
+        arguments = {"features": features, "clamp": one["clamp"] * s.clamp, "gate": m.gates[n]}
+    else:
+        features = m.control(n) if method == "random-features" else m.features(n)
+        arguments = {"features": features, "clamp": one["clamp"] * s.clamp if "clamp" in one else 0.0}
+    if method == "conditional-clamp":
+        forget = m.rates[0]
+        active = (forget.total / forget.fires)[features].mean().item()  # mean activation where active
+        arguments["threshold"] = one["threshold"] * active
+    if method == "refusal-clamp":  # Khoriaty et al.: threshold 0.05; the latent at 15,864 with harmful ones at -500
+        value = one["refusal"] * s.refusal_value
+        arguments |= {"threshold": 0.05, "refusal": s.refusal_latent, "refusal_value": value}
+    return {"layers": layers, "arguments": arguments}
+
+
+# %% [markdown]
+# ## Training objectives on next-token losses
+
+
+# %%
+@dataclass
+class Nll:
+    """Of a batch of texts: summed next-token losses in nats, (batch,), and number of targets, (batch,)."""
+
+    nats: torch.Tensor
+    n: torch.Tensor
+
+    @property
+    def mean(self) -> torch.Tensor:  # per token, over all texts
+        return self.nats.sum() / self.n.sum()
+
+
+def nll(model, ids: torch.Tensor, special: torch.Tensor) -> Nll:
+    """Next-token losses of ids (batch, pos); special tokens are no targets."""
+    logits = model(ids, use_cache=False).logits[:, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    real = ~torch.isin(ids[:, 1:], special)
+    return Nll((losses * real).sum(1), real.sum(1))
+
+
+# Each takes the forget and the retain batch, and what the forget texts' nats were before training, (batch,); it returns
+# the forget and the retain part of the loss. Formulas and defaults are those of github.com/locuslab/open-unlearning
+def gradient_ascent(forget: Nll, retain: Nll, before: torch.Tensor) -> tuple:
+    """-NLL_f: nothing holds the model back but the number of steps."""
+    return -forget.mean, 0 * retain.mean
+
+
+def grad_diff(forget: Nll, retain: Nll, before: torch.Tensor, alpha: float = 1.0) -> tuple:
+    """-NLL_f + alpha NLL_r."""
+    return -forget.mean, alpha * retain.mean
+
+
+def npo(forget: Nll, retain: Nll, before: torch.Tensor, alpha: float = 1.0, beta: float = 0.1) -> tuple:
+    """Negative Preference Optimization (Zhang et al., arXiv 2404.05868): -2/beta mean log sigmoid(beta (NLL_f(x) -
+    NLL_f,before(x))), NLL summed over a text. The smaller beta, the nearer to gradient ascent."""
+    return -2 / beta * F.logsigmoid(beta * (forget.nats - before)).mean(), alpha * retain.mean
+
+
+def simnpo(forget, retain, before, alpha=1.0, beta: float = 4.5, delta: float = 0.0, gamma: float = 0.125) -> tuple:
+    """SimNPO (Fan et al., arXiv 2410.07163): gamma times -2/beta mean log sigmoid(beta (NLL_f(x)/|x| - delta)), without
+    a model to refer to."""
+    away = -2 / beta * F.logsigmoid(beta * (forget.nats / forget.n - delta)).mean()
+    return gamma * away, alpha * retain.mean
+
+
+LOSSES = {"gradient-ascent": gradient_ascent, "grad-diff": grad_diff, "npo": npo, "simnpo": simnpo}
+
+
+def by_nll(method: str, setting: dict, model, tokenizer, forget: list, retain_sets: list[list], seed: int) -> list:
+    """Train all parameters in place. Returns the log, a row a step: forget and retain NLL in nats per token."""
+    weights = {name: value for name, value in setting.items() if name not in ("lr", "steps")}
+    rng, device = random.Random(seed), model.device
+    special = torch.tensor(special_ids(tokenizer), device=device)
+    before = torch.zeros(len(forget), device=device)
+    with torch.no_grad():
+        for picked, ids in batches(forget, 16, tokenizer, device):
+            before[picked] = nll(model, ids, special).nats
+    model.requires_grad_(True)
+    optimizer, log = torch.optim.AdamW(model.parameters(), lr=setting["lr"], weight_decay=0.0), []
+    for _ in tqdm(range(setting["steps"]), desc=method, unit="step", leave=False):
+        picked = rng.sample(range(len(forget)), BATCH)
+        away = nll(model, padded([forget[i] for i in picked], tokenizer, device), special)
+        back = nll(model, padded(rng.sample(rng.choice(retain_sets), BATCH), tokenizer, device), special)
+        step(sum(LOSSES[method](away, back, before[picked], **weights)), optimizer, model.parameters())
+        log.append([away.mean.item(), back.mean.item()])
+    return log
+
+
+def step(loss: torch.Tensor, optimizer, parameters) -> None:
+    """Raises UserError where the loss is no number."""
+    if not torch.isfinite(loss):
+        raise UserError("the loss is no number any more: a smaller --lr, or --dtype bfloat16")
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+
+
+# %% [markdown]
+# ## CRISP: features as the target of training
+
+
+# %%
+def salient(forget: Rates, retain: Rates, k: int, rho: float = 3.0) -> list[int]:
+    """CRISP's k features: most often active on forget tokens beyond their rate on retain tokens, among those whose
+    activation summed over forget tokens is at least rho times that over as many retain tokens."""
+    more = forget.rate - retain.rate
+    strength = forget.total / (retain.total * forget.n_tokens / retain.n_tokens + 1)
+    allowed = (strength >= rho) & (more > 0)
+    return torch.where(allowed, more, -torch.inf).topk(min(k, int(allowed.sum()))).indices.tolist()
+
+
+def pre_activations(sae, features: list[int], h: torch.Tensor) -> torch.Tensor:
+    """(..., k): the features' encoder output before its nonlinearity. Raises UserError for SAEs of another kind."""
+    if sae.cfg.architecture() not in ("standard", "jumprelu") or sae.cfg.normalize_activations != "none":
+        raise UserError(f"{sae.source}: CRISP needs a standard or JumpReLU SAE without normalisation")
+    x = h.to(sae.dtype) - (sae.b_dec if sae.cfg.apply_b_dec_to_input else 0)
+    return x @ sae.W_enc[:, features] + sae.b_enc[features]
+
+
+def crisp_forget(acts, pre, active, pull: float) -> torch.Tensor:
+    """Mean of a_i + pull * c_t over the (token, feature) pairs that were active before training, c_t being the mean
+    pre-activation of the token's salient features. acts, pre: (..., k); active: (..., k) bool."""
+    return (acts + pull * pre.mean(-1, keepdim=True))[active].mean() if active.any() else 0 * acts.sum()
+
+
+@contextmanager
+def streams(model, layers: list[int]):
+    """Yields a dict that holds, after a forward pass, the residual stream behind each layer."""
+    kept, handles = {}, []
+    for layer in layers:
+
+        def keep(module, args, output, layer=layer):
+            kept[layer] = output[0] if isinstance(output, tuple) else output
+
+        handles.append(decoder_layers(model)[layer].register_forward_hook(keep))
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def linear_modules(model, layers: list[int]) -> list[str]:
+    """Names of all matrices of attention and MLP in these layers."""
+    inside = {id(module) for layer in layers for module in decoder_layers(model)[layer].modules()}
+    kinds = (torch.nn.Linear, Conv1D)
+    return [name for name, module in model.named_modules() if id(module) in inside and isinstance(module, kinds)]
+
+
+def by_crisp(
+    setting: dict, model, tokenizer, forget: list, retain_sets: list[list], seed: int, saes: dict, rates: dict
+):
+    """CRISP (Ashuach et al., arXiv 2508.13650; github.com/tomerashuach/CRISP): LoRA training that silences features.
+
+    alpha L_unl + (0.99 - alpha) L_ret + 0.01 L_coh: crisp_forget over the layers; mean squared distance of retain
+    text's residual stream there to what it was; the same at the last layer, on Wikitext where the paper has 20 curated
+    sentences. pull (lambda) 30. saes, rates: by layer. Returns the trained model and the log.
+    """
+    last = len(decoder_layers(model)) - 1
+    layers, device, rng = [*saes, last], model.device, random.Random(seed)
+    picked = {layer: salient(*rates[layer], setting["k"]) for layer in saes}
+    latents = {layer: Latents(saes[layer], ids) for layer, ids in picked.items()}
+    special = torch.tensor(special_ids(tokenizer), device=device)
+    reach = list(range(max(0, min(saes) - 1), max(saes)))  # the paper: layers 3 to 9 for SAEs of 4 to 14
+    torch.manual_seed(seed)
+    matrices = linear_modules(model, reach)
+    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=matrices)
+    adapted = get_peft_model(model, lora)
+    for name, module in adapted.named_modules():  # the adapter's dropout, and none of the model's own
+        module.training = "lora_dropout" in name
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer, log = torch.optim.AdamW(trained, lr=setting["lr"]), []
+
+    def both(ids):  # residual streams as they were and as they are
+        with streams(model, layers) as kept:
+            with torch.no_grad(), adapted.disable_adapter():
+                adapted(ids, use_cache=False)
+            was = dict(kept)
+            adapted(ids, use_cache=False)
+            return was, dict(kept), ~torch.isin(ids, special)
+
+    def distance(was, now, ordinary):
+        return (was.float() - now.float())[ordinary].square().mean()
+
+    for _ in tqdm(range(setting["steps"]), desc="crisp", unit="step", leave=False):
+        was, now, ordinary = both(padded(rng.sample(forget, BATCH), tokenizer, device))
+        away = []
+        for layer, ids in picked.items():
+            active = (latents[layer].encode(was[layer])[0] > 0) & ordinary[..., None]
+            pre = pre_activations(saes[layer], ids, now[layer])
+            away.append(crisp_forget(latents[layer].encode(now[layer])[0], pre, active, pull=30.0))
+        was, now, ordinary = both(padded(rng.sample(rng.choice(retain_sets), BATCH), tokenizer, device))
+        back = torch.stack([distance(was[layer], now[layer], ordinary) for layer in saes]).mean()
+        was, now, ordinary = both(padded(rng.sample(retain_sets[0], BATCH), tokenizer, device))
+        coherence = distance(was[last], now[last], ordinary)
+        away = torch.stack(away).mean()
+        step(setting["alpha"] * away + (0.99 - setting["alpha"]) * back + 0.01 * coherence, optimizer, trained)
+        log.append([away.item(), back.item()])
+    return adapted.merge_and_unload().eval(), log
+
+
+# %% [markdown]
+# ## Train and save
+
+
+# %%
+def forgetful(method: str, setting: dict, folder: Path, measured: Measured, s) -> list:
+    """Load the model, train it, save it to the folder; the log of training."""
+    model, tokenizer = load_hf(s.model, s.device, s.dtype)
+    forget, retain = training_windows(tokenizer, measured.texts, s)
+    if method == "crisp":
+        model, log = by_crisp(setting, model, tokenizer, forget, retain, s.seed, *measured.crisp)
+    else:
+        log = by_nll(method, setting, model, tokenizer, forget, retain, s.seed)
+    save_model(model, tokenizer, folder)
+    return log
+
+
+def loss_figure(method: str, log: list, title: str):
+    """Figure: what training lowers or raises on forget text, and what it holds on retain text, a point a step."""
+    figure, both = plt.subplots(1, 2, figsize=(8.4, 3.2), layout="constrained")
+    names = (["active features on forget text, L_unl", "squared distance of retain text, L_ret"] if method == "crisp"
+             else ["forget text, nats per token", "retain text, nats per token"])  # fmt: skip
+    for axes, name, colour, values in zip(both, names, ("#c0392b", "#1f618d"), np.array(log).T):
+        axes.plot(np.arange(1, len(log) + 1), values, color=colour)
+        axes.set(title=name, xlabel="step")
+        axes.grid(alpha=0.3)
+    figure.suptitle(title, size=10)
+    return figure
+
+
+# %% [markdown]
+# ## Flags, and the run
+
+# %%
+flags = parser(__doc__, without=("--n-features", "--max-rows"))
+flags.add_argument("--method", choices=list(GRIDS), default="clamp", help="(default: %(default)s)")
+flags.add_argument("--all", action="store_true", help="every method in turn, RMU too, then the figure and a table")
+flags.add_argument("--layer", type=int, default=3, help="of SAE, direction and RMU; early ones work (default: 3)")
+flags.add_argument("--steps", type=int, default=STEPS, help="of training (default: %(default)s)")
+flags.add_argument("--lr", type=float, help="learning rate that the grid multiplies (default: 1e-5; tiny has its own)")
+flags.add_argument("--relearn", type=int, metavar="STEPS", help="then run robustness.py on what came out")
+flags.add_argument("--refusal-latent", type=int, help="for refusal-clamp: a latent active when the model declines")
+flags.add_argument("--refusal-value", type=float, default=15864.0, help="what it is set to (default: %(default)s)")
+flags.add_argument("--subjects", help="MMLU subjects, comma-separated (default: SAEBench's four; tiny: all)")
+
+
+def absolute(method: str, one: dict, s) -> dict:
+    """A training setting of the grid with its learning rate and number of steps."""
+    usual = LORA_RATE.get(s.model, 4e-5) if method == "crisp" else LEARNING_RATE.get(s.model, 1e-5)
+    return {"steps": s.steps, **one, "lr": one["lr"] * (s.lr or usual)}
+
+
+def try_setting(method: str, one: dict, passing: Path, measured: Measured, s) -> dict:
+    """One setting: what it is, what its model answers, how long it took to make."""
+    started, texts = time.time(), measured.texts
+    if method in EDITS:
+        edit = edit_of(method, one, measured)
+        seconds, lm = time.time() - started, measured.lm
+        function = EDITS[method](measured.sae, **edit["arguments"])
+        with applied(lm.original_model, lm.tokenizer, edit["layers"], function):
+            found = answers(lm, texts, s, whole=method == "dsg")
+        numbers = {name: value for name, value in edit["arguments"].items() if isinstance(value, int | float)}
+        setting = {"layer": s.layer, **one, **numbers}
+        return {"setting": setting, "edit": edit, "answers": found, "seconds": seconds}
+    setting = absolute(method, one, s)
+    forgetful(method, setting, passing, measured, s)
+    seconds = time.time() - started
+    return {"setting": setting, "answers": answers(load_model(str(passing), s.device, s.dtype), texts, s),
+            "seconds": seconds}  # fmt: skip
+
+
+def tune(method: str, path: Path, measured: Measured, sources: dict, s) -> list[dict]:
+    """The unablated model's answers, then what `try_setting` returns for each setting of the grid; resumable."""
+    passing = path.with_suffix(".tried")
+    jobs = {"none": lambda: answers(measured.lm, measured.texts, s)}
+    for number, one in enumerate(GRIDS[method]):
+        jobs[str(number)] = lambda one=one: try_setting(method, one, passing, measured, s)
+    try:
+        return resumable(path, [decides(s, method), sources], jobs)
+    finally:
+        shutil.rmtree(passing, ignore_errors=True)
+
+
+def decides(s, method: str) -> list:
+    """All that a method's record depends on, besides the data."""
+    free = ("out", "batch_size", "all", "method", "relearn", "no_sanity")
+    settled = {name: value for name, value in vars(s).items() if name not in free}
+    return [method, settled, GRIDS.get(method), weights_of(s.model)]
+
+
+def setting_text(setting: dict) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in setting.items() if not isinstance(value, bool)) + (
+        ", all layers from there on" if setting.get("behind") else ""
+    )
+
+
+def print_tuning(points: list[dict]) -> None:
+    """A line for each setting: accuracies on both halves in per cent, loss added."""
+    print("\n  WMDP-Bio tuning, reporting   MMLU tuning, reporting   loss added   setting")
+    for point in points[1:]:
+        score = point["scores"]
+        cells = [100 * score[name + half]["accuracy"] for name in ("wmdp_bio", "mmlu") for half in ("_tuning", "")]
+        print("  {:15.1f}{:11.1f}{:16.1f}{:11.1f}".format(*cells)
+              + f"{score['openwebtext']['loss_added']:+13.4f}   {setting_text(point['setting'])}")  # fmt: skip
+
+
+def run(**changes) -> dict:
+    """run(method="npo"): any flag by name. Returns the record that it writes; raises UserError."""
+    s, started = settings(flags, changes), time.time()
+    if processes.count() > 1:
+        raise UserError("baselines.py is one process: start it without accelerate launch")
+    if s.all:
+        return run_all(s)
+    if s.method == NEEDS_A_LATENT and s.refusal_latent is None:
+        raise UserError("refusal-clamp needs --refusal-latent, a latent that is active when the model declines")
+    path = outputs(f"baselines_{s.method}.py", s)
+    texts, sources = load_benchmark(s)
+    lm = load_model(s.model, s.device, s.dtype)
+    if not 0 <= s.layer < lm.cfg.n_layers:
+        raise UserError(f"--layer {s.layer}: the model has layers 0 to {lm.cfg.n_layers - 1}")
+    sae = load_sae(s.sae, s.layer, lm, s.model) if s.method in BY_FEATURES else None
+    measured = Measured(lm, no_sae(lm, s.layer) if sae is None else sae, texts, s)
+    clean, *tried = tune(s.method, path, measured, sources, s)
+    scores = scores_of([clean, *(one["answers"] for one in tried)], texts, s.seed)
+    points = [Ablation("none").point(**scores[0])]
+    for one, score in zip(tried, scores[1:]):
+        edit = {"edit": one["edit"]} if "edit" in one else {}
+        points.append({"method": s.method, "setting": one["setting"], **edit, "scores": score})
+    print_tuning(points)
+    best = best_setting(points[0], points[1:])
+    print(f"\nchosen on the tuning half: {setting_text(best['setting'])}")
+    extra = {"chosen": points.index(best), "decides": decides(s, s.method)}
+    seconds, figures = np.mean([one["seconds"] for one in tried]), {}
+    if s.method not in EDITS:
+        folder, begun = path.with_suffix(".model"), time.time()
+        log = forgetful(s.method, best["setting"], folder, measured, s)
+        seconds = time.time() - begun
+        print(f"trained again and saved: {folder}")
+        extra |= {"folder": str(folder), "log": log}
+        title = f"{s.model}: {s.method}, {setting_text(best['setting'])}"
+        figures["losses"] = loss_figure(s.method, log, title)
+    rows = [Ablation("none"), Ablation(s.method, clamp=best["setting"].get("clamp", 0.0))]
+    for name in ("wmdp_bio", "mmlu"):
+        print_quiz(title_of(name, sources), rows, [point["scores"][name] for point in (points[0], best)])
+    print_loss(title_of("openwebtext", sources), rows, [p["scores"]["openwebtext"] for p in (points[0], best)])
+    record = make_record("baselines.py", s, sae, sources, {}, points, time.time() - started)
+    extra |= {"seconds_to_make": round(float(seconds), 2), "peak_gb": round(peak_gb(), 2)}
+    write_record(path, record | extra, figures)
+    return record | extra
+
+
+# %% [markdown]
+# ## All methods: a process and a record for each, then one figure and one table
+
+
+# %%
+RMU_FLAGS = ("model", "layer", "data", "limit", "batch_size", "seed", "device", "dtype", "subjects", "pick_on",
+             "pick_text")  # fmt: skip
+
+
+def command_of(method: str, out: Path, s) -> list[str]:
+    """The command line that tunes one method with the settings that differ from the defaults."""
+    known, given = vars(flags.parse_args([])), []
+    for name, value in vars(s).items():
+        taken = name in RMU_FLAGS if "rmu" in method else name not in ("all", "method", "relearn", "out")
+        if taken and value != known[name]:
+            given += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    if "rmu" in method:
+        script = ["rmu.py", "--sweep", *(["--adaptive"] if method == "adaptive-rmu" else [])]
+    else:
+        script = ["baselines.py", "--method", method]
+    return [sys.executable, str(HERE / script[0]), *script[1:], *given, "--out", str(out)]
+
+
+def is_there(path: Path, method: str, s, sources: dict) -> bool:
+    """Is the file a record of the method with these data and settings?"""
+    try:
+        record = json.loads(path.read_text())
+        same = {name: source["sha256"] for name, source in record["data"].items() if name in sources}
+        if same != {name: source["sha256"] for name, source in sources.items()}:
+            return False
+        if "rmu" in method:  # its other settings are its own
+            return all(record["settings"][name] == vars(s)[name] for name in RMU_FLAGS if name != "batch_size")
+        return json.dumps(record["decides"]) == json.dumps(decides(s, method))
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def run_all(s) -> dict:
+    """Tune every method; returns {"records": paths}."""
+    path = outputs("baselines.py", s)
+    _, sources = load_benchmark(s)
+    methods = [name for name in GRIDS if name != NEEDS_A_LATENT or s.refusal_latent is not None]
+    records = []
+    for method in tqdm([*methods, "rmu", "adaptive-rmu"], desc="methods", unit="method"):
+        records.append(path.with_name(f"{path.stem}_{method}.json"))
+        if is_there(records[-1], method, s, sources):
+            print(f"there already: {records[-1]}")
+        else:
+            call(command_of(method, records[-1], s))
+    call(
+        [sys.executable, str(HERE / "pareto.py"), "--model", s.model, "--plot", *map(str, records), "--out", str(path)]
+    )
+    text = cost_table([json.loads(record.read_text()) for record in records])
+    print(f"\n{text}")
+    costs = path.with_name(f"{path.stem}_costs.md")
+    write_whole(costs, lambda file: file.write_text(text + "\n"))
+    print(f"table: {costs}")
+    if s.relearn:
+        out = path.with_name(f"{path.stem}_robustness.json")
+        steps = ["--relearn", str(s.relearn), "--out", str(out)]
+        call([sys.executable, str(HERE / "robustness.py"), *map(str, records), *steps])
+    return {"records": [str(record) for record in records]}
+
+
+def call(command: list[str]) -> None:
+    """Run another script of this folder; its mistake, already told, is ours."""
+    print(f"\n$ python {' '.join([Path(command[1]).name, *command[2:]])}", flush=True)
+    code = subprocess.run(command).returncode
+    if code == 130:
+        raise KeyboardInterrupt("finished methods and settings are kept; the same command goes on from there")
+    if code:
+        raise UserError(f"{Path(command[1]).name} ended with exit code {code}, see above; what was finished is kept")
+
+
+def cost_table(records: list[dict]) -> str:
+    """Markdown: each method's chosen setting, its scores on the reporting half, and what it costs."""
+    head = ["method", "chosen on the tuning half", "WMDP-Bio %, tuning", "reporting", "MMLU %, reporting", "loss added",
+            "s to make", "peak GB"]  # fmt: skip
+    lines = [head, ["---"] * len(head)]
+    for record in records:
+        point = record["points"][record["chosen"]]
+        score, setting = point["scores"], {k: v for k, v in point["setting"].items() if k not in ("training", "layer")}
+        cells = [f"{100 * score[name]['accuracy']:.1f}" for name in ("wmdp_bio_tuning", "wmdp_bio", "mmlu")]
+        cells += [f"{score['openwebtext']['loss_added']:+.3f}", f"{record['seconds_to_make']:.1f}"]
+        lines.append([point["method"], setting_text(setting), *cells, f"{record['peak_gb']:.2f}"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# %%
+if __name__ == "__main__":
+    command_line(run, flags)

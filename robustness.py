@@ -1,0 +1,350 @@
+# %% [markdown]
+"""
+Is it forgotten, or only not said? What an unlearned model answers to other wordings and formats, and after fine-tuning.
+
+    python robustness.py results/baselines_tiny_L3_npo.json
+    python robustness.py results/baselines_*.json results/rmu_*.json --relearn 100
+
+Records are those of baselines.py and rmu.py. Of each, the setting that its tuning half chose is taken: a saved model,
+or an edit that stays on. Asked are the questions of WMDP-Bio's reporting half: as they were when the setting was tuned;
+in another wording (wmdp_bio_reworded.jsonl, where there is one); with the options in reverse order; without the header
+that names the subject; behind solved questions of the other half; and without options, where the likeliest answer in
+words counts. --relearn fine-tunes all weights for a number of steps, once on retain text alone and once with the facts
+of the other half among it, none of which is asked, and asks again. The unablated model goes through all of it too: what
+it gets right is the most that could come back.
+"""
+
+# %% [markdown]
+# Start a notebook in this folder, so that the helper files beside this one can be imported.
+
+# %%
+import json
+import random
+import shutil
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+import processes
+from common import command_line, load_hf, load_model, load_sae, parser, settings, weights_of
+from data import (
+    HERE,
+    LETTERS,
+    UserError,
+    encode_prompts,
+    halves,
+    load_benchmark,
+    load_rows,
+    padded,
+    prompt,
+    special_ids,
+    training_windows,
+)
+from edits import EDITS, applied
+from evaluation import Ablation, accuracy_score, no_sae, score_letters, score_loss
+from show import accuracy_cell, label, make_record, outputs, resumable, save_model, write_record, write_whole
+
+BATCH = 8  # texts a step of fine-tuning
+LEARNING_RATE = {"tiny": 1e-3}  # elsewhere 2e-5, usual for fine-tuning whole models
+SHOTS = 5
+
+# %% [markdown]
+# ## The questions in other forms
+
+
+# %%
+def headless(row: dict) -> str:
+    """Without the line that names the subject."""
+    return prompt(row).split("\n\n", 1)[1]
+
+
+def few_shot(row: dict, solved: list[dict]) -> str:
+    """Behind solved questions, one header for all."""
+    header = prompt(row).split("\n\n", 1)[0]
+    return (
+        header
+        + "\n\n"
+        + "".join(f"{headless(other)} {LETTERS[other['answer']]}\n\n" for other in solved)
+        + headless(row)
+    )
+
+
+def forms(questions: list[dict], reworded: list[dict], asked: list[int], solved: list[dict]) -> dict:
+    """{name: (prompts, for each prompt the option behind each letter)}."""
+    rows, straight, back = [questions[i] for i in asked], (0, 1, 2, 3), (3, 2, 1, 0)
+    found = {"as tuned": [prompt(row) for row in rows]}
+    if reworded:
+        found["other wording"] = [prompt(reworded[i]) for i in asked]
+    found["options reversed"] = [prompt(row, back) for row in rows]
+    found["no header"] = [headless(row) for row in rows]
+    found[f"{len(solved)} solved before"] = [few_shot(row, solved) for row in rows]
+    return {name: (texts, back if name == "options reversed" else straight) for name, texts in found.items()}
+
+
+def in_words(lm, rows: list[dict], s, whole: bool) -> list[int]:
+    """The option that is the likeliest answer in words: asked without options, by log-probability per character."""
+    windows, tokenizer = [], lm.tokenizer
+    for row in rows:
+        start = tokenizer(f"{row['question'].strip()}\nAnswer in words:")["input_ids"]
+        ends = [tokenizer(f" {choice}", add_special_tokens=False)["input_ids"] for choice in row["choices"]]
+        windows += [start, *(start + end for end in ends)]
+    nats = score_loss(lm, no_sae(lm), windows, [Ablation("none")], s.batch_size, "in words", whole=whole)[0]
+    nats = nats.reshape(len(rows), 5)
+    lengths = torch.tensor([[len(choice) for choice in row["choices"]] for row in rows])
+    return ((nats[:, 1:] - nats[:, :1]) / lengths).argmin(1).tolist()
+
+
+@dataclass
+class Subject:
+    """An unlearned model: a name or folder for load_model, and the edit that is on behind these layers, if any."""
+
+    method: str
+    model: str
+    setting: dict
+    layers: list[int] = ()
+    edit: object = None
+
+    def edited(self, model, tokenizer):
+        """The context in which the edit is on; model: a Hugging Face model."""
+        return applied(model, tokenizer, self.layers, self.edit) if self.edit else nullcontext()
+
+
+def examine(subject: Subject, texts: dict, s) -> dict:
+    """{form: options chosen} for all forms of the forget questions, and "MMLU" as it was tuned on."""
+    lm, found, whole = load_model(subject.model, s.device, s.dtype), {}, subject.method == "dsg"
+    sae, rows = no_sae(lm), [Ablation("none")]
+    asked = {**texts["forms"], "MMLU": ([prompt(row) for row in texts["mmlu"]], (0, 1, 2, 3))}
+    with subject.edited(lm.original_model, lm.tokenizer):
+        for name, (prompts, order) in asked.items():
+            ids, letters = encode_prompts(lm.tokenizer, prompts)
+            scores = score_letters(lm, sae, ids, letters, rows, s.batch_size, name, whole=whole)
+            found[name] = [order[letter] for letter in scores[0].argmax(-1).tolist()]
+        return {**found, "in words": in_words(lm, texts["rows"], s, whole)}
+
+
+# %% [markdown]
+# ## Relearning
+
+
+# %%
+def fine_tune(model, tokenizer, sets: list[list], steps: int, lr: float, seed: int) -> None:
+    """Train all weights in place on texts of the sets, one set a step in turn, with the plain next-token loss."""
+    rng, device = random.Random(seed), model.device
+    special = torch.tensor(special_ids(tokenizer), device=device)
+    model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    for number in tqdm(range(steps), desc="relearning", unit="step", leave=False):
+        texts = sets[number % len(sets)]
+        ids = padded(rng.sample(texts, min(BATCH, len(texts))), tokenizer, device)
+        logits, goal = model(ids, use_cache=False).logits[:, :-1].float(), ids[:, 1:]
+        real = ~torch.isin(goal, special)
+        optimizer.zero_grad()
+        F.cross_entropy(logits[real], goal[real]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
+def relearned(subject: Subject, sets: list[list], texts: dict, passing: Path, s) -> dict:
+    """What the subject answers after fine-tuning on the sets, its edit on all the time; as `examine`."""
+    model, tokenizer = load_hf(subject.model, s.device, s.dtype)
+    with subject.edited(model, tokenizer):
+        fine_tune(model, tokenizer, sets, s.relearn, s.lr or LEARNING_RATE.get(s.model, 2e-5), s.seed)
+    save_model(model, tokenizer, passing)
+    return examine(replace(subject, model=str(passing)), texts, s)
+
+
+# %% [markdown]
+# ## From records to scores
+
+
+# %%
+def subject_of(path: str, s) -> tuple[Subject, dict]:
+    """The subject of a record's chosen setting, and the record. Raises UserError for a record of another kind."""
+    try:
+        record = json.loads(Path(path).read_text())
+        point = record["points"][record["chosen"]]
+        subject = Subject(point["method"], record.get("folder", record["model"]), point["setting"])
+        edit = point.get("edit")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a record of baselines.py or rmu.py: {error}") from error
+    if edit:
+        sae = record["sae"]
+        if sae is not None:
+            sae = str(HERE / sae) if (HERE / sae).is_dir() else sae
+            sae = load_sae(sae, record["layer"], load_model(record["model"], s.device, s.dtype))
+        return replace(subject, layers=edit["layers"], edit=EDITS[subject.method](sae, **edit["arguments"])), record
+    if not Path(subject.model).is_dir():
+        raise UserError(f"{path}: its model folder {subject.model} is gone; run its command again")
+    return subject, record
+
+
+def load_texts(records: list[dict], s) -> tuple[dict, dict]:
+    """What is asked and trained on, the same for all records. Raises UserError where they were not scored alike."""
+    first = records[0]
+    for name in ("model", "data", "seed", "pick_on", "limit", "subjects"):
+        if any(record["settings"][name] != first["settings"][name] for record in records):
+            raise UserError(f"these records differ in {name}: compare like with like")
+        setattr(s, name, first["settings"][name])
+    benchmark, sources = load_benchmark(s)
+    reworded, sources["wmdp_bio_reworded"] = load_rows("wmdp_bio_reworded", s.model, s.data)
+    for name in ("wmdp_bio", "mmlu"):
+        if any(record["data"][name]["sha256"] != sources[name]["sha256"] for record in records):
+            raise UserError(f"{name} is not what these records were scored on")
+    questions, parts = benchmark["quizzes"]["wmdp_bio"]
+    if reworded and len(reworded) != len(questions):
+        raise UserError(f"wmdp_bio_reworded.jsonl has {len(reworded)} questions, wmdp_bio {len(questions)}")
+    picking = halves(questions, s.seed, s.pick_on)[0]
+    solved = [questions[i] for i in random.Random(s.seed).sample(picking, min(s.shots, len(picking)))]
+    mmlu, of_mmlu = benchmark["quizzes"]["mmlu"]
+    texts = {"rows": [questions[i] for i in parts[""]], "mmlu": [mmlu[i] for i in of_mmlu[""]], "benchmark": benchmark}
+    return texts | {"forms": forms(questions, reworded, parts[""], solved)}, sources
+
+
+def scores_of(found: dict, texts: dict, before: dict | None = None) -> dict:
+    """{form: score}: accuracy with interval; where `before` is given also the paired change since then."""
+    scores = {}
+    for name, chosen in found.items():
+        right = np.array([row["answer"] for row in texts["mmlu" if name == "MMLU" else "rows"]])
+        clean = None if before is None else np.array(before[name]) == right
+        letters = "".join(LETTERS[i] for i in chosen)
+        scores[name] = accuracy_score(np.array(chosen) == right, letters, clean)
+    return scores
+
+
+# %% [markdown]
+# ## Show
+
+
+# %%
+def names_of(points: list[dict]) -> list[str]:
+    return [label(Ablation(point["method"], clamp=point["setting"].get("clamp", 0.0))) for point in points]
+
+
+def table(names: list[str], points: list[dict]) -> str:
+    """Markdown: accuracy on every form; the letters' shares; what fine-tuning brings back, with 95% intervals."""
+
+    def lines_of(head, cells):
+        rows = [["", *head], ["---"] * (len(head) + 1), *([name, *row] for name, row in zip(names, cells))]
+        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+    asked = list(points[0]["scores"])
+    forms_table = [[f"{100 * point['scores'][name]['accuracy']:.1f}" for name in asked] for point in points]
+    shares = [[f"{100 * share:.0f}" for share in point["letters"].values()] for point in points]
+    text = "Accuracy, %:\n\n" + lines_of(asked, forms_table)
+    text += "\n\nAnswers by letter as tuned, %:\n\n" + lines_of(LETTERS, shares)
+    if "relearned" not in points[0]:
+        return text
+    after = ["after retain text", "after other forget facts"]
+    head = ["WMDP-Bio %, before", *after, "MMLU %, before", *after]
+    cells = []
+    for point in points:
+        stages = [point["scores"], *point["relearned"].values()]
+        cells.append([accuracy_cell(stage[name]) for name in ("as tuned", "MMLU") for stage in stages])
+    return f"{text}\n\nRelearning, accuracy and 95% interval:\n\n{lines_of(head, cells)}"
+
+
+def best_other_form(point: dict) -> dict:
+    """The score of the form that gets most out of the model, the one it was tuned on left out."""
+    others = [score for name, score in point["scores"].items() if name not in ("as tuned", "MMLU")]
+    return max(others, key=lambda score: score["accuracy"])
+
+
+def figure_of(names: list[str], points: list[dict], title: str):
+    """Figure: a row a method: accuracy as tuned, in the form that gets most out of it, and after fine-tuning."""
+    figure, axes = plt.subplots(figsize=(7.6, 1.6 + 0.36 * len(names)), layout="constrained")
+    series = [("as tuned", "0.25", "o", lambda point: point["scores"]["as tuned"]),
+              ("best of the other forms", "#1f618d", "s", best_other_form)]  # fmt: skip
+    if "relearned" in points[0]:
+        series += [("after retain text", "#7d6608", "^", lambda point: point["relearned"]["retain"]["as tuned"]),
+                   ("after other forget facts", "#c0392b", "D",
+                    lambda point: point["relearned"]["forget"]["as tuned"])]  # fmt: skip
+    for number, (name, colour, marker, pick) in enumerate(series):
+        scores = [pick(point) for point in points]
+        at, low, high = (np.array([100 * score[key] for score in scores]) for key in ("accuracy", "low", "high"))
+        rows = np.arange(len(names)) + 0.18 * (number - (len(series) - 1) / 2)
+        axes.errorbar(at, rows, xerr=np.abs([at - low, high - at]), fmt=marker, ms=4.5, color=colour, elinewidth=0.8,
+                      label=name)  # fmt: skip
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.axvline(25, color="0.4", ls="--", lw=1)
+    axes.set(xlabel="WMDP-Bio accuracy on the reporting half, %; dashed: chance", xlim=(0, 103))
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_title(title, size=10)
+    figure.legend(loc="outside lower center", ncols=len(series), frameon=False, fontsize=8)
+    return figure
+
+
+# %% [markdown]
+# ## Flags, and the run
+
+# %%
+WITHOUT = ("--model", "--sae", "--layer", "--n-features", "--clamp", "--pick", "--pick-on", "--pick-text", "--data",
+           "--max-rows", "--seed", "--limit", "--no-sanity")  # fmt: skip
+flags = parser(__doc__, without=WITHOUT)
+flags.add_argument("records", nargs="*", metavar="RECORD", help="of baselines.py or rmu.py")
+flags.add_argument("--relearn", type=int, default=0, metavar="STEPS", help="steps of fine-tuning (default: none)")
+flags.add_argument("--lr", type=float, help="its learning rate (default: 2e-5; tiny 1e-3)")
+flags.add_argument("--shots", type=int, default=SHOTS, help="solved questions before one (default: %(default)s)")
+
+
+def try_subject(subject: Subject, texts: dict, passing: Path, s) -> dict:
+    """What a subject answers as it is, and, with --relearn, after each fine-tuning."""
+    found = {"before": examine(subject, texts, s)}
+    if s.relearn:
+        forget, retain = training_windows(load_model(subject.model, s.device, s.dtype).tokenizer, texts["benchmark"], s)
+        for name, sets in (("retain", retain), ("forget", [*retain, forget, forget])):
+            found[name] = relearned(subject, sets, texts, passing, s)
+    return found
+
+
+def run(**changes) -> dict:
+    """run(records=["results/rmu_tiny_L3.json"], relearn=100). Returns the record that it writes; raises UserError."""
+    s, started = settings(flags, changes), time.time()
+    if processes.count() > 1:
+        raise UserError("robustness.py is one process: start it without accelerate launch")
+    if not s.records:
+        raise UserError("give one or several records of baselines.py or rmu.py")
+    pairs = [subject_of(path, s) for path in s.records]
+    records = [record for _, record in pairs]
+    s.pick_text, s.layer = "prompt", records[0]["layer"]
+    texts, sources = load_texts(records, s)
+    path = outputs("robustness.py", s)
+    subjects = [Subject("none", s.model, {}), *(subject for subject, _ in pairs)]
+    passing = path.with_suffix(".tried")
+    known = [[one.method, one.setting, weights_of(one.model)] for one in subjects]
+    settled = {name: value for name, value in vars(s).items() if name not in ("out", "batch_size", "records")}
+    jobs = {}
+    for number, one in enumerate(subjects):
+        jobs[f"{number}_{one.method}"] = lambda one=one: try_subject(one, texts, passing, s)
+    try:
+        found = resumable(path, [known, settled, sources], jobs)
+    finally:
+        shutil.rmtree(passing, ignore_errors=True)
+    points = []
+    for subject, answers in zip(subjects, found):
+        point = {"method": subject.method, "setting": subject.setting, "scores": scores_of(answers["before"], texts)}
+        counts = np.bincount(answers["before"]["as tuned"], minlength=4)
+        point["letters"] = dict(zip(LETTERS, (counts / counts.sum()).tolist()))
+        if s.relearn:
+            point["relearned"] = {k: scores_of(answers[k], texts, answers["before"]) for k in ("retain", "forget")}
+        points.append(point)
+    names = names_of(points)
+    text = table(names, points)
+    print(f"\n{text}")
+    write_whole(path.with_suffix(".md"), lambda file: file.write_text(text + "\n"))
+    record = make_record("robustness.py", s, None, sources, {}, points, time.time() - started)
+    title = f"{s.model}: n {len(texts['rows'])}, bars 95% intervals" + (f", {s.relearn} steps" if s.relearn else "")
+    write_record(path, record, {"rows": figure_of(names, points, title)})
+    return record
+
+
+# %%
+if __name__ == "__main__":
+    command_line(run, flags)

@@ -1,0 +1,119 @@
+"""
+What RMU holds in memory: peak over the model's weights plus the activations of the layers it runs, against the way of
+the release, which keeps a full frozen copy and runs both models to the end. A process each; Linux.
+
+    python tests/bench_rmu.py
+"""
+
+import copy
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from bench_patched import write_smollm_shape  # puts the project on the path
+
+import rmu
+from common import decoder_layers, load_hf
+
+SETTING = rmu.Setting(layer=7, multiple=4.0, alpha=100.0, steps=3, lr=1e-4)
+LENGTH = 512  # tokens a text, the release's longest
+
+
+def texts() -> list[list[int]]:
+    draw = random.Random(0)
+    return [[draw.randrange(10, 4000) for _ in range(LENGTH)] for _ in range(16)]
+
+
+def status(name: str) -> float:
+    """MB of a line of /proc/self/status: VmRSS, what the process holds, or VmHWM, the most it has held."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1024
+
+
+def saved_megabytes(model) -> float:
+    """Of one step: what its two forward passes with gradient keep for the backward pass, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    for matrix in rmu.down_projections(model, SETTING.layer).values():
+        matrix.requires_grad_(True)
+    ids = torch.tensor(texts()[: SETTING.batch])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        held = [rmu.hidden(model, ids, SETTING.layer) for _ in range(2)]
+    total = sum(kept.values()) / 2**20
+    del held
+    model.requires_grad_(False)
+    return total
+
+
+def release(model, tokenizer) -> None:
+    """Steps in the release's way (github.com/centerforaisafety/wmdp): whole passes, and a frozen copy of the model."""
+    frozen, draw = copy.deepcopy(model), random.Random(0)
+    matrices = list(rmu.down_projections(model, SETTING.layer).values())
+    for matrix in matrices:
+        matrix.requires_grad_(True)
+    optimizer = torch.optim.AdamW(matrices, lr=SETTING.lr)
+
+    def stream(which, ids):
+        kept = []
+        block = decoder_layers(which)[SETTING.layer]
+        handle = block.register_forward_hook(
+            lambda module, args, out: kept.append(out[0] if isinstance(out, tuple) else out)
+        )
+        which(ids, use_cache=False)
+        handle.remove()
+        return kept[0]
+
+    for _ in range(SETTING.steps):
+        forget, retain = (rmu.draw(texts(), draw, SETTING.batch, tokenizer, "cpu") for _ in range(2))
+        with torch.no_grad():
+            before = stream(frozen, retain)
+        loss = stream(model, forget).square().mean() + SETTING.alpha * (stream(model, retain) - before).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def child(folder: str, way: str) -> None:
+    import_only = status("VmRSS")
+    model, tokenizer = load_hf(folder)
+    weights = sum(p.nbytes for p in model.parameters()) / 2**20
+    if way == "activations":
+        print(f"{weights} {saved_megabytes(model)}")
+        return
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of loading
+    if way == "ours":
+        rmu.train(model, tokenizer, texts(), [texts()], SETTING, False, 0)
+    else:
+        release(model, tokenizer)
+    print(status("VmHWM") - import_only)
+
+
+def measured(folder: str, way: str) -> list[float]:
+    command = [sys.executable, __file__, folder, way]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [float(number) for number in output.split()]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        child(*sys.argv[1:])
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            write_smollm_shape(Path(folder))
+            model = str(Path(folder) / "model")
+            weights, activations = measured(model, "activations")
+            print(f"random model of SmolLM2-135M's shape, fp32, layer 7, 4 + 4 texts of {LENGTH} tokens")
+            print(f"  weights {weights:.0f} MB, activations of layers 0 to 7 for two passes {activations:.0f} MB")
+            for way, name in (("ours", "rmu.py"), ("release", "full frozen copy, whole passes")):
+                peak = measured(model, way)[0]
+                print(f"  {name}: peak {peak:.0f} MB, {peak / (weights + activations):.2f} of their sum")

@@ -1,0 +1,78 @@
+"""The other forms of a question, answers in words, and fine-tuning under an edit."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import edits
+import robustness
+from data import LETTERS, prompt
+
+ROWS = [
+    {"question": "Which is an organ?", "choices": ["The moon", "The heart", "The sea", "The stone"], "answer": 1},
+    {"question": "Where do rivers flow?", "choices": ["The moon", "The heart", "The sea", "The stone"], "answer": 2},
+]
+OTHERS = [{**ROWS[0], "question": "Which of these is an organ?"}, {**ROWS[1], "question": "Where does a river flow?"}]
+
+
+def test_forms():
+    found = robustness.forms(ROWS, OTHERS, [1], [ROWS[0]])
+    assert list(found) == ["as tuned", "other wording", "options reversed", "no header", "1 solved before"]
+    texts = {name: form[0][0] for name, form in found.items()}
+    assert texts["as tuned"] == prompt(ROWS[1])
+    assert texts["other wording"] == prompt(OTHERS[1])
+    assert "A. The stone\nB. The sea\nC. The heart\nD. The moon\nAnswer:" in texts["options reversed"]
+    assert found["options reversed"][1][LETTERS.index("B")] == 2  # the letter B is the option of place 2
+    assert texts["no header"] == prompt(ROWS[1]).split("\n\n")[1] and "biology" not in texts["no header"]
+    assert texts["1 solved before"] == (
+        "The following are multiple choice questions (with answers) about biology.\n\nWhich is an organ?\n"
+        "A. The moon\nB. The heart\nC. The sea\nD. The stone\nAnswer: B\n\nWhere do rivers flow?\n"
+        "A. The moon\nB. The heart\nC. The sea\nD. The stone\nAnswer:"
+    )
+    assert "other wording" not in robustness.forms(ROWS, [], [1], [ROWS[0]])
+
+
+def test_answers_in_words_by_hand(gemma):
+    settings = SimpleNamespace(batch_size=3)
+    expected = []
+    for row in ROWS:
+        costs = []
+        for choice in row["choices"]:
+            start = gemma.tokenizer(f"{row['question']}\nAnswer in words:")["input_ids"]
+            ids = torch.tensor([start + gemma.tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]])
+            with torch.inference_mode():
+                log_probs = gemma(ids)[0, :-1].double().log_softmax(-1)
+            nats = -log_probs[torch.arange(len(ids[0]) - 1), ids[0, 1:]]
+            costs.append(nats[len(start) - 1 :].sum().item() / len(choice))
+        expected.append(int(np.argmin(costs)))
+    assert robustness.in_words(gemma, ROWS, settings, whole=False) == expected
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+def test_fine_tuning_goes_through_an_edit_that_stays(model_folder, make_sae, get_model, family):
+    """The loss under the edit falls, all weights that it depends on move, and the edit is what it was."""
+    model, tokenizer = common.load_hf(str(model_folder(family)))
+    sae = make_sae(get_model(family))
+    edit = edits.clamp(sae, list(range(32)), -5.0)
+    windows = [
+        tokenizer(text)["input_ids"] for text in ["The cat sat on the mat.", "Rivers of Europe flow to the sea."]
+    ]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def loss():
+        with torch.no_grad(), edits.applied(model, tokenizer, [1], edit):
+            return sum(model(torch.tensor([row]), labels=torch.tensor([row])).loss.item() for row in windows)
+
+    start = loss()
+    with edits.applied(model, tokenizer, [1], edit):
+        robustness.fine_tune(model, tokenizer, [windows], 20, 1e-3, 0)
+    assert loss() < 0.8 * start
+    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert any(".0." in name for name in moved) and any(".3." in name for name in moved)  # below and above the edit
+    ids = torch.tensor([windows[1]])
+    with edits.applied(model, tokenizer, [1], edit), torch.no_grad():
+        edited = model(ids).logits
+    assert not torch.equal(edited, model(ids).logits)
