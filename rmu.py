@@ -16,8 +16,8 @@ picking half of the WMDP-Bio questions, or forget_corpus.jsonl of --data; the re
 development questions. The trained model is saved as a folder that the lessons, pareto.py and lm-eval load with --model.
 
 tiny: WMDP-Bio stand-in 95.9 to 25.7%, MMLU stand-in 99.4 to 98.9% (reporting halves, n 74 and 178), loss added on the
-OpenWebText stand-in +0.063 nats per token; 21 s and 0.8 GB on two cores. --sweep trains with twelve settings, chooses
-this one on the tuning half, and takes two and a half minutes; stopped, it goes on where it was.
+OpenWebText stand-in +0.063 nats per token; 21 s and 0.8 GB on two cores. --sweep trains with eight settings, chooses
+this one on the tuning half, and takes under two minutes; stopped, it goes on where it was.
 """
 
 # %% [markdown]
@@ -236,7 +236,7 @@ flags.add_argument(
     "--multiple", type=float, help="how far, in norms of forget text there (default: the model's setting)"
 )
 flags.add_argument("--alpha", type=float, help="weight of the retain loss (default: the model's setting)")
-flags.add_argument("--steps", type=int, help="of training (default: the model's setting)")
+flags.add_argument("--steps", "--max-batches", type=int, help="of training (default: the model's setting)")
 flags.add_argument("--lr", type=float, help="learning rate of AdamW (default: the model's setting)")
 flags.add_argument("--adaptive", action="store_true", help="Adaptive RMU: every token is pushed by its own norm")
 flags.add_argument("--sweep", action="store_true", help="train with every multiple and alpha of a grid, and choose")

@@ -12,6 +12,9 @@ that names the subject; behind solved questions of the other half; and without o
 words counts. --relearn fine-tunes all weights for a number of steps, once on retain text alone and once with the facts
 of the other half among it, none of which is asked, and asks again. The unablated model goes through all of it too: what
 it gets right is the most that could come back.
+
+tiny: 45 s a record with --relearn 100, and 1.2 GB, on two cores. Ten clamped features leave 28.4% of the quiz but 73.0%
+of the answers in words; RMU 25.7 and 40.5%, and after a hundred steps on retain text 75.7% of the quiz is back.
 """
 
 # %% [markdown]
