@@ -13,50 +13,27 @@ import argparse
 import os
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # image processors complain at import otherwise
 
 import torch
+from huggingface_hub import hf_hub_download
 from sae_lens import SAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from safetensors import safe_open
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from data import HERE, UserError, first_line, special_ids
+from presets import PRESETS, listed
 from processes import LostProcess, one_voice
 from processes import device as own_device
 
 disable_progress_bar()  # "Loading weights" would come before the first line of ours
 
-
-@dataclass(frozen=True)
-class Preset:
-    """A model, the SAE for `--layer L` (a folder, or RELEASE:ID of SAELens's table), and the default clamp."""
-
-    model: str
-    sae: str
-    clamp: float
-
-
-# Clamps: tiny's was chosen on the picking half (README); -100 and the gemma-2 SAEs are SAEBench's and
-# Farrell et al.'s middle setting (arXiv 2410.19278). Gemma-3 residuals are far larger, so -100 may do nothing.
-PRESETS = {
-    "tiny": Preset(str(HERE / "tiny/model"), str(HERE / "tiny/sae/layer_{layer}"), -80.0),
-    "gemma-2-2b-it": Preset(
-        "google/gemma-2-2b-it", "gemma-scope-2b-pt-res-canonical:layer_{layer}/width_16k/canonical", -100.0
-    ),
-    "gemma-3-1b-it": Preset(
-        "google/gemma-3-1b-it", "gemma-scope-2-1b-it-res-all:layer_{layer}_width_16k_l0_small", -100.0
-    ),
-    "gemma-3-4b-it": Preset(
-        "google/gemma-3-4b-it", "gemma-scope-2-4b-it-res-all:layer_{layer}_width_16k_l0_small", -100.0
-    ),
-    "gpt2": Preset("gpt2", "gpt2-small-res-jb:blocks.{layer}.hook_resid_pre", -10.0),
-}
 
 # ---------------------------------------------------------------------------------------------- load
 
@@ -118,7 +95,8 @@ def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str
         if Path(spec).is_dir():
             sae = SAE.load_from_disk(spec, device=device, dtype="float32")
         elif ":" in spec and not Path(spec).is_absolute():
-            sae = SAE.from_pretrained(*spec.split(":", 1), device=device, dtype="float32")
+            with patch("sae_lens.loading.pretrained_sae_loaders.get_safetensors_tensor_shapes", tensor_shapes):
+                sae = SAE.from_pretrained(*spec.split(":", 1), device=device, dtype="float32")
         else:
             there = sorted(p.name for p in Path(spec).parent.glob("*") if p.is_dir())
             raise UserError(f"no SAE folder {spec}; there are: {', '.join(there) or 'none'}")
@@ -127,6 +105,12 @@ def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str
     sae.source = os.path.relpath(spec, HERE) if Path(spec).is_dir() and HERE in Path(spec).parents else spec
     check_sae(sae, model, layer)
     return sae.eval().requires_grad_(False)
+
+
+def tensor_shapes(repo_id: str, filename: str) -> dict[str, list[int]]:
+    """Shapes of a safetensors file. SAELens asks the hub for them at every load; the cache has them offline too."""
+    with safe_open(hf_hub_download(repo_id, filename), "pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def sae_ids_near(spec: str) -> str:
@@ -301,6 +285,12 @@ def reconstruct(sae: SAE, h: torch.Tensor) -> torch.Tensor:
 # -------------------------------------------------------------------------------------- command line
 
 
+class ListPresets(argparse.Action):
+    def __call__(self, parser, *_):
+        print(listed())
+        parser.exit()
+
+
 def parser(doc: str, without: tuple[str, ...] = ()) -> argparse.ArgumentParser:
     """The flags that every script has, but for those `without`; a script adds its own, or one in place of ours."""
     shape = argparse.RawDescriptionHelpFormatter
@@ -311,6 +301,8 @@ def parser(doc: str, without: tuple[str, ...] = ()) -> argparse.ArgumentParser:
             p.add_argument(name, **options)
 
     add("--model", default="tiny", help=f"preset ({', '.join(PRESETS)}), hub id or folder (default: %(default)s)")
+    add("--list", nargs=0, action=ListPresets, default=argparse.SUPPRESS,
+        help="show the presets with the layers, widths and L0s of their SAEs")  # fmt: skip
     add("--sae", help="RELEASE:ID of SAELens's table, or a folder (default: the preset's SAE of --layer)")
     add("--layer", type=int, default=7, help="layer of the SAE; tiny has 3, 5, 7, 9 (default: %(default)s)")
     add("--n-features", type=int, default=50, help="how many features to ablate (default: %(default)s)")

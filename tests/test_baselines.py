@@ -14,8 +14,8 @@ import baselines
 import pareto
 import rmu
 import robustness
-from common import decoder_layers
-from data import UserError, special_ids
+from common import decoder_layers, load_model, settings
+from data import UserError, load_benchmark, special_ids
 from picking import Rates
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,8 +120,8 @@ def test_crisp_adapts_attention_and_mlp_of_its_layers_only(model_folder, family)
 @pytest.fixture
 def two_settings(monkeypatch):
     """Two settings a method, and short training."""
-    for method, settings in baselines.GRIDS.items():
-        monkeypatch.setitem(baselines.GRIDS, method, settings[:2])
+    for method, grid in baselines.GRIDS.items():
+        monkeypatch.setitem(baselines.GRIDS, method, grid[:2])
     monkeypatch.setattr(rmu, "MULTIPLES", (4.0,))
 
 
@@ -152,8 +152,12 @@ def test_a_stopped_tuning_goes_on_and_ends_with_the_same_record(two_settings, mo
 
 def test_gradients_reach_all_weights_and_crisp_those_of_its_layers(two_settings, tmp_path):
     original = load_file(ROOT / "tiny/model/model.safetensors")
+    s = settings(baselines.flags, SMALL)
+    lm = load_model("tiny")
+    measured = baselines.Measured(lm, None, load_benchmark(s)[0], s)
     for method, layers in (("grad-diff", range(12)), ("crisp", range(2, 9))):
-        baselines.run(method=method, **SMALL, out=str(tmp_path / "r.json"))
+        setting = baselines.absolute(method, baselines.GRIDS[method][0], s)
+        baselines.forgetful(method, setting, tmp_path / "r.model", measured, s)
         after = load_file(tmp_path / "r.model/model.safetensors")
         changed = {name for name in original if not torch.equal(original[name].float(), after[name].float())}
         matrices = {name for name in original if ".layers." in name and original[name].ndim == 2}

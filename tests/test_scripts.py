@@ -202,3 +202,12 @@ def test_the_notebook_form_runs_to_the_end(script, tmp_path, monkeypatch):
 def test_help_teaches(script, monkeypatch, capsys):
     assert call(monkeypatch, script, "--help") == 0
     assert f"python {script}" in capsys.readouterr().out
+
+
+def test_list_shows_the_presets(monkeypatch, capsys):
+    assert call(monkeypatch, "feature_ablate_1.py", "--list") == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
+    assert set(rows) == {"tiny", "gemma-2-2b-it", "gemma-3-1b-it", "gemma-3-4b-it", "gpt2"}
+    assert "3, 5, 7, 9" in rows["tiny"] and "2048" in rows["tiny"]
+    assert "0 to 25" in rows["gemma-2-2b-it"] and "16k" in rows["gemma-2-2b-it"]
+    assert "0 to 33" in rows["gemma-3-4b-it"] and "0 to 11" in rows["gpt2"]
