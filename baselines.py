@@ -591,7 +591,8 @@ def is_there(path: Path, method: str, s, sources: dict) -> bool:
         if same != {name: source["sha256"] for name, source in sources.items()}:
             return False
         if "rmu" in method:  # its other settings are its own
-            return all(record["settings"][name] == vars(s)[name] for name in RMU_FLAGS if name != "batch_size")
+            alike = all(record["settings"][name] == vars(s)[name] for name in RMU_FLAGS if name != "batch_size")
+            return alike and record["weights"] == weights_of(s.model)
         return json.dumps(record["decides"]) == json.dumps(decides(s, method))
     except (OSError, ValueError, KeyError):
         return False
@@ -619,8 +620,9 @@ def run_all(s) -> dict:
     print(f"table: {costs}")
     if s.relearn:
         out = path.with_name(f"{path.stem}_robustness.json")
-        steps = ["--relearn", str(s.relearn), "--out", str(out)]
-        call([sys.executable, str(HERE / "robustness.py"), *map(str, records), *steps])
+        given = ["--relearn", str(s.relearn), "--dtype", s.dtype, "--batch-size", str(s.batch_size), "--out", str(out)]
+        given += ["--device", s.device] if s.device else []
+        call([sys.executable, str(HERE / "robustness.py"), *map(str, records), *given])
     return {"records": [str(record) for record in records]}
 
 

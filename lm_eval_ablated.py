@@ -62,7 +62,18 @@ from common import (
     settings,
     watch_tokens,
 )
-from data import HERE, UserError, digest, first_line, halves, load_rows, picking_texts, sample, token_windows
+from data import (
+    HERE,
+    RETAIN_TOKENS,
+    UserError,
+    digest,
+    first_line,
+    halves,
+    load_rows,
+    picking_texts,
+    sample,
+    token_windows,
+)
 from evaluation import Ablation, accuracy_score, bootstrap, loss_scores, robust_subset
 from picking import firing_rates, largest, pick_features, sanity_gate
 from show import (
@@ -78,7 +89,6 @@ from show import (
     write_record,
 )
 
-RETAIN_TOKENS = 50_000  # of Wikitext, for the retain rates
 TASKS = HERE / "lm_eval_tasks"
 # lm-eval has advice for those who write a task with data of its own; users of these tasks need none
 logging.getLogger("lm_eval.api.task").addFilter(lambda note: "Custom kwargs can be passed" not in note.getMessage())

@@ -334,7 +334,7 @@ def run(**changes) -> dict:
     print(f"model: {folder}")
     record |= {"chosen": points.index(shown[1]), "folder": str(folder)}
     record |= {"seconds_to_make": round(seconds, 2), "peak_gb": round(peak_gb(), 2)}
-    record |= {"matrices": matrices, "coefficient": coefficient}
+    record |= {"weights": weights_of(s.model), "matrices": matrices, "coefficient": coefficient}
     record |= {"control_vector": u.tolist(), "log": log}
     title = f"{s.model}: {rows[1].method}, layer {setting.layer}, {setting.multiple:g} norms, alpha {setting.alpha:g}"
     write_record(path, record, {"losses": loss_figure(log, title)})

@@ -151,6 +151,8 @@ def title_of(name: str, sources: dict) -> str:
 
 
 METHODS = {
+    "grad-diff": "GradDiff",
+    "diff-in-means": "difference of means",
     "rmu": "RMU",
     "adaptive-rmu": "Adaptive RMU",
     "npo": "NPO",

@@ -16,6 +16,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = ["feature_ablate_1.py", "feature_ablate_2.py", "feature_ablate_3.py"]
+SCRIPTS = [*LESSONS, "pareto.py", "rmu.py", "baselines.py", "robustness.py", "lm_eval_ablated.py", "train_sae.py",
+           "make_tiny.py"]  # fmt: skip
 
 
 def call(monkeypatch, script, *flags):
@@ -160,19 +162,7 @@ def test_run_takes_flags_by_name(monkeypatch, tmp_path):
     assert len(found["points"][3]["setting"]["features"]) == 3
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        *LESSONS,
-        "pareto.py",
-        "lm_eval_ablated.py",
-        "rmu.py",
-        "baselines.py",
-        "robustness.py",
-        "train_sae.py",
-        "make_tiny.py",
-    ],
-)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_are_notebooks(script, tmp_path):
     command = [sys.executable, "-m", "jupytext", "--to", "ipynb", "--test", str(ROOT / script)]
     assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 0
@@ -186,19 +176,7 @@ def test_the_notebook_form_runs_to_the_end(script, tmp_path, monkeypatch):
     assert list((tmp_path / "results").glob("*.json"))
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        *LESSONS,
-        "pareto.py",
-        "lm_eval_ablated.py",
-        "rmu.py",
-        "baselines.py",
-        "robustness.py",
-        "train_sae.py",
-        "make_tiny.py",
-    ],
-)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_teaches(script, monkeypatch, capsys):
     assert call(monkeypatch, script, "--help") == 0
     assert f"python {script}" in capsys.readouterr().out
