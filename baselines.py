@@ -443,7 +443,7 @@ def loss_figure(method: str, log: list, title: str):
 # ## Flags, and the run
 
 # %%
-flags = parser(__doc__, without=("--n-features", "--max-rows"))
+flags = parser(__doc__, without=("--n-features", "--max-rows", "--device-map"))
 flags.add_argument("--method", choices=list(GRIDS), default="clamp", help="(default: %(default)s)")
 flags.add_argument("--all", action="store_true", help="every method in turn, RMU too, then the figure and a table")
 flags.add_argument("--layer", type=int, default=3, help="of SAE, direction and RMU; early ones work (default: 3)")
@@ -566,7 +566,7 @@ def run(**changes) -> dict:
 
 # %%
 RMU_FLAGS = ("model", "layer", "data", "limit", "batch_size", "seed", "device", "dtype", "subjects", "pick_on",
-             "pick_text")  # fmt: skip
+             "pick_text", "forget_corpus")  # fmt: skip
 
 
 def command_of(method: str, out: Path, s) -> list[str]:

@@ -19,17 +19,15 @@ from unittest.mock import patch
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # image processors complain at import otherwise
 
 import torch
-from huggingface_hub import hf_hub_download
 from sae_lens import SAE
-from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-from safetensors import safe_open
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from data import HERE, UserError, first_line, special_ids
+from hub import announce, announce_sae, sae_ids_near, tensor_shapes
 from presets import PRESETS, listed
-from processes import LostProcess, one_voice
+from processes import LostProcess, count, one_voice
 from processes import device as own_device
 
 disable_progress_bar()  # "Loading weights" would come before the first line of ours
@@ -38,22 +36,31 @@ disable_progress_bar()  # "Loading weights" would come before the first line of 
 # ---------------------------------------------------------------------------------------------- load
 
 
-def load_model(name: str, device: str | None = None, dtype: str = "float32") -> TransformerBridge:
+def load_model(
+    name: str, device: str | None = None, dtype: str = "float32", device_map: str | None = None
+) -> TransformerBridge:
     """Load a preset's name, a hub id or a local folder as a frozen TransformerBridge (raw HF weights, eager attention).
 
-    Raises UserError if there is no such model or the hub does not let us have it.
+    device_map: "auto" spreads the layers over all GPUs (Hugging Face's accelerate). Raises UserError if there is no
+    such model, the hub does not let us have it, the disk has no room for it or the GPUs have none.
     """
     path = PRESETS[name].model if name in PRESETS else name
     if not Path(path).is_dir() and "/" not in path and name not in PRESETS:
         raise UserError(f"no model {name!r}: give a preset ({', '.join(PRESETS)}), a hub id ORG/NAME or a folder")
-    device = own_device() or device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device_map and (device or count() > 1):
+        raise UserError("--device-map spreads one model over the GPUs: leave out --device and accelerate launch")
+    if not Path(path).is_dir():
+        announce(path)
+    place = {"device_map": device_map} if device_map else {"device": own_device() or device or best_device()}
     try:
         # where a processor of images fails to load, TransformerLens would pip install torchvision and a new torch
         with patch("subprocess.check_call", side_effect=OSError("no installing from here")):
-            model = TransformerBridge.boot_transformers(path, device=device, dtype=getattr(torch, dtype))
+            model = TransformerBridge.boot_transformers(path, dtype=getattr(torch, dtype), **place)
         # the bridge's copy of the tokenizer adds a BOS where the model's own does not; prompts must be lm-eval's
         model._tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
+        if "device_map" in str(error):
+            raise UserError(f"--device-map {device_map}: {first_line(error)}") from error
         if Path(path).is_dir():
             raise UserError(f"{path} is not a model folder that transformers can read: {first_line(error)}") from error
         raise UserError(
@@ -64,11 +71,15 @@ def load_model(name: str, device: str | None = None, dtype: str = "float32") -> 
     return model
 
 
+def best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_hf(name: str, device: str | None = None, dtype: str = "float32") -> tuple:
     """The Hugging Face model and tokenizer behind load_model(name), to be trained: eager attention, no dropout."""
     path = PRESETS[name].model if name in PRESETS else name
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="eager")
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(device or best_device())
     return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(path)
 
 
@@ -79,7 +90,7 @@ def weights_of(name: str) -> list:
 
 
 def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str = "tiny") -> SAE:
-    """Load the SAE of `spec` (RELEASE:ID or a folder; None: the preset's for `layer`) in fp32 on the model's device.
+    """Load the SAE of `spec` (RELEASE:ID or a folder; None: the preset's for `layer`) in fp32 on the layer's device.
 
     Sets `sae.source` (str) and `sae.hook_point` (a resid_post name that the model has). Raises UserError for a
     layer without SAE, an unknown release, and an SAE whose architecture, width, hook point or normalisation
@@ -90,13 +101,13 @@ def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str
     if spec is None and preset not in PRESETS:
         raise UserError(f"no SAE is known for {preset}: give --sae RELEASE:ID or --sae FOLDER")
     spec = spec or PRESETS[preset].sae.format(layer=layer)
-    device = str(model.cfg.device)
     try:
         if Path(spec).is_dir():
-            sae = SAE.load_from_disk(spec, device=device, dtype="float32")
+            sae = SAE.load_from_disk(spec, dtype="float32")
         elif ":" in spec and not Path(spec).is_absolute():
+            announce_sae(*spec.split(":", 1))
             with patch("sae_lens.loading.pretrained_sae_loaders.get_safetensors_tensor_shapes", tensor_shapes):
-                sae = SAE.from_pretrained(*spec.split(":", 1), device=device, dtype="float32")
+                sae = SAE.from_pretrained(*spec.split(":", 1), dtype="float32")
         else:
             there = sorted(p.name for p in Path(spec).parent.glob("*") if p.is_dir())
             raise UserError(f"no SAE folder {spec}; there are: {', '.join(there) or 'none'}")
@@ -104,19 +115,7 @@ def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str
         raise UserError(f"cannot load the SAE {spec}: {first_line(error)}{sae_ids_near(spec)}") from error
     sae.source = os.path.relpath(spec, HERE) if Path(spec).is_dir() and HERE in Path(spec).parents else spec
     check_sae(sae, model, layer)
-    return sae.eval().requires_grad_(False)
-
-
-def tensor_shapes(repo_id: str, filename: str) -> dict[str, list[int]]:
-    """Shapes of a safetensors file. SAELens asks the hub for them at every load; the cache has them offline too."""
-    with safe_open(hf_hub_download(repo_id, filename), "pt") as file:
-        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
-
-
-def sae_ids_near(spec: str) -> str:
-    """What else the release of a RELEASE:ID holds, for an error message."""
-    release = get_pretrained_saes_directory().get(spec.split(":")[0])
-    return f"; the release has: {', '.join(release.saes_map)[:300]} ..." if release else ""
+    return sae.eval().requires_grad_(False).to(next(model.blocks[layer].parameters()).device)
 
 
 def check_sae(sae: SAE, model: TransformerBridge, layer: int) -> None:
@@ -314,12 +313,16 @@ def parser(doc: str, without: tuple[str, ...] = ()) -> argparse.ArgumentParser:
         "asked, and a feature must be rare in MMLU's development questions too; prose: on question and answer without "
         "the template, against Wikitext alone, which picks features of any quiz (default: %(default)s)")  # fmt: skip
     add("--data", help="folder with any of wmdp_bio, mmlu, mmlu_dev, wikitext, openwebtext, forget_corpus .jsonl")
+    add("--forget-corpus", metavar="FILE", help="your copy of the WMDP-Bio forget corpus, JSONL with a text in each "
+        "line, or its hub id: picked and trained on in the questions' place")  # fmt: skip
     add("--limit", type=int, help="score only that many questions (a seeded sample) or documents of each data set")
     add("--batch-size", type=int, default=16, help="prompts per pass; changes memory, not results (default: 16)")
     add("--max-rows", type=int, default=64, help="edited copies per pass; changes memory, not results (default: 64)")
     add("--seed", type=int, default=0, help="seed of split, control features and bootstrap (default: %(default)s)")
     add("--device", help="cuda, cuda:1, mps or cpu (default: cuda if there is one; accelerate launch decides "
         "for each process)")  # fmt: skip
+    add("--device-map", choices=["auto", "balanced", "sequential"], help="spread a model that is larger than one GPU "
+        "over all of them")  # fmt: skip
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model; SAEs stay in float32")
     add("--no-sanity", action="store_true", help="go on even if the SAE does not fit the model")
     add("--out", help="record file; figures get the same name (default: results/<script>_<settings>.json)")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import sys
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -27,19 +28,32 @@ def first_line(error: Exception) -> str:
 
 # --------------------------------------------------------------------------------- questions and texts
 
-# Where a data set is found if no folder has it: hub id, configuration, split (the second
-# OpenWebText is a 10,000-document sample that serves where the first is still a loading script)
+# Where a data set is found if no folder has it: hub id, configuration, split, revision, the first that loads. Where
+# OpenWebText is still a loading script, which datasets does not run any more, the hub may have converted it to parquet;
+# the second one is a sample of 10,000 documents.
+PARQUET = "refs/convert/parquet"
 HUB = {
-    "wmdp_bio": [("cais/wmdp", "wmdp-bio", "test")],
-    "mmlu": [("cais/mmlu", "all", "test")],
-    "mmlu_dev": [("cais/mmlu", "all", "dev")],
-    "wikitext": [("Salesforce/wikitext", "wikitext-2-raw-v1", "test")],
-    "openwebtext": [("Skylion007/openwebtext", None, "train"), ("stas/openwebtext-10k", None, "train")],
+    "wmdp_bio": [("cais/wmdp", "wmdp-bio", "test", None)],
+    "mmlu": [("cais/mmlu", "all", "test", None)],
+    "mmlu_dev": [("cais/mmlu", "all", "dev", None)],
+    "wikitext": [("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None)],
+    "openwebtext": [
+        (name, None, "train", revision)
+        for name in ("Skylion007/openwebtext", "stas/openwebtext-10k")
+        for revision in (None, PARQUET)
+    ],
 }
 # SAEBench's utility subjects stand for MMLU in sweeps on real models; tiny's stand-in is small and scored whole
 SUBJECTS = "high_school_us_history,college_computer_science,high_school_geography,human_aging"
 RETAIN_TOKENS = 50_000  # of Wikitext, for rates and for training
 STREAMED = 2000  # documents of OpenWebText to take from the hub: the first in order, never a shuffled stream
+# Of a forget corpus: documents, and characters of each, about as many as the 512 tokens that RMU's reference takes
+CORPUS_DOCUMENTS, CORPUS_CHARACTERS = 1000, 2500
+REQUEST = (
+    "The WMDP-Bio forget corpus is given out on request only, by the form at "
+    "https://huggingface.co/datasets/cais/wmdp-bio-forget-corpus; without it leave the flag out: the picking half of "
+    "the questions is the forget text then"
+)
 
 
 def load_rows(name: str, model: str = "tiny", data: str | None = None) -> tuple[list[dict], dict]:
@@ -86,9 +100,10 @@ def is_four(choices) -> bool:
     return isinstance(choices, list) and len(choices) == 4 and all(isinstance(choice, str) for choice in choices)
 
 
-def read_jsonl(path: Path, name: str) -> list[dict]:
+def read_jsonl(path: Path, name: str, most: int | None = None) -> list[dict]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        with path.open(encoding="utf-8-sig") as file:
+            lines = list(islice(file, most))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {first_line(error)}") from error
     rows = [read_line(line, path, number, name) for number, line in enumerate(lines, 1) if line.strip()]
@@ -98,25 +113,69 @@ def read_jsonl(path: Path, name: str) -> list[dict]:
 
 
 def from_hub(name: str) -> tuple[list[dict], str]:
-    from datasets import load_dataset  # takes seconds to import, and tiny does not need it
-
-    for dataset, config, part in HUB[name]:
+    failures = []
+    for where in HUB[name]:
         try:
-            stream = name == "openwebtext"
-            rows = load_dataset(dataset, config, split=part, streaming=stream)
-            rows = [dict(row) for row in (rows.take(STREAMED) if stream else rows)]
-            break
+            rows = read_hub(*where, STREAMED if name == "openwebtext" else None)
         except Exception as error:  # the hub's libraries raise anything from OSError to RuntimeError
-            failure = error
+            failures.append(f"{where[0]} at {where[3] or 'main'}: {first_line(error.__cause__ or error)}")
+            continue
+        source = " ".join(filter(None, where))
+        if failures:
+            print(f"note: {name} is from {source}, for the first choice failed: {failures[0]}", file=sys.stderr)
+        if name == "wikitext":  # a row is a line; blank ones and " = headings = " are no text
+            rows = [row for row in rows if row["text"].strip() and not row["text"].startswith(" =")]
+        return rows, source
+    dataset = HUB[name][0][0]
+    raise UserError(
+        f"cannot load {dataset} from the hub: {failures[0]}. If it is gated, accept its terms at "
+        f"https://huggingface.co/datasets/{dataset} and run `hf auth login`; offline, give --data FOLDER with "
+        f"{name}.jsonl or use --model tiny"
+    )
+
+
+def read_hub(dataset: str, config: str | None, part: str, revision: str | None = None, first: int | None = None):
+    """Rows of a data set on the hub, all or the `first` in order; both are kept in the cache for later runs offline."""
+    from datasets import Dataset, load_dataset  # takes seconds to import, and tiny does not need it
+
+    if first is None:
+        return [dict(row) for row in load_dataset(dataset, config, split=part, revision=revision)]
+    what = {"dataset": dataset, "config": config, "part": part, "revision": revision, "first": first}
+    return [dict(row) for row in Dataset.from_generator(stream, gen_kwargs=what)]
+
+
+def stream(dataset: str, config: str | None, part: str, revision: str | None, first: int):
+    """The first documents, without downloading the others."""
+    from datasets import load_dataset
+
+    yield from load_dataset(dataset, config, split=part, revision=revision, streaming=True).take(first)
+
+
+def load_corpus(s) -> tuple[list[str], dict]:
+    """Texts of the forget corpus, [] where the user has none, and where they come from; s: the settings.
+
+    --forget-corpus is a JSONL file with a text in each line or a hub id that has let the user in; without it
+    forget_corpus.jsonl of --data counts. Taken are the first CORPUS_DOCUMENTS, the first CORPUS_CHARACTERS of each.
+    Raises UserError for a file or an id that cannot be read, with the address of the request form.
+    """
+    given = s.forget_corpus
+    if given is None:
+        rows, found = load_rows("forget_corpus", s.model, s.data)
+    elif Path(given).is_file():
+        rows, found = read_jsonl(Path(given), "forget_corpus", CORPUS_DOCUMENTS), {"source": given, "stand_in": False}
+    elif given.count("/") == 1 and not Path(given).suffix:
+        try:
+            rows = read_hub(given, None, "train", first=CORPUS_DOCUMENTS)
+            found = {"source": f"{given} train", "stand_in": False}
+        except Exception as error:  # as in from_hub
+            reason = first_line(error.__cause__ or error)
+            raise UserError(f"--forget-corpus: cannot load {given} from the hub: {reason}. {REQUEST}") from error
     else:
-        raise UserError(
-            f"cannot load {dataset} from the hub: {first_line(failure)}. If it is gated, accept its terms at "
-            f"https://huggingface.co/datasets/{dataset} and run `hf auth login`; offline, give --data FOLDER with "
-            f"{name}.jsonl or use --model tiny"
-        )
-    if name == "wikitext":  # a row is a line; blank ones and " = headings = " are no text
-        rows = [row for row in rows if row["text"].strip() and not row["text"].startswith(" =")]
-    return rows, f"{dataset} {config or ''} {part}".replace("  ", " ")
+        raise UserError(f"--forget-corpus {given}: no such file. {REQUEST}")
+    if rows and "text" not in rows[0]:
+        raise UserError(f"--forget-corpus {given}: its rows have {', '.join(rows[0])}, but no text")
+    texts = [row["text"][:CORPUS_CHARACTERS] for row in rows[:CORPUS_DOCUMENTS]]
+    return texts, {**found, "sha256": digest([{"text": text} for text in texts]), "documents": len(texts)}
 
 
 def digest(rows: list[dict]) -> str:
@@ -140,12 +199,15 @@ def sample(indices: list[int], limit: int | None, seed: int) -> list[int]:
     return indices if not limit or limit >= len(indices) else sorted(random.Random(seed).sample(indices, limit))
 
 
-def prompt(row: dict, order: tuple[int, ...] = (0, 1, 2, 3)) -> str:
-    """The 0-shot template of lm-eval's wmdp and mmlu tasks, byte for byte; `order` permutes the options."""
+def prompt(row: dict, order: tuple[int, ...] = (0, 1, 2, 3), style: str = "plain") -> str:
+    """The 0-shot template of lm-eval's wmdp and mmlu tasks, byte for byte; `order` permutes the options. In style
+    saebench the same without "Answer:", with which SAEBench (arXiv 2503.09532) begins the model's turn instead."""
     subject = row.get("subject", "biology").replace("_", " ")
     options = "".join(f"{letter}. {row['choices'][i]}\n" for letter, i in zip(LETTERS, order))
-    header = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
-    return f"{header}{row['question'].strip()}\n{options}Answer:"
+    header = f"The following are multiple choice questions (with answers) about {subject}.\n"
+    if style == "saebench":
+        return f"{header}{row['question']}\n{options}".rstrip("\n")
+    return f"{header}\n{row['question'].strip()}\n{options}Answer:"
 
 
 def as_prose(row: dict) -> str:
@@ -160,15 +222,15 @@ def answered(row: dict) -> str:
 def picking_texts(questions: list[dict], picking: list[int], s, sources: dict) -> tuple[list[str], list[list[str]]]:
     """The forget texts and the retain sets that firing rates are counted on; notes in `sources` where they come from.
 
-    Forget: the user's forget corpus if --data has one, else the picking questions. Retain: Wikitext. With --pick-text
+    Forget: the user's forget corpus if there is one, else the picking questions. Retain: Wikitext. With --pick-text
     prompt questions stand as they are asked, and MMLU's development questions are a second retain set: the template
     then cancels out, and what is picked is rare on the very text whose accuracy must stay. s: the settings.
     """
-    corpus, found = load_rows("forget_corpus", s.model, s.data)
+    corpus, found = load_corpus(s)
     if corpus:
         sources["forget_corpus"] = found
     form = prompt if s.pick_text == "prompt" else as_prose
-    forget = [row["text"] for row in corpus] or [form(questions[i]) for i in picking]
+    forget = corpus or [form(questions[i]) for i in picking]
     rows, sources["wikitext"] = load_rows("wikitext", s.model, s.data)
     retain = [[row["text"] for row in rows]]
     if s.pick_text == "prompt":
@@ -212,28 +274,42 @@ def load_benchmark(s) -> tuple[dict, dict]:
     return {"forget": forget, "retain": retain, "quizzes": quizzes, "web": web}, sources
 
 
-def encode_prompts(tokenizer, texts: list[str], chat: bool = False) -> tuple[list[list[int]], list[int]]:
-    """Token ids of each prompt, and the ids of the four answer letters as they continue it (" A", in a chat "A").
+def encode_prompts(tokenizer, texts: list[str], style: str = "plain") -> tuple[list[list[int]], list]:
+    """Token ids of each prompt, and the ids of the four answer letters as they continue it.
 
-    The letters are found by encoding prompt and letter together, as lm-eval does. Raises UserError if a letter
-    is not one token of its own or a prompt does not have exactly one BOS where the tokenizer adds one.
+    style: plain (" A" follows), chat (a user's turn by the tokenizer's own template; "A" follows) or saebench (the
+    model's turn begins with "Answer: (", and of "A" and " A" the likelier counts: two ids a letter where the tokenizer
+    has both). Otherwise letters are found by encoding prompt and letter together, as lm-eval does. Raises UserError if
+    a letter is not one token or a prompt does not have exactly one BOS where the tokenizer adds one.
     """
-    if chat:
-        if not tokenizer.chat_template:
-            raise UserError("--prompt chat: this model's tokenizer has no chat template")
-        turn = [[{"role": "user", "content": text}] for text in texts]
-        texts = [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turn]
-    gap, add = ("", False) if chat else (" ", True)  # a chat template writes its own BOS
+    gap, add = (" ", True) if style == "plain" else ("", False)  # a chat template writes its own BOS
+    if style != "plain":
+        texts = [in_turn(tokenizer, text) + ("Answer: (" if style == "saebench" else "") for text in texts]
     rows = [tokenizer(text, add_special_tokens=add)["input_ids"] for text in texts]
-    joint = [tokenizer(texts[0] + gap + letter, add_special_tokens=add)["input_ids"] for letter in LETTERS]
-    ids = [row[-1] for row in joint]
-    if any(row[:-1] != rows[0] for row in joint) or len(set(ids)) != 4:
+    if style == "saebench":
+        forms = [[tokenizer(space + x, add_special_tokens=False)["input_ids"] for x in LETTERS] for space in ("", " ")]
+        letters = list(zip(*([ids[0] for ids in form] for form in forms if all(len(ids) == 1 for ids in form))))
+        clear = len(letters) == 4 and len(set(letters)) == 4
+    else:
+        joint = [tokenizer(texts[0] + gap + letter, add_special_tokens=add)["input_ids"] for letter in LETTERS]
+        letters = [row[-1] for row in joint]
+        clear = all(row[:-1] == rows[0] for row in joint) and len(set(letters)) == 4
+    if not clear:
         raise UserError("this tokenizer does not write each answer letter as one token, so letters cannot be scored")
     bos = tokenizer.bos_token_id
     starts_with_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
     if starts_with_bos and any(row.count(bos) != 1 or row[0] != bos for row in rows):
         raise UserError("a prompt does not have exactly one BOS token, at its start")
-    return rows, ids
+    return rows, letters
+
+
+def in_turn(tokenizer, text: str) -> str:
+    """The text as a user's turn, and the opening of the model's, by the tokenizer's own chat template."""
+    if not tokenizer.chat_template:
+        raise UserError("--prompt: this model's tokenizer has no chat template; leave it plain")
+    turn = [{"role": "user", "content": text}]
+    # Qwen3 would open with its thoughts, not with a letter; other templates do not look at the switch
+    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
 # ------------------------------------------------------------------------------------------ tokens
@@ -292,10 +368,10 @@ def training_windows(tokenizer, texts: dict, s) -> tuple[list, list[list]]:
     Forget: the user's corpus, or the picking half's questions as they are asked, with their answers, and as prose.
     Retain sets: Wikitext, and MMLU's development questions with their answers.
     """
-    corpus, _ = load_rows("forget_corpus", s.model, s.data)
+    corpus, _ = load_corpus(s)
     questions, _ = texts["quizzes"]["wmdp_bio"]
     picking = [questions[i] for i in halves(questions, s.seed, s.pick_on)[0]]
-    forget = [row["text"] for row in corpus] or [form(row) for form in (answered, as_prose) for row in picking]
+    forget = corpus or [form(row) for form in (answered, as_prose) for row in picking]
     development = [answered(row) for row in load_rows("mmlu_dev", s.model, s.data)[0]]
     retain = [token_windows(tokenizer, part, max_tokens=RETAIN_TOKENS)[0] for part in (texts["retain"][0], development)]
     return token_windows(tokenizer, forget)[0], retain

@@ -137,10 +137,11 @@ class OnePass:
         if "h" not in kept:
             raise RuntimeError(f"the hook at {self.sae.hook_point} never fired: nothing was ablated")
         if not self.head_checked:  # some model families scale their logits; then our head would not be theirs
-            if not torch.allclose(self.head(kept["result"][:1, :1]), logits[:1, :1].float(), atol=1e-3, rtol=1e-3):
+            ours = self.head(kept["result"][:1, :1])
+            if not torch.allclose(ours, logits[:1, :1].to(ours.device).float(), atol=1e-3, rtol=1e-3):
                 raise UserError("this model does something to its logits that evaluation.py does not know")
             self.head_checked = True
-        return Stage(ids, kept["h"], seen["ordinary"], kept["result"], inputs, cache)
+        return Stage(ids, kept["h"], seen["ordinary"].to(kept["h"].device), kept["result"], inputs, cache)
 
     def plan(self) -> None:
         """Which ablations change which prompts, from which token on; equal edits share a row."""
@@ -165,7 +166,7 @@ class OnePass:
                     self.edits.append((b, start, ablation, firing[b]))
                     source.append(b)
                 self.rows[k, b] = known[key]
-        self.source = torch.tensor(source, device=self.h.device)
+        self.source = torch.tensor(source)
 
     @torch.inference_mode()
     def copies(self):
@@ -177,7 +178,7 @@ class OnePass:
             some = order[at : at + self.max_rows]
             edits, start = [self.edits[i] for i in some], self.edits[some[0]][1]
             rows = torch.tensor(some) + batch
-            h, source = self.edited(edits, start), self.source[rows.to(self.source.device)]
+            h, source = self.edited(edits, start), self.source[rows]
             cache, out = for_rows(self.cache, source, start, self.layer + 1), []
             first = 0
             for stage in self.stages:
@@ -258,18 +259,20 @@ def score_letters(
 ) -> torch.Tensor:
     """Log-probability of each answer letter after each prompt: (n_ablations, n_prompts, 4), fp32, over the vocabulary.
 
-    prompts: lists of ids; letters: the four letters' ids. Only the last position meets the unembedding.
+    prompts: lists of ids; letters: the four letters' ids, or several for each, of which the likeliest counts. Only the
+    last position meets the unembedding.
     """
+    letters = torch.tensor(letters).reshape(4, -1)
     out = torch.zeros(len(ablations), len(prompts), 4)  # what other processes score stays 0 here
     last = torch.tensor([len(row) - 1 for row in prompts])
     run = OnePass(model, sae, ablations, max_rows, whole)
     for picked, ids in batches(prompts, batch_size, model.tokenizer, model.cfg.device, desc):
         clean = run(ids)
-        ends, scores = last[picked].to(clean.device)[run.source], torch.empty(len(run.source), 4)
+        ends, scores = last[picked][run.source], torch.empty(len(run.source), 4)
         for rows, start, h in itertools.chain([(torch.arange(len(ids)), 0, clean)], run.copies()):
-            end = ends[rows.to(h.device)] - start
+            end = (ends[rows] - start).to(h.device)
             logits = run.head(h[torch.arange(len(h), device=h.device), end][:, None])[:, 0]
-            scores[rows] = logits.log_softmax(-1)[:, letters].cpu()
+            scores[rows] = logits.log_softmax(-1)[:, letters].amax(-1).cpu()
         out[:, picked] = scores[run.rows]
     return over_processes(out)
 
@@ -287,14 +290,14 @@ def score_loss(
     run = OnePass(model, sae, ablations, max_rows, whole)
     for picked, ids in batches(windows, batch_size, model.tokenizer, model.cfg.device, desc):
         clean = run(ids)
-        real = run.ordinary[:, 1:]  # (batch, pos - 1): is position t + 1 a target
+        ids, real = ids.to(clean.device), run.ordinary[:, 1:].to(clean.device)  # (batch, pos - 1): is t + 1 a target
         sums = torch.zeros(len(run.source), dtype=torch.float64)
         of_clean = token_losses(run, clean, ids, real, chunk)  # (batch, pos - 1)
         sums[: len(ids)] = of_clean.sum(1)
         for rows, start, h in run.copies():
-            source = run.source[rows.to(ids.device)]
+            source = run.source[rows]
             new = token_losses(run, h, ids[source, start:], real[source, start:], chunk)
-            sums[rows] = of_clean[source.cpu(), :start].sum(1) + new.sum(1)
+            sums[rows] = of_clean[source, :start].sum(1) + new.sum(1)
         nats[:, picked] = sums[run.rows]
         targets[picked] = real.sum(1).cpu()
     return over_processes(nats), over_processes(targets)
@@ -303,24 +306,26 @@ def score_loss(
 def token_losses(run: OnePass, h: torch.Tensor, ids: torch.Tensor, real: torch.Tensor, chunk: int) -> torch.Tensor:
     """(n, pos - 1) next-token losses in nats, fp64 on the CPU, 0 where the target is not real."""
     flat, goal = h[:, :-1][real], ids[:, 1:][real]
-    pieces = zip(*(x.split(max(1, chunk // run.model.cfg.d_vocab)) for x in (flat, goal)))
-    losses = [F.cross_entropy(run.head(part[None])[0], wanted, reduction="none") for part, wanted in pieces]
-    out = torch.zeros(real.shape, dtype=torch.float64, device=h.device)
-    out[real] = torch.cat(losses).double()
-    return out.cpu()
+    losses = []
+    for part, wanted in zip(*(x.split(max(1, chunk // run.model.cfg.d_vocab)) for x in (flat, goal))):
+        logits = run.head(part[None])[0]
+        losses.append(F.cross_entropy(logits, wanted.to(logits.device), reduction="none").cpu())
+    out = torch.zeros(real.shape, dtype=torch.float64)
+    out[real.cpu()] = torch.cat(losses).double()
+    return out
 
 
-def robust_subset(model, sae, questions: list[dict], batch_size: int = 16, chat: bool = False) -> list[int]:
+def robust_subset(model, sae, questions: list[dict], batch_size: int = 16, style: str = "plain") -> list[int]:
     """Positions of the questions that the unablated model answers right under all 24 orders of the options (SAEBench).
 
     A cascade: a question is asked no further order after its first wrong answer.
     """
     alive = list(range(len(questions)))
     for number, order in enumerate(PERMUTATIONS, 1):
-        texts = [prompt(questions[i], order) for i in alive]
+        texts = [prompt(questions[i], order, style) for i in alive]
         if not texts:
             break
-        rows, letters = encode_prompts(model.tokenizer, texts, chat)
+        rows, letters = encode_prompts(model.tokenizer, texts, style)
         scores = score_letters(model, sae, rows, letters, [Ablation("none")], batch_size, f"order {number} of 24")
         chosen = scores[0].argmax(-1).tolist()
         alive = [i for i, letter in zip(alive, chosen) if order[letter] == questions[i]["answer"]]
@@ -385,13 +390,15 @@ def score_quiz(model, sae, title: str, questions: list[dict], indices: list[int]
 
     Of `indices`, --limit keeps a seeded sample, and --robust those right under all orders of the options.
     """
-    indices, chat = sample(indices, s.limit, s.seed), s.prompt == "chat"
+    indices = sample(indices, s.limit, s.seed)
     if s.robust:
-        indices = [indices[i] for i in robust_subset(model, sae, [questions[i] for i in indices], s.batch_size, chat)]
+        indices = [
+            indices[i] for i in robust_subset(model, sae, [questions[i] for i in indices], s.batch_size, s.prompt)
+        ]
     asked = [questions[i] for i in indices]
     if not asked:
         raise UserError("no question is left to score: take away --robust, or give more questions")
-    prompts, letters = encode_prompts(model.tokenizer, [prompt(row) for row in asked], chat)
+    prompts, letters = encode_prompts(model.tokenizer, [prompt(row, style=s.prompt) for row in asked], s.prompt)
     log_probs = score_letters(model, sae, prompts, letters, ablations, s.batch_size, title, s.max_rows)
     return quiz_scores(log_probs.argmax(-1).numpy(), asked, s.seed), indices
 

@@ -46,7 +46,8 @@ RETAIN_TOKENS = 50_000  # of Wikitext, for the retain rates
 
 # %%
 flags = parser(__doc__)
-flags.add_argument("--prompt", default="plain", choices=["plain", "chat"], help="lm-eval's template, or in a chat turn")
+flags.add_argument("--prompt", default="plain", choices=["plain", "chat", "saebench"], help="lm-eval's template; in a "
+                   "chat turn; or SAEBench's chat turn, answered after 'Answer: ('")  # fmt: skip
 flags.add_argument("--robust", action="store_true", help="score only questions right under all 24 orders of options")
 flags.add_argument("--subjects", help="comma-separated (default: all)")
 
@@ -60,7 +61,7 @@ def run(**changes) -> dict:
     """run(layer=3, clamp=-40.0): any flag by name. Returns the record that it writes; raises UserError."""
     s, started, sources = settings(flags, changes), time.time(), {}
     path = outputs("feature_ablate_1.py", s)
-    lm = load_model(s.model, s.device, s.dtype)
+    lm = load_model(s.model, s.device, s.dtype, s.device_map)
     sae = load_sae(s.sae, s.layer, lm, s.model)
 
     wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)

@@ -47,7 +47,8 @@ SUBJECTS = "high_school_us_history,college_computer_science,high_school_geograph
 
 # %%
 flags = parser(__doc__)
-flags.add_argument("--prompt", default="plain", choices=["plain", "chat"], help="lm-eval's template, or in a chat turn")
+flags.add_argument("--prompt", default="plain", choices=["plain", "chat", "saebench"], help="lm-eval's template; in a "
+                   "chat turn; or SAEBench's chat turn, answered after 'Answer: ('")  # fmt: skip
 flags.add_argument("--robust", action="store_true", help="score only questions right under all 24 orders of options")
 flags.add_argument("--subjects", help="MMLU subjects, comma-separated (default: SAEBench's four; tiny: all)")
 
@@ -61,7 +62,7 @@ def run(**changes) -> dict:
     """run(layer=3, clamp=-40.0): any flag by name. Returns the record that it writes; raises UserError."""
     s, started, sources = settings(flags, changes), time.time(), {}
     path = outputs("feature_ablate_2.py", s)
-    lm = load_model(s.model, s.device, s.dtype)
+    lm = load_model(s.model, s.device, s.dtype, s.device_map)
     sae = load_sae(s.sae, s.layer, lm, s.model)
 
     wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)

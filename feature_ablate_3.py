@@ -64,7 +64,7 @@ def run(**changes) -> dict:
     """run(layer=3, clamp=-40.0): any flag by name. Returns the record that it writes; raises UserError."""
     s, started, sources = settings(flags, changes), time.time(), {}
     path = outputs("feature_ablate_3.py", s)
-    lm = load_model(s.model, s.device, s.dtype)
+    lm = load_model(s.model, s.device, s.dtype, s.device_map)
     sae = load_sae(s.sae, s.layer, lm, s.model)
 
     wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)

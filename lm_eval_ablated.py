@@ -130,7 +130,7 @@ class AblatedLM(HFLM):
                 found = sae[number]
             else:
                 spec = sae.replace("{layer}", str(number)) if sae else None
-                found = load_sae(spec, number, as_bridge(self.model, len(layers)), pretrained)
+                found = load_sae(spec, number, as_bridge(self.model, layers), pretrained)
             try:
                 latents = checked(found, ids, float(clamp))
             except ValueError as error:
@@ -202,11 +202,11 @@ if "sae-ablated" not in model_registry:  # lm-eval refuses a name twice, but a n
     register_model("sae-ablated")(AblatedLM)
 
 
-def as_bridge(model, n_layers: int) -> SimpleNamespace:
-    """What common.load_sae asks of a model; the SAE follows the residual stream to its device later."""
-    config = model.config.get_text_config()
-    cfg = SimpleNamespace(n_layers=n_layers, d_model=config.hidden_size, model_name=model.name_or_path, device="cpu")
-    return SimpleNamespace(cfg=cfg, hook_dict={f"blocks.{i}.hook_resid_post" for i in range(n_layers)})
+def as_bridge(model, layers) -> SimpleNamespace:
+    """What common.load_sae asks of a model."""
+    config, n = model.config.get_text_config(), len(layers)
+    cfg = SimpleNamespace(n_layers=n, d_model=config.hidden_size, model_name=model.name_or_path)
+    return SimpleNamespace(cfg=cfg, blocks=layers, hook_dict={f"blocks.{i}.hook_resid_post" for i in range(n)})
 
 
 # %% [markdown]
@@ -389,10 +389,10 @@ def keep_robust(lm, sae, task, ids: list[int], s, batch_size: int) -> list[int]:
     asked = [{key: docs[i][key] for key in (*QUIZ, "subject") if key in docs[i]} for i in ids]
     if not asked or not set(asked[0]) >= QUIZ or len(asked[0]["choices"]) != 4:
         raise UserError(f"--robust: {task.task_name} does not ask four-way questions")
-    chat = bool(s.apply_chat_template)
-    right = set(robust_subset(lm, sae, asked, batch_size, chat))
+    style = "chat" if s.apply_chat_template else "plain"
+    right = set(robust_subset(lm, sae, asked, batch_size, style))
     if s.robust == "question":
-        right -= set(robust_subset(lm, sae, [{**row, "question": ""} for row in asked], batch_size, chat))
+        right -= set(robust_subset(lm, sae, [{**row, "question": ""} for row in asked], batch_size, style))
     return [ids[i] for i in sorted(right)]
 
 
@@ -446,6 +446,8 @@ class Spread(LM):
 def load_ablated(s, saes: dict, features: dict[int, list[int]]) -> AblatedLM:
     """The model with these features, from the settings. lm-eval sees one process: `Spread` deals with the others."""
     more = {"attn_implementation": "eager", **simple_parse_args_string(s.model_args)}  # as TransformerLens has it
+    if s.device_map and torch.cuda.is_available():
+        more |= {"parallelize": True, "device_map": s.device_map}
     lm = AblatedLM(s.model, sae=saes, features=features, clamp=s.clamp, device=s.device, dtype=s.dtype,
                    batch_size=s.batch_size, max_batch_size=s.max_batch_size, **more)  # fmt: skip
     lm._rank, lm._world_size = 0, 1
@@ -602,7 +604,7 @@ def prepare(s, features: dict | None, tasks: dict, chosen: dict, sources: dict) 
     Returns {layer: features}, {layer: what the check found} and {layer: SAE}; narrows `chosen` down.
     """
     batch_size = s.batch_size if isinstance(s.batch_size, int) else 16
-    lm = load_model(s.model, s.device, s.dtype)
+    lm = load_model(s.model, s.device, s.dtype, s.device_map)
     if s.sae and len(features or []) > 1 and "{layer}" not in s.sae:
         raise UserError(f"--sae {s.sae}: with several layers it needs {{layer}} in the layer's place")
     saes = {number: load_sae(s.sae and s.sae.replace("{layer}", str(number)), number, lm, s.model)

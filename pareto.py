@@ -442,7 +442,7 @@ def run(**changes) -> dict:
     if bad := [clamp for clamp in s.clamp if clamp > 0]:
         raise UserError(f"--clamp {bad[0]:g}: 0 or negative")
     path = outputs("pareto.py", s)
-    lm = load_model(s.model, s.device, s.dtype)
+    lm = load_model(s.model, s.device, s.dtype, s.device_map)
     saes = [load_sae(s.sae, layer, lm, s.model) for layer in s.layer]
     texts, sources = load_texts(lm, s)
     folder = path.with_suffix(".pieces") / fingerprint(lm, saes, sources, s)

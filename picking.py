@@ -42,7 +42,8 @@ def residuals(
     with watch_tokens(model.original_model, model.tokenizer) as seen, model.hooks(fwd_hooks=hooks):
         for _, ids in batches(windows, batch_size, model.tokenizer, model.cfg.device, desc, shared):
             model(ids, stop_at_layer=above, use_cache=False)
-            yield kept.pop("h")[seen["ordinary"]], ids[seen["ordinary"]]
+            h, ordinary = kept.pop("h"), seen["ordinary"]
+            yield h[ordinary.to(h.device)], ids[ordinary.to(ids.device)]
 
 
 @torch.inference_mode()

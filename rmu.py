@@ -12,7 +12,7 @@ At one layer the residual stream of forget text is pushed to a fixed random dire
 where it was; only the down-projections of that layer and the two before it are trained (Li et al., arXiv 2403.03218).
 How far to push is given as a multiple of the residual stream's norm on forget text: a coefficient from another model's
 scale does nothing. --adaptive pushes each token by its own norm (Dang et al., arXiv 2408.06223). The forget set is the
-picking half of the WMDP-Bio questions, or forget_corpus.jsonl of --data; the retain sets are Wikitext and MMLU's
+picking half of the WMDP-Bio questions, or --forget-corpus; the retain sets are Wikitext and MMLU's
 development questions. The trained model is saved as a folder that the lessons, pareto.py and lm-eval load with --model.
 
 tiny: WMDP-Bio stand-in 95.9 to 25.7%, MMLU stand-in 99.4 to 98.9% (reporting halves, n 74 and 178), loss added on the
@@ -230,7 +230,9 @@ def loss_figure(log: list, title: str):
 
 
 # %%
-flags = parser(__doc__, without=("--sae", "--n-features", "--clamp", "--pick", "--max-rows", "--no-sanity"))
+flags = parser(
+    __doc__, without=("--sae", "--n-features", "--clamp", "--pick", "--max-rows", "--no-sanity", "--device-map")
+)
 flags.add_argument("--layer", type=int, help="whose residual stream is steered (default: the model's setting)")
 flags.add_argument(
     "--multiple", type=float, help="how far, in norms of forget text there (default: the model's setting)"

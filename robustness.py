@@ -186,7 +186,7 @@ def subject_of(path: str, s) -> tuple[Subject, dict]:
 def load_texts(records: list[dict], s) -> tuple[dict, dict]:
     """What is asked and trained on, the same for all records. Raises UserError where they were not scored alike."""
     first = records[0]
-    for name in ("model", "data", "seed", "pick_on", "limit", "subjects"):
+    for name in ("model", "data", "forget_corpus", "seed", "pick_on", "limit", "subjects"):
         if any(record["settings"][name] != first["settings"][name] for record in records):
             raise UserError(f"these records differ in {name}: compare like with like")
         setattr(s, name, first["settings"][name])
@@ -284,7 +284,7 @@ def figure_of(names: list[str], points: list[dict], title: str):
 
 # %%
 WITHOUT = ("--model", "--sae", "--layer", "--n-features", "--clamp", "--pick", "--pick-on", "--pick-text", "--data",
-           "--max-rows", "--seed", "--limit", "--no-sanity")  # fmt: skip
+           "--forget-corpus", "--device-map", "--max-rows", "--seed", "--limit", "--no-sanity")  # fmt: skip
 flags = parser(__doc__, without=WITHOUT)
 flags.add_argument("records", nargs="*", metavar="RECORD", help="of baselines.py or rmu.py")
 flags.add_argument("--relearn", type=int, default=0, metavar="STEPS", help="steps of fine-tuning (default: none)")

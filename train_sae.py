@@ -153,7 +153,7 @@ def run(**changes) -> dict:
     if processes.count() > 1:
         raise UserError("SAEs are trained by one process: start train_sae.py without accelerate launch")
     torch.manual_seed(s.seed)
-    model = load_model(s.model, s.device)
+    model = load_model(s.model, s.device, s.dtype)
     s.width = s.width or 8 * model.cfg.d_model
     if bad := [layer for layer in s.layers if not 0 <= layer < model.cfg.n_layers]:
         raise UserError(f"--layers {bad[0]}: the model has layers 0 to {model.cfg.n_layers - 1}")
@@ -194,6 +194,9 @@ flags.add_argument("--context", type=int, default=128, help="tokens per window (
 flags.add_argument("--batch-size", type=int, default=32, help="windows per forward pass (default: %(default)s)")
 flags.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
 flags.add_argument("--device", help="cuda, mps or cpu (default: cuda if there is one)")
+flags.add_argument(
+    "--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model; SAEs stay in float32"
+)
 flags.add_argument("--out", default="my_saes", help="folder to write to (default: %(default)s)")
 
 # %%

@@ -42,22 +42,62 @@ def test_empty_and_binary_files_are_refused(tmp_path):
         data.load_rows("mmlu", "other/model", str(tmp_path))
 
 
-def test_the_hub_is_asked_in_order_and_a_failure_names_the_way_out(monkeypatch):
+def test_the_hub_is_asked_in_order_and_a_failure_names_the_way_out(monkeypatch, tmp_path, capsys):
     asked = []
 
-    def refuse(dataset, config, split, streaming):
-        asked.append(dataset)
-        if dataset == "stas/openwebtext-10k":
-            return datasets.IterableDataset.from_generator(lambda: ({"text": str(i)} for i in range(3)))
+    def refuse(dataset, config, split, revision=None, streaming=False):
+        asked.append((dataset, revision))
+        if (dataset, revision) == ("stas/openwebtext-10k", data.PARQUET):
+            return datasets.IterableDataset.from_generator(lambda: ({"text": str(i)} for i in range(data.STREAMED + 9)))
         raise RuntimeError("Dataset scripts are no longer supported")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     rows, found = data.load_rows("openwebtext", "some/model")
-    assert [row["text"] for row in rows] == ["0", "1", "2"]
-    assert "stas/openwebtext-10k" in found["source"] and not found["stand_in"]
+    assert [row["text"] for row in rows] == [str(i) for i in range(data.STREAMED)]
+    assert found["source"] == "stas/openwebtext-10k train refs/convert/parquet" and not found["stand_in"]
+    said = capsys.readouterr().err
+    assert f"note: openwebtext is from {found['source']}" in said and "scripts are no longer supported" in said
+    ids = [source[0] for source in data.HUB["openwebtext"]]
+    assert asked == list(zip(ids, [None, data.PARQUET] * 2))
     with pytest.raises(UserError, match="give --data FOLDER"):
         data.load_rows("wmdp_bio", "some/model")
-    assert asked == ["Skylion007/openwebtext", "stas/openwebtext-10k", "cais/wmdp"]
+    assert asked[4:] == [("cais/wmdp", None)]
+
+
+def corpus_settings(tmp_path, forget_corpus=None):
+    return argparse.Namespace(model="some/model", data=str(tmp_path), forget_corpus=forget_corpus)
+
+
+def test_a_forget_corpus_of_ones_own(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    rows = [
+        {"title": "t", "text": f"{i} " + "x" * 2 * data.CORPUS_CHARACTERS} for i in range(data.CORPUS_DOCUMENTS + 5)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts, found = data.load_corpus(corpus_settings(tmp_path, str(path)))
+    assert len(texts) == found["documents"] == data.CORPUS_DOCUMENTS and found["source"] == str(path)
+    assert texts[3].startswith("3 x") and {len(text) for text in texts} == {data.CORPUS_CHARACTERS}
+    assert data.load_corpus(corpus_settings(tmp_path))[0] == []
+    path.rename(tmp_path / "forget_corpus.jsonl")
+    assert data.load_corpus(corpus_settings(tmp_path))[0] == texts
+
+
+def test_without_a_forget_corpus_the_line_names_the_form(tmp_path, monkeypatch):
+    form = "https://huggingface.co/datasets/cais/wmdp-bio-forget-corpus"
+    with pytest.raises(UserError, match=f"mine.jsonl: no such file.* {form}"):
+        data.load_corpus(corpus_settings(tmp_path, "mine.jsonl"))
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("Access is restricted")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(UserError, match=f"cais/wmdp-bio-forget-corpus.*restricted.* {form}"):
+        data.load_corpus(corpus_settings(tmp_path, "cais/wmdp-bio-forget-corpus"))
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"abstract": "no text"}\n')
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 2: has no 'text'"):
+        data.load_corpus(corpus_settings(tmp_path, str(tmp_path / "bad.jsonl")))
 
 
 def test_every_hub_id_has_an_owner():
@@ -75,7 +115,7 @@ def test_a_feature_must_be_rare_in_every_retain_set():
 
 def test_picking_texts_are_prompts_on_both_sides_or_prose(tmp_path):
     wmdp = [{"question": "Q?", "choices": list("wxyz"), "answer": 3}]
-    s = argparse.Namespace(model="tiny", data=str(tmp_path), pick_text="prose")
+    s = argparse.Namespace(model="tiny", data=str(tmp_path), pick_text="prose", forget_corpus=None)
     forget, retain = data.picking_texts(wmdp, [0], s, {})
     assert forget == ["Q? z"] and len(retain) == 1
     s.pick_text = "prompt"

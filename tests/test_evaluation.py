@@ -465,13 +465,13 @@ def test_encode_prompts(tokenizer):
 
 def test_encode_chat_prompts(tokenizer):
     with pytest.raises(UserError, match="chat template"):
-        encode_prompts(tokenizer, ["x"], chat=True)
+        encode_prompts(tokenizer, ["x"], "chat")
     chat = train_tokenizer()
     chat.chat_template = (
         "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}<start_of_turn>\n{% endif %}"
     )
-    rows, letters = encode_prompts(chat, ["Answer:", "The sea"], chat=True)
+    rows, letters = encode_prompts(chat, ["Answer:", "The sea"], "chat")
     assert chat.convert_ids_to_tokens(letters) == list("ABCD")
     assert all(ids[0] == 2 and ids.count(2) == 1 and ids.count(chat.convert_tokens_to_ids(MARKER)) == 2 for ids in rows)
 

@@ -12,6 +12,8 @@ import torch
 from conftest import random_model, train_tokenizer
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from sae_lens.loading import pretrained_sae_loaders
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import save_file
@@ -19,6 +21,7 @@ from stand_in_hub import serving
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import common
+from data import special_ids
 
 ROOT = Path(__file__).resolve().parent.parent
 SAEBENCH = ["high_school_us_history", "college_computer_science", "high_school_geography", "human_aging"]
@@ -302,6 +305,82 @@ def test_without_a_network_the_line_says_what_to_do(tmp_path):
     said = fails(worker, "--model", "gemma-3-1b-it", "--layer", 1, "--out", tmp_path / "r.json")
     assert "google/gemma-3-1b-it" in said and "--model tiny" in said
     worker.process.kill()
+
+
+# ------------------------------------------------------------------------- Gemma Scope's own file format
+
+
+@pytest.fixture(scope="module")
+def gemma_scope(hub, tmp_path_factory):
+    """The Gemma-2 stand-in, an SAE with random weights that was read from a params.npz, the file's arrays, some ids."""
+    folder = hub.root / "models/google/gemma-2-2b-it"
+    model = common.load_model(str(folder), "cpu")
+    ids = torch.randint(3, model.cfg.d_vocab, (4, 24), generator=torch.Generator().manual_seed(0))
+    ids[:, 0], ids[1, 9] = model.tokenizer.bos_token_id, model.tokenizer.eos_token_id
+    size = residual(model, ids).square().mean().sqrt().item()
+    rng, (d_in, d_sae) = np.random.default_rng(0), (2304, 16384)
+    weights = {"W_enc": rng.standard_normal((d_in, d_sae), np.float32) / d_in**0.5,
+               "W_dec": rng.standard_normal((d_sae, d_in), np.float32) / d_in**0.5,
+               "b_enc": 0.1 * size * rng.standard_normal(d_sae, np.float32),
+               "b_dec": size * rng.standard_normal(d_in, np.float32),
+               "threshold": size * (2.4 + 0.2 * rng.random(d_sae, np.float32))}  # fmt: skip
+    table = get_pretrained_saes_directory()["gemma-scope-2b-pt-res-canonical"]
+    path = tmp_path_factory.mktemp("scope") / table.saes_map["layer_2/width_16k/canonical"] / "params.npz"
+    path.parent.mkdir(parents=True)
+    np.savez(path, **weights)
+
+    def from_disk(repo_id, filename, **options):
+        assert repo_id == "google/gemma-scope-2b-pt-res" and str(path).endswith(filename)
+        return str(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrained_sae_loaders, "hf_hub_download", from_disk)
+        sae = common.load_sae(None, 2, model, "gemma-2-2b-it")
+    return model, sae, weights, ids
+
+
+def residual(model, ids) -> torch.Tensor:
+    seen = {}
+    with model.hooks(fwd_hooks=[("blocks.2.hook_resid_post", lambda h, hook: seen.update(h=h))]), torch.no_grad():
+        model(ids, use_cache=False)
+    return seen["h"]
+
+
+def test_gemma_scope_encodes_by_its_own_formula(gemma_scope):
+    model, sae, weights, ids = gemma_scope
+    h = residual(model, ids)
+    pre = h.double().numpy() @ weights["W_enc"] + weights["b_enc"]
+    by_hand = np.maximum(pre, 0) * (pre > weights["threshold"])
+    features = list(range(0, 16384, 7))
+    found, scale = common.Latents(sae, features).encode(h)
+    assert scale == 1.0 and 0.001 < (by_hand[..., features] > 0).mean() < 0.05
+    assert abs(pre - weights["threshold"])[..., features].min() > 1e-7  # else rounding decides what fires
+    np.testing.assert_allclose(found.numpy(), by_hand[..., features], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("clamp", [0.0, -20.0])
+def test_an_edit_with_gemma_scope_is_saelens_attached_sae_with_its_error_term(gemma_scope, hub, clamp):
+    model, sae, _, ids = gemma_scope
+    features = list(range(0, 16384, 50))
+    with torch.inference_mode(), common.ablate(model, sae, features, clamp):
+        ours = model(ids, use_cache=False)
+    theirs = SAETransformerBridge.boot_transformers(str(hub.root / "models/google/gemma-2-2b-it"), device="cpu").eval()
+    theirs.add_sae(sae, use_error_term=True)
+    ordinary = ~torch.isin(ids, torch.tensor(special_ids(model.tokenizer)))[..., None]
+
+    def edit(acts, hook):
+        some = acts[..., features]
+        acts[..., features] = torch.where((some > 0) & ordinary, clamp, some)
+        return acts
+
+    with torch.inference_mode():
+        wanted = theirs.run_with_hooks(ids, fwd_hooks=[(theirs.get_sae_hook_name(sae), edit)], use_cache=False)
+        clean = model(ids, use_cache=False)
+    assert (wanted - clean).abs().max() > 0.1
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- presets
 
 
 def test_presets_have_an_sae_for_every_layer():
