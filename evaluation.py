@@ -8,6 +8,7 @@ What all prompts of a batch begin with, as a quiz's header, is run once for all 
 """
 
 import itertools
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,12 +20,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from common import Latents, reconstruct, watch_tokens
 from data import LETTERS, UserError, batches, encode_prompts, prompt, sample, token_windows
+from processes import count as count_processes
 from processes import total as over_processes
 
 CHANCE = 0.25
 KEEP = 0.99  # SAEBench: the share of the unablated MMLU accuracy that a setting must keep
 SCORED_TOKENS = 20_000  # of OpenWebText, documents in order
 WORTH_SHARING = 8  # tokens, at least, that all prompts of a batch begin with, for these to be run only once
+WORTH_FORETELLING = 1e12  # parameters times tokens: below it any machine is done within seconds
 PERMUTATIONS = list(itertools.permutations(range(4)))  # the first is the order of the source
 
 # ------------------------------------------------------------------------------- many ablations, one pass
@@ -315,6 +318,23 @@ def token_losses(run: OnePass, h: torch.Tensor, ids: torch.Tensor, real: torch.T
     return out
 
 
+def foretell(model, title: str, rows: list[list[int]], score, batch_size: int = 16) -> float | None:
+    """Print how long score(rows) will take, and return it in seconds: timed on a batch of rows of middling length.
+
+    rows: lists of ids. None, and no word, for what takes seconds anyway.
+    """
+    tokens = sum(map(len, rows))
+    if tokens * sum(p.numel() for p in model.original_model.parameters()) < WORTH_FORETELLING:
+        return None
+    at = max(0, (len(rows) - batch_size) // 2)
+    some = sorted(rows, key=len)[at : at + batch_size]
+    started = time.perf_counter()
+    score(some)
+    seconds = (time.perf_counter() - started) * tokens / sum(map(len, some)) / count_processes()
+    print(f"{title}: {len(rows)} rows of {tokens / len(rows):.0f} tokens to score, about {seconds / 60:.1f} min")
+    return seconds
+
+
 def robust_subset(model, sae, questions: list[dict], batch_size: int = 16, style: str = "plain") -> list[int]:
     """Positions of the questions that the unablated model answers right under all 24 orders of the options (SAEBench).
 
@@ -399,7 +419,12 @@ def score_quiz(model, sae, title: str, questions: list[dict], indices: list[int]
     if not asked:
         raise UserError("no question is left to score: take away --robust, or give more questions")
     prompts, letters = encode_prompts(model.tokenizer, [prompt(row, style=s.prompt) for row in asked], s.prompt)
-    log_probs = score_letters(model, sae, prompts, letters, ablations, s.batch_size, title, s.max_rows)
+
+    def score(rows, desc=None):
+        return score_letters(model, sae, rows, letters, ablations, s.batch_size, desc, s.max_rows)
+
+    foretell(model, title, prompts, score, s.batch_size)
+    log_probs = score(prompts, title)
     return quiz_scores(log_probs.argmax(-1).numpy(), asked, s.seed), indices
 
 

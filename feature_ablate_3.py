@@ -24,7 +24,7 @@ import time
 
 from common import command_line, load_model, load_sae, parser, settings
 from data import as_prose, halves, load_rows, picking_texts, token_windows
-from evaluation import loss_scores, score_loss, standard_rows
+from evaluation import foretell, loss_scores, score_loss, standard_rows
 from picking import firing_rates, largest, matched_random, pick_features, sanity_gate
 from show import (
     loss_figure,
@@ -51,7 +51,12 @@ flags = parser(__doc__)
 def score(lm, sae, title, texts, rows, s):
     """One score per row: nats per token, and the loss added with a bootstrap over documents."""
     windows, documents = token_windows(lm.tokenizer, texts[: s.limit], max_tokens=SCORED_TOKENS)
-    nats, targets = score_loss(lm, sae, windows, rows, s.batch_size, title, s.max_rows)  # (rows, windows), (windows,)
+
+    def losses(some, desc=None):
+        return score_loss(lm, sae, some, rows, s.batch_size, desc, s.max_rows)
+
+    foretell(lm, title, windows, losses, s.batch_size)  # says how long it will take, if long
+    nats, targets = losses(windows, title)  # (rows, windows), (windows,)
     return loss_scores(nats, targets, documents, s.seed)
 
 

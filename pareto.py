@@ -47,6 +47,7 @@ from evaluation import (
     SCORED_TOKENS,
     Ablation,
     best_setting,
+    foretell,
     loss_scores,
     quiz_scores,
     score_letters,
@@ -90,7 +91,7 @@ def fingerprint(model, saes: list, sources: dict, s: argparse.Namespace) -> str:
     return whole.hexdigest()
 
 
-def piecewise(folder: Path, name: str, items: list[list[int]], score, title: str) -> np.ndarray:
+def piecewise(lm, folder: Path, name: str, items: list[list[int]], score, s) -> np.ndarray:
     """score(items) -> (n_ablations, n_items) for all `items` (lists of ids), PIECE at a time, each piece kept.
 
     Raises UserError for a piece that is not what was written.
@@ -99,7 +100,9 @@ def piecewise(folder: Path, name: str, items: list[list[int]], score, title: str
     pieces = [order[at : at + PIECE] for at in range(0, len(order), PIECE)]
     paths = [folder / f"{name}_{number:04}.json" for number in range(len(pieces))]
     columns = processes.from_first([read_piece(path) if path.exists() else None for path in paths])
-    missing = [number for number, column in enumerate(columns) if column is None]
+    missing, title = [number for number, column in enumerate(columns) if column is None], name.replace("_", " ", 1)
+    if missing:
+        foretell(lm, title, [items[i] for number in missing for i in pieces[number]], score, s.batch_size)
     # as many pieces at once as there are processes, so that each has a piece's worth of batches to run
     for at in tqdm(range(0, len(missing), processes.count()), desc=title, unit="piece", leave=False):
         some = missing[at : at + processes.count()]
@@ -158,7 +161,7 @@ def sweep_layer(lm, sae, layer: int, folder: Path, texts: dict, s) -> tuple[list
         def choose(some, letters=letters):
             return score_letters(lm, sae, some, letters, rows, s.batch_size, max_rows=s.max_rows).argmax(-1)
 
-        chosen = piecewise(folder, f"L{layer}_{name}", prompts, choose, f"layer {layer}, {name}")
+        chosen = piecewise(lm, folder, f"L{layer}_{name}", prompts, choose, s)
         for half, part in parts.items():
             places = np.searchsorted(asked, part)
             found = quiz_scores(chosen[:, places], [questions[i] for i in part], s.seed, by_subject=False)
@@ -169,7 +172,7 @@ def sweep_layer(lm, sae, layer: int, folder: Path, texts: dict, s) -> tuple[list
     def lose(some):
         return score_loss(lm, sae, some, rows, s.batch_size, max_rows=s.max_rows)[0]
 
-    nats = torch.from_numpy(piecewise(folder, f"L{layer}_openwebtext", windows, lose, f"layer {layer}, openwebtext"))
+    nats = torch.from_numpy(piecewise(lm, folder, f"L{layer}_openwebtext", windows, lose, s))
     special = set(special_ids(lm.tokenizer))
     targets = torch.tensor([sum(token not in special for token in window[1:]) for window in windows])
     for row, value in zip(scores, loss_scores(nats, targets, documents, s.seed)):
@@ -210,12 +213,12 @@ def frontier(costs: list[tuple[float, float]]) -> list[int]:
     return kept
 
 
-def area(points: list[dict], half: str = "") -> float:
+def area(points: list[dict], half: str = "") -> float | None:
     """Area between chance and the frontier: 0 forgets all at no cost, 1 forgets nothing that MMLU does not pay for.
 
     For each MMLU accuracy from chance to the unablated one, the lowest WMDP-Bio accuracy among the settings that keep
     as much, less chance; the mean over MMLU accuracies as a share of the unablated WMDP-Bio accuracy less chance.
-    The first of `points` is the unablated model.
+    The first of `points` is the unablated model; None where that does no better than chance.
     """
     pairs = [(point["scores"]["mmlu" + half]["accuracy"], point["scores"]["wmdp_bio" + half]["accuracy"])
              for point in points]  # fmt: skip
@@ -226,7 +229,7 @@ def area(points: list[dict], half: str = "") -> float:
         upper, lowest = min(upper, max(keeps, CHANCE)), min(lowest, forgets)
     total += (upper - CHANCE) * max(0.0, lowest - CHANCE)
     room = (top - CHANCE) * (height - CHANCE)
-    return total / room if room > 0 else float("nan")
+    return total / room if room > 0 else None
 
 
 def method_of(point: dict) -> str:
@@ -281,7 +284,7 @@ def table(rows: list[dict]) -> str:
             "WMDP-Bio %, tuning", "reporting", "MMLU %, tuning", "reporting"]  # fmt: skip
 
     def cell(row, key, scale=1.0, digits=3):
-        return f"{row[key] * scale:.{digits}f}" if key in row else ""
+        return f"{row[key] * scale:.{digits}f}" if row.get(key) is not None else ""
 
     lines = [head, ["---"] * len(head)]
     for row in rows:

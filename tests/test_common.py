@@ -1,5 +1,8 @@
 import copy
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +10,7 @@ from conftest import BOS, D_SAE, EOS, FAMILIES, HOOK, KINDS, MARKER, NORMS, PAD,
 from sae_lens.saes.matching_pursuit_sae import MatchingPursuitSAE, MatchingPursuitSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import common
 import picking
@@ -649,3 +652,36 @@ def test_a_feature_named_twice_is_refused(gemma, tmp_path):
 def test_a_hook_name_without_a_layer_number_is_refused(gemma, tmp_path):
     with pytest.raises(UserError, match="hook point"):
         common.load_sae(str(write_sae(tmp_path, "gemma2", hook_name="blocks.x.hook_resid_post")), 1, gemma)
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+LOAD = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+import common
+
+def own_memory():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+
+before = own_memory()
+model = common.load_model({folder!r}, "cpu", "bfloat16")
+after = own_memory()
+with torch.inference_mode():
+    model(torch.tensor([[2, 5, 6, 7]]), use_cache=False)
+print(after - before, torch.nn.utils.parameters_to_vector(model.original_model.parameters()).dtype)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells how much memory is a process's own")
+def test_a_bfloat16_model_is_loaded_without_a_copy_of_it(tokenizer, tmp_path):
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=1024, intermediate_size=4096, num_hidden_layers=4,
+                         num_attention_heads=8, num_key_value_heads=8, bos_token_id=2, eos_token_id=1)  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    program = LOAD.format(root=str(Path(common.__file__).parent), folder=str(tmp_path))
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()[-2:]
+    assert out[1] == "torch.bfloat16"
+    assert int(out[0]) < size / 2, f"{int(out[0]):,} bytes for a file of {size:,}"

@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -411,6 +412,24 @@ def test_robust_subset_of_a_random_model(gemma, make_sae):
     assert robust_subset(gemma, make_sae(gemma), QUESTIONS) == brute_force(QUESTIONS, knows)
 
 
+# ------------------------------------------------------------------------------------------- foretelling
+
+
+def test_a_long_run_is_foretold_from_one_batch(gemma, monkeypatch, capsys):
+    rows, asked = [[2] * length for length in range(1, 101)], []
+
+    def score(some):
+        asked.append(some)
+        time.sleep(0.2)
+
+    assert evaluation.foretell(gemma, "MMLU", rows, score, 10) is None and not asked
+    monkeypatch.setattr(evaluation, "WORTH_FORETELLING", 0)
+    seconds = evaluation.foretell(gemma, "MMLU", rows, score, 10)
+    assert [len(row) for row in asked[0]] == list(range(46, 56))  # a tenth of the tokens
+    assert 2.0 <= seconds < 4.0
+    assert "MMLU: 100 rows of 50 tokens to score, about 0.0 min" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------- halves and prompts
 
 
@@ -476,9 +495,36 @@ def test_encode_chat_prompts(tokenizer):
     assert all(ids[0] == 2 and ids.count(2) == 1 and ids.count(chat.convert_tokens_to_ids(MARKER)) == 2 for ids in rows)
 
 
+GEMMA_TURN = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+def test_saebench_prompts():
+    """To the byte what sae_bench/evals/unlearning/utils/metrics.py makes of a question, but for its second BOS."""
+    chat, row = train_tokenizer(), dict(question="Which?", choices=["a cat", "mat", "sea", "sky"], answer=0)
+    chat.chat_template = GEMMA_TURN
+    rows, letters = encode_prompts(chat, [prompt(row, (1, 0, 2, 3), "saebench")], "saebench")
+    assert chat.decode(rows[0][1:]) == (
+        "<start_of_turn>user\nThe following are multiple choice questions (with answers) about biology.\nWhich?\n"
+        "A. mat\nB. a cat\nC. sea\nD. sky<end_of_turn>\n<start_of_turn>model\nAnswer: ("
+    )
+    assert rows[0].count(chat.bos_token_id) == 1
+    assert [chat.convert_ids_to_tokens(list(pair)) for pair in letters] == [[x, f"Ġ{x}"] for x in "ABCD"]
+
+
+def test_the_likelier_of_a_letters_two_forms_counts(gemma, make_sae):
+    prompts, sae, rows = some_ids(gemma, (3, 12)).tolist(), make_sae(gemma), [Ablation("none")]
+    both = score_letters(gemma, sae, prompts, [(10, 20), (11, 21), (12, 22), (13, 23)], rows)
+    forms = [score_letters(gemma, sae, prompts, letters, rows) for letters in ([10, 11, 12, 13], [20, 21, 22, 23])]
+    assert torch.equal(both, torch.maximum(*forms)) and not torch.equal(both, forms[0])
+
+
 def test_tokenizer_that_splits_letters_is_refused():
+    split = train_tokenizer(vocab_size=259)
     with pytest.raises(UserError, match="one token"):
-        encode_prompts(train_tokenizer(vocab_size=259), ["Answer:"])
+        encode_prompts(split, ["Answer:"])
 
 
 def test_doubled_bos_is_refused(tokenizer):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from stand_in_hub import serving
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import common
+import hub as hub_of_project
 from data import special_ids
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,7 +187,10 @@ def hub(tmp_path_factory):
     write_models(root)
     write_saes(root)
     write_datasets(root)
+    papers = [{"title": f"{a}", "text": f"The {a} in the {b} of the heart. " * 9} for a in WORDS for b in WORDS[:3]]
+    put(root, "cais/wmdp-bio-forget-corpus", "default", {"train": Dataset.from_list(papers)})
     with serving(root) as served:
+        served.gated.add("cais/wmdp-bio-forget-corpus")
         yield served
 
 
@@ -255,6 +260,69 @@ def test_a_second_run_needs_no_network(online, hub, home, tmp_path):
     assert len(hub.asked) == asked
 
 
+def test_the_first_documents_of_openwebtext_are_there_offline(online, hub, home, tmp_path):
+    flags = flags_of("gemma-3-1b-it", "feature_ablate_3.py", tmp_path)
+    code, printed, errors = online("feature_ablate_3.py", *flags)
+    assert code == 0, errors[-2000:]
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["data"]["openwebtext"]["source"] == "Skylion007/openwebtext train"
+    offline = Worker(home, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    code, again, errors = offline("feature_ablate_3.py", *flags)
+    offline.process.kill()
+    assert code == 0, errors[-2000:]
+    assert [line for line in again.splitlines() if "[" in line] == [x for x in printed.splitlines() if "[" in x]
+
+
+def test_a_download_is_announced_once(hub, tmp_path):
+    worker = Worker(tmp_path, hub.address)
+    flags = flags_of("gemma-3-1b-it", "feature_ablate_3.py", tmp_path)
+    said = [[line for line in worker("feature_ablate_3.py", *flags)[2].splitlines() if line.startswith("download: ")]
+            for _ in range(2)]  # fmt: skip
+    worker.process.kill()
+    size = sum(file.stat().st_size for file in (hub.root / "models/google/gemma-3-1b-it").glob("*.safetensors"))
+    assert [line.split(",")[0] for line in said[0]] == [
+        "download: google/gemma-3-1b-it", "download: google/gemma-scope-2-1b-it"
+    ]  # fmt: skip
+    assert f"{size / 1e6:.1f} MB to {tmp_path}" in said[0][0] and " free)" in said[0][0]
+    assert not said[1]
+
+
+def test_a_full_disk_is_noticed_before_the_download(monkeypatch):
+    files = [SimpleNamespace(path="model.safetensors", size=5 * 10**9), SimpleNamespace(path="a.bin", size=10**12)]
+    monkeypatch.setattr(hub_of_project.HfApi, "list_repo_tree", lambda *args: files)
+    monkeypatch.setattr(hub_of_project.shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 10**9))
+    with pytest.raises(common.UserError, match=r"some/model needs 5\.0 GB of disk.* has 3\.0 GB.*HF_HOME"):
+        hub_of_project.announce("some/model")
+
+
+def test_ones_own_forget_corpus_and_the_form_that_asks_for_it(online, hub, tmp_path):
+    name = "cais/wmdp-bio-forget-corpus"
+    flags = [*flags_of("gemma-3-1b-it", "feature_ablate_2.py", tmp_path), "--forget-corpus"]
+    said = fails(online, *flags, name)
+    assert f"cannot load {name}" in said and f"form at https://huggingface.co/datasets/{name}" in said
+    hub.gated.discard(name)
+    try:
+        code, _, errors = online("feature_ablate_2.py", *flags, name)
+    finally:
+        hub.gated.add(name)
+    assert code == 0, errors[-2000:]
+    assert json.loads((tmp_path / "r.json").read_text())["data"]["forget_corpus"]["documents"] == 24
+    rmu = flags_of("gemma-3-1b-it", "rmu.py", tmp_path)
+    (tmp_path / "mine.jsonl").write_text('{"text": "The heart is an organ of the cat."}\n' * 9)
+    code, _, errors = online("rmu.py", *rmu, "--forget-corpus", tmp_path / "mine.jsonl")
+    assert code == 0, errors[-2000:]
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["data"]["forget_corpus"]["source"] == str(tmp_path / "mine.jsonl")
+
+
+@pytest.mark.parametrize("style", ["chat", "saebench"])
+def test_questions_in_the_models_own_chat_format(online, style, tmp_path):
+    for script in ("feature_ablate_1.py", "feature_ablate_2.py"):
+        code, _, errors = online(script, *flags_of("gemma-3-1b-it", script, tmp_path), "--prompt", style)
+        assert code == 0, errors[-2000:]
+        assert json.loads((tmp_path / "r.json").read_text())["settings"]["prompt"] == style
+
+
 def fails(worker: Worker, *flags, **env) -> str:
     """The one line that a failing run says."""
     code, _, errors = worker("feature_ablate_2.py", *flags, **env)
@@ -298,6 +366,7 @@ def test_each_failure_has_one_line_and_leaves_the_cache_usable(hub, tmp_path):
         worker.process.kill()
         for some in (hub.lost, hub.gated, hub.broken):
             some.clear()
+        hub.gated.add("cais/wmdp-bio-forget-corpus")
 
 
 def test_without_a_network_the_line_says_what_to_do(tmp_path):

@@ -70,6 +70,7 @@ def test_area_is_the_mean_over_mmlu_levels(seed):
 def test_area_at_its_ends():
     clean = point(0.9, 0.8)
     assert pareto.area([clean]) == pytest.approx(1.0)
+    assert pareto.area([point(0.25, 0.9)]) is None  # at chance there is nothing to forget
     assert pareto.area([clean, point(0.9, 0.2)]) == pytest.approx(0.0)
     assert pareto.area([clean, point(0.575, 0.25)]) == pytest.approx(0.5)  # half of MMLU buys all of the forgetting
 
