@@ -149,7 +149,7 @@ def sanity_gate(model, sae, windows: list[list[int]], insist: bool = True, max_t
         found["promised_l0"] = round(promised, 2)
     wrong = found["variance_explained"] < 0.5 or (promised and not promised / 4 < l0 < promised * 4)
     print(f"SAE check: L0 {l0:.1f}{f' (promised {promised:.1f})' if promised else ''}, "
-          f"variance explained {found['variance_explained']:.3f} on {n} Wikitext tokens")  # fmt: skip
+          f"variance explained {found['variance_explained']:.3f} on {n} tokens")  # fmt: skip
     if wrong and insist:
         raise UserError(f"{sae.source} does not fit this model (see the line above); --no-sanity goes on regardless")
     return found
