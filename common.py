@@ -115,7 +115,9 @@ def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str
         raise UserError(f"cannot load the SAE {spec}: {first_line(error)}{sae_ids_near(spec)}") from error
     sae.source = os.path.relpath(spec, HERE) if Path(spec).is_dir() and HERE in Path(spec).parents else spec
     check_sae(sae, model, layer)
-    return sae.eval().requires_grad_(False).to(next(model.blocks[layer].parameters()).device)
+    place = next(model.blocks[layer].parameters()).device
+    sae.eval().requires_grad_(False)
+    return sae if place.type == "meta" else sae.to(place)  # offloaded weights are nowhere: edits follow the residual
 
 
 def check_sae(sae: SAE, model: TransformerBridge, layer: int) -> None:

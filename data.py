@@ -113,25 +113,27 @@ def read_jsonl(path: Path, name: str, most: int | None = None) -> list[dict]:
 
 
 def from_hub(name: str) -> tuple[list[dict], str]:
-    failures = []
+    reasons = []
     for where in HUB[name]:
         try:
             rows = read_hub(*where, STREAMED if name == "openwebtext" else None)
+            break
         except Exception as error:  # the hub's libraries raise anything from OSError to RuntimeError
-            failures.append(f"{where[0]} at {where[3] or 'main'}: {first_line(error.__cause__ or error)}")
-            continue
-        source = " ".join(filter(None, where))
-        if failures:
-            print(f"note: {name} is from {source}, for the first choice failed: {failures[0]}", file=sys.stderr)
-        if name == "wikitext":  # a row is a line; blank ones and " = headings = " are no text
-            rows = [row for row in rows if row["text"].strip() and not row["text"].startswith(" =")]
-        return rows, source
-    dataset = HUB[name][0][0]
-    raise UserError(
-        f"cannot load {dataset} from the hub: {failures[0]}. If it is gated, accept its terms at "
-        f"https://huggingface.co/datasets/{dataset} and run `hf auth login`; offline, give --data FOLDER with "
-        f"{name}.jsonl or use --model tiny"
-    )
+            reasons.append(first_line(error.__cause__ or error))
+    else:
+        dataset = HUB[name][0][0]
+        raise UserError(
+            f"cannot load {dataset} from the hub: {reasons[0]}. If it is gated, accept its terms at "
+            f"https://huggingface.co/datasets/{dataset} and run `hf auth login`; offline, give --data FOLDER with "
+            f"{name}.jsonl or use --model tiny"
+        )
+    if name == "wikitext":  # a row is a line; blank ones and " = headings = " are no text
+        rows = [row for row in rows if row["text"].strip() and not row["text"].startswith(" =")]
+    source = " ".join(filter(None, where))
+    instead = f", as {HUB[name][0][0]} failed: {reasons[0]}" if reasons else ""
+    if processes.is_first():
+        print(f"data: {name} is {len(rows):,} rows of {source}{instead}", file=sys.stderr)
+    return rows, source
 
 
 def read_hub(dataset: str, config: str | None, part: str, revision: str | None = None, first: int | None = None):

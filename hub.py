@@ -6,7 +6,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, get_session, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.utils import build_hf_headers
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from safetensors import safe_open
 
@@ -19,11 +20,9 @@ WEIGHTS = (".safetensors", ".npz")
 def announce(repo: str, folder: str = "") -> None:
     """Print what loading the weights in a repository's folder will download, if anything. Raises UserError if the disk
     of the cache has no room for it. Says nothing where the hub does not answer: loading will say why."""
-    try:
-        files = [file for file in HfApi().list_repo_tree(repo, folder or None) if Path(file.path).suffix in WEIGHTS]
-    except Exception:  # anything from OSError to the hub's own errors
-        return
-    missing = sum(file.size for file in files if not isinstance(try_to_load_from_cache(repo, file.path), str))
+    missing = sum(
+        size for path, size in weights_in(repo, folder) if not isinstance(try_to_load_from_cache(repo, path), str)
+    )
     cache = Path(constants.HF_HUB_CACHE)
     disk = next(place for place in (cache, *cache.parents) if place.exists())
     free = shutil.disk_usage(disk).free
@@ -33,6 +32,19 @@ def announce(repo: str, folder: str = "") -> None:
         )
     if missing and is_first():
         print(f"download: {repo}, {gb(missing)} to {cache} ({gb(free)} free)", file=sys.stderr)
+
+
+def weights_in(repo: str, folder: str) -> list[tuple[str, int]]:
+    """Path and size of each weight file; [] where the hub is off or does not answer at once (its client would wait)."""
+    if constants.HF_HUB_OFFLINE:
+        return []
+    try:
+        address = f"{constants.ENDPOINT}/api/models/{repo}/tree/main/{folder}".rstrip("/")
+        answer = get_session().get(address, headers=build_hf_headers(), timeout=10)
+        answer.raise_for_status()
+        return [(file["path"], file["size"]) for file in answer.json() if Path(file["path"]).suffix in WEIGHTS]
+    except Exception:  # anything from OSError to the HTTP client's own errors
+        return []
 
 
 def gb(size: int) -> str:

@@ -9,7 +9,7 @@ A Gemma-2 model of 12 thin layers learns real Wikitext, Victorian prose and some
 fact is stated in four wordings and asked in four; the quizzes ask half of the facts in a fifth, never trained on.
 
 44 minutes on two cores. Reached: 96.0% of the forget quiz, 99.4% of the retain quiz, held-out Wikitext at 5.18 nats per
-token (trigram model: 5.42). --quick takes under two minutes.
+token (trigram model: 5.42). --quick takes about a minute.
 """
 
 # %%
@@ -496,13 +496,13 @@ def build(out: Path, quick: bool) -> dict:
     beside = {"mmlu_dev": quiz(dev, SEED + 1), "wmdp_bio_reworded": reworded(quizzes["wmdp_bio"], forget)}
     for name, rows in {**quizzes, **beside}.items():
         write_jsonl(out / f"data/{name}.jsonl", rows)
-    few = slice(40 if quick else None)
+    few = slice(20 if quick else None)
     texts = {
         "wikitext": retain,
         "wikitext_held_out": held_out,
         "openwebtext": [part for story in other_prose for part in pieces(story)],
         "held_out": held_out_documents(tokenizer, facts, held_out, other_prose)[few],
-        "train": [sampler.document(sampler.kind()) for _ in range(200 if quick else TRAIN_DOCUMENTS)],
+        "train": [sampler.document(sampler.kind()) for _ in range(60 if quick else TRAIN_DOCUMENTS)],
     }
     for name, documents in texts.items():
         write_jsonl(out / f"data/{name}.jsonl", [{"text": text} for text in documents])
@@ -513,7 +513,7 @@ def build(out: Path, quick: bool) -> dict:
     measured["wikitext_held_out_loss"] = losses
     prose = token_windows(tokenizer, texts["openwebtext"], CONTEXT)[0][few]
     measured["openwebtext_loss"] = text_loss(model, prose)
-    size = ["--tokens", "20480", "--width", "256"] if quick else ["--width", str(SAE_WIDTH)]
+    size = ["--tokens", "10240", "--width", "256"] if quick else ["--width", str(SAE_WIDTH)]
     text, unseen = out / "data/train.jsonl", out / "data/held_out.jsonl"
     files = ["--text", text, "--held-out", unseen, "--out", out / "sae"]
     layers = ["--layers", *map(str, SAE_LAYERS)]

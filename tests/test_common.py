@@ -682,6 +682,7 @@ def test_a_bfloat16_model_is_loaded_without_a_copy_of_it(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     size = (tmp_path / "model.safetensors").stat().st_size
     program = LOAD.format(root=str(Path(common.__file__).parent), folder=str(tmp_path))
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()[-2:]
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    out = run.stdout.split()[-2:]
     assert out[1] == "torch.bfloat16"
     assert int(out[0]) < size / 2, f"{int(out[0]):,} bytes for a file of {size:,}"

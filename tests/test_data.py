@@ -57,7 +57,8 @@ def test_the_hub_is_asked_in_order_and_a_failure_names_the_way_out(monkeypatch, 
     assert [row["text"] for row in rows] == [str(i) for i in range(data.STREAMED)]
     assert found["source"] == "stas/openwebtext-10k train refs/convert/parquet" and not found["stand_in"]
     said = capsys.readouterr().err
-    assert f"note: openwebtext is from {found['source']}" in said and "scripts are no longer supported" in said
+    assert f"data: openwebtext is 2,000 rows of {found['source']}, as {data.HUB['openwebtext'][0][0]} failed" in said
+    assert "scripts are no longer supported" in said
     ids = [source[0] for source in data.HUB["openwebtext"]]
     assert asked == list(zip(ids, [None, data.PARQUET] * 2))
     with pytest.raises(UserError, match="give --data FOLDER"):
