@@ -119,7 +119,7 @@ def from_hub(name: str) -> tuple[list[dict], str]:
             rows = read_hub(*where, STREAMED if name == "openwebtext" else None)
             break
         except Exception as error:  # the hub's libraries raise anything from OSError to RuntimeError
-            reasons.append(first_line(error.__cause__ or error))
+            reasons.append(reason_of(error))
     else:
         dataset = HUB[name][0][0]
         raise UserError(
@@ -134,6 +134,11 @@ def from_hub(name: str) -> tuple[list[dict], str]:
     if processes.is_first():
         print(f"data: {name} is {len(rows):,} rows of {source}{instead}", file=sys.stderr)
     return rows, source
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong at the hub; of `stream` datasets says only that it failed, and has the reason as its cause."""
+    return first_line(error.__cause__ if type(error).__name__ == "DatasetGenerationError" else error)
 
 
 def read_hub(dataset: str, config: str | None, part: str, revision: str | None = None, first: int | None = None):
@@ -170,8 +175,8 @@ def load_corpus(s) -> tuple[list[str], dict]:
             rows = read_hub(given, None, "train", first=CORPUS_DOCUMENTS)
             found = {"source": f"{given} train", "stand_in": False}
         except Exception as error:  # as in from_hub
-            reason = first_line(error.__cause__ or error)
-            raise UserError(f"--forget-corpus: cannot load {given} from the hub: {reason}. {REQUEST}") from error
+            message = f"--forget-corpus: cannot load {given} from the hub: {reason_of(error)}. {REQUEST}"
+            raise UserError(message) from error
     else:
         raise UserError(f"--forget-corpus {given}: no such file. {REQUEST}")
     if rows and "text" not in rows[0]:

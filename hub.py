@@ -28,10 +28,11 @@ def announce(repo: str, folder: str = "") -> None:
     free = shutil.disk_usage(disk).free
     if missing > free:
         raise UserError(
-            f"{repo} needs {gb(missing)} of disk, {cache} has {gb(free)}: make room, or set HF_HOME to a larger disk"
+            f"{repo} needs {readable(missing)} of disk, {cache} has {readable(free)}: make room, or set HF_HOME to "
+            "a larger disk"
         )
     if missing and is_first():
-        print(f"download: {repo}, {gb(missing)} to {cache} ({gb(free)} free)", file=sys.stderr)
+        print(f"download: {repo}, {readable(missing)} to {cache} ({readable(free)} free)", file=sys.stderr)
 
 
 def weights_in(repo: str, folder: str) -> list[tuple[str, int]]:
@@ -47,7 +48,7 @@ def weights_in(repo: str, folder: str) -> list[tuple[str, int]]:
         return []
 
 
-def gb(size: int) -> str:
+def readable(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size > 5e7 else f"{size / 1e6:.1f} MB"
 
 

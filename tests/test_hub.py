@@ -131,6 +131,7 @@ def write_datasets(root: Path) -> None:
     )
     pages = [{"text": f"The {a} looked at the {b}. " * 6} for a in WORDS for b in WORDS[:4]]
     put(root, "Skylion007/openwebtext", "plain_text", {"train": Dataset.from_list(pages, texts)})
+    put(root, "stas/openwebtext-10k", "plain_text", {"train": Dataset.from_list(pages[:20], texts)})
 
 
 def put(root: Path, repo: str, config: str, parts: dict) -> None:
@@ -271,6 +272,20 @@ def test_the_first_documents_of_openwebtext_are_there_offline(online, hub, home,
     offline.process.kill()
     assert code == 0, errors[-2000:]
     assert [line for line in again.splitlines() if "[" in line] == [x for x in printed.splitlines() if "[" in x]
+
+
+def test_where_openwebtext_fails_its_sample_serves(hub, tmp_path):
+    worker = Worker(tmp_path, hub.address)
+    hub.lost.add("Skylion007/openwebtext")
+    try:
+        code, _, errors = worker("feature_ablate_3.py", *flags_of("gemma-3-1b-it", "feature_ablate_3.py", tmp_path))
+    finally:
+        hub.lost.clear()
+        worker.process.kill()
+    assert code == 0, errors[-2000:]
+    assert "data: openwebtext is 20 rows of stas/openwebtext-10k train, as Skylion007/openwebtext failed: " in errors
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["data"]["openwebtext"]["source"] == "stas/openwebtext-10k train"
 
 
 def test_a_download_is_announced_once(hub, tmp_path):
