@@ -43,7 +43,10 @@ def weights_in(repo: str, folder: str) -> list[tuple[str, int]]:
         address = f"{constants.ENDPOINT}/api/models/{repo}/tree/main/{folder}".rstrip("/")
         answer = get_session().get(address, headers=build_hf_headers(), timeout=10)
         answer.raise_for_status()
-        return [(file["path"], file["size"]) for file in answer.json() if Path(file["path"]).suffix in WEIGHTS]
+        files = [(Path(file["path"]), file["size"]) for file in answer.json()]
+        # Mistral's repositories hold the weights a second time, for Mistral's own code
+        return [(str(path), size) for path, size in files
+                if path.suffix in WEIGHTS and not path.name.startswith("consolidated")]  # fmt: skip
     except Exception:  # anything from OSError to the HTTP client's own errors
         return []
 

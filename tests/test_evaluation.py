@@ -502,7 +502,8 @@ GEMMA_TURN = (
 
 
 def test_saebench_prompts():
-    """To the byte what sae_bench/evals/unlearning/utils/metrics.py makes of a question, but for its second BOS."""
+    """To the byte what sae_bench/evals/unlearning/utils/metrics.py makes of a question; to_tokens may put a second BOS
+    in front of it there."""
     chat, row = train_tokenizer(), dict(question="Which?", choices=["a cat", "mat", "sea", "sky"], answer=0)
     chat.chat_template = GEMMA_TURN
     rows, letters = encode_prompts(chat, [prompt(row, (1, 0, 2, 3), "saebench")], "saebench")
