@@ -79,6 +79,7 @@ from show import (
     print_quiz,
     resumable,
     save_model,
+    short_name,
     title_of,
     write_record,
     write_whole,
@@ -548,7 +549,7 @@ def run(**changes) -> dict:
         seconds = time.time() - begun
         print(f"trained again and saved: {folder}")
         extra |= {"folder": str(folder), "log": log}
-        title = f"{s.model}: {s.method}, {setting_text(best['setting'])}"
+        title = f"{short_name(s.model)}: {s.method}, {setting_text(best['setting'])}"
         figures["losses"] = loss_figure(s.method, log, title)
     rows = [Ablation("none"), Ablation(s.method, clamp=best["setting"].get("clamp", 0.0))]
     for name in ("wmdp_bio", "mmlu"):

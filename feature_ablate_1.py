@@ -33,6 +33,7 @@ from show import (
     print_subjects,
     quiz_figure,
     scatter,
+    short_name,
     subject_figure,
     title_of,
     top_tokens,
@@ -87,7 +88,7 @@ def run(**changes) -> dict:
     print_quiz(f"{name}, all questions pooled", rows, scores)
     points = [row.point(mmlu=value) for row, value in zip(rows, scores)]
     record = make_record("feature_ablate_1.py", s, sae, sources, sanity, points, time.time() - started)
-    title = f"{s.model}, layer {s.layer}: {s.n_features} features ablated"
+    title = f"{short_name(s.model)}, layer {s.layer}: {s.n_features} features ablated"
     write_record(path, record, {
         "features": scatter(features, forget, retain, title),
         "accuracy": quiz_figure({name: scores}, rows, title),

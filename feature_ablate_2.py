@@ -33,6 +33,7 @@ from show import (
     print_quiz,
     quiz_figure,
     scatter,
+    short_name,
     title_of,
     top_tokens,
     write_record,
@@ -90,7 +91,7 @@ def run(**changes) -> dict:
     print_quiz(titles[1], rows, rest)
     points = [row.point(wmdp_bio=a, mmlu=b) for row, a, b in zip(rows, bio, rest)]
     record = make_record("feature_ablate_2.py", s, sae, sources, sanity, points, time.time() - started)
-    title = f"{s.model}, layer {s.layer}: {s.n_features} features ablated"
+    title = f"{short_name(s.model)}, layer {s.layer}: {s.n_features} features ablated"
     write_record(path, record, {
         "features": scatter(features, forget, retain, title),
         "accuracy": quiz_figure(dict(zip(titles, (bio, rest))), rows, title),

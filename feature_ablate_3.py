@@ -33,6 +33,7 @@ from show import (
     print_features,
     print_loss,
     scatter,
+    short_name,
     title_of,
     top_tokens,
     write_record,
@@ -95,7 +96,7 @@ def run(**changes) -> dict:
         print_loss(title, rows, scores)
     points = [row.point(openwebtext=a, wmdp_bio_prose=b) for row, a, b in zip(rows, *panels.values())]
     record = make_record("feature_ablate_3.py", s, sae, sources, sanity, points, time.time() - started)
-    title = f"{s.model}, layer {s.layer}: {s.n_features} features ablated"
+    title = f"{short_name(s.model)}, layer {s.layer}: {s.n_features} features ablated"
     write_record(path, record, {
         "features": scatter(features, forget, retain, title),
         "loss": loss_figure(panels, rows, title),

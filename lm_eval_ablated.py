@@ -84,6 +84,7 @@ from show import (
     print_loss,
     print_quiz,
     quiz_figure,
+    short_name,
     title_of,
     top_tokens,
     write_record,
@@ -723,7 +724,7 @@ def run(**changes) -> dict:
         name: json.loads(json.dumps(results["results"], default=str)) for name, results in runs.items()
     }
     quizzes = {title_of(name, sources): values for name, values in scores.items() if values and "accuracy" in values[0]}
-    title = f"{s.model}, layer {s.layer}: {s.n_features} features ablated, lm-eval"
+    title = f"{short_name(s.model)}, layer {s.layer}: {s.n_features} features ablated, lm-eval"
     write_record(path, record, {"accuracy": quiz_figure(quizzes, rows, title)} if quizzes else {})
     return record
 

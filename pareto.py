@@ -54,7 +54,7 @@ from evaluation import (
     score_loss,
 )
 from picking import firing_rates, largest, matched_random, pick_features, sanity_gate
-from show import METHODS, make_record, outputs, title_of, write_record, write_whole
+from show import METHODS, make_record, outputs, short_name, title_of, write_record, write_whole
 
 COUNTS = [1, 2, 5, 10, 20, 50, 100, 200]
 PIECE = 64  # prompts or windows that are scored and kept together: what a stop costs at the most
@@ -464,7 +464,7 @@ def run(**changes) -> dict:
     with_clean = [{**point, "clean": points[0]} for point in points]
     record["summary"] = summary(with_clean)
     layers = ", ".join(map(str, s.layer))
-    show(path, with_clean, sources, f"{s.model}, layer {layers}: {len(points) - 1} settings", record)
+    show(path, with_clean, sources, f"{short_name(s.model)}, layer {layers}: {len(points) - 1} settings", record)
     if processes.is_first():
         shutil.rmtree(folder, ignore_errors=True)
         if not any(folder.parent.iterdir()):  # else it holds what another sweep was stopped at

@@ -57,6 +57,7 @@ from show import (
     print_quiz,
     resumable,
     save_model,
+    short_name,
     title_of,
     write_record,
 )
@@ -338,7 +339,8 @@ def run(**changes) -> dict:
     record |= {"seconds_to_make": round(seconds, 2), "peak_gb": round(peak_gb(), 2)}
     record |= {"weights": weights_of(s.model), "matrices": matrices, "coefficient": coefficient}
     record |= {"control_vector": u.tolist(), "log": log}
-    title = f"{s.model}: {rows[1].method}, layer {setting.layer}, {setting.multiple:g} norms, alpha {setting.alpha:g}"
+    how = f"layer {setting.layer}, {setting.multiple:g} norms, alpha {setting.alpha:g}"
+    title = f"{short_name(s.model)}: {rows[1].method}, {how}"
     write_record(path, record, {"losses": loss_figure(log, title)})
     return record
 

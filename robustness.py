@@ -52,7 +52,17 @@ from data import (
 )
 from edits import EDITS, applied
 from evaluation import Ablation, accuracy_score, no_sae, score_letters, score_loss
-from show import accuracy_cell, label, make_record, outputs, resumable, save_model, write_record, write_whole
+from show import (
+    accuracy_cell,
+    label,
+    make_record,
+    outputs,
+    resumable,
+    save_model,
+    short_name,
+    write_record,
+    write_whole,
+)
 
 BATCH = 8  # texts a step of fine-tuning
 LEARNING_RATE = {"tiny": 1e-3}  # elsewhere 2e-5, usual for fine-tuning whole models
@@ -338,7 +348,8 @@ def run(**changes) -> dict:
     print(f"\n{text}")
     write_whole(path.with_suffix(".md"), lambda file: file.write_text(text + "\n"))
     record = make_record("robustness.py", s, None, sources, {}, points, time.time() - started)
-    title = f"{s.model}: n {len(texts['rows'])}, bars 95% intervals" + (f", {s.relearn} steps" if s.relearn else "")
+    title = f"{short_name(s.model)}: n {len(texts['rows'])}, bars 95% intervals"
+    title += f", {s.relearn} steps" if s.relearn else ""
     write_record(path, record, {"rows": figure_of(names, points, title)})
     return record
 

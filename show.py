@@ -27,7 +27,7 @@ def outputs(script: str, s) -> Path:
     """Path of the record, its folder made and known to be writable before any work is done. Raises UserError."""
     parts = [(letter, vars(s)[key]) for letter, key in (("L", "layer"), ("n", "n_features")) if key in vars(s)]
     parts = [letter + ("-".join(map(str, v)) if isinstance(v, list) else str(v)) for letter, v in parts]
-    name = "_".join([Path(script).stem, Path(s.model).name, *parts]) + ".json"
+    name = "_".join([Path(script).stem, short_name(s.model), *parts]) + ".json"
     path = Path(s.out or "results/")
     path = path if path.suffix == ".json" else path / name
     try:
@@ -36,6 +36,11 @@ def outputs(script: str, s) -> Path:
             return path
     except OSError as error:
         raise UserError(f"cannot write to {path.parent}: {error.strerror}; give another --out") from error
+
+
+def short_name(model: str) -> str:
+    """A model in file names and titles: its preset's name, or the last part of its hub id or folder."""
+    return Path(model).name
 
 
 def write_whole(path: Path, write) -> None:
