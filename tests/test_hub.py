@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -236,42 +237,44 @@ def flags_of(family: str, script: str, tmp_path: Path) -> list:
     return flags
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_script_runs_to_the_end(online, family, tmp_path):
-    for script in SCRIPTS:
-        code, printed, errors = online(script, *flags_of(family, script, tmp_path))
+@pytest.fixture(scope="module")
+def first_run(online, tmp_path_factory):
+    """(family, script) -> what its first run printed, and its record."""
+
+    @lru_cache(None)
+    def run(family: str, script: str) -> tuple[str, dict]:
+        folder = tmp_path_factory.mktemp("first")
+        code, printed, errors = online(script, *flags_of(family, script, folder))
         assert code == 0, (script, errors[-2000:])
-        record = json.loads((tmp_path / "r.json").read_text())
+        return printed, json.loads((folder / "r.json").read_text())
+
+    return run
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_script_runs_to_the_end(first_run, family):
+    for script in SCRIPTS:
+        printed, record = first_run(family, script)
         assert record["points"][0]["scores"]
         assert "stand-in" not in printed
 
 
-def test_a_second_run_needs_no_network(online, hub, home, tmp_path):
-    first = {
-        family: online("feature_ablate_2.py", *flags_of(family, "feature_ablate_2.py", tmp_path)) for family in FAMILIES
-    }
-    assert all(code == 0 for code, *_ in first.values())
+def test_a_second_run_needs_no_network(first_run, hub, home, tmp_path):
+    """All that lesson 2 loads for each family, and the first documents of OpenWebText, which are streamed once."""
+    runs = [(family, "feature_ablate_2.py", "%") for family in FAMILIES]
+    runs.append(("gemma-3-1b-it", "feature_ablate_3.py", "["))
+    printed = [first_run(family, script)[0] for family, script, _ in runs]
+    found = first_run("gemma-3-1b-it", "feature_ablate_3.py")[1]["data"]["openwebtext"]
+    assert found["source"] == "Skylion007/openwebtext train"
     asked = len(hub.asked)
     offline = Worker(home, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
-    for family, (_, printed, _) in first.items():
-        code, again, errors = offline("feature_ablate_2.py", *flags_of(family, "feature_ablate_2.py", tmp_path))
+    for (family, script, mark), first in zip(runs, printed):
+        code, again, errors = offline(script, *flags_of(family, script, tmp_path))
         assert code == 0, (family, errors[-2000:])
-        assert [line for line in again.splitlines() if "%" in line] == [x for x in printed.splitlines() if "%" in x]
+        results = [line for line in again.splitlines() if mark in line]
+        assert results and results == [line for line in first.splitlines() if mark in line]
     offline.process.kill()
     assert len(hub.asked) == asked
-
-
-def test_the_first_documents_of_openwebtext_are_there_offline(online, hub, home, tmp_path):
-    flags = flags_of("gemma-3-1b-it", "feature_ablate_3.py", tmp_path)
-    code, printed, errors = online("feature_ablate_3.py", *flags)
-    assert code == 0, errors[-2000:]
-    record = json.loads((tmp_path / "r.json").read_text())
-    assert record["data"]["openwebtext"]["source"] == "Skylion007/openwebtext train"
-    offline = Worker(home, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
-    code, again, errors = offline("feature_ablate_3.py", *flags)
-    offline.process.kill()
-    assert code == 0, errors[-2000:]
-    assert [line for line in again.splitlines() if "[" in line] == [x for x in printed.splitlines() if "[" in x]
 
 
 def test_where_openwebtext_fails_its_sample_serves(hub, tmp_path):
