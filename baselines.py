@@ -50,6 +50,7 @@ from common import (
     Latents,
     command_line,
     decoder_layers,
+    layer_of,
     load_hf,
     load_model,
     load_sae,
@@ -158,9 +159,10 @@ class Measured:
 
     @cached_property
     def crisp(self) -> tuple[dict, dict]:
-        """SAEs, and (forget, retain) rates, by layer."""
+        """SAEs, and (forget, retain) rates, by the layer whose output they read."""
         layers = (self.s.layer,) if self.s.sae else CRISP_LAYERS.get(self.s.model, (self.s.layer,))
-        saes = {layer: load_sae(self.s.sae, layer, self.lm, self.s.model) for layer in layers}
+        loaded = [load_sae(self.s.sae, layer, self.lm, self.s.model) for layer in layers]
+        saes = {layer_of(sae): sae for sae in loaded}
         return saes, {layer: replace(self, sae=sae).rates for layer, sae in saes.items()}
 
     @cached_property
@@ -190,7 +192,7 @@ class Measured:
             return h
 
         model, tokenizer = self.lm.original_model, self.lm.tokenizer
-        with applied(model, tokenizer, [self.s.layer], look):
+        with applied(model, tokenizer, [layer_of(self.sae)], look):
             for part in self.windows[1]:
                 for _, ids in batches(part, self.s.batch_size, tokenizer, self.lm.cfg.device, "gate"):
                     model(ids, use_cache=False)
@@ -199,9 +201,9 @@ class Measured:
 
 def edit_of(method: str, one: dict, m: Measured) -> dict:
     """A setting of the grid as what is applied: {"layers", "arguments" of the method's function in edits.py}."""
-    layers, n, s = [m.s.layer], one.get("n_features"), m.s
+    layers, n, s = [layer_of(m.sae)], one.get("n_features"), m.s
     if method == "diff-in-means":
-        layers = list(range(s.layer, m.lm.cfg.n_layers)) if one["behind"] else layers
+        layers = list(range(layers[0], m.lm.cfg.n_layers)) if one["behind"] else layers
         return {"layers": layers, "arguments": {"direction": m.direction, "strength": one["strength"]}}
     if method == "mean-ablation":
         features, retain = m.features(n), m.rates[1]

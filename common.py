@@ -115,9 +115,17 @@ def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str
         raise UserError(f"cannot load the SAE {spec}: {first_line(error)}{sae_ids_near(spec)}") from error
     sae.source = os.path.relpath(spec, HERE) if Path(spec).is_dir() and HERE in Path(spec).parents else spec
     check_sae(sae, model, layer)
-    place = next(model.blocks[layer].parameters()).device
+    place = next(model.blocks[layer_of(sae)].parameters()).device
     sae.eval().requires_grad_(False)
     return sae if place.type == "meta" else sae.to(place)  # offloaded weights are nowhere: edits follow the residual
+
+
+def layer_of(sae: SAE) -> int:
+    """The layer whose output is the SAE's hook point: the one place that decides where an edit goes.
+
+    Not always --layer: an SAE of blocks.4.hook_resid_pre is named by layer 4 and reads what layer 3 writes.
+    """
+    return int(sae.hook_point.split(".")[1])
 
 
 def check_sae(sae: SAE, model: TransformerBridge, layer: int) -> None:

@@ -18,7 +18,7 @@ from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from scipy import stats
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from common import Latents, reconstruct, watch_tokens
+from common import Latents, layer_of, reconstruct, watch_tokens
 from data import LETTERS, UserError, batches, encode_prompts, prompt, sample, token_windows
 from processes import count as count_processes
 from processes import total as over_processes
@@ -86,7 +86,7 @@ class OnePass:
 
     def __init__(self, model, sae, ablations: list[Ablation], max_rows: int = 64, whole: bool = False):
         self.model, self.sae, self.ablations, self.max_rows, self.whole = model, sae, ablations, max_rows, whole
-        self.layer = int(sae.hook_point.split(".")[1])
+        self.layer = layer_of(sae)
         union = sorted({i for ablation in ablations for i in ablation.features})
         self.latents = Latents(sae, union)
         # (n_ablations, n_union): which features belong to which ablation

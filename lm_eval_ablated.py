@@ -56,6 +56,7 @@ from common import (
     command_line,
     decoder_layers,
     edited,
+    layer_of,
     load_model,
     load_sae,
     parser,
@@ -136,8 +137,7 @@ class AblatedLM(HFLM):
                 latents = checked(found, ids, float(clamp))
             except ValueError as error:
                 raise UserError(f"layer {number}: {error}") from error
-            module = layers[int(found.hook_point.split(".")[1])]  # an SAE of hook_resid_pre reads the layer before
-            self.edits.append((number, module, latents, float(clamp)))
+            self.edits.append((number, layers[layer_of(found)], latents, float(clamp)))
 
     @contextmanager
     def patched(self):

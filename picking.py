@@ -10,7 +10,7 @@ from sae_lens import SAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from transformer_lens.model_bridge import TransformerBridge
 
-from common import Latents, reconstruct, watch_tokens
+from common import Latents, layer_of, reconstruct, watch_tokens
 from data import UserError, batches
 from processes import total as over_processes
 
@@ -36,7 +36,7 @@ def residuals(
 
     shared: as in data.batches.
     """
-    above, kept = int(sae.hook_point.split(".")[1]) + 1, {}
+    above, kept = layer_of(sae) + 1, {}
     # by a hook: what the model returns when it stops behind its last layer is logits
     hooks = [(sae.hook_point, lambda h, hook: kept.update(h=h))]
     with watch_tokens(model.original_model, model.tokenizer) as seen, model.hooks(fwd_hooks=hooks):

@@ -1,0 +1,104 @@
+"""Every script puts an edit at the SAE's own hook point: one answer for one SAE, whatever it calls that point."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import baselines
+import common
+import evaluation
+import feature_ablate_2
+import lm_eval_ablated
+import pareto
+import robustness
+from common import layer_of, load_model, load_sae, settings
+from data import load_benchmark
+
+TINY = Path(__file__).resolve().parent.parent / "tiny"
+N, CLAMP = 10, -160.0
+RIGHT = (0.284, 0.994)  # WMDP-Bio and MMLU stand-ins, reporting halves; an edit one layer late: 0.392, 0.961
+
+
+@pytest.fixture(scope="module")
+def renamed(tmp_path_factory):
+    """tiny's SAE of layer 3, under the other name of its hook point: what goes into layer 4."""
+    folder = tmp_path_factory.mktemp("saes") / "renamed"
+    shutil.copytree(TINY / "sae/layer_3", folder)
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"]["hook_name"] = "blocks.4.hook_resid_pre"
+    (folder / "cfg.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_text():
+    """Only quizzes are compared here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "SCORED_TOKENS", 1000)
+        patch.setattr(pareto, "SCORED_TOKENS", 1000)
+        patch.setitem(baselines.GRIDS, "clamp", [{"n_features": N, "clamp": 1}])
+        yield
+
+
+def accuracies(point) -> tuple:
+    return tuple(round(point["scores"][name]["accuracy"], 3) for name in ("wmdp_bio", "mmlu"))
+
+
+@pytest.fixture(scope="module")
+def tuned(renamed, tmp_path_factory):
+    """The record of baselines.py."""
+    path = tmp_path_factory.mktemp("records") / "clamp.json"
+    baselines.run(method="clamp", sae=renamed, layer=4, clamp=CLAMP, out=str(path))
+    return path
+
+
+def test_lesson_2(renamed, tmp_path):
+    record = feature_ablate_2.run(sae=renamed, layer=4, n_features=N, clamp=CLAMP, out=str(tmp_path / "r.json"))
+    assert accuracies(record["points"][4]) == RIGHT
+
+
+def test_pareto(renamed, tmp_path):
+    flags = dict(sae=renamed, layer=[4], n_features=[N], clamp=[CLAMP], out=str(tmp_path / "r.json"))
+    assert accuracies(pareto.run(**flags)["points"][1]) == RIGHT
+
+
+def test_baselines(tuned):
+    assert accuracies(json.loads(tuned.read_text())["points"][1]) == RIGHT
+
+
+def test_robustness(tuned, tmp_path):
+    record = robustness.run(records=[str(tuned)], out=str(tmp_path / "r.json"))
+    scores = record["points"][1]["scores"]
+    assert tuple(round(scores[name]["accuracy"], 3) for name in ("as tuned", "MMLU")) == RIGHT
+
+
+def test_lm_eval(renamed, tmp_path):
+    flags = dict(sae=renamed, layer=4, n_features=N, clamp=CLAMP, out=str(tmp_path / "r.json"))
+    assert accuracies(lm_eval_ablated.run(**flags)["points"][0]) == RIGHT
+
+
+def test_what_reads_the_stream_reads_it_there_too(renamed, monkeypatch):
+    """DSG's gate, CRISP's layers, and the layers from which a direction is taken out."""
+    monkeypatch.setattr(baselines, "RETAIN_TOKENS", 3000)
+    s, lm = settings(baselines.flags, dict(sae=renamed, layer=4, limit=6)), load_model("tiny")
+    texts = load_benchmark(s)[0]
+    texts["retain"] = [part[:30] for part in texts["retain"]]
+    measured = baselines.Measured(lm, load_sae(renamed, 4, lm), texts, s)
+    straight = baselines.Measured(lm, load_sae(None, 3, lm), texts, settings(baselines.flags, dict(layer=3, limit=6)))
+    features = measured.features(20, "dsg")
+    assert features == straight.features(20, "dsg")
+    assert measured.gate(features) == straight.gate(features) > 0
+    assert list(measured.crisp[0]) == [3]
+    edit = baselines.edit_of("diff-in-means", {"strength": 1, "behind": True}, measured)
+    assert edit["layers"] == list(range(3, 12))
+
+
+def test_the_layer_an_edit_goes_behind_is_decided_in_one_place(renamed, gemma, gemma_sae):
+    assert layer_of(load_sae(renamed, 4, load_model("tiny"))) == 3 and layer_of(gemma_sae) == 1
+    with common.ablate(gemma, gemma_sae, [0]):
+        gemma(torch.tensor([[2, 9, 8]]))
+    for source in Path(common.__file__).parent.glob("*.py"):
+        assert (source.name == "common.py") == ('hook_point.split(".")[1]' in source.read_text()), source.name
