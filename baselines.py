@@ -56,7 +56,6 @@ from common import (
     load_sae,
     parser,
     settings,
-    weights_of,
 )
 from data import (
     HERE,
@@ -71,7 +70,9 @@ from data import (
 )
 from edits import EDITS, applied, gate_of
 from evaluation import Ablation, answers, best_setting, no_sae, scores_of
+from hub import identity
 from picking import Rates, firing_rates, largest, matched_random, pick_features, residuals, sanity_gate
+from presets import model_source, sae_source
 from show import (
     make_record,
     outputs,
@@ -160,8 +161,7 @@ class Measured:
     @cached_property
     def crisp(self) -> tuple[dict, dict]:
         """SAEs, and (forget, retain) rates, by the layer whose output they read."""
-        layers = (self.s.layer,) if self.s.sae else CRISP_LAYERS.get(self.s.model, (self.s.layer,))
-        loaded = [load_sae(self.s.sae, layer, self.lm, self.s.model) for layer in layers]
+        loaded = [load_sae(self.s.sae, layer, self.lm, self.s.model) for layer in crisp_layers(self.s)]
         saes = {layer_of(sae): sae for sae in loaded}
         return saes, {layer: replace(self, sae=sae).rates for layer, sae in saes.items()}
 
@@ -197,6 +197,11 @@ class Measured:
                 for _, ids in batches(part, self.s.batch_size, tokenizer, self.lm.cfg.device, "gate"):
                     model(ids, use_cache=False)
         return torch.cat(found).quantile(quantile).item()
+
+
+def crisp_layers(s) -> tuple[int, ...]:
+    """Those whose SAEs CRISP reads."""
+    return (s.layer,) if s.sae else CRISP_LAYERS.get(s.model, (s.layer,))
 
 
 def edit_of(method: str, one: dict, m: Measured) -> dict:
@@ -499,7 +504,9 @@ def decides(s, method: str) -> list:
     """All that a method's record depends on, besides the data."""
     free = ("out", "batch_size", "all", "method", "relearn", "no_sanity")
     settled = {name: value for name, value in vars(s).items() if name not in free}
-    return [method, settled, GRIDS.get(method), weights_of(s.model)]
+    layers = crisp_layers(s) if method == "crisp" else (s.layer,) if method in BY_FEATURES else ()
+    saes = [identity(sae_source(s.sae, layer, s.model)) for layer in layers]
+    return [method, settled, GRIDS.get(method), identity(model_source(s.model)), saes]
 
 
 def setting_text(setting: dict) -> str:
@@ -558,6 +565,8 @@ def run(**changes) -> dict:
         print_quiz(title_of(name, sources), rows, [point["scores"][name] for point in (points[0], best)])
     print_loss(title_of("openwebtext", sources), rows, [p["scores"]["openwebtext"] for p in (points[0], best)])
     record = make_record("baselines.py", s, sae, sources, {}, points, time.time() - started)
+    if "folder" in extra:
+        record["identity"]["folder"] = identity(extra["folder"])
     extra |= {"seconds_to_make": round(float(seconds), 2), "peak_gb": round(peak_gb(), 2)}
     write_record(path, record | extra, figures)
     return record | extra
@@ -595,7 +604,7 @@ def is_there(path: Path, method: str, s, sources: dict) -> bool:
             return False
         if "rmu" in method:  # its other settings are its own
             alike = all(record["settings"][name] == vars(s)[name] for name in RMU_FLAGS if name != "batch_size")
-            return alike and record["weights"] == weights_of(s.model)
+            return alike and record["identity"]["model"] == identity(model_source(s.model))
         return json.dumps(record["decides"]) == json.dumps(decides(s, method))
     except (OSError, ValueError, KeyError):
         return False

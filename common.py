@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from data import HERE, UserError, first_line, special_ids
-from hub import announce, announce_sae, sae_ids_near, tensor_shapes
-from presets import PRESETS, listed
+from hub import announce, announce_sae, identity, sae_ids_near, tensor_shapes
+from presets import PRESETS, listed, model_source, sae_source
 from processes import LostProcess, count, one_voice
 from processes import device as own_device
 
@@ -44,7 +44,7 @@ def load_model(
     device_map: "auto" spreads the layers over all GPUs (Hugging Face's accelerate). Raises UserError if there is no
     such model, the hub does not let us have it, the disk has no room for it or the GPUs have none.
     """
-    path = PRESETS[name].model if name in PRESETS else name
+    path = model_source(name)
     if not Path(path).is_dir() and "/" not in path and name not in PRESETS:
         raise UserError(f"no model {name!r}: give a preset ({', '.join(PRESETS)}), a hub id ORG/NAME or a folder")
     if device_map and (device or count() > 1):
@@ -77,30 +77,22 @@ def best_device() -> str:
 
 def load_hf(name: str, device: str | None = None, dtype: str = "float32") -> tuple:
     """The Hugging Face model and tokenizer behind load_model(name), to be trained: eager attention, no dropout."""
-    path = PRESETS[name].model if name in PRESETS else name
+    path = model_source(name)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="eager")
     model.to(device or best_device())
     return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(path)
 
 
-def weights_of(name: str) -> list:
-    """Names, sizes and times of a local folder's weights, [] of a hub id: what a kept result depends on."""
-    folder = Path(PRESETS[name].model if name in PRESETS else name)
-    return sorted([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in folder.glob("*.safetensors"))
-
-
 def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str = "tiny") -> SAE:
     """Load the SAE of `spec` (RELEASE:ID or a folder; None: the preset's for `layer`) in fp32 on the layer's device.
 
-    Sets `sae.source` (str) and `sae.hook_point` (a resid_post name that the model has). Raises UserError for a
-    layer without SAE, an unknown release, and an SAE whose architecture, width, hook point or normalisation
-    this code cannot ablate exactly.
+    Sets `sae.source` (str), `sae.identity` (hub.identity's) and `sae.hook_point` (a resid_post name that the model
+    has). Raises UserError for a layer without SAE, an unknown release, and an SAE whose architecture, width, hook
+    point or normalisation this code cannot ablate exactly.
     """
     if not 0 <= layer < model.cfg.n_layers:
         raise UserError(f"--layer {layer}: the model has layers 0 to {model.cfg.n_layers - 1}")
-    if spec is None and preset not in PRESETS:
-        raise UserError(f"no SAE is known for {preset}: give --sae RELEASE:ID or --sae FOLDER")
-    spec = spec or PRESETS[preset].sae.format(layer=layer)
+    spec = sae_source(spec, layer, preset)
     try:
         if Path(spec).is_dir():
             sae = SAE.load_from_disk(spec, dtype="float32")
@@ -114,6 +106,7 @@ def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"cannot load the SAE {spec}: {first_line(error)}{sae_ids_near(spec)}") from error
     sae.source = os.path.relpath(spec, HERE) if Path(spec).is_dir() and HERE in Path(spec).parents else spec
+    sae.identity = identity(spec)
     check_sae(sae, model, layer)
     place = next(model.blocks[layer_of(sae)].parameters()).device
     sae.eval().requires_grad_(False)

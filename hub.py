@@ -1,12 +1,15 @@
 """
-Downloads from the model hub: how large they are and whether the disk has room, and what the cache knows without asking.
+Downloads from the model hub: how large they are and whether the disk has room, and what the cache knows without asking;
+and what a model or an SAE is, for all that is kept of it.
 """
 
+import hashlib
 import shutil
 import sys
 from pathlib import Path
 
 from huggingface_hub import constants, get_session, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import build_hf_headers
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from safetensors import safe_open
@@ -73,3 +76,35 @@ def sae_ids_near(spec: str) -> str:
     """What else the release of a RELEASE:ID holds, for an error message."""
     release = get_pretrained_saes_directory().get(spec.split(":")[0])
     return f"; the release has: {', '.join(release.saes_map)[:300]} ..." if release else ""
+
+
+def identity(source: str) -> str:
+    """What a model or an SAE is: a hash of the files of a local folder, or the commit of a repository on the hub.
+
+    source: a folder, a hub id, or RELEASE:ID of SAELens's table. Whatever is kept of a run carries it, since a path
+    says nothing: a model trained again into the same folder is another model.
+    """
+    if Path(source).is_dir():
+        whole = hashlib.sha256()
+        for path in sorted(path for path in Path(source).iterdir() if path.is_file() and path.name[0] != "."):
+            with path.open("rb") as file:
+                whole.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        return f"sha256:{whole.hexdigest()[:32]}"
+    release, _, inside = source.partition(":")
+    entry = get_pretrained_saes_directory().get(release) if inside else None
+    repo, inside = (entry.repo_id, entry.saes_map.get(inside, inside)) if entry else (release, inside)
+    cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+    main = cached / "refs/main"
+    commits = [main.read_text()] if main.is_file() else sorted(path.name for path in cached.glob("snapshots/*"))
+    return ":".join(filter(None, (f"{repo}@{'+'.join(commits) or 'unknown'}", inside)))
+
+
+def check_same(path: str, record: dict, what: str, source: str, layer: int | None = None) -> None:
+    """Raises UserError unless `source` still is the record's `what`: "model", "sae" (of `layer`, where it has several)
+    or "folder". Records without identities, which earlier versions wrote, are taken as they are."""
+    then = record.get("identity", {}).get(what)
+    if isinstance(then, list):
+        then = then[record["layer"].index(layer)]
+    if then is not None and then != identity(source):
+        name = {"model": "model", "sae": "SAE", "folder": "trained model"}[what]
+        raise UserError(f"{path} is of another {name} than {source} holds now: run its command again")

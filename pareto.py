@@ -53,7 +53,9 @@ from evaluation import (
     score_letters,
     score_loss,
 )
+from hub import identity
 from picking import firing_rates, largest, matched_random, pick_features, sanity_gate
+from presets import model_source
 from show import METHODS, make_record, outputs, short_name, title_of, write_record, write_whole
 
 COUNTS = [1, 2, 5, 10, 20, 50, 100, 200]
@@ -77,18 +79,12 @@ flags.add_argument("--plot", nargs="+", metavar="RECORD", help="score nothing: d
 
 
 # %%
-def fingerprint(model, saes: list, sources: dict, s: argparse.Namespace) -> str:
-    """Hash of all that decides about scores: weights, data, settings. A piece of another sweep is never taken up."""
-    state = {**model.original_model.state_dict()}
-    for layer, sae in zip(s.layer, saes):
-        state |= {f"sae {layer} {name}": value for name, value in sae.state_dict().items()}
-    whole = hashlib.blake2b(digest_size=8)
-    for name, value in sorted(state.items()):
-        whole.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+def fingerprint(saes: list, sources: dict, s: argparse.Namespace) -> str:
+    """Hash of what decides about scores: model, SAEs, data, settings. Another sweep's pieces are never taken up."""
     free = ("out", "plot", "batch_size", "max_rows", "no_sanity")  # these decide nothing about scores
     settled = {name: value for name, value in vars(s).items() if name not in free}
-    whole.update(json.dumps([settled, sources], sort_keys=True).encode())
-    return whole.hexdigest()
+    whole = [identity(model_source(s.model)), [sae.identity for sae in saes], settled, sources]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def piecewise(lm, folder: Path, name: str, items: list[list[int]], score, s) -> np.ndarray:
@@ -448,7 +444,7 @@ def run(**changes) -> dict:
     lm = load_model(s.model, s.device, s.dtype, s.device_map)
     saes = [load_sae(s.sae, layer, lm, s.model) for layer in s.layer]
     texts, sources = load_texts(lm, s)
-    folder = path.with_suffix(".pieces") / fingerprint(lm, saes, sources, s)
+    folder = path.with_suffix(".pieces") / fingerprint(saes, sources, s)
     points, sanity = [], []
     try:
         for layer, sae in zip(s.layer, saes):
@@ -461,6 +457,7 @@ def run(**changes) -> dict:
         raise type(stop)(f"{why}{kept} finished pieces are kept; the same command goes on from there") from None
     record = make_record("pareto.py", s, saes[0], sources, sanity, points, time.time() - started)
     record |= {"sae": [sae.source for sae in saes], "hook_point": [sae.hook_point for sae in saes]}
+    record["identity"]["sae"] = [sae.identity for sae in saes]
     with_clean = [{**point, "clean": points[0]} for point in points]
     record["summary"] = summary(with_clean)
     layers = ", ".join(map(str, s.layer))

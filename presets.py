@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-from data import HERE
+from data import HERE, UserError
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,19 @@ PRESETS = {
     ),
     "gpt2": Preset("openai-community/gpt2", "gpt2-small-res-jb:blocks.{layer}.hook_resid_pre", -10.0),
 }
+
+
+def model_source(name: str) -> str:
+    """The hub id or folder that --model NAME stands for."""
+    return PRESETS[name].model if name in PRESETS else name
+
+
+def sae_source(spec: str | None, layer: int, model: str) -> str:
+    """The RELEASE:ID or folder that --sae SPEC (None: the preset's of the layer) stands for. Raises UserError for a
+    model that has no preset."""
+    if spec is None and model not in PRESETS:
+        raise UserError(f"no SAE is known for {model}: give --sae RELEASE:ID or --sae FOLDER")
+    return spec or PRESETS[model].sae.format(layer=layer)
 
 
 def layers_of(preset: Preset) -> dict[int, tuple[str, float | None]]:

@@ -45,10 +45,11 @@ from common import (
     parser,
     settings,
     watch_tokens,
-    weights_of,
 )
 from data import RETAIN_TOKENS, UserError, load_benchmark, padded, token_windows
 from evaluation import Ablation, answers, best_setting, scores_of
+from hub import identity
+from presets import model_source
 from show import (
     make_record,
     outputs,
@@ -297,7 +298,7 @@ def sweep(setting: Setting, path: Path, texts: dict, sources: dict, s) -> tuple[
     settled = {name: value for name, value in vars(s).items() if name not in ("out", "batch_size", "multiple", "alpha")}
     jobs = {f"m{one.multiple:g}_a{one.alpha:g}": lambda one=one: make(one) for one in tried}
     try:
-        return tried, resumable(path, [settled, asdict(setting), sources, weights_of(s.model)], jobs)
+        return tried, resumable(path, [settled, asdict(setting), sources, identity(model_source(s.model))], jobs)
     finally:
         shutil.rmtree(passing, ignore_errors=True)
 
@@ -335,9 +336,10 @@ def run(**changes) -> dict:
     print_loss(title_of("openwebtext", sources), rows, [point["scores"]["openwebtext"] for point in shown])
     record = make_record("rmu.py", s, None, sources, {}, points, time.time() - started)
     print(f"model: {folder}")
+    record["identity"]["folder"] = identity(str(folder))
     record |= {"chosen": points.index(shown[1]), "folder": str(folder)}
     record |= {"seconds_to_make": round(seconds, 2), "peak_gb": round(peak_gb(), 2)}
-    record |= {"weights": weights_of(s.model), "matrices": matrices, "coefficient": coefficient}
+    record |= {"matrices": matrices, "coefficient": coefficient}
     record |= {"control_vector": u.tolist(), "log": log}
     how = f"layer {setting.layer}, {setting.multiple:g} norms, alpha {setting.alpha:g}"
     title = f"{short_name(s.model)}: {rows[1].method}, {how}"

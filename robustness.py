@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 import processes
-from common import command_line, load_hf, load_model, load_sae, parser, settings, weights_of
+from common import command_line, load_hf, load_model, load_sae, parser, settings
 from data import (
     HERE,
     LETTERS,
@@ -52,6 +52,8 @@ from data import (
 )
 from edits import EDITS, applied
 from evaluation import Ablation, accuracy_score, no_sae, score_letters, score_loss
+from hub import check_same, identity
+from presets import model_source
 from show import (
     accuracy_cell,
     label,
@@ -182,14 +184,17 @@ def subject_of(path: str, s) -> tuple[Subject, dict]:
         edit = point.get("edit")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a record of baselines.py or rmu.py: {error}") from error
+    check_same(path, record, "model", model_source(record["model"]))
     if edit:
         sae = record["sae"]
         if sae is not None:
             sae = str(HERE / sae) if (HERE / sae).is_dir() else sae
+            check_same(path, record, "sae", sae)
             sae = load_sae(sae, record["layer"], load_model(record["model"], s.device, s.dtype))
         return replace(subject, layers=edit["layers"], edit=EDITS[subject.method](sae, **edit["arguments"])), record
     if not Path(subject.model).is_dir():
         raise UserError(f"{path}: its model folder {subject.model} is gone; run its command again")
+    check_same(path, record, "folder", subject.model)
     return subject, record
 
 
@@ -326,7 +331,7 @@ def run(**changes) -> dict:
     path = outputs("robustness.py", s)
     subjects = [Subject("none", s.model, {}), *(subject for subject, _ in pairs)]
     passing = path.with_suffix(".tried")
-    known = [[one.method, one.setting, weights_of(one.model)] for one in subjects]
+    known = [[one.method, one.setting, identity(model_source(one.model))] for one in subjects]
     settled = {name: value for name, value in vars(s).items() if name not in ("out", "batch_size", "records")}
     jobs = {}
     for number, one in enumerate(subjects):

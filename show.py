@@ -19,7 +19,9 @@ from tqdm.auto import tqdm
 from common import Latents
 from data import UserError
 from evaluation import Ablation
+from hub import identity
 from picking import Rates, activation_ratio, residuals
+from presets import model_source
 from processes import is_first, total
 
 
@@ -119,6 +121,7 @@ def make_record(script: str, s, sae, sources: dict, sanity: dict, points: list, 
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seconds": round(seconds, 1),
         "model": s.model,
+        "identity": {"model": identity(model_source(s.model)), "sae": None if sae is None else sae.identity},
         "sae": None if sae is None else sae.source,
         "layer": s.layer,
         "hook_point": None if sae is None else sae.hook_point,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import lru_cache
@@ -256,6 +257,9 @@ def test_every_script_runs_to_the_end(first_run, family):
     for script in SCRIPTS:
         printed, record = first_run(family, script)
         assert record["points"][0]["scores"]
+        assert re.search(r"@[0-9a-f]{40}$", record["identity"]["model"])
+        if family != "qwen3" and script != "rmu.py":
+            assert re.search(r"@[0-9a-f]{40}:", str(record["identity"]["sae"]))
         assert "stand-in" not in printed
 
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-import torch
 
 import pareto
 from common import command_line, load_model, load_sae
 from data import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "tiny"
 SMALL = ["--limit", "6", "--n-features", "2", "30", "--clamp", "0", "-60"]
 
 # ------------------------------------------------------------- frontier, area, choice: against brute force
@@ -251,23 +252,23 @@ def test_a_damaged_piece_ends_the_run_in_one_line(monkeypatch, capfd, tmp_path):
     assert len(errors) == 1 and "L7_wmdp_bio_0000.json is damaged" in errors[0]
 
 
-def test_another_model_sae_data_or_setting_has_another_fingerprint():
-    model, s = load_model("tiny", "cpu"), argparse.Namespace(layer=[7], clamp=[0.0], out="a", batch_size=16)
-    sae, sources = load_sae(None, 7, model), {"mmlu": {"sha256": "x"}}
-    first = pareto.fingerprint(model, [sae], sources, s)
-    assert first == pareto.fingerprint(
-        model, [sae], sources, argparse.Namespace(**{**vars(s), "out": "b", "batch_size": 4})
-    )
-    others = [
-        pareto.fingerprint(model, [sae], {"mmlu": {"sha256": "y"}}, s),
-        pareto.fingerprint(model, [sae], sources, argparse.Namespace(**{**vars(s), "clamp": [-1.0]})),
-    ]
-    with torch.no_grad():
-        for weights in (sae.W_dec, sae.threshold, model.original_model.get_input_embeddings().weight):
-            weights[3] += 1e-3
-            others.append(pareto.fingerprint(model, [sae], sources, s))
-            weights[3] -= 1e-3
-    assert len({first, *others}) == 6
+def test_another_model_sae_data_or_setting_has_another_fingerprint(tmp_path):
+    model = shutil.copytree(TINY / "model", tmp_path / "model")
+    s = argparse.Namespace(model=str(model), layer=[7], clamp=[0.0], out="a", batch_size=16)
+    sae, sources = load_sae(None, 7, load_model("tiny", "cpu")), {"mmlu": {"sha256": "x"}}
+
+    def known(sources=sources, **changes):
+        return pareto.fingerprint([sae], sources, argparse.Namespace(**{**vars(s), **changes}))
+
+    first = known()
+    assert first == known(out="b", batch_size=4)
+    others = [known({"mmlu": {"sha256": "y"}}), known(clamp=[-1.0])]
+    sae.identity = "another"
+    others.append(known())
+    with (model / "config.json").open("a") as file:
+        file.write(" ")
+    others.append(known())
+    assert len({first, *others}) == 5
 
 
 # -------------------------------------------------------------------------------------- plots and mistakes

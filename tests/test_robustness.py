@@ -1,15 +1,23 @@
 """The other forms of a question, answers in words, and fine-tuning under an edit."""
 
+import json
+import os
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import baselines
 import common
 import edits
 import robustness
-from data import LETTERS, prompt
+from data import LETTERS, UserError, prompt
+from hub import check_same, identity
+
+TINY = Path(__file__).resolve().parent.parent / "tiny"
 
 ROWS = [
     {"question": "Which is an organ?", "choices": ["The moon", "The heart", "The sea", "The stone"], "answer": 1},
@@ -76,3 +84,54 @@ def test_fine_tuning_goes_through_an_edit_that_stays(model_folder, make_sae, get
     with edits.applied(model, tokenizer, [1], edit), torch.no_grad():
         edited = model(ids).logits
     assert not torch.equal(edited, model(ids).logits)
+
+
+# ------------------------------------------------------------------------- what is kept knows what it is of
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "adapter_config.json"])
+def test_identity_is_content_whatever_the_path_and_the_time_say(tmp_path, name):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / name).write_bytes(b"1234")
+    os.utime(tmp_path / "a" / name, (1, 1))
+    first = identity(str(tmp_path / "a"))
+    assert identity(shutil.copytree(tmp_path / "a", tmp_path / "b")) == first
+    (tmp_path / "a" / name).write_bytes(b"1235")  # of the same length
+    os.utime(tmp_path / "a" / name, (1, 1))
+    assert identity(str(tmp_path / "a")) != first
+
+
+def test_a_repositorys_identity_is_its_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr("hub.constants.HF_HUB_CACHE", str(tmp_path))
+    refs = tmp_path / "models--google--gemma-scope-2b-pt-res/refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("abc")
+    sae = "gemma-scope-2b-pt-res-canonical:layer_{}/width_16k/canonical"
+    assert identity(sae.format(7)).startswith("google/gemma-scope-2b-pt-res@abc:layer_7/")
+    assert identity(sae.format(7)) != identity(sae.format(8))
+    (refs / "main").write_text("def")
+    assert identity("google/gemma-scope-2b-pt-res") == "google/gemma-scope-2b-pt-res@def"
+
+
+def test_a_record_of_what_has_been_trained_again_is_not_taken_up(monkeypatch, tmp_path):
+    """The SAE in the same folder, of the same size and time, is another one: neither script goes by the record."""
+    monkeypatch.setitem(baselines.GRIDS, "clamp", [{"n_features": 10, "clamp": 1}])
+    folder = shutil.copytree(TINY / "sae/layer_3", tmp_path / "sae")
+    path = tmp_path / "r.json"
+    flags = dict(method="clamp", limit=6, layer=3, sae=str(folder))
+    record = baselines.run(**flags, out=str(path))
+    assert record["identity"] == {"model": identity(str(TINY / "model")), "sae": identity(str(folder))}
+    s, sources = common.settings(baselines.flags, flags), record["data"]
+    assert baselines.is_there(path, "clamp", s, sources)
+    check_same(str(path), record, "sae", str(folder))
+    weights = folder / "sae_weights.safetensors"
+    times, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert not baselines.is_there(path, "clamp", s, sources)
+    with pytest.raises(UserError, match=r"of another SAE than .*sae holds now"):
+        robustness.run(records=[str(path)], out=str(tmp_path / "o.json"))
+    path.write_text(json.dumps({**record, "identity": {**record["identity"], "model": "another"}}))
+    with pytest.raises(UserError, match="of another model"):
+        robustness.run(records=[str(path)], out=str(tmp_path / "o.json"))
