@@ -35,11 +35,12 @@ PERMUTATIONS = list(itertools.permutations(range(4)))  # the first is the order 
 
 @dataclass(frozen=True)
 class Ablation:
-    """One row of a table. method: its name; features and clamp as in common.ablate; or the bare reconstruction."""
+    """One row of a table. method: its name; features and clamp as in common.ablate, clamp None setting each feature to
+    what it is; or the bare reconstruction."""
 
     method: str
     features: tuple[int, ...] = ()
-    clamp: float = 0.0
+    clamp: float | None = 0.0
     reconstruct: bool = False
 
     def point(self, **scores) -> dict:
@@ -52,7 +53,7 @@ def standard_rows(features: list[int], control: list[int], clamp: float) -> list
     """The rows that every script shows beside each other; the first is what the others are compared with."""
     return [
         Ablation("none"),
-        Ablation("sae-patched"),
+        Ablation("sae-patched", tuple(features), None),  # goes all the way of an edit, and must change nothing
         Ablation("sae-reconstruction", reconstruct=True),
         Ablation("sae-ablation", tuple(features), 0.0),
         Ablation("sae-ablation", tuple(features), clamp),
@@ -206,10 +207,12 @@ class OnePass:
         """The residual stream of edited copies from token `start` on, (n, pos - start, d_model)."""
         device = self.h.device
         prompts = torch.tensor([b for b, *_ in edits], device=device)
-        clamp = torch.tensor([ablation.clamp for *_, ablation, _ in edits], device=device)
+        clamp = torch.tensor([torch.nan if one.clamp is None else one.clamp for *_, one, _ in edits], device=device)
         picked = torch.from_numpy(np.stack([firing for *_, firing in edits])).to(device)
         h, acts = self.h[prompts, start:], self.acts[prompts, start:]
-        change = torch.where((acts > 0) & picked[:, None], clamp[:, None, None] - acts, 0) @ self.latents.W_dec
+        wanted = clamp[:, None, None]
+        wanted = torch.where(wanted.isnan(), acts, wanted)
+        change = torch.where((acts > 0) & picked[:, None], wanted - acts, 0) @ self.latents.W_dec
         new = (h + change * (self.scale if isinstance(self.scale, float) else self.scale[prompts, start:])).to(h.dtype)
         for i, (b, _, ablation, _) in enumerate(edits):
             if ablation.reconstruct:

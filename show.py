@@ -306,7 +306,7 @@ def quiz_figure(panels: dict[str, list[dict]], ablations: list[Ablation], title:
 
 def subject_figure(ablations: list[Ablation], scores: list[dict], title: str):
     """Figure: each subject's change in accuracy under each edit, in points, with 95% intervals."""
-    edits = [(a, score) for a, score in zip(ablations, scores) if a.features]
+    edits = [(a, score) for a, score in zip(ablations, scores) if a.method in ("sae-ablation", "random-features")]
     names = list(scores[0]["subjects"])
     figure, axes = plt.subplots(figsize=(6.5, 1.4 + 0.32 * len(names)), layout="constrained")
     for number, (ablation, score) in enumerate(edits):

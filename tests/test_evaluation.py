@@ -26,6 +26,7 @@ from evaluation import (
     robust_subset,
     score_letters,
     score_loss,
+    standard_rows,
 )
 
 FIRST, SECOND = tuple(range(0, 40, 2)), tuple(range(20, D_SAE, 3))
@@ -206,6 +207,18 @@ def test_equal_edits_share_a_row(model, sae):
     assert len(set(itertools.chain(*different))) == 6 * len(ids)
     assert all(run.source[row] == b for method in rows.values() for b, row in enumerate(method))
     assert len(run.source) == len(set(itertools.chain(*rows.values())))
+
+
+def test_the_row_that_must_change_nothing_goes_all_the_way_of_an_edit(model, sae):
+    """All picked features set to what they are: copies of its own, the residual stream to the bit, the same letters."""
+    rows = standard_rows(list(FIRST), list(SECOND), -5.0)
+    kept, run = stack(model, sae, rows, some_ids(model))
+    batch = len(run.h)
+    patched = [k for k, row in enumerate(run.rows[1].tolist()) if row >= batch]
+    assert patched == list(range(batch)) and rows[1].method == "sae-patched"
+    h = run.edited([run.edits[row - batch] for row in run.rows[1].tolist()], 0)
+    assert torch.equal(h, run.h)
+    torch.testing.assert_close(kept[run.rows[1]], kept[run.rows[0]], atol=2e-5, rtol=2e-5)
 
 
 def test_a_prompt_without_the_feature_costs_no_row(gemma, make_sae):
