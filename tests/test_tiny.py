@@ -82,6 +82,7 @@ def test_measured_accuracy_is_that_of_the_shipped_model(name):
     assert LETTERS == "ABCD"
 
 
+@pytest.mark.slow
 def test_quick_build_goes_through_every_stage(tmp_path):
     command = [sys.executable, str(ROOT / "make_tiny.py"), "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
