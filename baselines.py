@@ -111,7 +111,7 @@ GRIDS = {
     "clamp": grid(n_features=(10, 20), clamp=(0.25, 0.5, 1, 2)),  # SAEBench: -25 to -200
     "random-features": grid(n_features=(10, 20), clamp=(0.25, 0.5, 1, 2)),
     "conditional-clamp": grid(n_features=(10, 20), clamp=(1, 2), threshold=(0.25, 0.5)),  # of the mean activation
-    "refusal-clamp": grid(n_features=(10, 20), clamp=(1, 5), refusal=(0.5, 1)),
+    "refusal-clamp": grid(n_features=(10, 20), refusal=(0.2, 0.5, 1, 2)),
     "dsg": grid(n_features=(20, 50), clamp=(0.0625, 0.125, 0.25, 1)),
     "diff-in-means": grid(strength=(0.5, 1, 1.5, 2), behind=(False, True)),  # at --layer, or at all layers from it on
     "gradient-ascent": grid(lr=(0.5, 1, 1.5, 2), steps=(5, 10)),
@@ -223,9 +223,9 @@ def edit_of(method: str, one: dict, m: Measured) -> dict:
         forget = m.rates[0]
         active = (forget.total / forget.fires)[features].mean().item()  # mean activation where active
         arguments["threshold"] = one["threshold"] * active
-    if method == "refusal-clamp":  # Khoriaty et al.: threshold 0.05; the latent at 15,864 with harmful ones at -500
-        value = one["refusal"] * s.refusal_value
-        arguments |= {"threshold": 0.05, "refusal": s.refusal_latent, "refusal_value": value}
+    if method == "refusal-clamp":  # Khoriaty et al.: threshold 0.05, latent 15,864 of Gemma Scope's layer 7 at -500
+        arguments = {"features": features, "threshold": 0.05, "refusal": s.refusal_latent,
+                     "refusal_value": one["refusal"] * s.refusal_value}  # fmt: skip
     return {"layers": layers, "arguments": arguments}
 
 
@@ -459,7 +459,7 @@ flags.add_argument("--steps", type=int, default=STEPS, help="of training (defaul
 flags.add_argument("--lr", type=float, help="learning rate that the grid multiplies (default: 1e-5; tiny has its own)")
 flags.add_argument("--relearn", type=int, metavar="STEPS", help="then run robustness.py on what came out")
 flags.add_argument("--refusal-latent", type=int, help="for refusal-clamp: a latent active when the model declines")
-flags.add_argument("--refusal-value", type=float, default=15864.0, help="what it is set to (default: %(default)s)")
+flags.add_argument("--refusal-value", type=float, default=-500.0, help="what it is set to (default: %(default)s)")
 flags.add_argument("--subjects", help="MMLU subjects, comma-separated (default: SAEBench's four; tiny: all)")
 
 

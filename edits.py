@@ -35,17 +35,20 @@ def clamp(sae, features: list[int], clamp: float, threshold: float = 0.0):
     return edit
 
 
-def refusal_clamp(sae, features: list[int], clamp: float, threshold: float, refusal: int, refusal_value: float):
-    """The conditional clamp, and where any feature exceeds the threshold the latent `refusal`, one that is active when
-    the model declines, is set to refusal_value (Khoriaty et al., arXiv 2503.11127)."""
+def refusal_clamp(sae, features: list[int], threshold: float, refusal: int, refusal_value: float):
+    """Where any feature exceeds the threshold the latent `refusal`, one that is active when the model declines, is set
+    to refusal_value; the features themselves stay as they are.
+
+    So the released code of Khoriaty et al., arXiv 2503.11127 (clamp_refusal in github.com/AMindToThink/
+    sae_jailbreak_unlearning), with threshold 0.05 and refusal_value -500; a third party's port clamps the features too.
+    """
     latents = Latents(sae, [*features, refusal])
-    wanted = torch.tensor([clamp] * len(features) + [refusal_value])
 
     def edit(h, ordinary):
         acts, scale = latents.encode(h)
-        over = acts[..., :-1] > threshold
-        where = torch.cat([over, over.any(-1, keepdim=True)], -1)
-        return moved(h, latents, acts, scale, wanted.to(acts), where, ordinary)
+        where = torch.zeros_like(acts, dtype=torch.bool)
+        where[..., -1] = (acts[..., :-1] > threshold).any(-1)
+        return moved(h, latents, acts, scale, refusal_value, where, ordinary)
 
     return edit
 

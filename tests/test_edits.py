@@ -91,15 +91,14 @@ def test_the_gate_is_a_share_of_ordinary_tokens(sae, h, ordinary):
 
 
 def test_refusal_clamp_by_hand(sae, h, ordinary):
+    """As the authors' clamp_refusal: the refusal latent is set, the features that call for it are left as they are."""
     refusal = 7
-    acts = activations(sae, h)[..., [*FEATURES, refusal]]
-    over = acts[..., :4] > THRESHOLD
-    wanted = np.concatenate([np.where(over, CLAMP, acts[..., :4]),
-                             np.where(over.any(-1), 9.0, acts[..., 4])[..., None]], -1)  # fmt: skip
-    change = (wanted - acts) * ordinary.numpy()[..., None]
-    expected = h.numpy() + change @ sae.W_dec.numpy()[[*FEATURES, refusal]]
-    found = edits.refusal_clamp(sae, FEATURES, CLAMP, THRESHOLD, refusal, 9.0)(h, ordinary)
-    assert over.any() and np.abs(found.numpy() - expected).max() < 1e-8
+    acts = activations(sae, h)
+    over = (acts[..., FEATURES] > THRESHOLD).any(-1) & ordinary.numpy()
+    change = (-9.0 - acts[..., refusal]) * over
+    expected = h.numpy() + change[..., None] * sae.W_dec.numpy()[refusal]
+    found = edits.refusal_clamp(sae, FEATURES, THRESHOLD, refusal, -9.0)(h, ordinary)
+    assert over.any() and not over.all() and np.abs(found.numpy() - expected).max() < 1e-8
 
 
 @pytest.mark.parametrize("strength", [1.0, 2.5])
