@@ -32,7 +32,6 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -74,6 +73,7 @@ from hub import identity
 from picking import Rates, firing_rates, largest, matched_random, pick_features, residuals, sanity_gate
 from presets import model_source, sae_source
 from show import (
+    METHODS,
     make_record,
     outputs,
     peak_gb,
@@ -86,12 +86,13 @@ from show import (
     write_record,
     write_whole,
 )
+from training import Master, Nll, check_room, passes, text_nll, wide
 
 BATCH = 4  # forget and as many retain texts a step
-STEPS = 60
+STEPS, CRISP_STEPS = 120, 60
 # Learning rate that a grid's `lr` multiplies. 1e-5: open-unlearning's; tiny's thin matrices need more
 LEARNING_RATE = {"tiny": 4e-4}
-LORA_RATE = {"tiny": 4e-3}  # of CRISP; elsewhere 4e-5, the paper's on Gemma-2-2B
+LORA_RATE = {"tiny": 1.6e-2}  # of CRISP; elsewhere 4e-5, the paper's on Gemma-2-2B
 # Where CRISP reads features; Gemma-2's are the paper's. Elsewhere: --layer
 CRISP_LAYERS = {"tiny": (3, 5, 7, 9), "gemma-2-2b-it": (4, 6, 8, 10, 12, 14)}
 
@@ -114,11 +115,15 @@ GRIDS = {
     "refusal-clamp": grid(n_features=(10, 20), refusal=(0.2, 0.5, 1, 2)),
     "dsg": grid(n_features=(20, 50), clamp=(0.0625, 0.125, 0.25, 1)),
     "diff-in-means": grid(strength=(0.5, 1, 1.5, 2), behind=(False, True)),  # at --layer, or at all layers from it on
-    "gradient-ascent": grid(lr=(0.5, 1, 1.5, 2), steps=(5, 10)),
-    "grad-diff": grid(lr=(0.25, 0.5, 1, 2), alpha=(1, 10)),
-    "npo": grid(lr=(0.5, 1), alpha=(1, 10), beta=(0.02, 0.1)),
-    "simnpo": grid(lr=(0.5, 1), gamma=(0.125, 1), delta=(0, 4)),
-    "crisp": grid(lr=(0.25, 1), k=(10, 30), alpha=(0.003, 0.01)),
+    # What follows is trained. The ranges lie between doing nothing and losing MMLU in a hundred trial runs on tiny,
+    # seen by its tuning half alone: rates over a factor of 64, 3 to 240 steps, alpha 1 to 1,000, beta 0.02 to 1,
+    # gamma 0.125 to 1, delta 0 to 4; of CRISP k 10 to 100, alpha 0.01 to 0.3, pull 1 to 30. The releases' own are
+    # among them: alpha 1 and beta 0.1; gamma 0.125 and delta 0; alpha 0.01 and pull 5 (30 in CRISP's paper, with k 30)
+    "gradient-ascent": grid(lr=(1, 1.5, 2, 3), steps=(10, 20)),
+    "grad-diff": grid(lr=(0.25, 0.5, 1, 2), alpha=(1, 1000)),
+    "npo": grid(lr=(0.25, 1.5), alpha=(1, 100), beta=(0.1, 1)),
+    "simnpo": grid(lr=(0.7, 1, 1.4, 2), gamma=(0.125, 0.25)),
+    "crisp": grid(lr=(0.5, 1), k=(30,), alpha=(0.01, 0.1), pull=(5, 30)),
 }
 BY_FEATURES = [name for name in GRIDS if name in EDITS and name != "diff-in-means"]
 NEEDS_A_LATENT = "refusal-clamp"  # one that is active when the model declines; tiny never does
@@ -234,27 +239,6 @@ def edit_of(method: str, one: dict, m: Measured) -> dict:
 
 
 # %%
-@dataclass
-class Nll:
-    """Of a batch of texts: summed next-token losses in nats, (batch,), and number of targets, (batch,)."""
-
-    nats: torch.Tensor
-    n: torch.Tensor
-
-    @property
-    def mean(self) -> torch.Tensor:  # per token, over all texts
-        return self.nats.sum() / self.n.sum()
-
-
-def nll(model, ids: torch.Tensor, special: torch.Tensor) -> Nll:
-    """Next-token losses of ids (batch, pos); special tokens are no targets."""
-    logits = model(ids, use_cache=False).logits[:, :-1]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    real = ~torch.isin(ids[:, 1:], special)
-    return Nll((losses * real).sum(1), real.sum(1))
-
-
 # Each takes the forget and the retain batch, and what the forget texts' nats were before training, (batch,); it returns
 # the forget and the retain part of the loss. Formulas and defaults are those of github.com/locuslab/open-unlearning
 def gradient_ascent(forget: Nll, retain: Nll, before: torch.Tensor) -> tuple:
@@ -283,34 +267,31 @@ def simnpo(forget, retain, before, alpha=1.0, beta: float = 4.5, delta: float = 
 LOSSES = {"gradient-ascent": gradient_ascent, "grad-diff": grad_diff, "npo": npo, "simnpo": simnpo}
 
 
-def by_nll(method: str, setting: dict, model, tokenizer, forget: list, retain_sets: list[list], seed: int) -> list:
-    """Train all parameters in place. Returns the log, a row a step: forget and retain NLL in nats per token."""
-    weights = {name: value for name, value in setting.items() if name not in ("lr", "steps")}
-    rng, device = random.Random(seed), model.device
-    special = torch.tensor(special_ids(tokenizer), device=device)
-    before = torch.zeros(len(forget), device=device)
+def by_nll(
+    method: str, setting: dict, model, tokenizer, forget: list[tuple], retain_sets: list[list[tuple]], seed: int
+) -> list:
+    """Train all parameters in place on (ids, start) windows, targets behind start. Returns the log, a row a step:
+    forget and retain NLL in nats per target.
+
+    As open-unlearning's trainer: AdamW without weight decay, gradients clipped to norm 1, a rate that falls to 0.
+    """
+    weights = {name: value for name, value in setting.items() if name not in ("lr", "steps", "loss_on")}
+    rng, special = random.Random(seed), torch.tensor(special_ids(tokenizer))
+    before = []
     with torch.no_grad():
-        for picked, ids in batches(forget, 16, tokenizer, device):
-            before[picked] = nll(model, ids, special).nats
+        for start in range(0, len(forget), BATCH):
+            before += text_nll(model, forget[start : start + BATCH], tokenizer, special).nats.tolist()
+    away_texts, *back_texts = (passes(texts, BATCH, rng) for texts in ([*zip(forget, before)], *retain_sets))
     model.requires_grad_(True)
-    optimizer, log = torch.optim.AdamW(model.parameters(), lr=setting["lr"], weight_decay=0.0), []
-    for _ in tqdm(range(setting["steps"]), desc=method, unit="step", leave=False):
-        picked = rng.sample(range(len(forget)), BATCH)
-        away = nll(model, padded([forget[i] for i in picked], tokenizer, device), special)
-        back = nll(model, padded(rng.sample(rng.choice(retain_sets), BATCH), tokenizer, device), special)
-        step(sum(LOSSES[method](away, back, before[picked], **weights)), optimizer, model.parameters())
+    master = Master(model.parameters(), setting["lr"], clip=1.0, steps=setting["steps"], weight_decay=0.0)
+    log = []
+    for number in tqdm(range(setting["steps"]), desc=method, unit="step", leave=False):
+        windows, was = zip(*next(away_texts))
+        away = text_nll(model, windows, tokenizer, special)
+        back = text_nll(model, next(back_texts[number % len(back_texts)]), tokenizer, special)
+        master.step(sum(LOSSES[method](away, back, torch.tensor(was).to(away.nats), **weights)))
         log.append([away.mean.item(), back.mean.item()])
     return log
-
-
-def step(loss: torch.Tensor, optimizer, parameters) -> None:
-    """Raises UserError where the loss is no number."""
-    if not torch.isfinite(loss):
-        raise UserError("the loss is no number any more: a smaller --lr, or --dtype bfloat16")
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
 
 
 # %% [markdown]
@@ -319,43 +300,39 @@ def step(loss: torch.Tensor, optimizer, parameters) -> None:
 
 # %%
 def salient(forget: Rates, retain: Rates, k: int, rho: float = 3.0) -> list[int]:
-    """CRISP's k features: most often active on forget tokens beyond their rate on retain tokens, among those whose
-    activation summed over forget tokens is at least rho times that over as many retain tokens."""
+    """CRISP's k features: of the 10 k that are active on the most forget tokens beyond their number on as many retain
+    tokens, the first whose activation summed over the forget tokens is at least rho times that over the retain tokens
+    and 1. The release has as many tokens of both; here retain counts are scaled."""
     more = forget.rate - retain.rate
     strength = forget.total / (retain.total * forget.n_tokens / retain.n_tokens + 1)
-    allowed = (strength >= rho) & (more > 0)
-    return torch.where(allowed, more, -torch.inf).topk(min(k, int(allowed.sum()))).indices.tolist()
+    candidates = more.sort(descending=True, stable=True).indices[: 10 * k].tolist()
+    return [i for i in candidates if strength[i] >= rho][:k]
 
 
-def pre_activations(sae, features: list[int], h: torch.Tensor) -> torch.Tensor:
-    """(..., k): the features' encoder output before its nonlinearity. Raises UserError for SAEs of another kind."""
+def crisp_forget(sae, features: list[int], was, now, ordinary, pull: float) -> torch.Tensor:
+    """CRISP's forgetting term at one layer, as its release has it: the mean of the positive among
+
+        JumpReLU(pre_i + |pull * mean over all features of pre|)
+
+    over the features and ordinary tokens, pre being the SAE's encoder output before its nonlinearity; what stands
+    behind the + is there only where the feature was active before training. It is never below 0, where the paper's
+    a_i + lambda c_t (eq. 9) has no floor. was, now: residual stream (batch, pos, d_model) before and in training;
+    ordinary: (batch, pos). Raises UserError for SAEs of another kind.
+    """
     if sae.cfg.architecture() not in ("standard", "jumprelu") or sae.cfg.normalize_activations != "none":
         raise UserError(f"{sae.source}: CRISP needs a standard or JumpReLU SAE without normalisation")
-    x = h.to(sae.dtype) - (sae.b_dec if sae.cfg.apply_b_dec_to_input else 0)
-    return x @ sae.W_enc[:, features] + sae.b_enc[features]
+    latents = Latents(sae, features)
+    x = now.to(sae.dtype) - (sae.b_dec if sae.cfg.apply_b_dec_to_input else 0)
+    pre, mean = x @ latents.W_enc + sae.b_enc[features], x @ sae.W_enc.mean(1) + sae.b_enc.mean()
+    pre = torch.where(latents.encode(was)[0] > 0, pre + (pull * mean).abs()[..., None], pre)
+    threshold = sae.threshold[features] if sae.cfg.architecture() == "jumprelu" else 0.0
+    active = (pre > threshold) & (pre > 0) & ordinary[..., None]
+    return pre[active].mean() if active.any() else 0 * pre.sum()
 
 
-def crisp_forget(acts, pre, active, pull: float) -> torch.Tensor:
-    """Mean of a_i + pull * c_t over the (token, feature) pairs that were active before training, c_t being the mean
-    pre-activation of the token's salient features. acts, pre: (..., k); active: (..., k) bool."""
-    return (acts + pull * pre.mean(-1, keepdim=True))[active].mean() if active.any() else 0 * acts.sum()
-
-
-@contextmanager
-def streams(model, layers: list[int]):
-    """Yields a dict that holds, after a forward pass, the residual stream behind each layer."""
-    kept, handles = {}, []
-    for layer in layers:
-
-        def keep(module, args, output, layer=layer):
-            kept[layer] = output[0] if isinstance(output, tuple) else output
-
-        handles.append(decoder_layers(model)[layer].register_forward_hook(keep))
-    try:
-        yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
+def distance(was: torch.Tensor, now: torch.Tensor, ordinary: torch.Tensor) -> torch.Tensor:
+    """Mean square of now - was, (..., batch, pos, d_model); special tokens count as 0, as in CRISP's release."""
+    return ((wide(now) - wide(was)) * ordinary[..., None]).square().mean()
 
 
 def linear_modules(model, layers: list[int]) -> list[str]:
@@ -365,54 +342,56 @@ def linear_modules(model, layers: list[int]) -> list[str]:
     return [name for name, module in model.named_modules() if id(module) in inside and isinstance(module, kinds)]
 
 
+def reach(layers: list[int]) -> list[int]:
+    """The layers that CRISP adapts: from the one before the first SAE's to the middle of the SAEs' layers. These are
+    the release's 3 to 9 for SAEs of 4 to 14, the paper's on Gemma-2-2B's 26 layers."""
+    return list(range(max(0, min(layers) - 1), (min(layers) + max(layers)) // 2 + 1))
+
+
 def by_crisp(
     setting: dict, model, tokenizer, forget: list, retain_sets: list[list], seed: int, saes: dict, rates: dict
 ):
     """CRISP (Ashuach et al., arXiv 2508.13650; github.com/tomerashuach/CRISP): LoRA training that silences features.
 
-    alpha L_unl + (0.99 - alpha) L_ret + 0.01 L_coh: crisp_forget over the layers; mean squared distance of retain
-    text's residual stream there to what it was; the same at the last layer, on Wikitext where the paper has 20 curated
-    sentences. pull (lambda) 30. saes, rates: by layer. Returns the trained model and the log.
+    alpha L_unl + (1 - alpha) (L_ret + 0.01 L_coh): the mean of crisp_forget over the layers; the distance of retain
+    text's residual stream there from what it was; the same behind the final norm. Loss, optimiser and LoRA are the
+    release's. Not so: SAEs are read at their own hook point, where the release reads the input of the layer that they
+    are named by; L_coh is on Wikitext, not on 20 curated sentences; retain sets take turns; four texts a step, not one.
+    saes, rates: by layer. Returns the trained model and the log. Raises UserError for an SAE behind the last layer.
     """
-    last = len(decoder_layers(model)) - 1
-    layers, device, rng = [*saes, last], model.device, random.Random(seed)
-    picked = {layer: salient(*rates[layer], setting["k"]) for layer in saes}
-    latents = {layer: Latents(saes[layer], ids) for layer, ids in picked.items()}
-    special = torch.tensor(special_ids(tokenizer), device=device)
-    reach = list(range(max(0, min(saes) - 1), max(saes)))  # the paper: layers 3 to 9 for SAEs of 4 to 14
+    blocks = len(decoder_layers(model))
+    if max(saes) == blocks - 1:
+        raise UserError(f"CRISP reads SAEs behind layers 0 to {blocks - 2}: --layer {max(saes)} is the last")
+    rng, picked = random.Random(seed), {layer: salient(*rates[layer], setting["k"]) for layer in saes}
+    special = torch.tensor(special_ids(tokenizer), device=model.device)
+    away_texts, coherent, *back_texts = (passes(part, BATCH, rng) for part in (forget, retain_sets[0], *retain_sets))
     torch.manual_seed(seed)
-    matrices = linear_modules(model, reach)
-    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=matrices)
+    matrices = linear_modules(model, reach(saes))
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.05, target_modules=matrices)
     adapted = get_peft_model(model, lora)
     for name, module in adapted.named_modules():  # the adapter's dropout, and none of the model's own
         module.training = "lora_dropout" in name
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    optimizer, log = torch.optim.AdamW(trained, lr=setting["lr"]), []
+    master, log = Master(trained, setting["lr"], amsgrad=True), []
 
-    def both(ids):  # residual streams as they were and as they are
-        with streams(model, layers) as kept:
-            with torch.no_grad(), adapted.disable_adapter():
-                adapted(ids, use_cache=False)
-            was = dict(kept)
-            adapted(ids, use_cache=False)
-            return was, dict(kept), ~torch.isin(ids, special)
+    def both(texts):
+        """Residual streams as they were and as they are, [layer + 1] behind a layer, [-1] behind the final norm."""
+        ids = padded(texts, tokenizer, model.device)
+        with torch.no_grad(), adapted.disable_adapter():
+            was = adapted(ids, use_cache=False, output_hidden_states=True).hidden_states
+        now = adapted(ids, use_cache=False, output_hidden_states=True).hidden_states
+        return was, now, ~torch.isin(ids, special)
 
-    def distance(was, now, ordinary):
-        return (was.float() - now.float())[ordinary].square().mean()
-
-    for _ in tqdm(range(setting["steps"]), desc="crisp", unit="step", leave=False):
-        was, now, ordinary = both(padded(rng.sample(forget, BATCH), tokenizer, device))
-        away = []
-        for layer, ids in picked.items():
-            active = (latents[layer].encode(was[layer])[0] > 0) & ordinary[..., None]
-            pre = pre_activations(saes[layer], ids, now[layer])
-            away.append(crisp_forget(latents[layer].encode(now[layer])[0], pre, active, pull=30.0))
-        was, now, ordinary = both(padded(rng.sample(rng.choice(retain_sets), BATCH), tokenizer, device))
-        back = torch.stack([distance(was[layer], now[layer], ordinary) for layer in saes]).mean()
-        was, now, ordinary = both(padded(rng.sample(retain_sets[0], BATCH), tokenizer, device))
-        coherence = distance(was[last], now[last], ordinary)
-        away = torch.stack(away).mean()
-        step(setting["alpha"] * away + (0.99 - setting["alpha"]) * back + 0.01 * coherence, optimizer, trained)
+    for number in tqdm(range(setting["steps"]), desc="crisp", unit="step", leave=False):
+        was, now, ordinary = both(next(away_texts))
+        parts = [crisp_forget(saes[layer], ids, was[layer + 1], now[layer + 1], ordinary, setting["pull"])
+                 for layer, ids in picked.items() if ids]  # fmt: skip
+        away = torch.stack(parts).mean()
+        was, now, ordinary = both(next(back_texts[number % len(back_texts)]))
+        back = torch.stack([distance(was[layer + 1], now[layer + 1], ordinary) for layer in saes]).mean()
+        was, now, ordinary = both(next(coherent))
+        coherence = distance(was[-1], now[-1], ordinary)
+        master.step(setting["alpha"] * away + (1 - setting["alpha"]) * (back + 0.01 * coherence))
         log.append([away.item(), back.item()])
     return adapted.merge_and_unload().eval(), log
 
@@ -425,8 +404,9 @@ def by_crisp(
 def forgetful(method: str, setting: dict, folder: Path, measured: Measured, s) -> list:
     """Load the model, train it, save it to the folder; the log of training."""
     model, tokenizer = load_hf(s.model, s.device, s.dtype)
-    forget, retain = training_windows(tokenizer, measured.texts, s)
+    forget, retain = training_windows(tokenizer, measured.texts, s, setting.get("loss_on", "text"))
     if method == "crisp":
+        forget, *retain = [[ids for ids, _ in part] for part in (forget, *retain)]
         model, log = by_crisp(setting, model, tokenizer, forget, retain, s.seed, *measured.crisp)
     else:
         log = by_nll(method, setting, model, tokenizer, forget, retain, s.seed)
@@ -455,8 +435,12 @@ flags = parser(__doc__, without=("--n-features", "--max-rows", "--device-map"))
 flags.add_argument("--method", choices=list(GRIDS), default="clamp", help="(default: %(default)s)")
 flags.add_argument("--all", action="store_true", help="every method in turn, RMU too, then the figure and a table")
 flags.add_argument("--layer", type=int, default=3, help="of SAE, direction and RMU; early ones work (default: 3)")
-flags.add_argument("--steps", type=int, default=STEPS, help="of training (default: %(default)s)")
+flags.add_argument("--steps", type=int, help=f"of training (default: {STEPS}, of CRISP {CRISP_STEPS}; gradient-ascent "
+                   "has its own)")  # fmt: skip
 flags.add_argument("--lr", type=float, help="learning rate that the grid multiplies (default: 1e-5; tiny has its own)")
+flags.add_argument("--loss-on", default="answer", choices=["answer", "text"], help="of gradient-ascent, grad-diff, npo "
+                   "and simnpo: of questions on the answer only, as in open-unlearning, or on all their text; a forget "
+                   "corpus and Wikitext have no answers and count whole (default: %(default)s)")  # fmt: skip
 flags.add_argument("--relearn", type=int, metavar="STEPS", help="then run robustness.py on what came out")
 flags.add_argument("--refusal-latent", type=int, help="for refusal-clamp: a latent active when the model declines")
 flags.add_argument("--refusal-value", type=float, default=-500.0, help="what it is set to (default: %(default)s)")
@@ -464,9 +448,12 @@ flags.add_argument("--subjects", help="MMLU subjects, comma-separated (default: 
 
 
 def absolute(method: str, one: dict, s) -> dict:
-    """A training setting of the grid with its learning rate and number of steps."""
-    usual = LORA_RATE.get(s.model, 4e-5) if method == "crisp" else LEARNING_RATE.get(s.model, 1e-5)
-    return {"steps": s.steps, **one, "lr": one["lr"] * (s.lr or usual)}
+    """A training setting of the grid with its learning rate, its number of steps, and where its loss lies."""
+    if method == "crisp":
+        steps, rate, where = CRISP_STEPS, LORA_RATE.get(s.model, 4e-5), {}
+    else:
+        steps, rate, where = STEPS, LEARNING_RATE.get(s.model, 1e-5), {"loss_on": s.loss_on}
+    return {"steps": s.steps or steps, **one, "lr": one["lr"] * (s.lr or rate), **where}
 
 
 def try_setting(method: str, one: dict, passing: Path, measured: Measured, s) -> dict:
@@ -510,9 +497,9 @@ def decides(s, method: str) -> list:
 
 
 def setting_text(setting: dict) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in setting.items() if not isinstance(value, bool)) + (
-        ", all layers from there on" if setting.get("behind") else ""
-    )
+    numbers = [f"{name} {value:g}" for name, value in setting.items() if type(value) in (int, float)]
+    numbers += [f"loss on {setting['loss_on']}"] if "loss_on" in setting else []
+    return ", ".join(numbers) + (", all layers from there on" if setting.get("behind") else "")
 
 
 def print_tuning(points: list[dict]) -> None:
@@ -540,6 +527,8 @@ def run(**changes) -> dict:
     if not 0 <= s.layer < lm.cfg.n_layers:
         raise UserError(f"--layer {s.layer}: the model has layers 0 to {lm.cfg.n_layers - 1}")
     sae = load_sae(s.sae, s.layer, lm, s.model) if s.method in BY_FEATURES else None
+    if s.method in LOSSES:
+        check_room(s.method, s.model, s.device, s.dtype)
     measured = Measured(lm, no_sae(lm, s.layer) if sae is None else sae, texts, s)
     clean, *tried = tune(s.method, path, measured, sources, s)
     scores = scores_of([clean, *(one["answers"] for one in tried)], texts, s.seed)
@@ -648,6 +637,12 @@ def call(command: list[str]) -> None:
         raise UserError(f"{Path(command[1]).name} ended with exit code {code}, see above; what was finished is kept")
 
 
+RMU_NOTE = """
+
+RMU by the first batch's norm: one coefficient, a multiple of that norm, as the released code of Adaptive RMU has it;
+RMU's own takes a number. By each token's norm: Adaptive RMU as its paper has it, arXiv 2408.06223."""
+
+
 def cost_table(records: list[dict]) -> str:
     """Markdown: each method's chosen setting, its scores on the reporting half, and what it costs."""
     head = ["method", "chosen on the tuning half", "WMDP-Bio %, tuning", "reporting", "MMLU %, reporting", "loss added",
@@ -658,8 +653,9 @@ def cost_table(records: list[dict]) -> str:
         score, setting = point["scores"], {k: v for k, v in point["setting"].items() if k not in ("training", "layer")}
         cells = [f"{100 * score[name]['accuracy']:.1f}" for name in ("wmdp_bio_tuning", "wmdp_bio", "mmlu")]
         cells += [f"{score['openwebtext']['loss_added']:+.3f}", f"{record['seconds_to_make']:.1f}"]
-        lines.append([point["method"], setting_text(setting), *cells, f"{record['peak_gb']:.2f}"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        name = METHODS.get(point["method"], point["method"].replace("-", " "))
+        lines.append([name, setting_text(setting), *cells, f"{record['peak_gb']:.2f}"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + RMU_NOTE
 
 
 # %%

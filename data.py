@@ -46,6 +46,7 @@ HUB = {
 # SAEBench's utility subjects stand for MMLU in sweeps on real models; tiny's stand-in is small and scored whole
 SUBJECTS = "high_school_us_history,college_computer_science,high_school_geography,human_aging"
 RETAIN_TOKENS = 50_000  # of Wikitext, for rates and for training
+QUESTION_TOKENS = 512  # of a question that is trained on with its answer, open-unlearning's
 STREAMED = 2000  # documents of OpenWebText to take from the hub: the first in order, never a shuffled stream
 # Of a forget corpus: documents, and characters of each, about as many as the 512 tokens that RMU's reference takes
 CORPUS_DOCUMENTS, CORPUS_CHARACTERS = 1000, 2500
@@ -222,8 +223,9 @@ def as_prose(row: dict) -> str:
     return f"{row['question'].strip()} {row['choices'][row['answer']]}"
 
 
-def answered(row: dict) -> str:
-    return f"{prompt(row)} {LETTERS[row['answer']]}"
+def by_letter(row: dict) -> tuple[str, str]:
+    """The prompt and the letter that answers it."""
+    return prompt(row), LETTERS[row["answer"]]
 
 
 def picking_texts(questions: list[dict], picking: list[int], s, sources: dict) -> tuple[list[str], list[list[str]]]:
@@ -369,16 +371,37 @@ def padded(rows: list[list[int]], tokenizer, device) -> torch.Tensor:
     return torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
 
 
-def training_windows(tokenizer, texts: dict, s) -> tuple[list, list[list]]:
-    """Windows of what methods train on that need next tokens to predict, answers among them; texts: load_benchmark's.
+def answer_window(tokenizer, asked: str, answer: str) -> tuple[list[int], int]:
+    """(ids, place of the answer's first token) of a question and its answer, cut at the front to QUESTION_TOKENS: at
+    the end, where open-unlearning cuts, is the answer. No EOS behind it: a prompt is no turn of a chat here."""
+    ids, alone = (tokenizer(text)["input_ids"] for text in (f"{asked} {answer}", asked))
+    start = next((i for i, (x, y) in enumerate(zip(ids, alone)) if x != y), len(alone))
+    bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+    dropped = max(0, len(ids) - QUESTION_TOKENS)
+    return (bos + ids[dropped + len(bos) :], start - dropped) if dropped else (ids, start)
+
+
+def training_windows(tokenizer, texts: dict, s, loss_on: str = "text") -> tuple[list, list[list]]:
+    """What methods train on that need next tokens to predict: (ids, start) windows, the tokens from `start` on to be
+    predicted; texts: load_benchmark's.
 
     Forget: the user's corpus, or the picking half's questions as they are asked, with their answers, and as prose.
-    Retain sets: Wikitext, and MMLU's development questions with their answers.
+    Retain sets: Wikitext, and MMLU's development questions with their answers. loss_on "answer": of a question only
+    the letter, or the answer in words, as open-unlearning labels its questions; a corpus and Wikitext have no
+    answers, and count whole, as its pretraining texts do. "text": everything counts.
     """
+
+    def whole(part, max_tokens=None):
+        return [(ids, 1) for ids in token_windows(tokenizer, part, max_tokens=max_tokens)[0]]
+
+    def asked(pairs):
+        windows = [answer_window(tokenizer, *pair) for pair in pairs]
+        return windows if loss_on == "answer" else [(ids, 1) for ids, _ in windows]
+
     corpus, _ = load_corpus(s)
     questions, _ = texts["quizzes"]["wmdp_bio"]
     picking = [questions[i] for i in halves(questions, s.seed, s.pick_on)[0]]
-    forget = corpus or [form(row) for form in (answered, as_prose) for row in picking]
-    development = [answered(row) for row in load_rows("mmlu_dev", s.model, s.data)[0]]
-    retain = [token_windows(tokenizer, part, max_tokens=RETAIN_TOKENS)[0] for part in (texts["retain"][0], development)]
-    return token_windows(tokenizer, forget)[0], retain
+    in_words = [(row["question"].strip(), row["choices"][row["answer"]]) for row in picking]
+    development = load_rows("mmlu_dev", s.model, s.data)[0]
+    forget = whole(corpus) if corpus else asked(map(by_letter, picking)) + asked(in_words)
+    return forget, [whole(texts["retain"][0], RETAIN_TOKENS), asked(map(by_letter, development))]

@@ -32,7 +32,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 import processes
@@ -45,7 +44,6 @@ from data import (
     halves,
     load_benchmark,
     load_rows,
-    padded,
     prompt,
     special_ids,
     training_windows,
@@ -65,6 +63,7 @@ from show import (
     write_record,
     write_whole,
 )
+from training import Master, check_room, passes, text_nll
 
 BATCH = 8  # texts a step of fine-tuning
 LEARNING_RATE = {"tiny": 1e-3}  # elsewhere 2e-5, usual for fine-tuning whole models
@@ -145,20 +144,14 @@ def examine(subject: Subject, texts: dict, s) -> dict:
 
 # %%
 def fine_tune(model, tokenizer, sets: list[list], steps: int, lr: float, seed: int) -> None:
-    """Train all weights in place on texts of the sets, one set a step in turn, with the plain next-token loss."""
-    rng, device = random.Random(seed), model.device
-    special = torch.tensor(special_ids(tokenizer), device=device)
+    """Train all weights in place on (ids, start) windows of the sets, one set a step in turn, with the plain next-token
+    loss."""
+    special, rng = torch.tensor(special_ids(tokenizer)), random.Random(seed)
+    texts = [passes(part, BATCH, rng) for part in sets]
     model.requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    master = Master(model.parameters(), lr, clip=1.0, weight_decay=0.0)
     for number in tqdm(range(steps), desc="relearning", unit="step", leave=False):
-        texts = sets[number % len(sets)]
-        ids = padded(rng.sample(texts, min(BATCH, len(texts))), tokenizer, device)
-        logits, goal = model(ids, use_cache=False).logits[:, :-1].float(), ids[:, 1:]
-        real = ~torch.isin(goal, special)
-        optimizer.zero_grad()
-        F.cross_entropy(logits[real], goal[real]).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        master.step(text_nll(model, next(texts[number % len(texts)]), tokenizer, special).mean)
 
 
 def relearned(subject: Subject, sets: list[list], texts: dict, passing: Path, s) -> dict:
@@ -328,6 +321,8 @@ def run(**changes) -> dict:
     records = [record for _, record in pairs]
     s.pick_text, s.layer = "prompt", records[0]["layer"]
     texts, sources = load_texts(records, s)
+    if s.relearn:
+        check_room("--relearn", s.model, s.device, s.dtype)
     path = outputs("robustness.py", s)
     subjects = [Subject("none", s.model, {}), *(subject for subject, _ in pairs)]
     passing = path.with_suffix(".tried")

@@ -1,4 +1,7 @@
-"""The training baselines' losses by hand, which weights they reach, tuning that goes on where it stopped, and --all."""
+"""The training baselines' losses by hand, which weights they reach, tuning that goes on where it stopped, and --all.
+
+Losses are computed here a second time in float64, from the formulas of the methods' released code.
+"""
 
 import json
 from pathlib import Path
@@ -6,17 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import some_ids
+from conftest import FAMILIES, fill, some_ids
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import baselines
+import data
+import evaluation
 import pareto
 import rmu
 import robustness
 from common import decoder_layers, load_model, settings
-from data import UserError, load_benchmark, special_ids
+from data import QUESTION_TOKENS, UserError, load_benchmark, special_ids, training_windows
 from picking import Rates
+from show import METHODS
+from training import nll
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,16 +34,19 @@ def hf(folder, dtype=torch.float64):
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def nats_by_hand(model, ids, special):
+def nats_by_hand(model, ids, targets):
     """Summed next-token losses and number of targets of each row, from the logits in numpy."""
     with torch.no_grad():
         logits = model(ids).logits.numpy()[:, :-1]
     top = logits.max(-1, keepdims=True)
     log_probs = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
-    goal = ids.numpy()[:, 1:]
-    real = ~np.isin(goal, special)
-    losses = -np.take_along_axis(log_probs, goal[..., None], -1)[..., 0] * real
+    real = targets.numpy()[:, 1:]
+    losses = -np.take_along_axis(log_probs, ids.numpy()[:, 1:, None], -1)[..., 0] * real
     return losses.sum(1), real.sum(1)
+
+
+def target_mask(ids, tokenizer, starts):
+    return ~torch.isin(ids, torch.tensor(special_ids(tokenizer))) & (torch.arange(ids.shape[1]) >= starts[:, None])
 
 
 def log_sigmoid(x):
@@ -45,12 +56,13 @@ def log_sigmoid(x):
 @pytest.mark.parametrize("family", ["gemma2", "gpt2"])
 def test_losses_by_hand(model_folder, get_model, family):
     model, tokenizer = hf(model_folder(family))
-    special = special_ids(tokenizer)
     forget, retain = some_ids(get_model(family)), some_ids(get_model(family), seed=1)
-    nats_f, n_f = nats_by_hand(model, forget, special)
-    nats_r, n_r = nats_by_hand(model, retain, special)
+    answers, whole = (target_mask(ids, tokenizer, torch.tensor(starts))
+                      for ids, starts in ((forget, [1, 15, 22, 23]), (retain, [1, 1, 1, 1])))  # fmt: skip
+    (nats_f, n_f), (nats_r, n_r) = (nats_by_hand(model, *pair) for pair in ((forget, answers), (retain, whole)))
+    assert n_f[3] == 1
     before = nats_f - np.array([3.0, -2.0, 0.5, 0.0])
-    found_f, found_r = (baselines.nll(model, ids, torch.tensor(special)) for ids in (forget, retain))
+    found_f, found_r = nll(model, forget, answers), nll(model, retain, whole)
     alpha, beta, delta, gamma = 3.0, 0.2, 1.5, 0.4
     expected = {
         "gradient-ascent": ({}, -nats_f.sum() / n_f.sum(), 0.0),
@@ -69,14 +81,44 @@ def test_losses_by_hand(model_folder, get_model, family):
 
 def test_a_small_beta_makes_npo_gradient_ascent(model_folder, get_model):
     model, tokenizer = hf(model_folder("llama"))
-    special = torch.tensor(special_ids(tokenizer))
-    forget = baselines.nll(model, some_ids(get_model("llama")), special)
+    ids = some_ids(get_model("llama"))
+    forget = nll(model, ids, target_mask(ids, tokenizer, torch.ones(4)))
     before = forget.nats.detach().clone()
     away, _ = baselines.npo(forget, forget, before, beta=1e-6)
     matrix = decoder_layers(model)[1].mlp.down_proj.weight
     found, wanted = (torch.autograd.grad(loss, matrix, retain_graph=True)[0]
                      for loss in (away, -forget.nats.mean()))  # fmt: skip
     assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss_on", ["answer", "text"])
+def test_of_a_question_only_the_answer_is_a_target_or_all_of_it(loss_on):
+    s = settings(baselines.flags, {})
+    benchmark, tokenizer = load_benchmark(s)[0], load_model("tiny").tokenizer
+    forget, (wikitext, development) = training_windows(tokenizer, benchmark, s, loss_on)
+    said = {tokenizer.decode(ids[start:]) for ids, start in development}
+    if loss_on == "answer":
+        assert said == {" A", " B", " C", " D"}
+        letters, words = forget[: len(forget) // 2], forget[len(forget) // 2 :]
+        assert {tokenizer.decode(ids[start:]) for ids, start in letters} == said
+        questions, parts = benchmark["quizzes"]["wmdp_bio"]
+        choices = [f" {questions[i]['choices'][questions[i]['answer']]}" for i in parts["_tuning"]]
+        assert [tokenizer.decode(ids[start:]) for ids, start in words] == choices
+    else:
+        assert {start for _, start in forget + development} == {1}
+    assert {start for _, start in wikitext} == {1}
+    text = f"{'Once more. ' * QUESTION_TOKENS}Which?"
+    ids, start = data.answer_window(tokenizer, text, "This one")
+    assert len(ids) == QUESTION_TOKENS and ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids[start:]) == " This one" and tokenizer.decode(ids[:start]).endswith("Which?")
+
+
+def test_a_forget_corpus_counts_whole(tmp_path):
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "Blood carries oxygen. " * 40}) + "\n")
+    s = settings(baselines.flags, dict(forget_corpus=str(tmp_path / "corpus.jsonl")))
+    forget, (_, development) = training_windows(load_model("tiny").tokenizer, load_benchmark(s)[0], s, "answer")
+    assert len(forget) > 1 and {start for _, start in forget} == {1}
+    assert min(start for _, start in development) > 10
 
 
 def rates(fires, total, n):
@@ -87,25 +129,75 @@ def test_crisp_picks_what_is_frequent_and_strong_on_forget_text():
     forget = rates([50, 40, 30, 90, 0], [100.0, 10.0, 90.0, 400.0, 0.0], 100)
     retain = rates([10, 10, 10, 980, 0], [50.0, 90.0, 10.0, 900.0, 0.0], 1000)
     # 0: strength 100 / (5 + 1); 1: 10 / (9 + 1), too weak; 2: 90 / (1 + 1); 3: more often on retain text; 4: never
-    assert baselines.salient(forget, retain, 5) == [0, 2]
+    assert baselines.salient(forget, retain, 5) == [0, 2, 3]  # 3: its strength is 400 / (90 + 1)
     assert baselines.salient(forget, retain, 1) == [0]
+    # ten that are more frequent, and too weak, stand before the eleventh: a release of k = 1 finds none
+    forget = rates([50] * 10 + [40], [1.0] * 10 + [99.0], 100)
+    retain = rates([0] * 11, [1.0] * 10 + [0.0], 100)
+    assert baselines.salient(forget, retain, 1) == [] and baselines.salient(forget, retain, 2) == [10]
 
 
-def test_crisp_loss_and_pre_activations_by_hand(gemma_sae):
+@pytest.fixture
+def sae64():
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=32, d_sae=64, dtype="float64"))
+    fill(sae, 1.0, 0)
+    return sae.requires_grad_(False)
+
+
+@pytest.mark.parametrize("pull", [0.0, 5.0])
+def test_crisp_forgetting_term_by_hand(sae64, pull):
+    """The release: JumpReLU(pre + |lambda mean(pre over all features)|) where active before, the mean of positives."""
     noise = torch.Generator().manual_seed(3)
-    features, h = [1, 4, 9], torch.randn(2, 5, 32, generator=noise)
-    pre = baselines.pre_activations(gemma_sae, features, h)
-    assert torch.allclose(pre, h @ gemma_sae.W_enc[:, features] + gemma_sae.b_enc[features], atol=1e-6)
-    acts, active = pre.relu(), torch.rand(2, 5, 3, generator=noise) > 0.5
-    a, c = acts.double().numpy(), pre.double().numpy().mean(-1, keepdims=True)
-    expected = (a + 30 * c)[active.numpy()].mean()
-    assert baselines.crisp_forget(acts.double(), pre.double(), active, 30.0).item() == pytest.approx(expected, abs=1e-8)
-    assert baselines.crisp_forget(acts, pre, torch.zeros_like(active), 30.0) == 0
+    features, was, now = [1, 4, 9, 30], *torch.randn(2, 3, 7, 32, generator=noise, dtype=torch.float64)
+    ordinary = torch.ones(3, 7, dtype=torch.bool)
+    ordinary[:, 0], ordinary[1, 5:] = False, False
+
+    def pre_of(h):
+        x = h.numpy() - sae64.b_dec.numpy() * sae64.cfg.apply_b_dec_to_input
+        return x @ sae64.W_enc.numpy() + sae64.b_enc.numpy()
+
+    before, pre = pre_of(was)[..., features], pre_of(now)
+    shift = np.abs(pull * pre.mean(-1, keepdims=True))
+    threshold = sae64.threshold.numpy()[features]
+    moved = pre[..., features] + shift * (before > np.maximum(threshold, 0))
+    acts = np.maximum(moved, 0) * (moved > threshold) * ordinary.numpy()[..., None]
+    found = baselines.crisp_forget(sae64, features, was, now, ordinary, pull)
+    assert found.item() == pytest.approx(acts[acts > 0].mean(), abs=1e-8)
+    silent = baselines.crisp_forget(sae64, features, was, now, torch.zeros_like(ordinary), pull)
+    assert silent == 0  # and never below: a feature that is off is let alone
+
+
+def test_crisp_distance_by_hand():
+    was, now = torch.randn(2, 4, 3, 7, 32, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    ordinary = torch.rand(3, 7, generator=torch.Generator().manual_seed(5)) > 0.3
+    expected = np.square((now - was).numpy() * ordinary.numpy()[..., None]).mean()
+    assert baselines.distance(was, now, ordinary).item() == pytest.approx(expected, abs=1e-8)
+
+
+def test_crisp_adapts_the_layers_of_the_release():
+    assert baselines.reach(baselines.CRISP_LAYERS["gemma-2-2b-it"]) == list(range(3, 10))
+    assert baselines.reach(baselines.CRISP_LAYERS["tiny"]) == [2, 3, 4, 5, 6]
+    assert baselines.reach([0]) == [0] and baselines.reach([5]) == [4, 5]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_crisp_reads_behind_a_layer_and_behind_the_final_norm(model_folder, get_model, family):
+    model, _ = hf(model_folder(family), torch.float32)
+    kept, ids = {}, some_ids(get_model(family))
+    for layer, block in enumerate(decoder_layers(model)[:3]):
+        block.register_forward_hook(
+            lambda module, args, out, layer=layer: kept.update({layer: out[0] if isinstance(out, tuple) else out})
+        )
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: kept.update(end=args[0]))
+    found = model(ids, use_cache=False, output_hidden_states=True).hidden_states
+    assert all(torch.equal(found[layer + 1], kept[layer]) for layer in range(3))
+    assert torch.equal(found[-1], kept["end"])
 
 
 def test_crisp_refuses_other_saes(gemma, make_sae):
     with pytest.raises(UserError, match="standard or JumpReLU"):
-        baselines.pre_activations(make_sae(gemma, "topk"), [0], torch.zeros(1, 1, 32))
+        h = torch.zeros(1, 1, 32)
+        baselines.crisp_forget(make_sae(gemma, "topk"), [0], h, h, torch.ones(1, 1, dtype=torch.bool), 5.0)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2"])
@@ -119,7 +211,9 @@ def test_crisp_adapts_attention_and_mlp_of_its_layers_only(model_folder, family)
 
 @pytest.fixture
 def two_settings(monkeypatch):
-    """Two settings a method, and short training."""
+    """Two settings a method, short training, little text."""
+    monkeypatch.setattr(baselines, "RETAIN_TOKENS", 3000)
+    monkeypatch.setattr(evaluation, "SCORED_TOKENS", 1000)
     for method, grid in baselines.GRIDS.items():
         monkeypatch.setitem(baselines.GRIDS, method, grid[:2])
     monkeypatch.setattr(rmu, "MULTIPLES", (4.0,))
@@ -155,7 +249,7 @@ def test_gradients_reach_all_weights_and_crisp_those_of_its_layers(two_settings,
     s = settings(baselines.flags, SMALL)
     lm = load_model("tiny")
     measured = baselines.Measured(lm, None, load_benchmark(s)[0], s)
-    for method, layers in (("grad-diff", range(12)), ("crisp", range(2, 9))):
+    for method, layers in (("grad-diff", range(12)), ("crisp", range(2, 7))):
         setting = baselines.absolute(method, baselines.GRIDS[method][0], s)
         baselines.forgetful(method, setting, tmp_path / "r.model", measured, s)
         after = load_file(tmp_path / "r.model/model.safetensors")
@@ -165,6 +259,7 @@ def test_gradients_reach_all_weights_and_crisp_those_of_its_layers(two_settings,
         assert ("model.embed_tokens.weight" in changed) == (method == "grad-diff")
 
 
+@pytest.mark.slow
 def test_all_methods_one_figure_and_relearning(two_settings, monkeypatch, tmp_path):
     for method in set(baselines.GRIDS) - {"dsg", "npo"}:
         monkeypatch.delitem(baselines.GRIDS, method)
@@ -188,7 +283,9 @@ def test_all_methods_one_figure_and_relearning(two_settings, monkeypatch, tmp_pa
     assert len({len(record["points"]) for record in records}) == 1  # as many settings each
     assert (tmp_path / "b_frontier.png").stat().st_size > 10_000
     costs = (tmp_path / "b_costs.md").read_text().splitlines()
-    assert [line.split(" | ")[0].strip("| ") for line in costs[2:]] == methods
+    names = [METHODS.get(method, method.replace("-", " ")) for method in methods]
+    assert [line.split(" | ")[0].strip("| ") for line in costs[2 : 2 + len(methods)]] == names
+    assert "loss on answer" in costs[2 + methods.index("npo")] and "first batch's norm" in costs[-2]
     report = json.loads((tmp_path / "b_robustness.json").read_text())
     assert [point["method"] for point in report["points"]] == ["none", *methods]
     for point in report["points"]:
@@ -217,14 +314,6 @@ def test_mistakes_are_named(two_settings, tmp_path, flags, said):
     with pytest.raises(UserError, match=said):
         baselines.run(**SMALL | flags, out=str(tmp_path / "r.json"))
     assert not list(tmp_path.glob("*.json"))
-
-
-def test_a_loss_that_is_no_number_ends_training():
-    weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.AdamW([weight], lr=1.0)
-    with pytest.raises(UserError, match="the loss is no number"):
-        baselines.step((weight * torch.nan).sum(), optimizer, [weight])
-    assert torch.equal(weight.detach(), torch.ones(2))
 
 
 def test_a_foreign_record_and_records_that_differ_are_refused(two_settings, tmp_path):

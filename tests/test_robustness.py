@@ -76,7 +76,7 @@ def test_fine_tuning_goes_through_an_edit_that_stays(model_folder, make_sae, get
 
     start = loss()
     with edits.applied(model, tokenizer, [1], edit):
-        robustness.fine_tune(model, tokenizer, [windows], 20, 1e-3, 0)
+        robustness.fine_tune(model, tokenizer, [[(ids, 1) for ids in windows]], 20, 1e-3, 0)
     assert loss() < 0.8 * start
     moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
     assert any(".0." in name for name in moved) and any(".3." in name for name in moved)  # below and above the edit

@@ -1,0 +1,122 @@
+"""
+What scripts that train share: batches of texts, next-token losses, AdamW in fp32, and whether it fits the memory.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from common import best_device
+from data import UserError, padded
+from presets import model_source
+
+
+def passes(texts: list, n: int, rng: random.Random) -> Iterator[list]:
+    """Batches of n texts without end: pass after pass in a new random order, each text at most once a pass.
+
+    A remainder too short for a batch is left out of its pass; fewer than n texts are one batch.
+    """
+    n = min(n, len(texts))
+    while True:
+        order = rng.sample(texts, len(texts))
+        yield from (order[start : start + n] for start in range(0, len(order) - n + 1, n))
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """x in at least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@dataclass
+class Nll:
+    """Of a batch of texts: summed next-token losses in nats, (batch,), and number of targets, (batch,)."""
+
+    nats: torch.Tensor
+    n: torch.Tensor
+
+    @property
+    def mean(self) -> torch.Tensor:  # per token, over all texts
+        return self.nats.sum() / self.n.sum()
+
+
+def nll(model, ids: torch.Tensor, targets: torch.Tensor) -> Nll:
+    """Next-token losses of ids (batch, pos) where `targets`, (batch, pos) bool, marks the token to be predicted."""
+    logits = wide(model(ids, use_cache=False).logits[:, :-1])
+    losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return Nll((losses * targets[:, 1:]).sum(1), targets[:, 1:].sum(1))
+
+
+def text_nll(model, windows: list[tuple[list[int], int]], tokenizer, special: torch.Tensor) -> Nll:
+    """`nll` of (ids, start) windows: targets are the tokens from `start` on that are not special."""
+    ids = padded([one for one, _ in windows], tokenizer, model.device)
+    starts = torch.tensor([start for _, start in windows], device=ids.device)
+    behind = torch.arange(ids.shape[1], device=ids.device) >= starts[:, None]
+    return nll(model, ids, behind & ~torch.isin(ids, special.to(ids.device)))
+
+
+class Master:
+    """AdamW on fp32 copies of parameters that run in a smaller dtype: an update of less than a 256th of a bfloat16
+    weight would be rounded away. Parameters in fp32 or fp64 are their own copies.
+
+    clip: largest norm of the gradient. steps: over so many the rate goes down to 0 in a line, as Hugging Face's trainer
+    has it by default; None: it stays. options: AdamW's.
+    """
+
+    def __init__(self, parameters, lr: float, clip: float | None = None, steps: int | None = None, **options):
+        self.parameters, self.clip = list(parameters), clip
+        self.copies = [one if wide(one) is one else wide(one.detach()).requires_grad_(True) for one in self.parameters]
+        self.optimizer = torch.optim.AdamW(self.copies, lr=lr, **options)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: 1 - n / steps if steps else 1.0)
+
+    def step(self, loss: torch.Tensor) -> None:
+        """One step down the loss. Raises UserError where it is no number."""
+        if not torch.isfinite(loss):
+            raise UserError("the loss is no number any more: a smaller --lr or a milder setting")
+        self.optimizer.zero_grad()
+        loss.backward()
+        for copy, one in zip(self.copies, self.parameters):
+            if copy is not one and one.grad is not None:
+                copy.grad, one.grad = wide(one.grad), None
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(self.copies, self.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        with torch.no_grad():
+            for copy, one in zip(self.copies, self.parameters):
+                if copy is not one:
+                    one.copy_(copy)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that training could have on the device."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return psutil.virtual_memory().available
+
+
+def check_room(what: str, model: str, device: str | None, dtype: str) -> None:
+    """Say what training all weights of a model (as for load_model) needs and what is free, before it is loaded.
+
+    In bytes a weight: its own 2 or 4, for bfloat16 a copy in fp32 (4), a gradient (4), AdamW's two moments (8).
+    Activations come on top and are not counted. Raises UserError where even this does not fit.
+    """
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_source(model)))
+    n = sum(one.numel() for one in empty.parameters())
+    parts = {"weights": getattr(torch, dtype).itemsize, "fp32 copies": 4 * (dtype != "float32"), "gradients": 4,
+             "Adam's moments": 8}  # fmt: skip
+    need, free = n * sum(parts.values()) / 1e9, free_bytes(torch.device(device or best_device())) / 1e9
+    shares = ", ".join(f"{name} {n * size / 1e9:.2f}" for name, size in parts.items() if size)
+    text = f"{what} trains all {n / 1e6:,.1f} million weights: {need:.2f} GB ({shares}) and activations"
+    if need > free:
+        raise UserError(f"{text}; {free:.2f} GB are free. rmu.py and `baselines.py --method crisp` train few weights, "
+                        "the edits of baselines.py none")  # fmt: skip
+    print(f"{text}; {free:.2f} GB are free")
