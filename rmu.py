@@ -10,10 +10,20 @@ RMU, Representation Misdirection for Unlearning: train a model to forget, save i
 
 At one layer the residual stream of forget text is pushed to a fixed random direction, that of retain text is held
 where it was; only the down-projections of that layer and the two before it are trained (Li et al., arXiv 2403.03218).
-How far to push is given as a multiple of the residual stream's norm on forget text: a coefficient from another model's
-scale does nothing. --adaptive pushes each token by its own norm (Dang et al., arXiv 2408.06223). The forget set is the
-picking half of the WMDP-Bio questions, or --forget-corpus; the retain sets are Wikitext and MMLU's
-development questions. The trained model is saved as a folder that the lessons, pareto.py and lm-eval load with --model.
+How far to push there are two variants:
+
+    RMU                     one coefficient: a multiple of the mean norm of the first batch of forget text. The release
+                            of RMU takes a number instead, which does nothing on a model of another scale; that of
+                            Adaptive RMU (github.com/RebelsNLU-jaist/llm-unlearning) does this, with multiple 5
+    --adaptive              Adaptive RMU by its paper (Dang et al., arXiv 2408.06223): each token by a multiple of its
+                            own norm before training
+
+Otherwise as the releases, but for this: they average the loss over BOS and padding too, here only ordinary tokens
+count, in the norms as well (BOS has a norm of its own, and stands before retain text alike); they train on two topics
+in turn, bio and cyber, each with a control vector, here is one; they take texts once, in their corpus's order, here
+as often as the steps need them, each pass in a new random order. The forget set is the picking half of the WMDP-Bio
+questions, or --forget-corpus; the retain sets, one a step in turn, are Wikitext and MMLU's development questions. The
+trained model is saved as a folder that the lessons, pareto.py and lm-eval load with --model.
 
 tiny: WMDP-Bio stand-in 95.9 to 25.7%, MMLU stand-in 99.4 to 98.9% (reporting halves, n 74 and 178), loss added on the
 OpenWebText stand-in +0.063 nats per token; 21 s and 0.8 GB on two cores. --sweep trains with eight settings, chooses
@@ -37,15 +47,7 @@ import torch
 from tqdm.auto import tqdm
 
 import processes
-from common import (
-    command_line,
-    decoder_layers,
-    load_hf,
-    load_model,
-    parser,
-    settings,
-    watch_tokens,
-)
+from common import command_line, decoder_layers, load_hf, load_model, parser, settings, watch_tokens
 from data import RETAIN_TOKENS, UserError, load_benchmark, padded, token_windows
 from evaluation import Ablation, answers, best_setting, scores_of
 from hub import identity
@@ -62,6 +64,7 @@ from show import (
     title_of,
     write_record,
 )
+from training import Master, passes, wide
 
 MULTIPLES, ALPHAS = (2.0, 4.0, 8.0, 16.0), (10.0, 30.0)  # of --sweep
 
@@ -101,7 +104,8 @@ def rmu_loss(
     """(forget loss, alpha times retain loss): mean squared distance over real tokens and dimensions of the residual
     stream (batch, pos, d_model) to `target`, of the retain text's to `frozen`, what it was before training.
 
-    The release (github.com/centerforaisafety/wmdp) also averages over padding; masks (batch, pos) leave it out here.
+    The release (github.com/centerforaisafety/wmdp) also averages over BOS and padding; masks (batch, pos) leave them
+    out here.
     """
     away, back = ((x - y).square()[mask].mean()
                   for x, y, mask in ((forget, target, forget_mask), (retain, frozen, retain_mask)))  # fmt: skip
@@ -155,10 +159,6 @@ def as_they_were(matrices: dict, originals: dict):
             matrix.data = trained[name]
 
 
-def draw(windows: list[list[int]], rng: random.Random, n: int, tokenizer, device) -> torch.Tensor:
-    return padded(rng.sample(windows, min(n, len(windows))), tokenizer, device)
-
-
 # %% [markdown]
 # ## Training
 
@@ -175,7 +175,11 @@ def train(
 ) -> tuple:
     """Train the matrices in place. Returns the log, a row a step: forget loss, weighted retain loss, cosine of forget
     text to the control vector; the control vector; the coefficient; and what was trained. Raises UserError where a loss
-    is no number."""
+    is no number.
+
+    adaptive: each token's target is multiple * its own norm before training * u, the formula of Adaptive RMU's paper;
+    else the coefficient is multiple * the mean norm of the first batch, as in its release. Retain sets take turns.
+    """
     model.requires_grad_(False)
     matrices = down_projections(model, setting.layer)
     originals = {name: matrix.detach().clone() for name, matrix in matrices.items()}
@@ -183,29 +187,26 @@ def train(
         matrix.requires_grad_(True)
     device, rng = next(model.parameters()).device, random.Random(seed)
     u = control_vector(model.config.get_text_config().hidden_size, seed, device)
-    optimizer, log, coefficient = torch.optim.AdamW(matrices.values(), lr=setting.lr), [], None
+    away_texts, *back_texts = (passes(texts, setting.batch, rng) for texts in (forget, *retain_sets))
+    master, log, coefficient = Master(matrices.values(), setting.lr), [], None
     with watch_tokens(model, tokenizer) as seen:
-        for _ in tqdm(range(setting.steps), desc="RMU", unit="step", leave=False):
-            ids = draw(forget, rng, setting.batch, tokenizer, device)
+        for number in tqdm(range(setting.steps), desc="RMU", unit="step", leave=False):
+            ids = padded(next(away_texts), tokenizer, device)
             with torch.no_grad(), as_they_were(matrices, originals):
-                norms = hidden(model, ids, setting.layer).float().norm(dim=-1, keepdim=True)  # (batch, pos, 1)
+                norms = wide(hidden(model, ids, setting.layer)).norm(dim=-1, keepdim=True)  # (batch, pos, 1)
             h_forget, forget_mask = hidden(model, ids, setting.layer), seen["ordinary"]
             if coefficient is None:
                 coefficient = setting.multiple * norms[forget_mask].mean().item()
-            ids = draw(rng.choice(retain_sets), rng, setting.batch, tokenizer, device)
+            ids = padded(next(back_texts[number % len(back_texts)]), tokenizer, device)
             with torch.no_grad(), as_they_were(matrices, originals):
                 frozen = hidden(model, ids, setting.layer)
             h_retain = hidden(model, ids, setting.layer)
-            target = (setting.multiple * norms if adaptive else coefficient) * u
+            target = (setting.multiple * norms if adaptive else coefficient) * u.to(norms.dtype)
             target = target.expand_as(h_forget)
-            states = (h_forget.float(), target, h_retain.float(), frozen.float())  # bfloat16 would round the squares
+            states = (wide(h_forget), target, wide(h_retain), wide(frozen))  # bfloat16 would round the squares
             away, back = rmu_loss(*states, forget_mask, seen["ordinary"], setting.alpha)
-            if not torch.isfinite(away + back):
-                raise UserError("the loss is no number any more: a smaller --lr or --multiple, or --dtype bfloat16")
-            optimizer.zero_grad()
-            (away + back).backward()
-            optimizer.step()
-            cosine = torch.cosine_similarity(h_forget.detach().float(), u, dim=-1)[forget_mask].mean()
+            master.step(away + back)
+            cosine = torch.cosine_similarity(wide(h_forget.detach()), u, dim=-1)[forget_mask].mean()
             log.append([away.item(), back.item(), cosine.item()])
     return log, u, coefficient, list(matrices)
 
@@ -242,7 +243,8 @@ flags.add_argument(
 flags.add_argument("--alpha", type=float, help="weight of the retain loss (default: the model's setting)")
 flags.add_argument("--steps", "--max-batches", type=int, help="of training (default: the model's setting)")
 flags.add_argument("--lr", type=float, help="learning rate of AdamW (default: the model's setting)")
-flags.add_argument("--adaptive", action="store_true", help="Adaptive RMU: every token is pushed by its own norm")
+flags.add_argument("--adaptive", action="store_true", help="Adaptive RMU by its paper: each token by its own norm "
+                   "before training, not all by the first batch's mean norm")  # fmt: skip
 flags.add_argument("--sweep", action="store_true", help="train with every multiple and alpha of a grid, and choose")
 flags.add_argument("--subjects", help="MMLU subjects, comma-separated (default: SAEBench's four; tiny: all)")
 

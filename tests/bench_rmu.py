@@ -17,6 +17,7 @@ from bench_patched import write_smollm_shape  # puts the project on the path
 
 import rmu
 from common import decoder_layers, load_hf
+from data import padded
 
 SETTING = rmu.Setting(layer=7, multiple=4.0, alpha=100.0, steps=3, lr=1e-4)
 LENGTH = 512  # tokens a text, the release's longest
@@ -74,7 +75,7 @@ def release(model, tokenizer) -> None:
         return kept[0]
 
     for _ in range(SETTING.steps):
-        forget, retain = (rmu.draw(texts(), draw, SETTING.batch, tokenizer, "cpu") for _ in range(2))
+        forget, retain = (padded(draw.sample(texts(), SETTING.batch), tokenizer, "cpu") for _ in range(2))
         with torch.no_grad():
             before = stream(frozen, retain)
         loss = stream(model, forget).square().mean() + SETTING.alpha * (stream(model, retain) - before).square().mean()

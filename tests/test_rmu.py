@@ -13,10 +13,11 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
+import evaluation
 import rmu
 import show
 from common import decoder_layers, watch_tokens
-from data import UserError
+from data import UserError, padded
 
 ROOT = Path(__file__).resolve().parent.parent
 MATRIX = {
@@ -108,6 +109,25 @@ def test_an_unknown_family_is_refused_by_name():
         rmu.down_projections(OPTForCausalLM(config), 2)
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_training_by_hand_and_retain_sets_in_turn(model_folder, monkeypatch, adaptive):
+    """The first step's losses in float64: a coefficient from the first batch's mean norm, or each token's own norm."""
+    model, tokenizer = hf(model_folder("llama"), torch.float64)
+    texts = ["The cat sat on the mat.", "Rivers of Europe flow.", "Blood carries oxygen to the heart.", "Answer: A"]
+    windows = [tokenizer(text)["input_ids"] for text in texts]
+    forget, sets, drawn = windows[:1], [windows[1:2], windows[2:3]], []
+    monkeypatch.setattr(rmu, "padded", lambda rows, *rest: drawn.append(rows) or padded(rows, *rest))
+    with torch.no_grad():
+        h = outputs_of_layer(model, torch.tensor(forget), 2)[0, 1:].numpy()  # without BOS
+    setting = rmu.Setting(layer=2, multiple=3.0, alpha=7.0, steps=4, lr=1e-3)
+    log, u, coefficient, _ = rmu.train(model, tokenizer, forget, sets, setting, adaptive, 0)
+    norms = np.sqrt((h**2).sum(-1, keepdims=True))
+    target = 3.0 * (norms if adaptive else norms.mean()) * u.double().numpy()
+    assert coefficient == pytest.approx(3.0 * norms.mean(), abs=1e-8)
+    assert log[0][:2] == pytest.approx([((h - target) ** 2).mean(), 0.0], abs=1e-8)
+    assert drawn == [forget, sets[0], forget, sets[1]] * 2
+
+
 def test_later_layers_are_not_run(model_folder, get_model):
     model, _ = hf(model_folder("llama"))
     ids, ran = some_ids(get_model("llama")), []
@@ -121,6 +141,14 @@ def test_the_control_vector_is_seeded_positive_and_of_length_1():
     u = rmu.control_vector(500, 3, "cpu")
     assert torch.equal(u, rmu.control_vector(500, 3, "cpu")) and not torch.equal(u, rmu.control_vector(500, 4, "cpu"))
     assert u.min() >= 0 and u.norm().item() == pytest.approx(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_text():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rmu, "RETAIN_TOKENS", 5000)
+        patch.setattr(evaluation, "SCORED_TOKENS", 1000)
+        yield
 
 
 @pytest.fixture(scope="module")
