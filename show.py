@@ -161,8 +161,8 @@ def title_of(name: str, sources: dict) -> str:
 METHODS = {
     "grad-diff": "GradDiff",
     "diff-in-means": "difference of means",
-    "rmu": "RMU, by the first batch's norm",
-    "adaptive-rmu": "Adaptive RMU, by each token's norm",
+    "rmu": "RMU, first batch's norm",
+    "adaptive-rmu": "Adaptive RMU, each token's norm",
     "npo": "NPO",
     "simnpo": "SimNPO",
     "dsg": "DSG",
