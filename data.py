@@ -288,28 +288,54 @@ def encode_prompts(tokenizer, texts: list[str], style: str = "plain") -> tuple[l
 
     style: plain (" A" follows), chat (a user's turn by the tokenizer's own template; "A" follows) or saebench (the
     model's turn begins with "Answer: (", and of "A" and " A" the likelier counts: two ids a letter where the tokenizer
-    has both). Otherwise letters are found by encoding prompt and letter together, as lm-eval does. Raises UserError if
-    a letter is not one token or a prompt does not have exactly one BOS where the tokenizer adds one.
+    has both). Raises UserError if a letter is not one token behind every prompt, or for BOS as `check_bos` does.
     """
-    gap, add = (" ", True) if style == "plain" else ("", False)  # a chat template writes its own BOS
     if style != "plain":
         texts = [in_turn(tokenizer, text) + ("Answer: (" if style == "saebench" else "") for text in texts]
-    rows = [tokenizer(text, add_special_tokens=add)["input_ids"] for text in texts]
-    if style == "saebench":
-        forms = [[tokenizer(space + x, add_special_tokens=False)["input_ids"] for x in LETTERS] for space in ("", " ")]
-        letters = list(zip(*([ids[0] for ids in form] for form in forms if all(len(ids) == 1 for ids in form))))
-        clear = len(letters) == 4 and len(set(letters)) == 4
-    else:
-        joint = [tokenizer(texts[0] + gap + letter, add_special_tokens=add)["input_ids"] for letter in LETTERS]
-        letters = [row[-1] for row in joint]
-        clear = all(row[:-1] == rows[0] for row in joint) and len(set(letters)) == 4
-    if not clear:
+    rows = [encode(tokenizer, text) for text in texts]
+    check_bos(tokenizer, rows)
+    gaps = {"plain": [" "], "chat": [""], "saebench": ["", " "]}[style]
+    forms = [ids for gap in gaps if (ids := letter_ids(tokenizer, texts, rows, gap))]
+    if not forms:
         raise UserError("this tokenizer does not write each answer letter as one token, so letters cannot be scored")
+    return rows, list(zip(*forms)) if style == "saebench" else forms[0]
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    """The ids of a prompt, as lm-eval has them: the tokenizer's own BOS, unless a template has written one already."""
+    written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return tokenizer(text, add_special_tokens=not written)["input_ids"]
+
+
+def letter_ids(tokenizer, texts: list[str], rows: list[list[int]], gap: str) -> list[int]:
+    """The ids of the four letters behind all of these prompts and `gap`, [] unless they are one token each, the same.
+
+    Prompt and letter are encoded together, as lm-eval does: a letter alone is another token to a tokenizer that begins
+    every text with a blank. One prompt for each way in which prompts end stands for all that end alike.
+    """
+    ends, found = {tuple(row[-4:]): (text, row) for text, row in zip(texts, rows)}, set()
+    for text, row in ends.values():
+        joint = [encode(tokenizer, text + gap + letter) for letter in LETTERS]
+        found.add(tuple(ids[-1] for ids in joint if ids[:-1] == row))
+    letters = list(found.pop()) if len(found) == 1 else []
+    return letters if len(letters) == len(set(letters)) == 4 else []
+
+
+def check_bos(tokenizer, rows: list[list[int]]) -> None:
+    """One rule for all prompts, in lessons and in lm-eval: where the tokenizer puts a BOS in front of plain text each
+    begins with one; and none begins with two.
+
+    Models that were trained with a BOS are far off without it, and with two. Further on a BOS may stand anywhere: where
+    a chat template's marker is the BOS, as SmolLM2's, it opens every turn. Raises UserError.
+    """
     bos = tokenizer.bos_token_id
-    starts_with_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
-    if starts_with_bos and any(row.count(bos) != 1 or row[0] != bos for row in rows):
-        raise UserError("a prompt does not have exactly one BOS token, at its start")
-    return rows, letters
+    if bos is None:
+        return
+    added = tokenizer("a")["input_ids"][:1] == [bos]
+    for row in rows:
+        if row[:2] == [bos, bos] or (added and row[:1] != [bos]):
+            wrong = "begins with more than one BOS token" if row[:1] == [bos] else "does not begin with the BOS token"
+            raise UserError(f"a prompt {wrong}: {tokenizer.decode(row[:20])!r} ...")
 
 
 def in_turn(tokenizer, text: str) -> str:
@@ -318,7 +344,15 @@ def in_turn(tokenizer, text: str) -> str:
         raise UserError("--prompt: this model's tokenizer has no chat template; leave it plain")
     turn = [{"role": "user", "content": text}]
     # Qwen3 would open with its thoughts, not with a letter; other templates do not look at the switch
-    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    whole = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return without_thought(whole)
+
+
+def without_thought(prompt: str) -> str:
+    """The prompt; UserError if it ends where the model is to think: no letter follows there, whatever it knows."""
+    if prompt.rstrip().endswith("<think>"):
+        raise UserError("the chat template opens a thought (<think>), so no answer letter can follow: ask without it")
+    return prompt
 
 
 # ------------------------------------------------------------------------------------------ tokens

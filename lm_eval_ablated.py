@@ -27,14 +27,17 @@ after (n 178); 13 s and 0.9 GB on two cores.
 # Start a notebook in this folder, so that the helper files beside this one can be imported.
 
 # %%
+import argparse
+import copy
 import difflib
-import gc
 import hashlib
+import inspect
 import itertools
 import json
 import logging
+import math
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,16 +51,15 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table, simple_parse_args_string
+from safetensors import SafetensorError
 
 import processes
 from common import (
-    PRESETS,
     checked,
     command_line,
     decoder_layers,
     edited,
     layer_of,
-    load_model,
     load_sae,
     parser,
     settings,
@@ -67,6 +69,7 @@ from data import (
     HERE,
     RETAIN_TOKENS,
     UserError,
+    check_bos,
     digest,
     first_line,
     halves,
@@ -74,9 +77,12 @@ from data import (
     picking_texts,
     sample,
     token_windows,
+    without_thought,
 )
-from evaluation import Ablation, accuracy_score, bootstrap, loss_scores, robust_subset
+from evaluation import PERMUTATIONS, Ablation, accuracy_score, bootstrap, loss_scores
+from hub import announce, check_same, identity
 from picking import firing_rates, largest, pick_features, sanity_gate
+from presets import PRESETS, model_source, sae_source
 from show import (
     label,
     make_record,
@@ -97,6 +103,14 @@ logging.getLogger("lm_eval.api.task").addFilter(lambda note: "Custom kwargs can 
 TINY_TASKS, HUB_TASKS = "tiny_wmdp_bio,tiny_mmlu", "wmdp_bio,sae_mmlu_saebench"
 QUIZ = {"question", "choices", "answer"}  # what documents of wmdp's and mmlu's form have
 LAYER, N_FEATURES = 7, 50  # where neither a flag nor a record says otherwise
+BATCHING = {"batch_size", "max_batch_size"}  # do not decide an answer
+# Of --model_args: what flags of ours settle, and what hf hands on to transformers' from_pretrained
+OURS = {"pretrained": "--model", "sae": "--sae", "features": "--features", "layer": "--layer", "clamp": "--clamp",
+        "device": "--device", "dtype": "--dtype", "batch_size": "--batch_size",
+        "max_batch_size": "--max_batch_size"}  # fmt: skip
+FROM_PRETRAINED = {"attn_implementation", "device_map", "max_memory", "low_cpu_mem_usage", "use_safetensors", "variant",
+                   "cache_dir", "token", "local_files_only", "load_in_8bit", "load_in_4bit", "bnb_4bit_compute_dtype",
+                   "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"}  # fmt: skip
 # What records, and so pareto.py, call a task's data set; other tasks keep their names
 DATA_SETS = {"tiny_wmdp_bio": "wmdp_bio", "tiny_mmlu": "mmlu", "sae_mmlu_saebench": "mmlu",
              "tiny_openwebtext": "openwebtext", "sae_openwebtext": "openwebtext"}  # fmt: skip
@@ -117,27 +131,37 @@ class AblatedLM(HFLM):
 
     def __init__(self, pretrained: str, sae=None, features=(), layer: int = 7, clamp=0.0, device=None, **kwargs):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")  # lm-eval takes cuda even without one
-        path = PRESETS[pretrained].model if pretrained in PRESETS else pretrained
+        path = model_source(pretrained)
         super().__init__(path, device=device, **kwargs)
         if hasattr(self, "accelerator"):  # lm-eval knows of several processes on GPUs only, and of one machine
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        # what the answers come from: content or commit of all that was loaded, and all arguments that may matter
+        loaded = {name: kwargs[name] for name in ("peft", "delta", "tokenizer") if isinstance(kwargs.get(name), str)}
+        self.identity = {name: identity(source) for name, source in {"model": path, **loaded}.items()}
+        if "revision" in kwargs:
+            commit = getattr(self.model.config, "_commit_hash", None)
+            self.identity["revision"] = f"{kwargs['revision']}@{commit}"
+        self.arguments = {name: str(kwargs[name]) for name in sorted(kwargs) if name not in BATCHING}
         if isinstance(features, str):
-            features = read_features(features, layer)
+            features = read_features(features, layer, sae, pretrained)
         elif not isinstance(features, dict):
             features = {layer: list(features)} if features else {}
-        layers = decoder_layers(self.model)
-        self.edits, self.ablated = [], True  # [(layer, its module, the features' latents, clamp)]
+        if not isinstance(sae, dict):
+            sae = load_saes(self, sae, list(features), pretrained)
+        self.ablated = True
+        self.set_edits(sae, features, float(clamp))
+
+    def set_edits(self, saes: dict, features: dict[int, list[int]], clamp: float) -> None:
+        """Ablate these features, {layer: ids}, from now on. Raises UserError for features that the SAE lacks."""
+        if not -math.inf < clamp <= 0:
+            raise UserError(f"clamp {clamp:g}: a number that is 0 or negative")
+        layers, self.edits = decoder_layers(self.model), []  # [(layer, its module, the features' latents, clamp)]
         for number, ids in features.items():
-            if isinstance(sae, dict):
-                found = sae[number]
-            else:
-                spec = sae.replace("{layer}", str(number)) if sae else None
-                found = load_sae(spec, number, as_bridge(self.model, layers), pretrained)
             try:
-                latents = checked(found, ids, float(clamp))
+                latents = checked(saes[number], ids, clamp)
             except ValueError as error:
                 raise UserError(f"layer {number}: {error}") from error
-            self.edits.append((number, layers[layer_of(found)], latents, float(clamp)))
+            self.edits.append((number, layers[layer_of(saes[number])], latents, clamp))
 
     @contextmanager
     def patched(self):
@@ -155,11 +179,19 @@ class AblatedLM(HFLM):
 
         edits = self.edits if self.ablated else []
         with watch_tokens(self.model, self.tokenizer) as seen, ExitStack() as handles:
+            handles.callback(self.model.get_output_embeddings().register_forward_hook(self.refuse_not_finite).remove)
             for number, module, latents, clamp in edits:
                 handles.callback(module.register_forward_hook(edit(number, latents, clamp)).remove)
             yield
         if len(fired) != len(edits):
             raise RuntimeError("a layer that features are ablated at never ran")
+
+    def refuse_not_finite(self, module, args, logits):
+        """A hook on the unembedding: an argmax over NaN would be an answer like any other, and go into the caches."""
+        if not all(torch.isfinite(end) for end in logits.aminmax()):
+            how = "with the features ablated" if self.ablated and self.edits else "as it is"
+            raise UserError(f"{self.pretrained} {how} has logits that are not finite (NaN or infinity): look for such "
+                            "values in its weights, its adapter and its SAE, or take another dtype")  # fmt: skip
 
     def _model_call(self, *args, **kwargs):
         with self.patched():
@@ -170,18 +202,11 @@ class AblatedLM(HFLM):
             return super()._model_generate(*args, **kwargs)
 
     def fingerprint(self) -> str:
-        """Hash of what decides the answers: weights (of a folder by time and size), arguments, edits."""
-        weights = [(path.name, path.stat().st_mtime_ns, path.stat().st_size)
-                   for path in sorted(Path(self.pretrained).glob("*.safetensors"))]  # fmt: skip
-        whole = [self.pretrained, weights, self.revision, self.peft, self.delta, self.add_bos_token, self.max_length,
-                 self.model.config._attn_implementation, str(self.model.dtype), str(self.mixed_precision_dtype),
-                 str(self.softmax_dtype), self.chat_template_args]  # fmt: skip
-        digest = hashlib.sha256(json.dumps(whole).encode())
-        for number, _, latents, clamp in self.edits if self.ablated else []:
-            digest.update(json.dumps([number, clamp, latents.features.tolist()]).encode())
-            for name, weight in sorted(latents.sae.state_dict().items()):
-                digest.update(name.encode() + weight.cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """Hash of what decides the answers: what model, adapter and SAEs are (hub.identity), arguments, edits."""
+        model = [self.identity, self.arguments, self.model.config._attn_implementation, str(self.model.dtype)]
+        edits = [(number, clamp, latents.features.tolist(), latents.sae.identity)
+                 for number, _, latents, clamp in (self.edits if self.ablated else [])]  # fmt: skip
+        return hashlib.sha256(json.dumps([model, edits]).encode()).hexdigest()[:16]
 
     def set_cache_hook(self, cache_hook) -> None:
         """lm-eval's cache knows a request, not the model that answered it: another model's cache is refused."""
@@ -192,22 +217,75 @@ class AblatedLM(HFLM):
         super().set_cache_hook(cache_hook)
 
     def _loglikelihood_tokens(self, requests, **kwargs):
-        bos = self.tokenizer.bos_token_id
-        for key, context, _ in requests:  # key None: a rolling request, where lm-eval has put two itself
-            if key is not None and bos is not None and context.count(bos) > 1:
-                raise UserError(f"a prompt has more than one BOS token: {key[0][:60]!r} ...")
+        asked = [(key, context, answer) for key, context, answer in requests if key is not None]  # None: rolling, which
+        check_bos(self.tokenizer, [context for _, context, _ in asked])  # lm-eval cuts in windows, with two BOS itself
+        for (text, _), context, answer in asked:
+            without_thought(text)
+            self.refuse_long(text, len(context) + len(answer) - 1)
         return super()._loglikelihood_tokens(requests, **kwargs)
+
+    def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
+        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        if left_truncate_len:  # what is left of the context when all new tokens are written
+            self.refuse_long(max(strings, key=len), ids.shape[1], left_truncate_len)
+        return ids, mask
+
+    def refuse_long(self, text: str, length: int, most: int | None = None) -> None:
+        """lm-eval would cut a prompt's beginning off, or ask the model about positions that it does not have."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or self.max_length
+        most = most or min(self.max_length, positions)
+        if length > most:
+            raise UserError(f"the prompt {text[:60]!r} ... has {length} tokens, and there is room for {most}: leave it "
+                            "out with --samples, or ask with fewer examples")  # fmt: skip
 
 
 if "sae-ablated" not in model_registry:  # lm-eval refuses a name twice, but a notebook's cell is run again
     register_model("sae-ablated")(AblatedLM)
 
 
-def as_bridge(model, layers) -> SimpleNamespace:
-    """What common.load_sae asks of a model."""
-    config, n = model.config.get_text_config(), len(layers)
-    cfg = SimpleNamespace(n_layers=n, d_model=config.hidden_size, model_name=model.name_or_path)
-    return SimpleNamespace(cfg=cfg, blocks=layers, hook_dict={f"blocks.{i}.hook_resid_post" for i in range(n)})
+class Scored:
+    """What common.load_sae and picking.py ask of a TransformerLens model, of the very model that lm-eval scores."""
+
+    def __init__(self, lm: AblatedLM):
+        config, layers = lm.model.config.get_text_config(), decoder_layers(lm.model)
+        self.original_model, self.tokenizer, self.blocks = lm.model, lm.tokenizer, layers
+        self.cfg = SimpleNamespace(n_layers=len(layers), d_model=config.hidden_size, d_vocab=config.vocab_size,
+                                   model_name=lm.pretrained, device=lm.device)  # fmt: skip
+        self.hook_dict = {f"blocks.{i}.hook_resid_post": layer for i, layer in enumerate(layers)}
+
+    @contextmanager
+    def hooks(self, fwd_hooks: list):
+        with ExitStack() as handles:
+            for name, hook in fwd_hooks:
+
+                def read(module, args, output, hook=hook):
+                    hook(output[0] if isinstance(output, tuple) else output, hook=None)
+
+                handles.callback(self.hook_dict[name].register_forward_hook(read).remove)
+            yield
+
+    def __call__(self, ids, stop_at_layer: int, use_cache: bool = False) -> None:
+        """Run the layers below `stop_at_layer`, for the sake of the hooks."""
+
+        class Stop(Exception):
+            pass
+
+        def stop(module, args):
+            raise Stop
+
+        above = [*self.blocks, self.original_model.get_output_embeddings()][stop_at_layer]
+        handle = above.register_forward_pre_hook(stop)
+        with suppress(Stop):
+            self.original_model(ids, use_cache=use_cache)
+        handle.remove()
+
+
+def load_saes(lm: AblatedLM, sae: str | None, layers: list[int], model: str) -> dict:
+    """{layer: SAE}. sae: --sae, with {layer} in the layer's place; None: the preset's."""
+    if sae and len(layers) > 1 and "{layer}" not in sae:
+        raise UserError(f"--sae {sae}: with several layers it needs {{layer}} in the layer's place")
+    view = Scored(lm)
+    return {number: load_sae(sae and sae.replace("{layer}", str(number)), number, view, model) for number in layers}
 
 
 # %% [markdown]
@@ -222,20 +300,40 @@ def read_json(path: str):
         raise UserError(f"cannot read {path}: {first_line(error)}") from error
 
 
-def read_features(path: str, layer: int) -> dict[int, list[int]]:
-    """{layer: ids} from a JSON file: a list of ids, {layer: ids}, or a record (see `of_record`)."""
+def read_features(path: str, layer: int, sae: str | None = None, model: str = "tiny") -> dict[int, list[int]]:
+    """{layer: ids} from a JSON file: a list of ids, {layer: ids}, or a record (see `of_record`).
+
+    Raises UserError for a layer without features, and for a record whose SAE is not `sae` as it is now.
+    """
     found = read_json(path)
     if isinstance(found, dict) and "points" in found:
-        setting = of_record(path, found)
-        return {setting["layer"]: setting["features"]}
+        return features_of(path, found, of_record(path, found), sae, model)
     found = {layer: found} if isinstance(found, list) else found
     try:
         features = {int(number): ids for number, ids in found.items()}
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path}: a list of feature ids, {{layer: ids}} or a record is wanted") from error
+    return filled(path, features)
+
+
+def filled(path: str, features: dict) -> dict[int, list[int]]:
+    """The features, unless a layer has none: with nothing to ablate they would be picked, or the model scored as is."""
     for number, ids in features.items():
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise UserError(f"{path}: layer {number} has no list of feature ids")
+    if not features or not all(features.values()):
+        empty = f"layer {min(k for k, ids in features.items() if not ids)} has" if features else "it holds"
+        raise UserError(f"{path}: {empty} no features to ablate")
+    return features
+
+
+def features_of(path: str, record: dict, setting: dict, sae: str | None, model: str) -> dict[int, list[int]]:
+    """{layer: ids} of a record's setting, which another SAE does not know under these ids."""
+    ids = setting["features"]
+    features = {int(k): v for k, v in ids.items()} if isinstance(ids, dict) else {setting["layer"]: ids}
+    for number in filled(path, features):
+        source = sae_source(sae and sae.replace("{layer}", str(number)), number, model)
+        check_same(path, record, "sae", source, number)
     return features
 
 
@@ -248,7 +346,7 @@ def of_record(path: str, record: dict, **wanted) -> dict:
         {"layer": record["layer"], **p["setting"]} for p in record["points"] if p["method"] == "sae-ablation"
     ]
     left = [s for s in settings_of if all(v is None or s[k] == v for k, v in wanted.items())]
-    if wanted.get("clamp") is None and len({(s["layer"], tuple(s["features"])) for s in left}) == 1:
+    if wanted.get("clamp") is None and len({json.dumps([s["layer"], s["features"]]) for s in left}) == 1:
         left = [min(left, key=lambda s: s["clamp"])]
     if len(left) != 1:
         there = ", ".join(f"--layer {s['layer']} --n-features {s['n_features']} --clamp {s['clamp']:g}"
@@ -261,7 +359,7 @@ def of_record(path: str, record: dict, **wanted) -> dict:
 # ## Flags: the shared ones, some with other defaults, and lm-eval's own, in its spelling or with hyphens
 
 # %%
-flags = parser(__doc__, without=("--max-rows",))
+flags = parser(__doc__, without=("--max-rows", "--skip-long"))
 
 
 def number_or_auto(text: str) -> int | str:
@@ -292,7 +390,7 @@ lm_eval_flag("max_batch_size", type=int, default=64, help="where auto starts (de
 lm_eval_flag("num_fewshot", type=int, help="examples in front of each question (default: the task's)")
 lm_eval_flag("apply_chat_template", nargs="?", const=True, default=False, help="wrap prompts, optionally by name")
 lm_eval_flag("system_instruction", help="text in front of every prompt")
-lm_eval_flag("model_args", default="", help="more arguments of lm-eval's hf, as parallelize=True,max_length=2048")
+lm_eval_flag("model_args", help="more arguments of lm-eval's hf, as parallelize=True,max_length=2048")
 lm_eval_flag("gen_kwargs", help="for tasks that generate, as max_gen_toks=20,temperature=0")
 lm_eval_flag("include_path", help="folder with more task files")
 lm_eval_flag("use_cache", metavar="FOLDER", help="keep answers there; every ablation has a cache of its own")
@@ -383,20 +481,6 @@ def choose(tasks: dict[str, tuple], s, half: bool) -> dict[str, list[int]]:
     return {name: sorted(ids) for name, ids in chosen.items()}
 
 
-def keep_robust(lm, sae, task, ids: list[int], s, batch_size: int) -> list[int]:
-    """Of these documents those that the unablated model gets right in all 24 orders (SAEBench, arXiv 2503.09532);
-    with --robust question not those that it gets right in all 24 orders without the question as well."""
-    docs = list(task.eval_docs)
-    asked = [{key: docs[i][key] for key in (*QUIZ, "subject") if key in docs[i]} for i in ids]
-    if not asked or not set(asked[0]) >= QUIZ or len(asked[0]["choices"]) != 4:
-        raise UserError(f"--robust: {task.task_name} does not ask four-way questions")
-    style = "chat" if s.apply_chat_template else "plain"
-    right = set(robust_subset(lm, sae, asked, batch_size, style))
-    if s.robust == "question":
-        right -= set(robust_subset(lm, sae, [{**row, "question": ""} for row in asked], batch_size, style))
-    return [ids[i] for i in sorted(right)]
-
-
 # %% [markdown]
 # ## Answers: on several processes each has its share of the requests
 
@@ -444,13 +528,48 @@ class Spread(LM):
         return getattr(self.inner, name)
 
 
-def load_ablated(s, saes: dict, features: dict[int, list[int]]) -> AblatedLM:
-    """The model with these features, from the settings. lm-eval sees one process: `Spread` deals with the others."""
-    more = {"attn_implementation": "eager", **simple_parse_args_string(s.model_args)}  # as TransformerLens has it
+def model_args(s) -> dict:
+    """lm-eval's --model_args. Raises UserError for a name given twice, unknown, or that a flag of ours settles."""
+    entries = [entry for entry in (s.model_args or "").split(",") if entry]
+    names = [entry.split("=")[0].strip() for entry in entries]
+    known = {*inspect.signature(HFLM.__init__).parameters, *FROM_PRETRAINED} - {"self", "kwargs", *OURS}
+    for entry, name in zip(entries, names):
+        if name in OURS:
+            raise UserError(f"--model_args {entry}: say it with {OURS[name]}")
+        if names.count(name) > 1 or "=" not in entry:
+            raise UserError(f"--model_args {s.model_args}: " + (f"{name} stands there twice" if "=" in entry else
+                                                                f"{name} has no value, as in {name}=..."))  # fmt: skip
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3, 0.6)
+            raise UserError(f"--model_args {entry}: lm-eval's hf has no {name}; near: {', '.join(near) or '-'}")
+    more = simple_parse_args_string(s.model_args)
+    if more.get("trust_remote_code"):
+        raise UserError("--model_args trust_remote_code=True: code from a repository is never run here")
+    if s.device_map and {"parallelize", "device_map"} & set(more):
+        raise UserError("--model_args and --device-map both say where the layers go: leave one out")
+    return more
+
+
+def load_ablated(s) -> AblatedLM:
+    """The model that is scored, nothing ablated yet. lm-eval sees one process: `Spread` deals with the others."""
+    more = {"attn_implementation": "eager", **model_args(s)}  # as TransformerLens has it
     if s.device_map and torch.cuda.is_available():
         more |= {"parallelize": True, "device_map": s.device_map}
-    lm = AblatedLM(s.model, sae=saes, features=features, clamp=s.clamp, device=s.device, dtype=s.dtype,
-                   batch_size=s.batch_size, max_batch_size=s.max_batch_size, **more)  # fmt: skip
+    if s.device_map and (s.device or processes.count() > 1):
+        raise UserError("--device-map spreads one model over the GPUs: leave out --device and accelerate launch")
+    path = model_source(s.model)
+    if not Path(path).is_dir() and "/" not in path:
+        raise UserError(f"no model {s.model!r}: give a preset ({', '.join(PRESETS)}), a hub id ORG/NAME or a folder")
+    if not Path(path).is_dir():
+        announce(path)
+    try:
+        lm = AblatedLM(s.model, device=s.device, dtype=s.dtype, batch_size=s.batch_size,
+                       max_batch_size=s.max_batch_size, **more)  # fmt: skip
+    except (OSError, ValueError, ImportError, TypeError, AssertionError, SafetensorError) as error:
+        hint = "" if Path(path).is_dir() else (f". If it is gated, accept its licence at https://huggingface.co/{path} "
+                                               "and run `hf auth login`; to work offline use --model tiny")  # fmt: skip
+        given = f" with --model_args {s.model_args}" if s.model_args else ""
+        raise UserError(f"cannot load {path}{given}: {first_line(error)}{hint}") from error
     lm._rank, lm._world_size = 0, 1
     return lm
 
@@ -483,6 +602,56 @@ def ask(lm: AblatedLM, tasks: dict, chosen: dict[str, list[int]], s, ablated: bo
         for name in samples or []:
             tracker.save_results_samples(name, samples[name])
     return results
+
+
+def in_order(task, order: tuple[int, ...], question: bool):
+    """The task with each question's options in that order, and without the question if `question` is False."""
+
+    def changed(doc: dict) -> dict:
+        new = {**doc, "choices": [doc["choices"][i] for i in order], "answer": order.index(doc["answer"])}
+        return new if question else {**new, "question": ""}
+
+    class InOrder(type(task)):
+        eval_docs = [changed(doc) for doc in task.eval_docs]
+
+    twin = copy.copy(task)
+    twin.__class__ = InOrder
+    return twin
+
+
+def right_in_all_orders(lm: AblatedLM, tasks: list, chosen: dict, s, question: bool = True) -> dict[str, list[int]]:
+    """{task: those of the chosen documents that the unablated model gets right in all 24 orders of the options}, asked
+    as they are scored: adapter, examples, chat template and all. A document is asked no more after a wrong answer."""
+    alive, quiet = {task.task_name: chosen[task.task_name] for task in tasks}, argparse.Namespace(**vars(s))
+    quiet.output_path = None
+    for order in PERMUTATIONS:
+        twins = {task.task_name: in_order(task, order, question) for task in tasks if alive[task.task_name]}
+        if not twins:
+            break
+        found = ask(lm, {name: (None, [twin]) for name, twin in twins.items()}, {name: alive[name] for name in twins},
+                    quiet, ablated=False)  # fmt: skip
+        for name, twin in twins.items():
+            rows = logged(found, [twin])
+            alive[name] = [i for i, row in zip(alive[name], rows, strict=True) if row["acc"] == 1.0]
+    return alive
+
+
+def keep_robust(lm: AblatedLM, tasks: dict, chosen: dict, s) -> dict[str, list[int]]:
+    """Of the chosen documents those that the unablated model gets right in all 24 orders (SAEBench, arXiv 2503.09532);
+    with --robust question not those that it gets right in all 24 orders without the question as well."""
+    parts = [part for _, parts in tasks.values() for part in parts if part.task_name in chosen]
+    for part in parts:
+        docs = part.eval_docs
+        if not set(docs[0]) >= QUIZ or {len(docs[i]["choices"]) for i in chosen[part.task_name]} != {4}:
+            raise UserError(f"--robust: {part.task_name} does not ask four-way questions")
+    right = right_in_all_orders(lm, parts, chosen, s)
+    if s.robust == "question":
+        guessed = right_in_all_orders(lm, parts, right, s, question=False)
+        right = {name: [i for i in ids if i not in guessed[name]] for name, ids in right.items()}
+    right = {name: ids for name, ids in right.items() if ids}
+    if empty := [name for name, (_, parts) in tasks.items() if not {p.task_name for p in parts} & set(right)]:
+        raise UserError(f"{empty[0]}: --robust leaves no question to ask")
+    return right
 
 
 # %% [markdown]
@@ -573,7 +742,7 @@ def scores_of(runs: list[list[dict]], lm: AblatedLM, seed: int) -> list[dict | N
 def layers_of(s, given: dict) -> dict[int, list[int]] | None:
     """{layer: features} of --features, None where they are to be picked. A record also settles what else is its own:
     SAE, clamp, data, seed, and whether all questions may be scored."""
-    if not s.features:
+    if s.features is None:
         return None
     s.pick_on = "all"  # of a bare list nobody knows what it was picked on
     record = read_json(s.features)
@@ -581,16 +750,18 @@ def layers_of(s, given: dict) -> dict[int, list[int]] | None:
         return read_features(s.features, s.layer)
     if record["model"] != s.model:
         raise UserError(f"{s.features} is a record of {record['model']}, the model is {s.model}")
+    check_same(s.features, record, "model", model_source(s.model))
     setting = of_record(s.features, record, **given)
     saes, there = record["sae"], record["layer"]
-    source = saes[there.index(setting["layer"])] if isinstance(saes, list) else saes
-    s.sae = s.sae or (str(HERE / source) if (HERE / source).is_dir() else source)
+    if s.sae is None and not isinstance(setting["features"], dict):
+        source = saes[there.index(setting["layer"])] if isinstance(saes, list) else saes
+        s.sae = str(HERE / source) if (HERE / source).is_dir() else source
     s.seed, s.pick_on, s.clamp = record["seed"], record["settings"]["pick_on"], setting["clamp"]
     s.data = s.data or record["settings"]["data"]
-    return {setting["layer"]: setting["features"]}
+    return features_of(s.features, record, setting, s.sae, s.model)
 
 
-def pick(lm, sae, forget_windows: list, retain_windows: list, s, batch_size: int) -> list[int]:
+def pick(lm: Scored, sae, forget_windows: list, retain_windows: list, s, batch_size: int) -> list[int]:
     """As many features as --n-features, as in the lessons."""
     forget = firing_rates(lm, sae, forget_windows, batch_size, "forget rates")
     retain = largest([firing_rates(lm, sae, part, batch_size, "retain rates") for part in retain_windows])
@@ -599,34 +770,20 @@ def pick(lm, sae, forget_windows: list, retain_windows: list, s, batch_size: int
     return features
 
 
-def prepare(s, features: dict | None, tasks: dict, chosen: dict, sources: dict) -> tuple[dict, dict, dict]:
-    """What needs TransformerLens's model, which is gone afterwards: the SAE check, picking, --robust.
-
-    Returns {layer: features}, {layer: what the check found} and {layer: SAE}; narrows `chosen` down.
-    """
-    batch_size = s.batch_size if isinstance(s.batch_size, int) else 16
-    lm = load_model(s.model, s.device, s.dtype, s.device_map)
-    if s.sae and len(features or []) > 1 and "{layer}" not in s.sae:
-        raise UserError(f"--sae {s.sae}: with several layers it needs {{layer}} in the layer's place")
-    saes = {number: load_sae(s.sae and s.sae.replace("{layer}", str(number)), number, lm, s.model)
-            for number in features or [s.layer]}  # fmt: skip
+def prepare(lm: AblatedLM, s, features: dict | None, sources: dict) -> tuple[dict, dict, dict]:
+    """The SAE check and picking, on the model that is scored. Returns {layer: features}, {layer: what the check found}
+    and {layer: SAE}."""
+    saes, view = load_saes(lm, s.sae, list(features or [s.layer]), s.model), Scored(lm)
     noted = {}
     wmdp, noted["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
     forget, retain = picking_texts(wmdp, halves(wmdp, s.seed, s.pick_on)[0], s, noted)
     sources |= {name: found for name, found in noted.items() if name == "wikitext" or not features}
     retain_windows = [token_windows(lm.tokenizer, texts, max_tokens=RETAIN_TOKENS)[0] for texts in retain]
-    sanity = {number: sanity_gate(lm, sae, retain_windows[0], not s.no_sanity) for number, sae in saes.items()}
+    sanity = {number: sanity_gate(view, sae, retain_windows[0], not s.no_sanity) for number, sae in saes.items()}
     if not features:
         forget_windows, _ = token_windows(lm.tokenizer, forget)
-        features = {s.layer: pick(lm, saes[s.layer], forget_windows, retain_windows, s, batch_size)}
-    if s.robust:
-        for _, parts in tasks.values():
-            for task in parts:
-                ids = chosen.pop(task.task_name, [])
-                if ids := keep_robust(lm, next(iter(saes.values())), task, ids, s, batch_size):
-                    chosen[task.task_name] = ids
-        if empty := [name for name, (_, parts) in tasks.items() if not {p.task_name for p in parts} & set(chosen)]:
-            raise UserError(f"{empty[0]}: --robust leaves no question to ask")
+        batch_size = s.batch_size if isinstance(s.batch_size, int) else 16
+        features = {s.layer: pick(view, saes[s.layer], forget_windows, retain_windows, s, batch_size)}
     return features, sanity, saes
 
 
@@ -683,6 +840,9 @@ def run(**changes) -> dict:
     """run(tasks="tiny_mmlu", unablated=True): any flag by name. Returns the record; {} in all processes but the first
     and for --tasks list. Raises UserError."""
     started, sources = time.time(), {}
+    for name, value in changes.items():  # it would be taken for a flag that is not there
+        if value in ("", []):
+            raise UserError(f"--{name.replace('_', '-')}: nothing is given; leave it out, or say what")
     given = {name: changes.pop(name, None) for name in ("layer", "n_features", "clamp")}
     layer, n, clamp = given.values()
     changes |= {"layer": LAYER if layer is None else layer, "n_features": N_FEATURES if n is None else n}
@@ -690,8 +850,9 @@ def run(**changes) -> dict:
     s.clamp = s.clamp if clamp is None else clamp
     if s.tasks == "list":
         return list_tasks() or {}
-    if s.clamp > 0:
-        raise UserError(f"--clamp {s.clamp:g}: 0 or negative")
+    if not -math.inf < s.clamp <= 0:
+        raise UserError(f"--clamp {s.clamp:g}: a number that is 0 or negative")
+    model_args(s)
     s.tasks = s.tasks or (TINY_TASKS if s.model == "tiny" or s.data else HUB_TASKS)
     features = layers_of(s, given)
     if features:
@@ -700,9 +861,11 @@ def run(**changes) -> dict:
     path = outputs("lm_eval_ablated.py", s)
     tasks = find_tasks(s)
     chosen = choose(tasks, s, s.pick_on == "half")
-    features, sanity, saes = prepare(s, features, tasks, chosen, sources)
-    gc.collect()  # TransformerLens's model goes before lm-eval's comes
-    lm = load_ablated(s, saes, features)
+    lm = load_ablated(s)
+    features, sanity, saes = prepare(lm, s, features, sources)
+    lm.set_edits(saes, features, s.clamp)
+    if s.robust:
+        chosen = keep_robust(lm, tasks, chosen, s)
     runs = {name: ask(lm, tasks, chosen, s, name == "ablated")
             for name in (["unablated"] if s.unablated else []) + ["ablated"]}  # fmt: skip
     if not processes.is_first():
@@ -719,6 +882,11 @@ def run(**changes) -> dict:
     points, one_sae = points_of(rows, scores, features, s), next(iter(saes.values()))
     record = make_record("lm_eval_ablated.py", s, one_sae, sources, sanity, points, time.time() - started)
     record["versions"]["lm_eval"] = version("lm_eval")
+    record["identity"] |= lm.identity
+    if len(saes) > 1:
+        several = {"layer": list(saes), "sae": [x.source for x in saes.values()]}
+        record |= several | {"hook_point": [x.hook_point for x in saes.values()]}
+        record["identity"]["sae"] = [x.identity for x in saes.values()]
     record["attention"] = lm.model.config._attn_implementation
     record["lm_eval"] = {
         name: json.loads(json.dumps(results["results"], default=str)) for name, results in runs.items()
