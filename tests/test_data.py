@@ -6,6 +6,9 @@ import json
 import datasets
 import pytest
 import torch
+from conftest import BOS, MARKER, train_tokenizer
+from tokenizers import Tokenizer, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
 
 import data
 from data import UserError
@@ -127,3 +130,60 @@ def test_picking_texts_are_prompts_on_both_sides_or_prose(tmp_path):
     assert forget == ["a corpus"] and len(retain) == 2
     assert set(sources) == {"forget_corpus", "wikitext", "mmlu_dev"}
     assert all(text.endswith("Answer:") and "Which" in "".join(retain[1]) for text in retain[1])
+
+
+# ------------------------------------------------------------------------------ prompts and their letters
+
+
+def with_dummy_prefix() -> PreTrainedTokenizerFast:
+    """As Llama 2's: every text begins with a blank that is not there, so a letter alone is another token."""
+    pieces = ["<s>", "</s>", "▁", "\n", *map(chr, range(33, 127)), *(f"▁{letter}" for letter in "ABCD")]
+    merges = [("▁", letter) for letter in "ABCD"]
+    core = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}user says: {{ m.content }} model says:\n{% endfor %}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("style, gaps", [("plain", [" "]), ("chat", [""]), ("saebench", ["", " "])])
+def test_letters_are_those_that_continue_every_prompt(style, gaps):
+    tokenizer, texts = with_dummy_prefix(), ["The cat sat on the sea", "Which of these is an organ of the body?"]
+    rows, letters = data.encode_prompts(tokenizer, texts, style)
+    for row, text in zip(rows, texts):
+        whole = text if style == "plain" else data.in_turn(tokenizer, text)
+        whole += "Answer: (" if style == "saebench" else ""
+        for ids, letter in zip(letters, "ABCD"):
+            for gap, i in zip(gaps, ids if style == "saebench" else (ids,), strict=True):
+                assert tokenizer(whole + gap + letter, add_special_tokens=style == "plain")["input_ids"] == [*row, i]
+
+
+def test_letters_must_be_the_same_behind_every_prompt():
+    tokenizer = with_dummy_prefix()
+    tokenizer.add_tokens(["sea A"])
+    assert data.encode_prompts(tokenizer, ["The cat", "The mat"])
+    with pytest.raises(UserError, match="one token"):
+        data.encode_prompts(tokenizer, ["The cat", "The sea"])
+
+
+def test_a_template_without_bos_gets_one_and_a_marker_that_is_the_bos_may_open_each_turn():
+    chat = train_tokenizer()
+    chat.chat_template = "{% for m in messages %}" + MARKER + "{{ m.content }}\n{% endfor %}" + MARKER
+    assert data.encode_prompts(chat, ["The sea"], "chat")[0][0][0] == chat.bos_token_id
+    chat.chat_template = chat.chat_template.replace(MARKER, BOS)
+    (row,), _ = data.encode_prompts(chat, ["The sea"], "chat")
+    assert row[0] == chat.bos_token_id and row.count(chat.bos_token_id) == 2
+    chat.chat_template = BOS + chat.chat_template
+    with pytest.raises(UserError, match="more than one BOS"):
+        data.encode_prompts(chat, ["The sea"], "chat")
+
+
+@pytest.mark.parametrize("end", ["<think>", "<think>\n"])
+def test_a_template_that_opens_a_thought_is_refused(end):
+    chat = train_tokenizer()
+    chat.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}" + end
+    with pytest.raises(UserError, match="opens a thought"):
+        data.encode_prompts(chat, ["The sea"], "chat")

@@ -16,13 +16,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import BOS, FAMILIES, MARKER, some_ids
+from conftest import BOS, FAMILIES, MARKER, some_ids, write_sae
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import feature_ablate_1
 import feature_ablate_2
@@ -31,7 +34,9 @@ import pareto
 from common import load_model, load_sae
 from data import LETTERS, UserError, encode_prompts, halves, prompt, special_ids
 from evaluation import Ablation, score_letters, score_loss
+from hub import identity
 from lm_eval_ablated import AblatedLM, Spread, by_question, decoder_layers
+from picking import firing_rates
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
@@ -358,7 +363,7 @@ def test_one_bos_and_the_letter_as_it_continues(chat_folder, chat):
 def test_a_doubled_bos_is_refused(chat_folder):
     lm = AblatedLM(str(chat_folder), device="cpu", dtype="float32", add_bos_token=True)
     with pytest.raises(UserError, match="more than one BOS"):
-        lm.loglikelihood(requests([f" {BOS}The cat sat on the"], [" sea"]))
+        lm.loglikelihood(requests([f"{BOS}{BOS}The cat sat on the"], [" sea"]))
 
 
 def test_pads_and_special_tokens_are_not_edited(get_model, model_folder, make_sae):
@@ -457,6 +462,96 @@ def test_the_command_line_keeps_caches_apart(tmp_path):
     assert other["points"][1]["scores"] != first["points"][1]["scores"]
 
 
+def changed(folder: Path, name: str, to: Path) -> Path:
+    """A copy of a model folder, its weights in a pickled file."""
+    shutil.copytree(folder, to)
+    weights = load_file(to / "model.safetensors")
+    (to / "model.safetensors").unlink()
+    torch.save(weights, to / name)
+    return to
+
+
+def test_weights_written_again_into_the_same_folder_are_another_model(tmp_path, model_folder):
+    folder = changed(model_folder("llama"), "pytorch_model.bin", tmp_path / "model")
+    same = dict(device="cpu", dtype="float32")
+    first = AblatedLM(str(folder), **same)
+    CachingLM(first, str(tmp_path / "cache.db")).loglikelihood(requests(SENTENCES, [" sea"]))
+    path = folder / "pytorch_model.bin"
+    time = path.stat()
+    weights = torch.load(path)
+    torch.save({name: weight * 0.5 for name, weight in weights.items()}, path)
+    os.utime(path, ns=(time.st_atime_ns, time.st_mtime_ns))
+    with pytest.raises(UserError, match="another model's"):
+        CachingLM(AblatedLM(str(folder), **same), str(tmp_path / "cache.db"))
+
+
+def adapter(folder: Path, to: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(to)
+    return to
+
+
+def test_an_adapter_is_picked_checked_and_cached_as_scored(tmp_path, model_folder, make_sae, get_model):
+    """Picking and the SAE check see the adapter, as they see the model that it was merged into."""
+    folder, same = model_folder("llama"), dict(device="cpu", dtype="float32", attn_implementation="eager")
+    first = AblatedLM(str(folder), peft=str(adapter(folder, tmp_path / "adapter", 0)), **same)
+    first.model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    lm = AblatedLM(str(folder), peft=str(tmp_path / "adapter"), **same)
+    shutil.copy(folder / "tokenizer.json", tmp_path / "merged")
+    shutil.copy(folder / "tokenizer_config.json", tmp_path / "merged")
+    sae, windows = make_sae(get_model("llama")), [some_ids(get_model("llama"))[1].tolist()]
+    merged = firing_rates(load_model(str(tmp_path / "merged"), "cpu"), sae, windows)
+    assert torch.equal(firing_rates(lm_eval_ablated.Scored(lm), sae, windows).fires, merged.fires)
+    assert not torch.equal(firing_rates(get_model("llama"), sae, windows).fires, merged.fires)
+    adapter(folder, tmp_path / "adapter", 1)
+    assert AblatedLM(str(folder), peft=str(tmp_path / "adapter"), **same).fingerprint() != lm.fingerprint()
+
+
+def test_an_sae_trained_again_refuses_a_records_features(tmp_path, gemma, scale_of):
+    folder = write_sae(tmp_path / "sae", gemma.cfg.model_name, scale_of(gemma))
+    point = {"method": "sae-ablation", "setting": {"n_features": 2, "clamp": -4.0, "features": [3, 17]}}
+    record = {"layer": 1, "points": [point], "identity": {"sae": identity(str(folder))}}
+    path = listing(tmp_path, "record", record)
+    read = lambda: lm_eval_ablated.read_features(path, 1, str(folder), "some/model")  # noqa: E731
+    assert read() == {1: [3, 17]}
+    write_sae(folder, gemma.cfg.model_name, scale_of(gemma), seed=1)
+    with pytest.raises(UserError, match="another SAE"):
+        read()
+    point["setting"]["features"] = []
+    with pytest.raises(UserError, match="no features"):
+        lm_eval_ablated.read_features(listing(tmp_path, "empty", record), 1, str(folder), "some/model")
+
+
+def test_logits_that_are_not_finite_are_no_answer(model_folder, tmp_path):
+    lm = AblatedLM(str(model_folder("llama")), device="cpu", dtype="float32")
+    with torch.no_grad():
+        decoder_layers(lm.model)[2].mlp.down_proj.weight[0, 0] = math.nan
+    cached = CachingLM(lm, str(tmp_path / "cache.db"))
+    for _ in range(2):  # nor do they go into the cache
+        with pytest.raises(UserError, match="not finite"):
+            cached.loglikelihood(requests(SENTENCES, [" sea"]))
+    with pytest.raises(UserError, match="not finite"):
+        lm.generate_until([Instance("generate_until", {}, ("The cat", {"max_gen_toks": 4, "until": []}), 0)])
+
+
+def test_a_prompt_beyond_the_context_is_refused_not_cut(model_folder):
+    lm = AblatedLM(str(model_folder("llama")), device="cpu", dtype="float32", max_length=12)
+    assert lm.loglikelihood(requests(["The cat sat"], [" sea"]))
+    with pytest.raises(UserError, match=r"'The cat.* tokens, and there is room for 12"):
+        lm.loglikelihood(requests(["The cat sat on the mat " * 4], [" sea"]))
+    with pytest.raises(UserError, match="there is room for 8"):
+        text = "The cat sat on the mat " * 4
+        lm.generate_until([Instance("generate_until", {}, (text, {"max_gen_toks": 4, "until": []}), 0)])
+
+
+def test_a_thought_is_no_place_for_a_letter(model_folder):
+    lm = AblatedLM(str(model_folder("llama")), device="cpu", dtype="float32")
+    with pytest.raises(UserError, match="opens a thought"):
+        lm.loglikelihood(requests(["Answer: <think>\n"], ["A"]))
+
+
 # ------------------------------------------------------------------------ features, tasks, subsets
 
 
@@ -518,6 +613,18 @@ def test_a_sweeps_setting_is_chosen_by_flags():
         (dict(features="FILE", file={"3": [1], "7": [2]}, sae=str(TINY / "sae/layer_3")), "{layer}"),
         (dict(features="FILE", file="x"), "a list of feature ids"),
         (dict(features="no-such-file.json"), "no-such-file.json"),
+        (dict(features="FILE", file={}), "no features"),
+        (dict(features="FILE", file=[]), "layer 3 has no features"),
+        (dict(features="FILE", file={"3": []}), "layer 3 has no features"),
+        (dict(features="FILE", file={"3": [1], "7": []}), "layer 7 has no features"),
+        (dict(features=""), "--features: nothing is given"),
+        (dict(subjects=""), "--subjects: nothing is given"),
+        (dict(clamp=float("nan")), "0 or negative"),
+        (dict(clamp=-float("inf")), "0 or negative"),
+        (dict(model_args="dtype=bfloat16"), "--dtype"),
+        (dict(model_args="max_lenght=8"), "near: max_length"),
+        (dict(model_args="max_length=8,max_length=9"), "twice"),
+        (dict(model_args="peft"), "no value"),
         (dict(clamp=2.0), "0 or negative"),
         (dict(tasks="tiny_openwebtext", robust="all"), "four-way"),
         (dict(tasks="wmdp_bio"), "cannot load task wmdp_bio"),
