@@ -41,6 +41,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -628,11 +629,13 @@ def right_in_all_orders(lm: AblatedLM, tasks: list, chosen: dict, s, question: b
         twins = {task.task_name: in_order(task, order, question) for task in tasks if alive[task.task_name]}
         if not twins:
             break
-        found = ask(lm, {name: (None, [twin]) for name, twin in twins.items()}, {name: alive[name] for name in twins},
-                    quiet, ablated=False)  # fmt: skip
-        for name, twin in twins.items():
-            rows = logged(found, [twin])
-            alive[name] = [i for i, row in zip(alive[name], rows, strict=True) if row["acc"] == 1.0]
+        asked, parts = {name: alive[name] for name in twins}, {name: (None, [twin]) for name, twin in twins.items()}
+        with patch("lm_eval.evaluator.add_env_info"):  # asks git and pip, for files that are not written here
+            found = ask(lm, parts, asked, quiet, ablated=False)
+        right = [(name, i) for name, twin in twins.items() if found
+                 for i, row in zip(asked[name], logged(found, [twin]), strict=True) if row["acc"] == 1.0]  # fmt: skip
+        right = processes.from_all(right)  # lm-eval gives results to the first process alone
+        alive |= {name: [i for other, i in right if other == name] for name in twins}
     return alive
 
 

@@ -694,8 +694,9 @@ def test_prompts_are_ours_and_every_question_comes_in_24_orders(manager):
 
 
 def test_the_24_orders_agree_with_robust(tmp_path):
-    """The share right in all 24 orders by the task, and the subset by the cascade, of the same questions."""
-    flags = dict(layer=3, n_features=10, unablated=True)
+    """The share right in all 24 orders by the task, and the subset by the cascade, of the same questions, both asked
+    with an example in front."""
+    flags = dict(layer=3, n_features=10, unablated=True, num_fewshot=1)
     orders = "tiny_wmdp_bio_24,tiny_wmdp_bio_24_no_question"
     by_task = lm_eval_ablated.run(**flags, tasks=orders, limit=5, out=str(tmp_path / "a.json"))
     clean = by_task["points"][0]["scores"]
