@@ -72,7 +72,7 @@ from data import (
     training_windows,
 )
 from edits import EDITS, applied, gate_of
-from evaluation import Ablation, answers, best_setting, no_sae, scores_of
+from evaluation import Ablation, answers, best_setting, check_engine, no_sae, scores_of
 from hub import identity
 from picking import Rates, firing_rates, largest, matched_random, pick_features, residuals, sanity_gate
 from presets import model_source, sae_source
@@ -154,6 +154,7 @@ class Measured:
     @cached_property
     def rates(self) -> tuple[Rates, Rates]:
         forget, retain = self.windows
+        check_engine(self.lm, self.sae)
         sanity_gate(self.lm, self.sae, retain[0], insist=not self.s.no_sanity)
         return (
             firing_rates(self.lm, self.sae, forget, self.s.batch_size, "forget rates"),
@@ -526,8 +527,8 @@ def run(**changes) -> dict:
     if s.method == NEEDS_A_LATENT and s.refusal_latent is None:
         raise UserError("refusal-clamp needs --refusal-latent, a latent that is active when the model declines")
     path = outputs(f"baselines_{s.method}.py", s)
-    texts, sources = load_benchmark(s)
     lm = load_model(s.model, s.device, s.dtype)
+    texts, sources = load_benchmark(s, lm.tokenizer)
     if not 0 <= s.layer < lm.cfg.n_layers:
         raise UserError(f"--layer {s.layer}: the model has layers 0 to {lm.cfg.n_layers - 1}")
     sae = load_sae(s.sae, s.layer, lm, s.model) if s.method in BY_FEATURES else None
@@ -571,7 +572,7 @@ def run(**changes) -> dict:
 
 # %%
 RMU_FLAGS = ("model", "layer", "data", "limit", "batch_size", "seed", "device", "dtype", "subjects", "pick_on",
-             "pick_text", "forget_corpus")  # fmt: skip
+             "pick_text", "forget_corpus", "skip_long")  # fmt: skip
 
 
 def command_of(method: str, out: Path, s) -> list[str]:

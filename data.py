@@ -257,12 +257,13 @@ def of_subjects(questions: list[dict], subjects: str | None) -> list[int]:
     return [i for i, row in enumerate(questions) if row["subject"] in wanted]
 
 
-def load_benchmark(s) -> tuple[dict, dict]:
+def load_benchmark(s, tokenizer=None) -> tuple[dict, dict]:
     """What a method is tuned, trained and scored on, and where it comes from.
 
     {"forget": texts, "retain": sets of texts, "web": texts, "quizzes": {name: (questions, {"": indices of the reporting
     half, "_tuning": of the tuning half})}}.
-    s: the settings, with `subjects` of MMLU. Raises UserError for a half without a question.
+    s: the settings, with `subjects` of MMLU. With the model's tokenizer, questions beyond the model's positions are
+    left out (--skip-long) or refused. Raises UserError for a half without a question.
     """
     sources = {}
     wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
@@ -275,6 +276,10 @@ def load_benchmark(s) -> tuple[dict, dict]:
         tuning, reporting = (
             sample([i for i in half if i in some], s.limit, s.seed) for half in halves(questions, s.seed, s.pick_on)
         )
+        if tokenizer:
+            asked = len(tuning) + len(reporting)
+            tuning, reporting = (fitting(tokenizer, name, questions, part, s.skip_long) for part in (tuning, reporting))
+            sources[name]["skipped_long"] = asked - len(tuning) - len(reporting)
         if not tuning or not reporting:
             raise UserError(f"{name}: too few questions for a tuning and a reporting half")
         quizzes[name] = (questions, {"": reporting, "_tuning": tuning})
@@ -364,19 +369,62 @@ def special_ids(tokenizer) -> list[int]:
     return sorted({*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)})
 
 
-def token_windows(tokenizer, texts: list[str], context: int = 128, max_tokens: int | None = None) -> tuple[list, list]:
-    """Cut each text into windows of at most `context` tokens, each with the tokenizer's BOS in front.
+def words(tokenizer, ids: list[int]) -> str:
+    """The first words of a text, quoted, for a message."""
+    return repr(tokenizer.decode(ids[:40], skip_special_tokens=True)[:50] + " ...")
 
-    Texts are taken in order until `max_tokens` (BOS not counted). Returns the windows (lists of ids) and for each
-    the index of the text it comes from. Windows of fewer than two tokens are left out: they predict nothing.
+
+def refuse_long(tokenizer, rows: list[list[int]]) -> None:
+    """Raises UserError naming the first row of ids that is longer than the model's positions; load_model has put their
+    number into the tokenizer."""
+    for number, row in enumerate(rows):
+        if len(row) > tokenizer.model_max_length:
+            raise UserError(f"text {number} ({words(tokenizer, row)}) has {len(row)} tokens, the model "
+                            f"{tokenizer.model_max_length} positions")  # fmt: skip
+
+
+def fitting(tokenizer, title: str, questions: list[dict], indices: list[int], skip: bool, style="plain") -> list[int]:
+    """Of `indices` the questions whose prompt is no longer than the model's positions; how many are not is printed.
+
+    Raises UserError for one that is longer unless `skip` (--skip-long).
     """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    texts, most = [prompt(questions[i], style=style) for i in indices], tokenizer.model_max_length
+    prompts = encode_prompts(tokenizer, texts, style)[0] if texts else []
+    fit = [i for i, row in zip(indices, prompts) if len(row) <= most]
+    if len(fit) < len(indices):
+        index, row = next((i, row) for i, row in zip(indices, prompts) if len(row) > most)
+        first = f"question {index} ({questions[index]['question'].strip()[:50]!r} ...) has {len(row)} tokens"
+        if not skip:
+            raise UserError(f"{title}: {first}, the model {most} positions; --skip-long leaves such questions out")
+        if processes.is_first():
+            print(f"{title}: {len(indices) - len(fit)} of {len(indices)} questions are left out, longer than the "
+                  f"model's {most} positions", file=sys.stderr)  # fmt: skip
+    return fit
+
+
+def bos_of(tokenizer, always: bool) -> list[int]:
+    """What windows begin with: the BOS where the tokenizer puts one in front of a text, or, if `always`, has one."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and (always or tokenizer("a")["input_ids"][0] == bos) else []
+
+
+def token_windows(
+    tokenizer, texts: list[str], context: int = 128, max_tokens: int | None = None, bos: bool = False
+) -> tuple[list, list]:
+    """Cut each text into windows of at most `context` tokens, fewer where the model has fewer positions.
+
+    Each begins with the BOS where the tokenizer adds one, as scored prompts then do; with `bos`, for next-token loss,
+    wherever it has one. Texts are taken in order until `max_tokens` (BOS not counted). Returns the windows (lists of
+    ids) and for each the index of the text it comes from. Windows of fewer than two tokens are left out: they predict
+    nothing.
+    """
+    start_with, context = bos_of(tokenizer, bos), min(context, tokenizer.model_max_length)
     windows, sources, left = [], [], max_tokens or sys.maxsize
     for index, text in enumerate(texts):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"][:left]
-        for start in range(0, len(ids), context - len(bos)):
-            piece = bos + ids[start : start + context - len(bos)]
-            if len(piece) - len(bos) > 1:
+        for start in range(0, len(ids), context - len(start_with)):
+            piece = start_with + ids[start : start + context - len(start_with)]
+            if len(piece) - len(start_with) > 1:
                 windows.append(piece)
                 sources.append(index)
         left -= len(ids)

@@ -16,10 +16,24 @@ import torch
 import torch.nn.functional as F
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from scipy import stats
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, KVSharingDict
 
-from common import Latents, layer_of, reconstruct, watch_tokens
-from data import LETTERS, UserError, batches, encode_prompts, prompt, sample, token_windows
+from common import Latents, ablate, alike, layer_of, log_probs, random_ids, reconstruct, watch_tokens
+from data import (
+    LETTERS,
+    UserError,
+    batches,
+    encode_prompts,
+    first_line,
+    fitting,
+    padded,
+    prompt,
+    refuse_long,
+    sample,
+    special_ids,
+    token_windows,
+    words,
+)
 from processes import count as count_processes
 from processes import total as over_processes
 
@@ -70,6 +84,7 @@ class Stage:
     ordinary: torch.Tensor  # (n, pos), which tokens are not special
     result: torch.Tensor  # (n, pos, d_model), what leaves the final norm
     inputs: list[tuple]  # (args, kwargs) of each layer behind the hook point
+    store: dict  # what lower layers had left for these, in models whose layers share keys and values
     cache: DynamicCache  # keys and values of these tokens and of those before
 
 
@@ -92,7 +107,7 @@ class OnePass:
         self.latents = Latents(sae, union)
         # (n_ablations, n_union): which features belong to which ablation
         self.members = np.stack([np.isin(union, ablation.features).astype(bool) for ablation in ablations])
-        self.head_checked, self.begin = False, None
+        self.begin = None
 
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
@@ -116,12 +131,14 @@ class OnePass:
 
     def forward(self, ids: torch.Tensor, cache: DynamicCache) -> Stage:
         """One pass of the unablated model behind the tokens that `cache` holds, which it adds to."""
-        inputs, kept, handles = [], {}, []
+        inputs, kept, handles, store = [], {}, [], {}
 
         def keep_residual(h, hook):
             kept["h"] = h
 
         def keep_inputs(module, args, kwargs):
+            if not inputs:  # a copy, as the layers go on to fill it
+                store.update(*(value for value in kwargs.values() if isinstance(value, KVSharingDict)))
             inputs.append((args[1:], kwargs))
 
         def keep_result(module, args):
@@ -134,18 +151,13 @@ class OnePass:
             handles.append(self.model.unembed.register_forward_pre_hook(keep_result))
             watch = watch_tokens(self.model.original_model, self.model.tokenizer)
             with watch as seen, self.model.hooks(fwd_hooks=[(self.sae.hook_point, keep_residual)]):
-                logits = self.model(ids, past_key_values=cache, use_cache=True)
+                self.model(ids, past_key_values=cache, use_cache=True)
         finally:
             for handle in handles:
                 handle.remove()
         if "h" not in kept:
             raise RuntimeError(f"the hook at {self.sae.hook_point} never fired: nothing was ablated")
-        if not self.head_checked:  # some model families scale their logits; then our head would not be theirs
-            ours = self.head(kept["result"][:1, :1])
-            if not torch.allclose(ours, logits[:1, :1].to(ours.device).float(), atol=1e-3, rtol=1e-3):
-                raise UserError("this model does something to its logits that evaluation.py does not know")
-            self.head_checked = True
-        return Stage(ids, kept["h"], seen["ordinary"].to(kept["h"].device), kept["result"], inputs, cache)
+        return Stage(ids, kept["h"], seen["ordinary"].to(kept["h"].device), kept["result"], inputs, store, cache)
 
     def plan(self) -> None:
         """Which ablations change which prompts, from which token on; equal edits share a row."""
@@ -190,15 +202,17 @@ class OnePass:
                 skip = max(0, start - first)
                 if skip < length:
                     piece = h[:, first + skip - start : first + length - start]
-                    out.append(self.later_layers(piece, stage.inputs, source, skip, length, cache))
+                    out.append(self.later_layers(piece, stage, source, skip, cache))
                 first += length
             yield rows, start, self.model.ln_final(torch.cat(out, 1))
 
-    def later_layers(self, h, inputs: list, source, skip: int, length: int, cache) -> torch.Tensor:
-        """Run the layers behind the hook point on h (n, length - skip, d_model), given what they were given for the
-        stage's `length` tokens."""
-        for block, given in zip(self.model.blocks[self.layer + 1 :], inputs):
-            args, kwargs = self.cut(given, source, skip, length, cache)
+    def later_layers(self, h, stage: Stage, source, skip: int, cache) -> torch.Tensor:
+        """Run the layers behind the hook point on h (n, pos - skip, d_model), given what they were given for the
+        stage's tokens; row i of h is a copy of prompt source[i]."""
+        source = source if len(stage.ids) > 1 else torch.zeros_like(source)
+        store = {name: tuple(x[source.to(x.device)] for x in pair) for name, pair in stage.store.items()}
+        for block, given in zip(self.model.blocks[self.layer + 1 :], stage.inputs):
+            args, kwargs = self.cut(given, source, skip, stage.ids.shape, cache, store)
             out = block(h, *args, **kwargs)
             h = out[0] if isinstance(out, tuple) else out
         return h
@@ -220,17 +234,21 @@ class OnePass:
                 new[i] = torch.where(self.ordinary[b, start:, None], whole, self.h[b, start:])
         return new
 
-    def cut(self, value, source: torch.Tensor, skip: int, length: int, cache):
-        """What a block was given for a stage (attention mask, positions), for these copies from its token `skip` on."""
+    def cut(self, value, source: torch.Tensor, skip: int, shape: tuple[int, int], cache, store: dict):
+        """What a block was given for a stage of `shape` (rows, tokens), as its attention mask or positions, for these
+        copies from its token `skip` on; the cache and the store are theirs already."""
         if isinstance(value, DynamicCache):
             return cache
+        if isinstance(value, KVSharingDict):
+            return store
         if isinstance(value, dict):
-            return {name: self.cut(item, source, skip, length, cache) for name, item in value.items()}
+            return {name: self.cut(item, source, skip, shape, cache, store) for name, item in value.items()}
         if isinstance(value, tuple):
-            return tuple(self.cut(item, source, skip, length, cache) for item in value)
+            return tuple(self.cut(item, source, skip, shape, cache, store) for item in value)
         if not torch.is_tensor(value):
             return value
-        if value.ndim > 1 and len(value) == len(self.h):
+        rows, length = shape
+        if value.ndim > 1 and len(value) == rows:
             value = value[source.to(value.device)]
         dim = {1: 0, 2: 1, 3: 1, 4: 2}[value.ndim]  # (pos), (batch, pos), (batch, pos, d_head), (batch, 1, pos, pos)
         return value.narrow(dim, skip, length - skip) if value.shape[dim] == length else value
@@ -238,7 +256,7 @@ class OnePass:
     def head(self, h: torch.Tensor) -> torch.Tensor:
         """(n, pos, d_model) after the final norm -> (n, pos, d_vocab) logits in fp32."""
         logits = self.model.unembed(h)
-        cap = getattr(self.model.original_model.config, "final_logit_softcapping", None)
+        cap = getattr(self.model.original_model.config.get_text_config(), "final_logit_softcapping", None)
         return (torch.tanh(logits / cap) * cap if cap else logits).float()
 
 
@@ -259,6 +277,79 @@ def no_sae(model, layer: int = 0) -> SAE:
     return sae.requires_grad_(False)
 
 
+def probe(model, layer: int, ids: torch.Tensor) -> SAE:
+    """An SAE at this layer whose four features are each active on some half of the tokens of ids."""
+    kept, hook, noise = {}, f"blocks.{layer}.hook_resid_post", torch.Generator().manual_seed(0)
+    with model.hooks(fwd_hooks=[(hook, lambda h, hook: kept.update(h=h))]):
+        model(ids, use_cache=False)
+    h = kept["h"].float().flatten(0, 1)
+    sae = StandardSAE(StandardSAEConfig(d_in=h.shape[1], d_sae=4, apply_b_dec_to_input=False, device=str(h.device)))
+    sae.W_enc.copy_(F.normalize(torch.randn(sae.W_enc.shape, generator=noise), dim=0))
+    sae.W_dec.copy_(F.normalize(torch.randn(sae.W_dec.shape, generator=noise), dim=1))
+    between = (h @ sae.W_enc).sort(0).values[len(h) // 3 : -len(h) // 3]
+    widest = between.diff(dim=0).argmax(0, keepdim=True)  # far from any token, so that rounding turns none on or off
+    sae.b_enc.copy_(-(between.gather(0, widest) + between.gather(0, widest + 1))[0] / 2)
+    sae.hook_point, sae.size = hook, h.norm(dim=1).median().item()
+    return sae.requires_grad_(False)
+
+
+@torch.inference_mode()
+def check_engine(model, sae: SAE, edits: bool = True, whole: bool = False) -> None:
+    """Try OnePass at the SAE's layer on random prompts, against the plain model under common.ablate; once a model.
+
+    edits: with edited copies, as many as there are prompts and more. whole: as in OnePass. Raises UserError where log-
+    probabilities differ by more than rounding explains, or where OnePass cannot run the model's family.
+    """
+    layer, known = layer_of(sae), vars(model).setdefault("engine_checked", {})  # {layer: with edited copies?}
+    if known.get(layer, not edits and None) in (True, edits):
+        return
+    plain, special = model.original_model, special_ids(model.tokenizer)
+    ids = random_ids(plain, (3, 20))
+    common_id = next(i for i in range(len(special) + 1) if i not in special)
+    ids[torch.isin(ids, torch.tensor(special, device=ids.device))] = common_id
+    ids[:, : WORTH_SHARING + 1] = ids[0, : WORTH_SHARING + 1]
+    real = torch.arange(20)[None] < torch.tensor([[20], [17], [12]])
+    prompts = [row[mask].tolist() for row, mask in zip(ids.cpu(), real)]
+    try:
+        sae = probe(model, layer, ids)
+        clamped = [Ablation("a", (0, 1), -sae.size), Ablation("b", (2, 3), -sae.size)] if edits else []
+        ablations = [Ablation("none"), *clamped]
+
+        def one_by_one() -> torch.Tensor:  # (n_ablations, tokens of all prompts, d_vocab)
+            found = []
+            for ablation in ablations:
+                with ablate(model, sae, list(ablation.features), ablation.clamp):
+                    found.append([log_probs(plain, torch.tensor([row], device=ids.device))[0] for row in prompts])
+            return torch.stack([torch.cat(rows) for rows in found])
+
+        wanted = one_by_one()
+        for max_rows, in_one_piece in ((3, True), (4, False)) if edits else ((1, whole),):
+            run = OnePass(model, sae, ablations, max_rows, in_one_piece)
+            h = run(padded(prompts, model.tokenizer, ids.device)).clone()[run.source]
+            for rows, start, copies in run.copies():
+                h[rows, start:] = copies
+            found = run.head(h[run.rows]).log_softmax(-1).cpu()[:, real]
+            if not alike(found, wanted, plain, one_by_one):
+                raise UserError(f"{type(plain).__name__}: many edits in one pass give other probabilities on this "
+                                "model than a plain pass for each of them, so it cannot be scored here")  # fmt: skip
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{type(plain).__name__}: the layers of this family cannot be run for many edits in one pass "
+                        f"({type(error).__name__}: {first_line(error)})") from error  # fmt: skip
+    known[layer] = edits
+
+
+def refuse_not_numbers(found: torch.Tensor, rows: list[list[int]], ablations, what: str, tokenizer) -> None:
+    """Raises UserError naming the first of the scored rows, and the ablation, whose score is not finite; found:
+    (n_ablations, n_rows, ...)."""
+    bad = ~found.isfinite().flatten(2).all(-1) if found.ndim > 2 else ~found.isfinite()
+    if bad.any():
+        row, k = bad.T.nonzero()[0].tolist()
+        raise UserError(f"{what} {row} ({words(tokenizer, rows[row])}): its log-probabilities under "
+                        f"{ablations[k].method} are not finite (NaN or infinity)")  # fmt: skip
+
+
 @torch.inference_mode()
 def score_letters(
     model, sae, prompts, letters, ablations, batch_size=16, desc=None, max_rows=64, whole=False
@@ -266,8 +357,11 @@ def score_letters(
     """Log-probability of each answer letter after each prompt: (n_ablations, n_prompts, 4), fp32, over the vocabulary.
 
     prompts: lists of ids; letters: the four letters' ids, or several for each, of which the likeliest counts. Only the
-    last position meets the unembedding.
+    last position meets the unembedding. Raises UserError for a prompt beyond the model's positions, one whose result is
+    not finite, and a model that OnePass cannot run (`check_engine`).
     """
+    refuse_long(model.tokenizer, prompts)
+    check_engine(model, sae, any(row.features or row.reconstruct for row in ablations), whole)
     letters = torch.tensor(letters).reshape(4, -1)
     out = torch.zeros(len(ablations), len(prompts), 4)  # what other processes score stays 0 here
     last = torch.tensor([len(row) - 1 for row in prompts])
@@ -280,7 +374,9 @@ def score_letters(
             logits = run.head(h[torch.arange(len(h), device=h.device), end][:, None])[:, 0]
             scores[rows] = logits.log_softmax(-1)[:, letters].amax(-1).cpu()
         out[:, picked] = scores[run.rows]
-    return over_processes(out)
+    out = over_processes(out)
+    refuse_not_numbers(out, prompts, ablations, "question", model.tokenizer)
+    return out
 
 
 @torch.inference_mode()
@@ -289,8 +385,10 @@ def score_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed next-token loss of each window, (n_ablations, n_windows) in nats, fp64, and its targets (n_windows,).
 
-    Special tokens are no targets. `chunk`: how many logits are held at a time.
+    Special tokens are no targets. `chunk`: how many logits are held at a time. Raises UserError as score_letters does.
     """
+    refuse_long(model.tokenizer, windows)
+    check_engine(model, sae, any(row.features or row.reconstruct for row in ablations), whole)
     nats = torch.zeros(len(ablations), len(windows), dtype=torch.float64)
     targets = torch.zeros(len(windows), dtype=torch.long)
     run = OnePass(model, sae, ablations, max_rows, whole)
@@ -306,7 +404,9 @@ def score_loss(
             sums[rows] = of_clean[source, :start].sum(1) + new.sum(1)
         nats[:, picked] = sums[run.rows]
         targets[picked] = real.sum(1).cpu()
-    return over_processes(nats), over_processes(targets)
+    nats = over_processes(nats)
+    refuse_not_numbers(nats, windows, ablations, "text", model.tokenizer)
+    return nats, over_processes(targets)
 
 
 def token_losses(run: OnePass, h: torch.Tensor, ids: torch.Tensor, real: torch.Tensor, chunk: int) -> torch.Tensor:
@@ -408,19 +508,22 @@ def quiz_scores(chosen: np.ndarray, questions: list[dict], seed: int = 0, by_sub
     return out
 
 
-def score_quiz(model, sae, title: str, questions: list[dict], indices: list[int], ablations, s) -> tuple[list, list]:
-    """One score per ablation, and the indices of the questions scored. s: the settings.
+def score_quiz(model, sae, title: str, questions: list[dict], indices: list[int], ablations, s) -> tuple[list, dict]:
+    """One score per ablation, and for the record {"questions": indices scored, "skipped_long"}. s: the settings.
 
-    Of `indices`, --limit keeps a seeded sample, and --robust those right under all orders of the options.
+    Of `indices`, --limit keeps a seeded sample, --skip-long those within the model's positions, and --robust those
+    right under all orders of the options.
     """
-    indices = sample(indices, s.limit, s.seed)
+    wanted = sample(indices, s.limit, s.seed)
+    indices = fitting(model.tokenizer, title, questions, wanted, s.skip_long, s.prompt)
+    skipped = len(wanted) - len(indices)
     if s.robust:
         indices = [
             indices[i] for i in robust_subset(model, sae, [questions[i] for i in indices], s.batch_size, s.prompt)
         ]
     asked = [questions[i] for i in indices]
     if not asked:
-        raise UserError("no question is left to score: take away --robust, or give more questions")
+        raise UserError("no question is left to score: take away --robust or --skip-long, or give more questions")
     prompts, letters = encode_prompts(model.tokenizer, [prompt(row, style=s.prompt) for row in asked], s.prompt)
 
     def score(rows, desc=None):
@@ -428,7 +531,7 @@ def score_quiz(model, sae, title: str, questions: list[dict], indices: list[int]
 
     foretell(model, title, prompts, score, s.batch_size)
     log_probs = score(prompts, title)
-    return quiz_scores(log_probs.argmax(-1).numpy(), asked, s.seed), indices
+    return quiz_scores(log_probs.argmax(-1).numpy(), asked, s.seed), {"questions": indices, "skipped_long": skipped}
 
 
 def loss_scores(nats: torch.Tensor, targets: torch.Tensor, sources: list[int], seed: int = 0) -> list[dict]:
@@ -472,7 +575,7 @@ def answers(lm, texts: dict, s, whole: bool = False) -> dict:
         prompts, letters = encode_prompts(lm.tokenizer, [prompt(questions[i]) for i in asked])
         scores = score_letters(lm, sae, prompts, letters, rows, s.batch_size, name, whole=whole)
         found[name] = scores.argmax(-1)[0].tolist()
-    windows, documents = token_windows(lm.tokenizer, texts["web"], max_tokens=SCORED_TOKENS)
+    windows, documents = token_windows(lm.tokenizer, texts["web"], max_tokens=SCORED_TOKENS, bos=True)
     nats, targets = score_loss(lm, sae, windows, rows, s.batch_size, "OpenWebText", whole=whole)
     return {**found, "openwebtext": [nats[0].tolist(), targets.tolist(), documents]}
 

@@ -23,7 +23,7 @@ import time
 
 from common import command_line, load_model, load_sae, parser, settings
 from data import halves, load_rows, of_subjects, picking_texts, token_windows
-from evaluation import score_quiz, standard_rows
+from evaluation import check_engine, score_quiz, standard_rows
 from picking import firing_rates, largest, matched_random, pick_features, sanity_gate
 from show import (
     make_record,
@@ -64,6 +64,7 @@ def run(**changes) -> dict:
     path = outputs("feature_ablate_1.py", s)
     lm = load_model(s.model, s.device, s.dtype, s.device_map)
     sae = load_sae(s.sae, s.layer, lm, s.model)
+    check_engine(lm, sae)
 
     wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
     picking, _ = halves(wmdp, s.seed, s.pick_on)
@@ -81,7 +82,8 @@ def run(**changes) -> dict:
     mmlu, sources["mmlu"] = load_rows("mmlu", s.model, s.data)
     reporting = set(halves(mmlu, s.seed, s.pick_on)[1])
     indices = [i for i in of_subjects(mmlu, s.subjects) if i in reporting]
-    scores, sources["mmlu"]["questions"] = score_quiz(lm, sae, "MMLU", mmlu, indices, rows, s)
+    scores, asked = score_quiz(lm, sae, "MMLU", mmlu, indices, rows, s)
+    sources["mmlu"] |= asked
 
     name = title_of("mmlu", sources)
     print_subjects(rows, scores)

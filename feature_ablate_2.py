@@ -24,7 +24,7 @@ import time
 
 from common import command_line, load_model, load_sae, parser, settings
 from data import halves, load_rows, of_subjects, picking_texts, token_windows
-from evaluation import score_quiz, standard_rows
+from evaluation import check_engine, score_quiz, standard_rows
 from picking import firing_rates, largest, matched_random, pick_features, sanity_gate
 from show import (
     make_record,
@@ -65,6 +65,7 @@ def run(**changes) -> dict:
     path = outputs("feature_ablate_2.py", s)
     lm = load_model(s.model, s.device, s.dtype, s.device_map)
     sae = load_sae(s.sae, s.layer, lm, s.model)
+    check_engine(lm, sae)
 
     wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
     picking, reporting = halves(wmdp, s.seed, s.pick_on)
@@ -79,12 +80,14 @@ def run(**changes) -> dict:
     print_features(features, forget, retain, top_tokens(lm, sae, features, forget_windows), sae)
 
     rows = standard_rows(features, control, s.clamp)
-    bio, sources["wmdp_bio"]["questions"] = score_quiz(lm, sae, "WMDP-Bio", wmdp, reporting, rows, s)
+    bio, asked = score_quiz(lm, sae, "WMDP-Bio", wmdp, reporting, rows, s)
+    sources["wmdp_bio"] |= asked
     mmlu, sources["mmlu"] = load_rows("mmlu", s.model, s.data)
     subjects = s.subjects or (None if sources["mmlu"]["stand_in"] else SUBJECTS)
     reported = set(halves(mmlu, s.seed, s.pick_on)[1])
     beside = [i for i in of_subjects(mmlu, subjects) if i in reported]
-    rest, sources["mmlu"]["questions"] = score_quiz(lm, sae, "MMLU", mmlu, beside, rows, s)
+    rest, asked = score_quiz(lm, sae, "MMLU", mmlu, beside, rows, s)
+    sources["mmlu"] |= asked
 
     titles = [title_of(name, sources) for name in ("wmdp_bio", "mmlu")]
     print_quiz(titles[0], rows, bio)

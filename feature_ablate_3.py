@@ -24,7 +24,7 @@ import time
 
 from common import command_line, load_model, load_sae, parser, settings
 from data import as_prose, halves, load_rows, picking_texts, token_windows
-from evaluation import foretell, loss_scores, score_loss, standard_rows
+from evaluation import check_engine, foretell, loss_scores, score_loss, standard_rows
 from picking import firing_rates, largest, matched_random, pick_features, sanity_gate
 from show import (
     loss_figure,
@@ -51,7 +51,7 @@ flags = parser(__doc__)
 
 def score(lm, sae, title, texts, rows, s):
     """One score per row: nats per token, and the loss added with a bootstrap over documents."""
-    windows, documents = token_windows(lm.tokenizer, texts[: s.limit], max_tokens=SCORED_TOKENS)
+    windows, documents = token_windows(lm.tokenizer, texts[: s.limit], max_tokens=SCORED_TOKENS, bos=True)
 
     def losses(some, desc=None):
         return score_loss(lm, sae, some, rows, s.batch_size, desc, s.max_rows)
@@ -72,6 +72,7 @@ def run(**changes) -> dict:
     path = outputs("feature_ablate_3.py", s)
     lm = load_model(s.model, s.device, s.dtype, s.device_map)
     sae = load_sae(s.sae, s.layer, lm, s.model)
+    check_engine(lm, sae)
 
     wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
     picking, reporting = halves(wmdp, s.seed, s.pick_on)

@@ -47,6 +47,7 @@ from evaluation import (
     SCORED_TOKENS,
     Ablation,
     best_setting,
+    check_engine,
     foretell,
     loss_scores,
     quiz_scores,
@@ -143,6 +144,7 @@ def ablations(features: list[int], control: list[int], s) -> list[Ablation]:
 def sweep_layer(lm, sae, layer: int, folder: Path, texts: dict, s) -> tuple[list[dict], dict]:
     """Points of one layer, the unablated model's first, and what the SAE check found."""
     forget_windows, retain_windows = texts["forget"], texts["retain"]
+    check_engine(lm, sae)
     sanity = sanity_gate(lm, sae, retain_windows[0], insist=not s.no_sanity)
     forget = firing_rates(lm, sae, forget_windows, s.batch_size, "forget rates")
     retain = largest([firing_rates(lm, sae, part, s.batch_size, "retain rates") for part in retain_windows])
@@ -181,12 +183,12 @@ def sweep_layer(lm, sae, layer: int, folder: Path, texts: dict, s) -> tuple[list
 
 def load_texts(lm, s) -> tuple[dict, dict]:
     """Everything that is read, tokenised once, and where it comes from."""
-    texts, sources = load_benchmark(s)
+    texts, sources = load_benchmark(s, lm.tokenizer)
     texts = {
         "forget": token_windows(lm.tokenizer, texts["forget"])[0],
         "retain": [token_windows(lm.tokenizer, part, max_tokens=RETAIN_TOKENS)[0] for part in texts["retain"]],
         "quizzes": texts["quizzes"],
-        "openwebtext": token_windows(lm.tokenizer, texts["web"], max_tokens=SCORED_TOKENS),
+        "openwebtext": token_windows(lm.tokenizer, texts["web"], max_tokens=SCORED_TOKENS, bos=True),
     }
     return texts, sources
 

@@ -2,6 +2,7 @@
 Which features to ablate: firing rates, three published rules, a control of like rates; and does the SAE fit the model?
 """
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from sae_lens import SAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from transformer_lens.model_bridge import TransformerBridge
 
-from common import Latents, layer_of, reconstruct, watch_tokens
+from common import Latents, layer_of, passed, watch_tokens
 from data import UserError, batches
 from processes import total as over_processes
 
@@ -124,32 +125,52 @@ def matched_random(forget: Rates, retain: Rates, features: list[int], seed: int,
 
 
 @torch.inference_mode()
-def sanity_gate(model, sae, windows: list[list[int]], insist: bool = True, max_tokens: int = 4096) -> dict:
+def fit_of(model, sae, windows: list[list[int]]) -> tuple[float, float, int]:
+    """L0, variance explained, and how many ordinary tokens of all windows they were measured on.
+
+    1 - sum |h - SAE(h)|^2 / sum |h - mean h|^2, both sums without the largest thousandth of tokens by norm: a handful
+    of attention sinks, tens of times as long as other tokens, would decide it alone. Holds one batch at a time.
+    """
+    origin, total, n, active, few = None, 0.0, 0, 0, math.ceil(sum(map(len, windows)) / 1000)
+    longest = None  # (few, d_model + 2), that thousandth: h less the origin, squared error, norm
+    for h, _ in residuals(model, sae, windows, 16, None, shared=False):
+        h = h.float()
+        origin = h.mean(0) if origin is None else origin  # sums of squares far from it would lose digits
+        acts, back = passed(sae, h)
+        active += (acts > 0).sum().item()
+        error, norm = (h - back).pow(2).sum(-1, keepdim=True), h.norm(dim=-1, keepdim=True)
+        rows = torch.cat([h - origin, error, norm], 1)
+        sums = torch.cat([rows.sum(0), rows[:, :-2].pow(2).sum()[None]]).cpu().double()
+        total, n = total + sums, n + len(h)
+        longest = rows if longest is None else torch.cat([longest, rows])
+        longest = longest[longest[:, -1].topk(min(few, len(longest))).indices]
+    if not n:
+        raise UserError("the retain texts hold no token that rates could be counted on")
+    some = longest[longest[:, -1].topk(math.ceil(n / 1000)).indices].cpu().double()
+    total -= torch.cat([some.sum(0), some[:, :-2].pow(2).sum()[None]])
+    varies = total[-1] - total[:-3].pow(2).sum() / max(1, n - len(some))
+    return active / n, (1 - total[-3] / varies).item(), n
+
+
+def sanity_gate(model, sae, windows: list[list[int]], insist: bool = True) -> dict:
     """L0 and variance explained on ordinary tokens, beside what SAELens's table or the SAE itself promises.
 
     Raises UserError on a gross mismatch unless `insist` is False: an SAE read with the wrong architecture,
-    scaling or layer gives numbers too, only not of this SAE.
+    scaling or layer gives numbers too, only not of this SAE. Raises it always where they are not finite.
     """
-    h, n = [], 0
-    for chunk, _ in residuals(model, sae, windows, 16, None, shared=False):
-        h.append(chunk.float())
-        n += len(chunk)
-        if n >= max_tokens:
-            break
-    if not n:
-        raise UserError("the retain texts hold no token that rates could be counted on")
-    h = torch.cat(h)
-    l0 = (Latents(sae, range(sae.cfg.d_sae)).encode(h)[0] > 0).sum(-1).float().mean().item()
-    unexplained = (h - reconstruct(sae, h)).pow(2).sum() / (h - h.mean(0)).pow(2).sum()
-    found = {"l0": round(l0, 2), "variance_explained": round(1 - unexplained.item(), 4), "n_tokens": n}
+    l0, explained, n = fit_of(model, sae, windows)
+    if not math.isfinite(explained):
+        raise UserError(f"{sae.source}: the variance it explains is {explained}: the model's residual stream at "
+                        f"{sae.hook_point} or what the SAE makes of it is not finite")  # fmt: skip
+    found = {"l0": round(l0, 2), "variance_explained": round(explained, 4), "n_tokens": n}
     release, _, sae_id = sae.source.partition(":")
     entry = get_pretrained_saes_directory().get(release)
     promised = (entry.expected_l0.get(sae_id) if entry else None) or sae.cfg.metadata.l0
     if promised:
         found["promised_l0"] = round(promised, 2)
     wrong = found["variance_explained"] < 0.5 or (promised and not promised / 4 < l0 < promised * 4)
-    print(f"SAE check: L0 {l0:.1f}{f' (promised {promised:.1f})' if promised else ''}, "
-          f"variance explained {found['variance_explained']:.3f} on {n} tokens")  # fmt: skip
+    print(f"SAE check: L0 {l0:.1f}{f' (promised {promised:.1f})' if promised else ''}, variance explained "
+          f"{explained:.3f} on {n} tokens, the thousandth of largest norm left out")  # fmt: skip
     if wrong and insist:
         raise UserError(f"{sae.source} does not fit this model (see the line above); --no-sanity goes on regardless")
     return found

@@ -314,7 +314,7 @@ def run(**changes) -> dict:
     s.layer = setting.layer
     path = outputs("rmu.py", s)
     lm = load_model(s.model, s.device, s.dtype)
-    texts, sources = load_benchmark(s)
+    texts, sources = load_benchmark(s, lm.tokenizer)
     runs = [answers(lm, texts, s)]
     del lm
     tried, folder = [setting], path.with_suffix(".model")

@@ -35,7 +35,7 @@ import torch
 from tqdm.auto import tqdm
 
 import processes
-from common import command_line, load_hf, load_model, load_sae, parser, settings
+from common import command_line, load_hf, load_model, load_sae, load_tokenizer, parser, settings
 from data import (
     HERE,
     LETTERS,
@@ -194,11 +194,12 @@ def subject_of(path: str, s) -> tuple[Subject, dict]:
 def load_texts(records: list[dict], s) -> tuple[dict, dict]:
     """What is asked and trained on, the same for all records. Raises UserError where they were not scored alike."""
     first = records[0]
-    for name in ("model", "data", "forget_corpus", "seed", "pick_on", "limit", "subjects"):
-        if any(record["settings"][name] != first["settings"][name] for record in records):
+    for name in ("model", "data", "forget_corpus", "seed", "pick_on", "limit", "subjects", "skip_long"):
+        if any(record["settings"].get(name) != first["settings"].get(name) for record in records):
             raise UserError(f"these records differ in {name}: compare like with like")
-        setattr(s, name, first["settings"][name])
-    benchmark, sources = load_benchmark(s)
+        setattr(s, name, first["settings"].get(name))
+    tokenizer = load_tokenizer(model_source(s.model))
+    benchmark, sources = load_benchmark(s, tokenizer)
     reworded, sources["wmdp_bio_reworded"] = load_rows("wmdp_bio_reworded", s.model, s.data)
     for name in ("wmdp_bio", "mmlu"):
         if any(record["data"][name]["sha256"] != sources[name]["sha256"] for record in records):
@@ -209,6 +210,14 @@ def load_texts(records: list[dict], s) -> tuple[dict, dict]:
     picking = halves(questions, s.seed, s.pick_on)[0]
     solved = [questions[i] for i in random.Random(s.seed).sample(picking, min(s.shots, len(picking)))]
     mmlu, of_mmlu = benchmark["quizzes"]["mmlu"]
+    asked, most = parts[""], tokenizer.model_max_length
+    for name, (prompts, _) in forms(questions, reworded, asked, solved).items():
+        long = {i for i, text in zip(asked, prompts) if len(tokenizer(text)["input_ids"]) > most}
+        if long and not s.skip_long:
+            raise UserError(f"{name}: question {min(long)} has more tokens than the model's {most} "
+                            "positions: fewer --shots, or records made with --skip-long")  # fmt: skip
+        sources["wmdp_bio"]["skipped_long"] += len(long & set(parts[""]))
+        parts[""] = [i for i in parts[""] if i not in long]
     texts = {"rows": [questions[i] for i in parts[""]], "mmlu": [mmlu[i] for i in of_mmlu[""]], "benchmark": benchmark}
     return texts | {"forms": forms(questions, reworded, parts[""], solved)}, sources
 

@@ -31,7 +31,7 @@ from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 import processes
-from common import check_sae, command_line, load_model, reconstruct, watch_tokens
+from common import check_sae, command_line, load_model, reconstruct, settings, watch_tokens
 from data import UserError, batches, first_line, read_jsonl, token_windows
 from picking import firing_rates, sanity_gate
 
@@ -136,7 +136,7 @@ def mean_loss(model, windows, batch_size: int, hook: str | None = None, replace=
 def measure(model, sae: SAE, held_out, training, batch_size: int) -> dict:
     """Held-out variance explained, L0 and loss recovered (0 for a zeroed, 1 for the true residual stream), and the
     share of features that never fire on the training windows."""
-    found = sanity_gate(model, sae, held_out, insist=False, max_tokens=50_000)
+    found = sanity_gate(model, sae, held_out, insist=False)
     clean = mean_loss(model, held_out, batch_size)
     patched = mean_loss(model, held_out, batch_size, sae.hook_point, lambda h: reconstruct(sae, h))
     zeroed = mean_loss(model, held_out, batch_size, sae.hook_point, torch.zeros_like)
@@ -149,7 +149,7 @@ def measure(model, sae: SAE, held_out, training, batch_size: int) -> dict:
 
 def run(**changes) -> dict:
     """run(layers=[7], tokens=10**6): any flag by name. Writes OUT/layer_L and OUT/measured.json; returns the latter."""
-    s = argparse.Namespace(**{**vars(flags.parse_args([])), **changes})
+    s = settings(flags, changes)
     if processes.count() > 1:
         raise UserError("SAEs are trained by one process: start train_sae.py without accelerate launch")
     torch.manual_seed(s.seed)
@@ -160,7 +160,7 @@ def run(**changes) -> dict:
     texts = read_texts(s.text)
     held_out = read_texts(s.held_out) if s.held_out else texts[::HELD_OUT]
     texts = texts if s.held_out else [text for i, text in enumerate(texts) if i % HELD_OUT]
-    training, held_out = (token_windows(model.tokenizer, part, s.context)[0] for part in (texts, held_out))
+    training, held_out = (token_windows(model.tokenizer, part, s.context, bos=True)[0] for part in (texts, held_out))
     if not training or not held_out:
         raise UserError(f"--text {s.text}: too little text to train and measure on")
     measured = {}

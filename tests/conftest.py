@@ -27,19 +27,34 @@ from sae_lens import (
 from sae_lens.saes.sae import SAEMetadata
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    FalconConfig,
+    FalconH1Config,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    JambaConfig,
+    Lfm2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MptConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    RecurrentGemmaConfig,
+    XGLMConfig,
 )
 
 import common
@@ -80,6 +95,40 @@ def train_tokenizer(vocab_size: int = 420) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def other_config(family: str, **ids):
+    """Of families that are tried against the engine only."""
+    std, few = dict(initializer_range=0.2), dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2)
+    some = dict(**ids, **std, **few, intermediate_size=64, max_position_embeddings=512, num_key_value_heads=1)
+    two = ["sliding_attention", "full_attention"] * 2
+    return {
+        "bloom": lambda: BloomConfig(**ids, **std, hidden_size=32, n_layer=4, n_head=2),
+        "mpt": lambda: MptConfig(**ids, **std, d_model=32, n_layers=4, n_heads=2, max_seq_len=512),
+        "falcon": lambda: FalconConfig(**ids, **std, **few),
+        "falcon_alibi": lambda: FalconConfig(**ids, **std, **few, alibi=True),
+        "xglm": lambda: XGLMConfig(**ids, init_std=0.2, d_model=32, num_layers=4, attention_heads=2, ffn_dim=64),
+        "mamba": lambda: MambaConfig(**ids, **std, hidden_size=32, num_hidden_layers=4, state_size=8),
+        "jamba": lambda: JambaConfig(**some, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
+                                     num_experts=2, use_mamba_kernels=False, mamba_d_state=8),
+        "qwen3_next": lambda: Qwen3NextConfig(
+            **some, head_dim=16, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32,
+            shared_expert_intermediate_size=32, linear_num_key_heads=2, linear_num_value_heads=2,
+            linear_key_head_dim=16, linear_value_head_dim=16),
+        "falcon_h1": lambda: FalconH1Config(**some, head_dim=16, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
+                                            mamba_d_state=8, mamba_n_groups=1),
+        "lfm2": lambda: Lfm2Config(**some, full_attn_idxs=[1, 3]),
+        "recurrent_gemma": lambda: RecurrentGemmaConfig(
+            **ids, **std, **few, intermediate_size=64, num_key_value_heads=1, head_dim=16, lru_width=32,
+            attention_window_size=8),
+        "gemma4": lambda: Gemma4TextConfig(
+            **some, head_dim=16, global_head_dim=16, sliding_window=WINDOW, layer_types=two, num_kv_shared_layers=2,
+            hidden_size_per_layer_input=8, vocab_size_per_layer_input=ids["vocab_size"],
+            final_logit_softcapping=30.0),
+        "cohere": lambda: CohereConfig(**some),
+        "olmo2": lambda: Olmo2Config(**some),
+        "phi3": lambda: Phi3Config(**some),
+    }[family]()  # fmt: skip
+
+
 def random_model(family: str, vocab_size: int):
     # init_std is ten times the usual so that an edit of the residual moves the logits visibly
     std = dict(initializer_range=0.2)
@@ -103,7 +152,9 @@ def random_model(family: str, vocab_size: int):
         return Qwen3ForCausalLM(Qwen3Config(**ids, **std, **sizes, **grouped))
     if family == "gpt2":
         return GPT2LMHeadModel(GPT2Config(**ids, **std, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=2, n_positions=512))
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**ids, **std, **sizes))
+    if family == "gpt_neox":
+        return GPTNeoXForCausalLM(GPTNeoXConfig(**ids, **std, **sizes))
+    return AutoModelForCausalLM.from_config(other_config(family, **ids))
 
 
 @pytest.fixture(scope="session")

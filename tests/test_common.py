@@ -1,15 +1,32 @@
 import copy
 import json
+import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import BOS, D_SAE, EOS, FAMILIES, HOOK, KINDS, MARKER, NORMS, PAD, residual, some_ids, write_sae
+from conftest import (
+    BOS,
+    D_SAE,
+    EOS,
+    FAMILIES,
+    HOOK,
+    KINDS,
+    MARKER,
+    NORMS,
+    PAD,
+    residual,
+    some_ids,
+    train_tokenizer,
+    write_sae,
+)
 from sae_lens.saes.matching_pursuit_sae import MatchingPursuitSAE, MatchingPursuitSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import common
@@ -273,7 +290,9 @@ def test_zeroing_the_hook_point_changes_the_logits(model):
         assert (model(ids) - clean).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("bad", [dict(clamp=0.5), dict(features=[D_SAE]), dict(features=[-1])])
+@pytest.mark.parametrize(
+    "bad", [dict(clamp=0.5), dict(clamp=math.nan), dict(clamp=-math.inf), dict(features=[D_SAE]), dict(features=[-1])]
+)
 def test_bad_arguments_raise(gemma, gemma_sae, bad):
     with pytest.raises(ValueError), ablate(gemma, gemma_sae, **{"features": [1], **bad}):
         gemma(some_ids(gemma))
@@ -624,6 +643,57 @@ def test_sanity_gate_stops_a_broken_sae(gemma, tmp_path, spoil, promised):
     assert picking.sanity_gate(gemma, sae, some_windows(gemma), insist=False)["n_tokens"] > 50
 
 
+def lopsided(sae):
+    """As `perfect`, but nothing of the first dimension is written back."""
+    perfect(sae)
+    sae.W_dec[:, 0] = 0
+
+
+def too_large(sae):
+    lopsided(sae)
+    sae.W_dec.mul_(2.5)
+
+
+def gate_on(monkeypatch, sae, h):
+    """The gate on a residual stream h (n, 32) that comes in windows of 100, longest, if any, first."""
+    chunks = [(part, None) for part in h.split(100)]
+    monkeypatch.setattr(picking, "residuals", lambda *args, **kwargs: chunks)
+    return picking.sanity_gate(None, sae, [[0] * len(part) for part, _ in chunks])
+
+
+def test_a_few_sink_tokens_do_not_decide_the_variance_explained(gemma, make_sae, monkeypatch, capsys):
+    h = torch.randn(6096, 32, generator=torch.Generator().manual_seed(0)) + 3
+    fits = make_sae(gemma, spoil=lopsided)
+    plain = gate_on(monkeypatch, fits, h)
+    by_hand = 1 - h[:, 0].square().sum() / (h - h.mean(0)).square().sum()
+    assert plain["variance_explained"] == pytest.approx(by_hand.item(), abs=3e-3) and plain["n_tokens"] == 6096
+    sinks = h.clone()
+    sinks[[7, 2222, 6000]] = torch.eye(32)[0] * 50 * h.norm(dim=1).mean()
+    found = gate_on(monkeypatch, fits, sinks)
+    assert found["variance_explained"] == pytest.approx(plain["variance_explained"], abs=3e-3)
+    assert "the thousandth of largest norm left out" in capsys.readouterr().out
+    for spoil in (broken, too_large):
+        with pytest.raises(UserError, match="does not fit"):
+            gate_on(monkeypatch, make_sae(gemma, spoil=spoil), sinks)
+
+
+def test_the_gate_looks_at_all_windows(gemma, make_sae, monkeypatch):
+    h = torch.randn(6096, 32, generator=torch.Generator().manual_seed(0))
+    h[4096:, 0] *= 20  # the shorter windows, which come last
+    with pytest.raises(UserError, match="does not fit"):
+        gate_on(monkeypatch, make_sae(gemma, spoil=lopsided), h)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_residual_stream_that_is_not_finite_passes_no_gate(gemma, make_sae, monkeypatch, value):
+    h = torch.randn(300, 32)
+    h[120, 5] = value
+    chunks = [(part, None) for part in h.split(100)]
+    monkeypatch.setattr(picking, "residuals", lambda *args, **kwargs: chunks)
+    with pytest.raises(UserError, match="not finite"):
+        picking.sanity_gate(None, make_sae(gemma, spoil=lopsided), [[0] * 100] * 3, insist=False)
+
+
 def test_sanity_gate_stops_a_sae_read_with_the_wrong_architecture(gemma, tmp_path):
     # a JumpReLU SAE whose cfg.json calls it standard loses its thresholds: far too many features fire
     write_sae(tmp_path, "gemma2", spoil=lambda sae: sae.threshold.fill_(2.5), l0=1.0)
@@ -652,6 +722,217 @@ def test_a_feature_named_twice_is_refused(gemma, tmp_path):
 def test_a_hook_name_without_a_layer_number_is_refused(gemma, tmp_path):
     with pytest.raises(UserError, match="hook point"):
         common.load_sae(str(write_sae(tmp_path, "gemma2", hook_name="blocks.x.hook_resid_post")), 1, gemma)
+
+
+def spoiled(model_folder, tmp_path, change) -> str:
+    """A copy of the Llama's folder that `change(folder)` has spoiled."""
+    shutil.copytree(model_folder("llama"), tmp_path / "llama")
+    change(tmp_path / "llama")
+    return str(tmp_path / "llama")
+
+
+def pointer(file):
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 209\n")
+
+
+def cut_short(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def with_config(**more):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **more}))
+
+    return change
+
+
+def without_tokenizer(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def without_special_tokens(folder):
+    tokenizer = train_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = tokenizer.bos_token = None
+    tokenizer.save_pretrained(folder)
+
+
+def not_a_number(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.layers[2].mlp.up_proj.weight.data[3, 4] = torch.nan
+    model.save_pretrained(folder)
+
+
+BAD_MODELS = {
+    "weights are a git-LFS pointer": (lambda folder: pointer(folder / "model.safetensors"), "git lfs pull"),
+    "tokenizer is a git-LFS pointer": (lambda folder: pointer(folder / "tokenizer.json"), "git lfs pull"),
+    "weights cut short": (lambda folder: cut_short(folder / "model.safetensors"), "model.safetensors is damaged"),
+    "bitsandbytes": (
+        with_config(quantization_config=dict(quant_method="bitsandbytes", load_in_4bit=True)), "quantised"
+    ),
+    "GPTQ": (with_config(quantization_config=dict(quant_method="gptq", bits=4)), "quantised"),
+    "no tokenizer": (without_tokenizer, "tokenizer"),
+    "no pad, EOS or BOS": (without_special_tokens, "no padding, EOS or BOS"),
+    "a NaN among the weights": (not_a_number, r"model\.layers\.2\.mlp\.up_proj\.weight holds .* not finite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_model_that_cannot_be_used_is_refused_in_a_line(model_folder, tmp_path, case):
+    change, told = BAD_MODELS[case]
+    with pytest.raises(UserError, match=told) as caught:
+        common.load_model(spoiled(model_folder, tmp_path, change), "cpu")
+    assert "\n" not in str(caught.value) and "llama" in str(caught.value)
+    if case.startswith("a NaN"):
+        with pytest.raises(UserError, match=told):
+            common.load_hf(str(tmp_path / "llama"), "cpu")
+
+
+def test_a_padding_token_that_the_model_lacks_is_not_used(model_folder, tmp_path):
+    def add_padding(folder):
+        tokenizer = train_tokenizer()
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        tokenizer.save_pretrained(folder)
+
+    model = common.load_model(spoiled(model_folder, tmp_path, add_padding), "cpu")
+    _, ids = next(batches([[2, 5, 6], [2, 7]], 2, model.tokenizer, "cpu"))
+    assert ids.tolist() == [[2, 5, 6], [2, 7, model.tokenizer.eos_token_id]]
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "gated", "topk"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_sae_that_is_not_finite_is_refused_by_the_tensors_name(gemma, tmp_path, kind, value):
+    names = [
+        name for name, _ in common.load_sae(str(write_sae(tmp_path, "gemma2", kind=kind)), 1, gemma).named_parameters()
+    ]
+    assert {"W_enc", "W_dec", "b_dec"} < set(names)
+    for name in names:
+        write_sae(
+            tmp_path, "gemma2", kind=kind, spoil=lambda sae, name=name: getattr(sae, name).view(-1)[5].fill_(value)
+        )
+        with pytest.raises(UserError, match=f"{name} holds values that are not finite"):
+            common.load_sae(str(tmp_path), 1, gemma)
+
+
+def sparsify(folder):
+    (folder / "sae_weights.safetensors").rename(folder / "sae.safetensors")
+    (folder / "cfg.json").write_text(
+        json.dumps(dict(activation="topk", expansion_factor=2, num_latents=64, k=8, d_in=32))
+    )
+
+
+@pytest.mark.parametrize("change,told", [
+    (lambda folder: pointer(folder / "sae_weights.safetensors"), "git lfs pull"),
+    (lambda folder: cut_short(folder / "sae_weights.safetensors"), "damaged or cut short"),
+    (sparsify, "sparsify"),
+])  # fmt: skip
+def test_sae_file_that_cannot_be_read_is_refused_in_a_line(gemma, tmp_path, change, told):
+    change(write_sae(tmp_path, "gemma2"))
+    with pytest.raises(UserError, match=told) as caught:
+        common.load_sae(str(tmp_path), 1, gemma)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flags", [dict(clamp=math.nan), dict(clamp=-math.inf), dict(clamp=[-1.0, math.nan])])
+def test_a_flag_that_is_not_finite_is_refused(flags):
+    with pytest.raises(UserError, match=r"--clamp .*: a finite number is wanted"):
+        common.settings(common.parser("a script"), flags)
+
+
+# ------------------------------------------------------------------------- is the bridge its own model
+
+
+def test_a_bridge_that_is_not_its_hugging_face_model_is_refused(model_folder):
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(UserError, match="CohereForCausalLM gives other probabilities than Hugging Face"):
+            common.load_model(str(model_folder("cohere")), "cpu", dtype)
+
+
+@pytest.mark.slow
+def test_a_family_that_transformerlens_cannot_run_is_refused_in_a_line(model_folder):
+    for family, dtype in (("qwen3_next", "float32"), ("olmo2", "bfloat16")):
+        with pytest.raises(UserError, match="does not run here"):
+            common.load_model(str(model_folder(family)), "cpu", dtype)
+
+
+def test_alike_allows_rounding_in_the_models_dtype_and_no_more(half_model):
+    plain, ids = half_model.original_model, common.random_ids(half_model.original_model)
+    wanted = common.log_probs(plain, ids)
+    noise = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
+    assert common.alike(wanted + 0.01 * noise, wanted, plain, lambda: common.log_probs(plain, ids))
+    assert not common.alike(wanted + noise, wanted, plain, lambda: common.log_probs(plain, ids))
+    assert torch.equal(common.log_probs(plain, ids), wanted)  # the roundings are gone again
+
+
+# ------------------------------------------------------------------------------------ the first token
+
+
+@pytest.fixture(scope="session")
+def wordy(model_folder, tmp_path_factory):
+    """A GPT-2 whose tokenizer adds no BOS."""
+    tokenizer, folder = train_tokenizer(), tmp_path_factory.mktemp("wordy") / "gpt2"
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    shutil.copytree(model_folder("gpt2"), folder)
+    tokenizer.save_pretrained(folder)
+    model = common.load_model(str(folder), "cpu")
+    assert model.tokenizer("a")["input_ids"][0] != 2
+    return model
+
+
+def test_a_sequences_first_token_is_neither_counted_nor_edited(wordy, make_sae):
+    sae, ids = make_sae(wordy), torch.tensor([[30, 31, 32, 33, 34], [40, 41, 2, 43, 44]])
+    h = residual(wordy, ids)
+    assert (sae.encode(h)[:, 0, FEATURES] > 0).any(-1).all()
+    with ablate(wordy, sae, FEATURES, -3.0):
+        found = next_layer_input(wordy, ids)
+    kept = torch.tensor([[False, True, True, True, True], [False, True, False, True, True]])
+    assert torch.equal((found != h).any(-1), kept)
+    counted = picking.firing_rates(wordy, sae, ids.tolist())
+    assert counted.n_tokens == 7 and torch.equal(counted.fires, (sae.encode(h)[kept] > 0).sum(0))
+
+
+def test_the_first_token_of_a_cached_or_padded_pass(wordy):
+    plain, ids = wordy.original_model, torch.tensor([[30, 31, 32, 33], [0, 0, 42, 43]])
+    with common.watch_tokens(plain, wordy.tokenizer) as seen, torch.inference_mode():
+        cache = plain(ids[:1, :2], use_cache=True).past_key_values
+        assert seen["ordinary"].tolist() == [[False, True]]
+        plain(ids[:1, 2:], past_key_values=cache)
+        assert seen["ordinary"].tolist() == [[True, True]]
+        plain(ids, attention_mask=(ids != 0).long())
+        assert seen["ordinary"].tolist() == [[False, True, True, True], [False, False, False, True]]
+
+
+def test_generation_without_bos_equals_recomputation(wordy, make_sae):
+    """Prompts of two lengths, left-padded, with a cache: each answer is that of the prompt alone."""
+    sae, prompts = make_sae(wordy), [[30, 31, 32, 33, 34, 35, 36], [47, 48, 49, 50]]
+    settings = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    ids = torch.tensor([[0] * (7 - len(row)) + row for row in prompts])
+    clean = wordy.original_model.generate(ids, attention_mask=(ids != 0).long(), **settings)[:, 7:]
+    with ablate(wordy, sae, FEATURES, -3.0):
+        found = wordy.original_model.generate(ids, attention_mask=(ids != 0).long(), **settings)[:, 7:]
+        for row, answer in zip(prompts, found.tolist()):
+            for _ in range(6):
+                logits = wordy(torch.tensor([row]), use_cache=False)[0, -1]
+                logits[1] = -torch.inf
+                row = [*row, logits.argmax().item()]
+            assert row[-6:] == answer
+    assert not torch.equal(found, clean)
+
+
+def test_windows_begin_as_scored_prompts_do(tokenizer, wordy):
+    texts = ["The cat sat on the mat."]
+    for one, asked in ((tokenizer, True), (wordy.tokenizer, False)):
+        window = token_windows(one, texts)[0][0]
+        assert window == one(texts[0])["input_ids"] and (window[0] == 2) == asked
+        assert token_windows(one, texts, bos=True)[0] == [[2, *window[asked:]]]
+
+
+def test_windows_are_no_longer_than_the_models_positions(wordy):
+    one = copy.copy(wordy.tokenizer)
+    assert one.model_max_length == 512
+    one.model_max_length = 5
+    assert max(map(len, token_windows(one, ["The cat sat on the mat and looked at the moon."])[0])) == 5
 
 
 # ------------------------------------------------------------------------------------------------ memory

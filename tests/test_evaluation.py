@@ -1,9 +1,11 @@
+import argparse
 import itertools
 import json
 import math
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import jinja2
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import BOS, D_SAE, EOS, HOOK, MARKER, PAD, WINDOW, some_ids, train_tokenizer
+from conftest import BOS, D_SAE, EOS, FAMILIES, HOOK, MARKER, PAD, WINDOW, some_ids, train_tokenizer
 
 import common
 import data
@@ -265,6 +267,136 @@ def test_sae_at_the_last_layer(model, make_sae):
     found = score_letters(model, sae, prompts, [20, 21, 22, 23], ablations)
     wanted = letters_one_by_one(model, sae, prompts, [20, 21, 22, 23], ablations)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------ families, and what is no number
+
+KNOWN = ["gemma4", "phi3", "olmo2", "falcon", *FAMILIES]
+UNKNOWN = ["bloom", "falcon_alibi", "mamba", "lfm2"]
+LONG_TAIL = ["mpt", "jamba", "falcon_h1", "recurrent_gemma"]
+
+
+def engine_checked(get_model, family, dtype="float32"):
+    model = get_model(family, dtype)
+    vars(model).pop("engine_checked", None)
+    evaluation.check_engine(model, evaluation.no_sae(model, 1))
+    return model
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_families_that_the_engine_knows_pass_its_check(get_model, family):
+    model = engine_checked(get_model, family)
+    assert model.engine_checked == {1: True}
+
+
+def test_bfloat16_passes_the_engines_check(half_model):
+    engine_checked(lambda *_: half_model, "")
+
+
+@pytest.mark.parametrize("family", [*UNKNOWN, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG_TAIL)])
+def test_families_that_the_engine_does_not_know_are_refused_in_a_line(get_model, family):
+    with pytest.raises(UserError, match=r"many edits in one pass") as caught:
+        engine_checked(get_model, family)
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_are_not_mixed_up_even_in_bfloat16(get_model, monkeypatch):
+    """Copies that get another prompt's positions, in the one dtype whose rounding is large."""
+    real = evaluation.OnePass.later_layers
+    mixed = lambda self, h, stage, source, *rest: real(self, h, stage, source, *rest).roll(1, 0)  # noqa: E731
+    monkeypatch.setattr(evaluation.OnePass, "later_layers", mixed)
+    with pytest.raises(UserError, match="other probabilities"):
+        engine_checked(get_model, "gemma2", "bfloat16")
+
+
+def test_scoring_checks_the_engine_first(get_model):
+    model = get_model("falcon_alibi")
+    with pytest.raises(UserError, match="many edits in one pass"):
+        score_letters(model, evaluation.no_sae(model, 1), [[2, 30, 31]], [20, 21, 22, 23], [Ablation("a", (0,), -1.0)])
+
+
+def test_letters_of_a_model_whose_layers_share_keys_and_values(get_model, make_sae):
+    """As many copies as prompts, more and fewer."""
+    model = get_model("gemma4")
+    sae, prompts = make_sae(model, spoil=dead), rows_of_ids(model)
+    wanted = letters_one_by_one(model, sae, prompts, [20, 21, 22, 23], ABLATIONS)
+    for batch_size, max_rows in ((3, 3), (4, 64), (10, 7)):
+        found = score_letters(model, sae, prompts, [20, 21, 22, 23], ABLATIONS, batch_size, max_rows=max_rows)
+        torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)
+
+
+def test_logits_are_capped_as_the_text_config_says(get_model):
+    model = get_model("gemma4")
+    h, cap = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0)) * 100, 30.0
+    config = model.original_model.config
+    model.original_model.config = SimpleNamespace(get_text_config=lambda: config)  # as of a model of images and text
+    try:
+        found = OnePass(model, evaluation.no_sae(model), [Ablation("none")]).head(h)
+    finally:
+        model.original_model.config = config
+    torch.testing.assert_close(found, torch.tanh(model.unembed(h) / cap) * cap)
+
+
+def test_a_score_that_is_not_finite_names_its_question(gemma, make_sae):
+    sae, prompts = make_sae(gemma), [[2, 30, 31], [2, 77, 78], [2, 79, 80]]
+    huge = [Ablation("none"), Ablation("sae-ablation", tuple(range(D_SAE)), -3e38)]
+    told = f"question 0 .*{gemma.tokenizer.decode([30, 31]).strip()}.*under sae-ablation are not finite"
+    with pytest.raises(UserError, match=told):
+        score_letters(gemma, sae, prompts, [20, 21, 22, 23], huge)
+    with pytest.raises(UserError, match=r"text 0 .* not finite"):
+        score_loss(gemma, sae, prompts, huge)
+
+
+def test_what_is_not_finite_is_named_by_the_first_row(tokenizer):
+    found = torch.zeros(2, 3, 4)
+    found[1, 2, 0], found[0, 1, 3] = torch.nan, torch.inf
+    with pytest.raises(UserError, match=r"question 1 .*under first"):
+        evaluation.refuse_not_numbers(found, [[2, 30]] * 3, [Ablation("first"), Ablation("b")], "question", tokenizer)
+
+
+def test_a_first_token_that_is_a_word_is_not_edited(gemma, make_sae):
+    """In one stage and in two: behind what all prompts begin with no token is the first."""
+    sae = make_sae(gemma, spoil=dead)
+    rows = [row[1:] for row in rows_of_ids(gemma) if len(row) > 12]
+    same = [[*rows[0][:9], *row[9:]] for row in rows]
+    for prompts in (rows, same):
+        wanted = letters_one_by_one(gemma, sae, prompts, [20, 21, 22, 23], ABLATIONS[:10])
+        found = score_letters(gemma, sae, prompts, [20, 21, 22, 23], ABLATIONS[:10])
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------ longer than the model's positions
+
+
+@pytest.fixture
+def short(gemma):
+    """A model that has 40 positions; the questions' prompts have more or fewer."""
+    had, gemma.tokenizer.model_max_length = gemma.tokenizer.model_max_length, 40
+    yield gemma
+    gemma.tokenizer.model_max_length = had
+
+
+def test_a_prompt_beyond_the_models_positions_is_refused(short, make_sae):
+    with pytest.raises(UserError, match=r"text 1 \('.*'\) has 41 tokens, the model 40 positions"):
+        score_letters(short, make_sae(short), [[2, 30], [2] + [30] * 40], [20, 21, 22, 23], [Ablation("none")])
+
+
+def test_questions_beyond_the_models_positions_are_named_or_left_out(short, make_sae, capsys):
+    lengths = [len(ids) for ids in encode_prompts(short.tokenizer, [prompt(row) for row in QUESTIONS])[0]]
+    short.tokenizer.model_max_length = max(lengths) - 1
+    longest = lengths.index(max(lengths))
+    s = argparse.Namespace(limit=None, seed=0, robust=False, prompt="plain", batch_size=4, max_rows=8, skip_long=False)
+    rest = ("Quiz", QUESTIONS, [0, 1, 2], [Ablation("none")], s)
+    named = rf"question {longest} \('{QUESTIONS[longest]['question'].strip()[:20]}"
+    with pytest.raises(
+        UserError, match=rf"Quiz: {named}.* has {max(lengths)} tokens, the model {max(lengths) - 1} pos"
+    ):
+        evaluation.score_quiz(short, make_sae(short), *rest)
+    s.skip_long = True
+    scores, asked = evaluation.score_quiz(short, make_sae(short), *rest)
+    left = [k for k in range(3) if lengths[k] < max(lengths)]
+    assert asked == {"questions": left, "skipped_long": 3 - len(left)} and scores[0]["n"] == len(left)
+    assert f"Quiz: {3 - len(left)} of 3 questions are left out" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------- statistics
