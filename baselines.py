@@ -81,6 +81,7 @@ from show import (
     make_record,
     outputs,
     peak_gb,
+    plain,
     print_loss,
     print_quiz,
     resumable,
@@ -428,7 +429,7 @@ def loss_figure(method: str, log: list, title: str):
         axes.plot(np.arange(1, len(log) + 1), values, color=colour)
         axes.set(title=name, xlabel="step")
         axes.grid(alpha=0.3)
-    figure.suptitle(title, size=10)
+    figure.suptitle(plain(title), size=10)
     return figure
 
 
@@ -526,7 +527,7 @@ def run(**changes) -> dict:
         return run_all(s)
     if s.method == NEEDS_A_LATENT and s.refusal_latent is None:
         raise UserError("refusal-clamp needs --refusal-latent, a latent that is active when the model declines")
-    path = outputs(f"baselines_{s.method}.py", s)
+    path = outputs(f"baselines_{s.method}.py", s, flags)
     lm = load_model(s.model, s.device, s.dtype)
     texts, sources = load_benchmark(s, lm.tokenizer)
     if not 0 <= s.layer < lm.cfg.n_layers:
@@ -553,7 +554,7 @@ def run(**changes) -> dict:
         print(f"trained again and saved: {folder}")
         extra |= {"folder": str(folder), "log": log}
         title = f"{short_name(s.model)}: {s.method}, {setting_text(best['setting'])}"
-        figures["losses"] = loss_figure(s.method, log, title)
+        figures["losses"] = lambda: loss_figure(s.method, log, title)
     rows = [Ablation("none"), Ablation(s.method, clamp=best["setting"].get("clamp", 0.0))]
     for name in ("wmdp_bio", "mmlu"):
         print_quiz(title_of(name, sources), rows, [point["scores"][name] for point in (points[0], best)])
@@ -561,7 +562,7 @@ def run(**changes) -> dict:
     record = make_record("baselines.py", s, sae, sources, {}, points, time.time() - started)
     if "folder" in extra:
         record["identity"]["folder"] = identity(extra["folder"])
-    extra |= {"seconds_to_make": round(float(seconds), 2), "peak_gb": round(peak_gb(), 2)}
+    extra |= {"seconds_to_make": round(float(seconds), 2), "peak_gb": peak_gb()}
     write_record(path, record | extra, figures)
     return record | extra
 
@@ -606,7 +607,7 @@ def is_there(path: Path, method: str, s, sources: dict) -> bool:
 
 def run_all(s) -> dict:
     """Tune every method; returns {"records": paths}."""
-    path = outputs("baselines.py", s)
+    path = outputs("baselines.py", s, flags)
     _, sources = load_benchmark(s)
     methods = [name for name in GRIDS if name != NEEDS_A_LATENT or s.refusal_latent is not None]
     records = []
@@ -659,7 +660,8 @@ def cost_table(records: list[dict]) -> str:
         cells = [f"{100 * score[name]['accuracy']:.1f}" for name in ("wmdp_bio_tuning", "wmdp_bio", "mmlu")]
         cells += [f"{score['openwebtext']['loss_added']:+.3f}", f"{record['seconds_to_make']:.1f}"]
         name = METHODS.get(point["method"], point["method"].replace("-", " "))
-        lines.append([name, setting_text(setting), *cells, f"{record['peak_gb']:.2f}"])
+        peak = "" if record["peak_gb"] is None else f"{record['peak_gb']:.2f}"
+        lines.append([name, setting_text(setting), *cells, peak])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + RMU_NOTE
 
 

@@ -458,10 +458,11 @@ def robust_subset(model, sae, questions: list[dict], batch_size: int = 16, style
 # --------------------------------------------------------------------------------------- statistics
 
 
-def bootstrap(statistic, *samples, seed: int = 0) -> tuple[float, float]:
-    """95% percentile bootstrap interval of statistic(*samples), resampling the samples' entries together."""
+def bootstrap(statistic, *samples, seed: int = 0) -> tuple[float | None, float | None]:
+    """95% percentile bootstrap interval of statistic(*samples), resampling the samples' entries together; of a single
+    entry there is none."""
     if len(samples[0]) < 2:
-        return float("nan"), float("nan")
+        return None, None
     result = stats.bootstrap(
         samples, statistic, n_resamples=2000, paired=True, vectorized=True, method="percentile",
         rng=np.random.default_rng(seed), batch=200,
@@ -469,42 +470,73 @@ def bootstrap(statistic, *samples, seed: int = 0) -> tuple[float, float]:
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def accuracy_score(
-    right: np.ndarray, letters: str, clean: np.ndarray | None = None, seed: int = 0, chance: float = CHANCE
-) -> dict:
+def wilson(right: int, n: int) -> tuple[float, float]:
+    interval = stats.binomtest(right, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def paired_interval(both: int, won: int, lost: int, neither: int) -> tuple[float, float]:
+    """95% interval of (won - lost) / n from the pairs that are right after and before, after only, before only, never.
+
+    Newcombe's square-and-add of two Wilson intervals with a corrected phi (Stat Med 17:2635, 1998, method 10). Where no
+    pair is discordant it still has the width that n pairs leave open, of which resampling them knows nothing.
+    """
+    n = both + won + lost + neither
+    after, before = (both + won) / n, (both + lost) / n
+    (low_a, high_a), (low_b, high_b) = wilson(both + won, n), wilson(both + lost, n)
+    phi, margins = both * neither - won * lost, (both + won) * (lost + neither) * (both + lost) * (won + neither)
+    phi = max(phi - n / 2, 0) if phi > 0 else phi
+    phi = phi / margins**0.5 if margins else 0.0
+
+    def reach(x, y):
+        return (x * x - 2 * phi * x * y + y * y) ** 0.5
+
+    change = (won - lost) / n
+    return change - reach(after - low_a, high_b - before), change + reach(high_a - after, before - low_b)
+
+
+def accuracy_score(right: np.ndarray, letters: str, clean: np.ndarray | None = None, chance: float = CHANCE) -> dict:
     """Accuracy with Wilson 95% interval; against `clean` (the unablated model's right answers, same questions) the
-    paired change with bootstrap interval and the exact McNemar p value. right: (n,) bool."""
+    paired change with Newcombe's interval and the exact McNemar p value. right: (n,) bool."""
     n = len(right)
-    interval = stats.binomtest(int(right.sum()), n).proportion_ci(method="wilson")
-    score = {"accuracy": right.mean().item(), "low": float(interval.low), "high": float(interval.high), "n": n,
-             "chance": chance, "letters": letters}  # fmt: skip
+    low, high = wilson(int(right.sum()), n)
+    score = {"accuracy": right.mean().item(), "low": low, "high": high, "n": n, "chance": chance, "letters": letters}
     if clean is not None:
-        change = right.astype(float) - clean
-        lost, won = int((change < 0).sum()), int((change > 0).sum())
-        score["change"] = change.mean().item()
-        score["change_low"], score["change_high"] = bootstrap(np.mean, change, seed=seed)
+        both, won, lost = (int(pairs.sum()) for pairs in (right & clean, right & ~clean, ~right & clean))
+        score["change"] = (won - lost) / n
+        score["change_low"], score["change_high"] = paired_interval(both, won, lost, n - both - won - lost)
         score["p_value"] = float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
     return score
 
 
-def quiz_scores(chosen: np.ndarray, questions: list[dict], seed: int = 0, by_subject: bool = True) -> list[dict]:
+def with_q_values(subjects: dict[str, dict]) -> dict[str, dict]:
+    """{subject: score}, each with its `q_value` beside the p value: below 0.05 for all subjects that are called
+    changed, at most 5% of these are expected not to be (Benjamini and Hochberg, J R Stat Soc B 57:289, 1995)."""
+    if any("p_value" in score for score in subjects.values()):
+        found = stats.false_discovery_control([score["p_value"] for score in subjects.values()])
+        for score, value in zip(subjects.values(), found):
+            score["q_value"] = float(value)
+    return subjects
+
+
+def quiz_scores(chosen: np.ndarray, questions: list[dict], by_subject: bool = True) -> list[dict]:
     """One score per ablation from the options chosen (n_ablations, n_questions), 0 to 3; the first is the clean model.
 
-    Where questions have subjects, each score also carries `subjects` with the same fields for each.
+    Where all questions have a subject, each score also carries `subjects` with the same fields for each.
     """
     answers = np.array([row["answer"] for row in questions])
-    subjects = sorted({row["subject"] for row in questions if "subject" in row}) if by_subject else []
+    named = by_subject and all(row.get("subject") for row in questions)
+    member = np.array([row["subject"] for row in questions]) if named else None
     out = []
     for k, row in enumerate(chosen):
 
         def score(mask, row=row, k=k):
             right, letters = (row == answers)[mask], "".join(LETTERS[i] for i in row[mask])
-            return accuracy_score(right, letters, (chosen[0] == answers)[mask] if k else None, seed)
+            return accuracy_score(right, letters, (chosen[0] == answers)[mask] if k else None)
 
         out.append(score(np.ones(len(answers), dtype=bool)))
-        if subjects:
-            member = np.array([row["subject"] for row in questions])
-            out[-1]["subjects"] = {name: score(member == name) for name in subjects}
+        if named:
+            out[-1]["subjects"] = with_q_values({str(name): score(member == name) for name in np.unique(member)})
     return out
 
 
@@ -531,7 +563,7 @@ def score_quiz(model, sae, title: str, questions: list[dict], indices: list[int]
 
     foretell(model, title, prompts, score, s.batch_size)
     log_probs = score(prompts, title)
-    return quiz_scores(log_probs.argmax(-1).numpy(), asked, s.seed), {"questions": indices, "skipped_long": skipped}
+    return quiz_scores(log_probs.argmax(-1).numpy(), asked), {"questions": indices, "skipped_long": skipped}
 
 
 def loss_scores(nats: torch.Tensor, targets: torch.Tensor, sources: list[int], seed: int = 0) -> list[dict]:
@@ -587,7 +619,7 @@ def scores_of(runs: list[dict], texts: dict, seed: int = 0) -> list[dict]:
         asked = sorted({i for part in parts.values() for i in part})
         for half, part in parts.items():
             chosen = np.array([run[name] for run in runs])[:, np.searchsorted(asked, part)]
-            for score, value in zip(scores, quiz_scores(chosen, [questions[i] for i in part], seed, not half)):
+            for score, value in zip(scores, quiz_scores(chosen, [questions[i] for i in part], not half)):
                 score[name + half] = value
     nats = torch.tensor([run["openwebtext"][0] for run in runs], dtype=torch.float64)
     _, targets, documents = runs[0]["openwebtext"]

@@ -61,7 +61,7 @@ flags.add_argument("--subjects", help="comma-separated (default: all)")
 def run(**changes) -> dict:
     """run(layer=3, clamp=-40.0): any flag by name. Returns the record that it writes; raises UserError."""
     s, started, sources = settings(flags, changes), time.time(), {}
-    path = outputs("feature_ablate_1.py", s)
+    path = outputs("feature_ablate_1.py", s, flags)
     lm = load_model(s.model, s.device, s.dtype, s.device_map)
     sae = load_sae(s.sae, s.layer, lm, s.model)
     check_engine(lm, sae)
@@ -92,9 +92,9 @@ def run(**changes) -> dict:
     record = make_record("feature_ablate_1.py", s, sae, sources, sanity, points, time.time() - started)
     title = f"{short_name(s.model)}, layer {s.layer}: {s.n_features} features ablated"
     write_record(path, record, {
-        "features": scatter(features, forget, retain, title),
-        "accuracy": quiz_figure({name: scores}, rows, title),
-        "subjects": subject_figure(rows, scores, f"{name}: {title}"),
+        "features": lambda: scatter(features, forget, retain, title),
+        "accuracy": lambda: quiz_figure({name: scores}, rows, title),
+        "subjects": lambda: subject_figure(rows, scores, f"{name}: {title}"),
     })  # fmt: skip
     return record
 

@@ -62,7 +62,7 @@ flags.add_argument("--subjects", help="MMLU subjects, comma-separated (default: 
 def run(**changes) -> dict:
     """run(layer=3, clamp=-40.0): any flag by name. Returns the record that it writes; raises UserError."""
     s, started, sources = settings(flags, changes), time.time(), {}
-    path = outputs("feature_ablate_2.py", s)
+    path = outputs("feature_ablate_2.py", s, flags)
     lm = load_model(s.model, s.device, s.dtype, s.device_map)
     sae = load_sae(s.sae, s.layer, lm, s.model)
     check_engine(lm, sae)
@@ -96,8 +96,8 @@ def run(**changes) -> dict:
     record = make_record("feature_ablate_2.py", s, sae, sources, sanity, points, time.time() - started)
     title = f"{short_name(s.model)}, layer {s.layer}: {s.n_features} features ablated"
     write_record(path, record, {
-        "features": scatter(features, forget, retain, title),
-        "accuracy": quiz_figure(dict(zip(titles, (bio, rest))), rows, title),
+        "features": lambda: scatter(features, forget, retain, title),
+        "accuracy": lambda: quiz_figure(dict(zip(titles, (bio, rest))), rows, title),
     })  # fmt: skip
     return record
 

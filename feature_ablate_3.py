@@ -69,7 +69,7 @@ def score(lm, sae, title, texts, rows, s):
 def run(**changes) -> dict:
     """run(layer=3, clamp=-40.0): any flag by name. Returns the record that it writes; raises UserError."""
     s, started, sources = settings(flags, changes), time.time(), {}
-    path = outputs("feature_ablate_3.py", s)
+    path = outputs("feature_ablate_3.py", s, flags)
     lm = load_model(s.model, s.device, s.dtype, s.device_map)
     sae = load_sae(s.sae, s.layer, lm, s.model)
     check_engine(lm, sae)
@@ -99,8 +99,8 @@ def run(**changes) -> dict:
     record = make_record("feature_ablate_3.py", s, sae, sources, sanity, points, time.time() - started)
     title = f"{short_name(s.model)}, layer {s.layer}: {s.n_features} features ablated"
     write_record(path, record, {
-        "features": scatter(features, forget, retain, title),
-        "loss": loss_figure(panels, rows, title),
+        "features": lambda: scatter(features, forget, retain, title),
+        "loss": lambda: loss_figure(panels, rows, title),
     })  # fmt: skip
     return record
 

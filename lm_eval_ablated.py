@@ -80,7 +80,7 @@ from data import (
     token_windows,
     without_thought,
 )
-from evaluation import PERMUTATIONS, Ablation, accuracy_score, bootstrap, loss_scores
+from evaluation import PERMUTATIONS, Ablation, accuracy_score, bootstrap, loss_scores, with_q_values
 from hub import announce, check_same, identity
 from picking import firing_rates, largest, pick_features, sanity_gate
 from presets import PRESETS, model_source, sae_source
@@ -696,15 +696,16 @@ def by_question(rows: list[dict]) -> dict:
     }
 
 
-def quiz_score(now: dict, clean: dict | None, chance: float, seed: int) -> dict:
+def quiz_score(now: dict, clean: dict | None, chance: float) -> dict:
     """Score of right and wrong answers, as evaluation.quiz_scores has it, with its subjects where there are several."""
 
     def score(mask):
         before = clean and clean["value"][mask].astype(bool)
-        return accuracy_score(now["value"][mask].astype(bool), "".join(now["answers"][mask]), before, seed, chance)
+        return accuracy_score(now["value"][mask].astype(bool), "".join(now["answers"][mask]), before, chance)
 
     whole, names = score(slice(None)), sorted(set(now["subject"]))
-    return {**whole, "subjects": {name: score(now["subject"] == name) for name in names}} if len(names) > 1 else whole
+    subjects = {name: score(now["subject"] == name) for name in names}
+    return {**whole, "subjects": with_q_values(subjects)} if len(names) > 1 else whole
 
 
 def mean_score(now: dict, clean: dict | None, seed: int) -> dict:
@@ -734,7 +735,7 @@ def scores_of(runs: list[list[dict]], lm: AblatedLM, seed: int) -> list[dict | N
         return [mean_score(now, clean, seed) for now, clean in pairs]
     choices = len(first["filtered_resps"])
     chance = (1 / choices if choices > 1 else 0.0) ** (24 if "all_orders" in first["metrics"] else 1)
-    return [quiz_score(now, clean, chance, seed) for now, clean in pairs]
+    return [quiz_score(now, clean, chance) for now, clean in pairs]
 
 
 # %% [markdown]
@@ -861,7 +862,7 @@ def run(**changes) -> dict:
     if features:
         s.layer = next(iter(features)) if len(features) == 1 else "+".join(map(str, features))
         s.n_features = sum(map(len, features.values()))
-    path = outputs("lm_eval_ablated.py", s)
+    path = outputs("lm_eval_ablated.py", s, flags)
     tasks = find_tasks(s)
     chosen = choose(tasks, s, s.pick_on == "half")
     lm = load_ablated(s)
@@ -896,7 +897,7 @@ def run(**changes) -> dict:
     }
     quizzes = {title_of(name, sources): values for name, values in scores.items() if values and "accuracy" in values[0]}
     title = f"{short_name(s.model)}, layer {s.layer}: {s.n_features} features ablated, lm-eval"
-    write_record(path, record, {"accuracy": quiz_figure(quizzes, rows, title)} if quizzes else {})
+    write_record(path, record, {"accuracy": lambda: quiz_figure(quizzes, rows, title)} if quizzes else {})
     return record
 
 

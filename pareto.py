@@ -57,7 +57,7 @@ from evaluation import (
 from hub import identity
 from picking import firing_rates, largest, matched_random, pick_features, sanity_gate
 from presets import model_source
-from show import METHODS, make_record, outputs, short_name, title_of, write_record, write_whole
+from show import METHODS, end_of, make_record, outputs, plain, short_name, title_of, write_record, write_whole
 
 COUNTS = [1, 2, 5, 10, 20, 50, 100, 200]
 PIECE = 64  # prompts or windows that are scored and kept together: what a stop costs at the most
@@ -162,7 +162,7 @@ def sweep_layer(lm, sae, layer: int, folder: Path, texts: dict, s) -> tuple[list
         chosen = piecewise(lm, folder, f"L{layer}_{name}", prompts, choose, s)
         for half, part in parts.items():
             places = np.searchsorted(asked, part)
-            found = quiz_scores(chosen[:, places], [questions[i] for i in part], s.seed, by_subject=False)
+            found = quiz_scores(chosen[:, places], [questions[i] for i in part], by_subject=False)
             for row, value in zip(scores, found):
                 row[name + half] = value
     windows, documents = texts["openwebtext"]
@@ -320,7 +320,9 @@ def panel(axes, groups: dict, styles: dict, cost) -> tuple[list, list]:
         spread = [np.abs(x[:, 1:] - x[:, :1]).T for x in (xs, ys)]
         axes.errorbar(xs[1:, 0], ys[1:, 0], yerr=spread[1][:, 1:], xerr=spread[0][:, 1:], fmt="none", ecolor=colour,
                       elinewidth=0.5, alpha=0.3)  # fmt: skip
-        axes.scatter(xs[1:, 0], ys[1:, 0], s=16, color=colour, marker=marker, linewidths=0, label=method, zorder=3)
+        axes.scatter(
+            xs[1:, 0], ys[1:, 0], s=16, color=colour, marker=marker, linewidths=0, label=plain(method), zorder=3
+        )
         sign = -1 if axes.xaxis_inverted() else 1
         best = frontier([(sign * x, y) for x, y in zip(xs[:, 0], ys[:, 0])])
         axes.step(xs[best, 0], ys[best, 0], where="post", color=colour, ls=line, lw=1.2)
@@ -363,7 +365,8 @@ def pareto_figure(points: list[dict], titles: tuple[str, str, str], title: str):
 
     def loss(point):
         score = point["scores"]["openwebtext"]
-        return [score.get(key, 0.0) for key in ("loss_added", "loss_added_low", "loss_added_high")]
+        keys = ("loss_added", "loss_added_low", "loss_added_high")
+        return [end_of(score, key) for key in keys] if "loss_added" in score else [0.0, 0.0, 0.0]
 
     styles = dict(zip(by_method(points), itertools.cycle(STYLES)))
     labels = [panel(first, by_method(points), styles, mmlu)]
@@ -375,7 +378,7 @@ def pareto_figure(points: list[dict], titles: tuple[str, str, str], title: str):
         axes.set_xlabel(f"loss added on {titles[2]}, nats per token")
     handles, names = first.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-    figure.suptitle(f"{title}; lines are frontiers, bars 95% intervals", size=10)
+    figure.suptitle(f"{plain(title)}; lines are frontiers, bars 95% intervals", size=10)
     figure.canvas.draw()  # settles the layout
     for axes, (texts, places) in zip(all_axes[0], labels):
         spread_labels(axes, texts, places)
@@ -414,7 +417,7 @@ def plot(s) -> dict:
     if len(asked) > 1:
         print("note: these records were not scored on the same questions", file=sys.stderr)
     s.layer, s.n_features = "all", "all"
-    path = outputs("pareto.py", s)
+    path = outputs("pareto.py", s, flags)
     names = [Path(name).stem for name in s.plot]
     show(path, points, first, ", ".join(names) if len(names) <= 3 else f"{len(names)} records")
     return {"points": points, "summary": summary(points)}
@@ -427,7 +430,7 @@ def show(path: Path, points: list[dict], sources: dict, title: str, record: dict
     print(f"\n{table(rows)}")
     write_whole(path.with_suffix(".md"), lambda file: file.write_text(table(rows)))
     print(f"table: {path.with_suffix('.md')}")
-    write_record(path, record, {"frontier": pareto_figure(points, titles, title)}, ("png", "svg"))
+    write_record(path, record, {"frontier": lambda: pareto_figure(points, titles, title)}, ("png", "svg"))
 
 
 def run(**changes) -> dict:
@@ -438,11 +441,12 @@ def run(**changes) -> dict:
     s, started = settings(flags, changes), time.time()
     if s.plot:
         return plot(s)
+    s.layer, s.n_features = sorted(set(s.layer)), sorted(set(s.n_features))
+    path = outputs("pareto.py", s, flags)
     clamps = s.clamp if isinstance(s.clamp, list) else [0.0, s.clamp / 2, s.clamp]
-    s.layer, s.n_features, s.clamp = sorted(set(s.layer)), sorted(set(s.n_features)), sorted(set(clamps), reverse=True)
+    s.clamp = sorted(set(clamps), reverse=True)
     if bad := [clamp for clamp in s.clamp if clamp > 0]:
         raise UserError(f"--clamp {bad[0]:g}: 0 or negative")
-    path = outputs("pareto.py", s)
     lm = load_model(s.model, s.device, s.dtype, s.device_map)
     saes = [load_sae(s.sae, layer, lm, s.model) for layer in s.layer]
     texts, sources = load_texts(lm, s)

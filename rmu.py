@@ -56,6 +56,7 @@ from show import (
     make_record,
     outputs,
     peak_gb,
+    plain,
     print_loss,
     print_quiz,
     resumable,
@@ -224,7 +225,7 @@ def loss_figure(log: list, title: str):
     for axes in (left, right):
         axes.grid(alpha=0.3)
     left.legend(frameon=False, fontsize=8)
-    figure.suptitle(title, size=10)
+    figure.suptitle(plain(title), size=10)
     return figure
 
 
@@ -312,7 +313,7 @@ def run(**changes) -> dict:
         raise UserError("RMU is trained by one process: start rmu.py without accelerate launch")
     setting = setting_of(s)
     s.layer = setting.layer
-    path = outputs("rmu.py", s)
+    path = outputs("rmu.py", s, flags)
     lm = load_model(s.model, s.device, s.dtype)
     texts, sources = load_benchmark(s, lm.tokenizer)
     runs = [answers(lm, texts, s)]
@@ -340,12 +341,12 @@ def run(**changes) -> dict:
     print(f"model: {folder}")
     record["identity"]["folder"] = identity(str(folder))
     record |= {"chosen": points.index(shown[1]), "folder": str(folder)}
-    record |= {"seconds_to_make": round(seconds, 2), "peak_gb": round(peak_gb(), 2)}
+    record |= {"seconds_to_make": round(seconds, 2), "peak_gb": peak_gb()}
     record |= {"matrices": matrices, "coefficient": coefficient}
     record |= {"control_vector": u.tolist(), "log": log}
     how = f"layer {setting.layer}, {setting.multiple:g} norms, alpha {setting.alpha:g}"
     title = f"{short_name(s.model)}: {rows[1].method}, {how}"
-    write_record(path, record, {"losses": loss_figure(log, title)})
+    write_record(path, record, {"losses": lambda: loss_figure(log, title)})
     return record
 
 

@@ -332,7 +332,7 @@ def run(**changes) -> dict:
     texts, sources = load_texts(records, s)
     if s.relearn:
         check_room("--relearn", s.model, s.device, s.dtype)
-    path = outputs("robustness.py", s)
+    path = outputs("robustness.py", s, flags)
     subjects = [Subject("none", s.model, {}), *(subject for subject, _ in pairs)]
     passing = path.with_suffix(".tried")
     known = [[one.method, one.setting, identity(model_source(one.model))] for one in subjects]
@@ -359,7 +359,7 @@ def run(**changes) -> dict:
     record = make_record("robustness.py", s, None, sources, {}, points, time.time() - started)
     title = f"{short_name(s.model)}: n {len(texts['rows'])}, bars 95% intervals"
     title += f", {s.relearn} steps" if s.relearn else ""
-    write_record(path, record, {"rows": figure_of(names, points, title)})
+    write_record(path, record, {"rows": lambda: figure_of(names, points, title)})
     return record
 
 

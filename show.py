@@ -5,7 +5,7 @@ Show and keep results: tables, figures, result records.
 import hashlib
 import json
 import os
-import resource
+import re
 import shutil
 import sys
 import tempfile
@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm.auto import tqdm
 
-from common import Latents
+from common import Latents, settings
 from data import UserError
 from evaluation import Ablation
 from hub import identity
@@ -24,12 +24,33 @@ from picking import Rates, activation_ratio, residuals
 from presets import model_source
 from processes import is_first, total
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
-def outputs(script: str, s) -> Path:
-    """Path of the record, its folder made and known to be writable before any work is done. Raises UserError."""
-    parts = [(letter, vars(s)[key]) for letter, key in (("L", "layer"), ("n", "n_features")) if key in vars(s)]
-    parts = [letter + ("-".join(map(str, v)) if isinstance(v, list) else str(v)) for letter, v in parts]
-    name = "_".join([Path(script).stem, short_name(s.model), *parts]) + ".json"
+LONGEST_NAME = 120  # characters of a record's name; figures add to it, and file systems end at 255 bytes
+
+
+SHORT = {"layer": "L", "n_features": "n", "clamp": "c"}
+NOT_IN_NAMES = ("model", "out", "plot", "all", "method", "relearn", "batch_size", "max_rows", "device", "device_map",
+                "no_sanity", "max_batch_size", "use_cache", "output_path", "log_samples")  # fmt: skip
+
+
+def outputs(script: str, s, flags) -> Path:
+    """Path of the record, its folder made and known to be writable before any work is done. Raises UserError.
+
+    Its default name has a part for the layer, for the number of features and for all else that decides about results
+    and differs from the default of the parser `flags`, so that no run overwrites what another one found.
+    """
+    usual = vars(settings(flags, {"model": s.model}))
+    always = ("layer", "n_features")
+    parts = [part(name, vars(s)[name]) for name in usual
+             if name in always or (name not in NOT_IN_NAMES and vars(s)[name] != usual[name])]  # fmt: skip
+    name = "_".join([Path(script).stem, short_name(s.model), *parts])
+    if len(name) > LONGEST_NAME:
+        name = name[:LONGEST_NAME] + "_" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    name += ".json"
     path = Path(s.out or "results/")
     path = path if path.suffix == ".json" else path / name
     try:
@@ -40,9 +61,26 @@ def outputs(script: str, s) -> Path:
         raise UserError(f"cannot write to {path.parent}: {error.strerror}; give another --out") from error
 
 
+def part(name: str, value) -> str:
+    """A setting in a file name: "c-40", "seed1", "robust", "sae_layer_3-1f0a" (two folders may have the same name)."""
+    if isinstance(value, list):
+        value = "-".join(f"{x:g}" if isinstance(x, float) else str(x) for x in value)
+    elif isinstance(value, float):
+        value = f"{value:g}"
+    text = "" if value is True else str(value)
+    if "/" in text or os.sep in text or ":" in text:
+        text = f"-{Path(text).name}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
+    return SHORT.get(name, name.replace("_", "-")) + re.sub(r"[^\w.+-]+", "-", text)
+
+
 def short_name(model: str) -> str:
     """A model in file names and titles: its preset's name, or the last part of its hub id or folder."""
     return Path(model).name
+
+
+def plain(text: str) -> str:
+    """The text for a figure, where matplotlib would take what stands between two $ for mathematics."""
+    return text.replace("$", r"\$")
 
 
 def write_whole(path: Path, write) -> None:
@@ -105,12 +143,15 @@ def save_model(model, tokenizer, folder: Path) -> None:
         shutil.rmtree(half_written, ignore_errors=True)
 
 
-def peak_gb() -> float:
-    """Most memory that this process has had: of the GPU where there is one, else of the process as a whole."""
+def peak_gb() -> float | None:
+    """Most memory that this process has had: of the GPU where there is one, else of the process as a whole. None on
+    Windows, which does not say without another package."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    if resource is None:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes here
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
 
 def make_record(script: str, s, sae, sources: dict, sanity: dict, points: list, seconds: float) -> dict:
@@ -137,17 +178,22 @@ def make_record(script: str, s, sae, sources: dict, sanity: dict, points: list, 
 
 
 def write_record(path: Path, record: dict | None, figures: dict, formats: tuple[str, ...] = ("png",)) -> None:
-    """Write figures {suffix: figure} beside the record, then the record if there is one, and print its path last."""
-    for suffix, figure in figures.items():
-        for form in formats:
-            target = path.with_name(f"{path.stem}_{suffix}.{form}")
-            write_whole(target, lambda file, form=form, figure=figure: figure.savefig(file, format=form, dpi=150))
-            print(f"figure: {target}")
-        plt.close(figure)
-    if record is None:
-        return
-    write_whole(path, lambda file: file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8"))
-    print(f"record: {path}")
+    """Write the record, if there is one, then figures {suffix: function that draws it} beside it, and print the
+    record's path last: a figure that cannot be drawn loses no result."""
+    if record is not None:
+        text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+        write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+    try:
+        for suffix, draw in figures.items():
+            figure = draw()
+            for form in formats:
+                target = path.with_name(f"{path.stem}_{suffix}.{form}")
+                write_whole(target, lambda file, form=form, figure=figure: figure.savefig(file, format=form, dpi=150))
+                print(f"figure: {target}")
+            plt.close(figure)
+    finally:
+        if record is not None:
+            print(f"record: {path}")
 
 
 NAMES = {"wmdp_bio": "WMDP-Bio", "mmlu": "MMLU", "wikitext": "Wikitext", "openwebtext": "OpenWebText"}
@@ -206,14 +252,20 @@ def print_quiz(title: str, ablations: list[Ablation], scores: list[dict]) -> Non
 
 
 def print_subjects(ablations: list[Ablation], scores: list[dict]) -> None:
-    """One line per subject, one column per ablation: accuracy in per cent."""
-    print("\naccuracy by subject, %\n")
+    """One line per subject, one column per ablation: accuracy in per cent, a star where it has changed."""
+    print(f"\naccuracy by subject, %; * changed, with false discoveries over the {len(scores[0]['subjects'])} subjects "
+          "held to 5%\n")  # fmt: skip
     for number, ablation in enumerate(ablations, 1):
         print(f"  ({number}) {label(ablation)}")
     print(f"\n  {'':36}{'n':>5}" + "".join(f"{f'({k})':>8}" for k in range(1, len(ablations) + 1)))
     for name in scores[0]["subjects"]:
         cells = [score["subjects"][name] for score in scores]
-        print(f"  {name:36}{cells[0]['n']:5}" + "".join(f"{100 * c['accuracy']:8.1f}" for c in cells))
+        print(
+            f"  {name:36}{cells[0]['n']:5}"
+            + "".join(
+                f"{100 * cell['accuracy']:7.1f}{'*' if cell.get('q_value', 1) < 0.05 else ' '}" for cell in cells
+            ).rstrip()
+        )
 
 
 def print_loss(title: str, ablations: list[Ablation], scores: list[dict]) -> None:
@@ -223,7 +275,9 @@ def print_loss(title: str, ablations: list[Ablation], scores: list[dict]) -> Non
     for ablation, score in zip(ablations, scores):
         added = ""
         if "loss_added" in score:
-            added = f"{score['loss_added']:+.4f} [{score['loss_added_low']:+.4f}, {score['loss_added_high']:+.4f}]"
+            added = f"{score['loss_added']:+.4f}"
+            if score["loss_added_low"] is not None:  # one document has no interval
+                added += f" [{score['loss_added_low']:+.4f}, {score['loss_added_high']:+.4f}]"
         print(f"  {label(ablation):34}{score['nats_per_token']:<12.4f}{added}")
 
 
@@ -267,7 +321,7 @@ def scatter(features: list[int], forget: Rates, retain: Rates, title: str):
     axes.scatter(x[chosen], y[chosen], s=18, c="#c0392b", marker="D", label=f"chosen ({len(features)})", linewidths=0)
     span = [min(floor).item(), 1]
     axes.plot(span, span, color="0.4", lw=0.8, ls=":", label="equal rates")
-    axes.set(xscale="log", yscale="log", title=title)
+    axes.set(xscale="log", yscale="log", title=plain(title))
     axes.set_xlabel("firing rate on the retain set (leftmost: never)")
     axes.set_ylabel("firing rate on the forget set")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
@@ -300,7 +354,7 @@ def quiz_figure(panels: dict[str, list[dict]], ablations: list[Ablation], title:
         axes.axvline(chance, color="0.4", ls="--", lw=1)
         axes.annotate("chance", (chance, len(ablations) - 0.55), xytext=(3, 0), textcoords="offset points", size=8)
         axes.set(title=f"{name} (n {scores[0]['n']})", xlabel="accuracy, %", xlim=(0, 103))
-    figure.suptitle(title, size=10)
+    figure.suptitle(plain(title), size=10)
     return figure
 
 
@@ -318,14 +372,19 @@ def subject_figure(ablations: list[Ablation], scores: list[dict], title: str):
         fill = "none" if ablation.clamp == 0 else colour
         axes.errorbar(change, rows, xerr=spread, fmt=marker, ms=4.5, color=colour, mfc=fill, capsize=2,
                       label=label(ablation))  # fmt: skip
-    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axes.set_yticks(range(len(names)), [plain(name.replace("_", " ")) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.axvline(0, color="0.4", ls="--", lw=1)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_title(title, size=10)
+    axes.set_title(plain(title), size=10)
     axes.set_xlabel("change in accuracy, points")
     figure.legend(loc="outside lower center", ncols=len(edits), frameon=False, fontsize=8)
     return figure
+
+
+def end_of(score: dict, key: str) -> float:
+    """An end of the interval of the loss added: of a single document there is none, and the loss itself stands in."""
+    return score["loss_added"] if score[key] is None else score[key]
 
 
 def loss_figure(panels: dict[str, list[dict]], ablations: list[Ablation], title: str):
@@ -333,11 +392,12 @@ def loss_figure(panels: dict[str, list[dict]], ablations: list[Ablation], title:
     figure, all_axes = plt.subplots(1, len(panels), figsize=(4.6 + 2.9 * (len(panels) - 1), 3.2), sharey=True,
                                     squeeze=False, layout="constrained")  # fmt: skip
     for axes, (name, scores) in zip(all_axes[0], panels.items()):
-        columns = [[score[key] for score in scores[1:]] for key in ("loss_added", "loss_added_low", "loss_added_high")]
+        keys = ("loss_added", "loss_added_low", "loss_added_high")
+        columns = [[end_of(score, key) for score in scores[1:]] for key in keys]
         interval_rows(axes, [label(a) for a in ablations[1:]], *columns, [COLOURS[a.method] for a in ablations[1:]])
         axes.axvline(0, color="0.4", ls="--", lw=1)
         axes.set(
             title=f"{name}\n{scores[0]['nats_per_token']:.2f} nats/token unablated", xlabel="loss added, nats/token"
         )
-    figure.suptitle(title, size=10)
+    figure.suptitle(plain(title), size=10)
     return figure

@@ -112,7 +112,9 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(monkeypatch, capfd,
 
 def test_ctrl_c_leaves_nothing_half_written(tmp_path):
     command = [sys.executable, str(ROOT / "feature_ablate_2.py"), "--out", str(tmp_path / "record.json")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    # tests that run in the background have SIGINT ignored, and a child would take that over
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     for line in process.stdout:
         if line.startswith("SAE check"):
             break

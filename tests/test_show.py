@@ -1,0 +1,88 @@
+"""Records and figures: names, what is written first, what other programs can read."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+
+import show
+from common import parser, settings
+from evaluation import Ablation
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def name(**changes):
+    flags = parser("a script")
+    flags.add_argument("--prompt", default="plain")
+    return show.outputs("lesson.py", settings(flags, changes), flags).name
+
+
+def test_a_record_of_other_settings_has_another_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert name() == name(batch_size=3, device="cpu", clamp=-80.0) == "lesson_tiny_L7_n50.json"
+    assert name(layer=3, n_features=10) == "lesson_tiny_L3_n10.json"
+    assert name(clamp=-40.0, seed=1) == "lesson_tiny_L7_n50_c-40_seed1.json"
+    assert name(pick="dsg", prompt="chat") == "lesson_tiny_L7_n50_pickdsg_promptchat.json"
+    others = [{"data": "a/mine"}, {"data": "b/mine"}, {"sae": "a/layer_7"}, {"sae": "b/layer_7"}, {"limit": 8},
+              {"sae": "gemma-scope:layer_7/width_16k"}, {"pick_on": "all"}, {"pick_text": "prose"},
+              {"dtype": "bfloat16"}, {"forget_corpus": "x/y"}, {"data": "x" * 300}, {"data": "x" * 301}]  # fmt: skip
+    names = {name(), *(name(**other) for other in others)}
+    assert len(names) == 1 + len(others) and max(map(len, names)) < 140
+    assert not any(set(text) & set('/:\\"$ ') for text in names)
+
+
+def test_a_record_is_written_before_a_figure_that_fails(tmp_path, capsys):
+    def fail():
+        raise ValueError("ParseException: unknown symbol")
+
+    with pytest.raises(ValueError, match="unknown symbol"):
+        show.write_record(tmp_path / "r.json", {"points": []}, {"accuracy": fail})
+    assert json.loads((tmp_path / "r.json").read_text()) == {"points": []}
+    assert f"record: {tmp_path / 'r.json'}" in capsys.readouterr().out
+
+
+def test_a_record_is_valid_json_or_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        show.write_record(tmp_path / "r.json", {"points": [float("nan")]}, {})
+    assert not list(tmp_path.iterdir())
+
+
+SCORE = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 9, "chance": 0.25}
+LOSS = {"nats_per_token": 3.0, "n_tokens": 90, "n_documents": 1}
+LOST = {**LOSS, "loss_added": 0.2, "loss_added_low": None, "loss_added_high": None}
+ROWS = [Ablation("none"), Ablation("sae-ablation", (1,), -5.0)]
+
+
+def test_titles_with_dollars_and_losses_without_intervals_are_drawn(tmp_path, capsys):
+    title = r"$\no_such$ model"
+    change = {**SCORE, "change": 0.0, "change_low": -0.1, "change_high": 0.1, "p_value": 1.0, "q_value": 1.0}
+    by_subject = [{"subjects": {r"a$\b$": score}} for score in (SCORE, change)]
+    figures = {"accuracy": lambda: show.quiz_figure({"MMLU": [SCORE, SCORE]}, ROWS, title),
+               "loss": lambda: show.loss_figure({"web": [LOSS, LOST]}, ROWS, title),
+               "subjects": lambda: show.subject_figure(ROWS, by_subject, title)}  # fmt: skip
+    show.write_record(tmp_path / "r.json", {"points": [LOST]}, figures)
+    assert len(list(tmp_path.glob("*.png"))) == 3
+    show.print_loss("web", ROWS, [LOSS, LOST])
+    assert "+0.2000\n" in capsys.readouterr().out
+    plt.close("all")
+
+
+def test_a_subject_that_changed_has_a_star(capsys):
+    scores = [{"subjects": {"law": SCORE, "art": SCORE}},
+              {"subjects": {"law": {**SCORE, "q_value": 0.01}, "art": {**SCORE, "q_value": 0.2}}}]  # fmt: skip
+    show.print_subjects(ROWS, scores)
+    law, art = capsys.readouterr().out.splitlines()[-2:]
+    assert law.endswith("50.0    50.0*") and art.endswith("50.0    50.0")
+
+
+def test_what_windows_lacks_is_not_needed():
+    # other packages take what Linux has: they come first
+    program = "import sys, evaluation; sys.modules['resource'] = None; import show; print(show.peak_gb())"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout == "None\n", done.stderr
