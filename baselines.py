@@ -22,7 +22,8 @@ as an expert, and tiny does not (README); on real models use its authors' code, 
 
 tiny: --all takes 20 minutes and 1.3 GB on two cores, a method 35 s (edits) to 4 minutes (CRISP). On the reporting half
 RMU takes the WMDP-Bio stand-in from 95.9 to 24.3%, ten clamped features to 28.4%, CRISP to 35.1%, all with MMLU at
-98.9% or more, SimNPO to 64.9 and NPO to 66.2% with MMLU at 94%. README has the table, and what robustness.py, another 11 minutes, makes of it.
+98.9% or more, SimNPO to 64.9 and NPO to 66.2% with MMLU at 94%. README has the table, and what robustness.py, another
+11 minutes, makes of it.
 """
 
 # %% [markdown]
@@ -74,7 +75,7 @@ from data import (
 from edits import EDITS, applied, gate_of
 from evaluation import Ablation, answers, best_setting, check_engine, no_sae, scores_of
 from hub import identity
-from picking import Rates, firing_rates, largest, matched_random, pick_features, residuals, sanity_gate
+from picking import Rates, firing_rates, largest, matched_random, pick_features, residuals, sanity_gate, summed
 from presets import model_source, sae_source
 from show import (
     METHODS,
@@ -183,7 +184,7 @@ class Measured:
         def mean(windows):
             total, n = 0.0, 0
             for h, _ in residuals(self.lm, self.sae, windows, self.s.batch_size, "means"):
-                total, n = total + h.double().sum(0), n + len(h)
+                total, n = total + summed(h), n + len(h)
             return total / n
 
         forget, retain = self.windows
@@ -552,7 +553,7 @@ def run(**changes) -> dict:
         log = forgetful(s.method, best["setting"], folder, measured, s)
         seconds = time.time() - begun
         print(f"trained again and saved: {folder}")
-        extra |= {"folder": str(folder), "log": log}
+        extra |= {"folder": folder.name, "log": log}
         title = f"{short_name(s.model)}: {s.method}, {setting_text(best['setting'])}"
         figures["losses"] = lambda: loss_figure(s.method, log, title)
     rows = [Ablation("none"), Ablation(s.method, clamp=best["setting"].get("clamp", 0.0))]
@@ -561,7 +562,7 @@ def run(**changes) -> dict:
     print_loss(title_of("openwebtext", sources), rows, [p["scores"]["openwebtext"] for p in (points[0], best)])
     record = make_record("baselines.py", s, sae, sources, {}, points, time.time() - started)
     if "folder" in extra:
-        record["identity"]["folder"] = identity(extra["folder"])
+        record["identity"]["folder"] = identity(str(path.with_name(extra["folder"])))
     extra |= {"seconds_to_make": round(float(seconds), 2), "peak_gb": peak_gb()}
     write_record(path, record | extra, figures)
     return record | extra

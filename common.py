@@ -28,7 +28,7 @@ from transformer_lens.utilities.multi_gpu import maybe_cast_floating_params
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from data import HERE, UserError, first_line, special_ids
+from data import HERE, UserError, check_folder, first_line, special_ids
 from hub import announce, announce_sae, identity, sae_ids_near, tensor_shapes
 from presets import PRESETS, listed, model_source, sae_source
 from processes import LostProcess, count, one_voice
@@ -492,6 +492,16 @@ def settings(p: argparse.ArgumentParser, flags: dict) -> argparse.Namespace:
         raise TypeError(f"no such setting: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     s = argparse.Namespace(**{**known, **flags})
     refuse_not_finite_flags(s)
+    # it would be taken for a flag that is not there
+    if empty := [name for name, value in vars(s).items() if value in ("", []) and value != known[name]]:
+        raise UserError(f"--{empty[0].replace('_', '-')}: nothing is given; leave it out, or say what")
+    if getattr(s, "seed", 0) < 0:
+        raise UserError(f"--seed {s.seed}: 0 or more")
+    # from whatever folder a record is read, it must lead to them
+    for name in ("model", "sae", "data", "forget_corpus"):
+        if (place := getattr(s, name, None)) and place not in PRESETS and Path(place).exists():
+            setattr(s, name, os.path.abspath(place))
+    check_folder(getattr(s, "data", None))
     for name in ("n_features", "batch_size", "max_rows", "limit"):
         value = getattr(s, name, None)
         for number in value if isinstance(value, list) else [value]:
@@ -517,7 +527,7 @@ def refuse_not_finite_flags(s: argparse.Namespace) -> None:
 def command_line(run, p: argparse.ArgumentParser) -> None:
     """Call run(**flags); a user's mistake ends in one line and exit code 2, Ctrl-C in 130, a lost process in 1.
 
-    In a notebook sys.argv is the kernel's, and the defaults are taken.
+    In a notebook or a console of PyCharm sys.argv is not ours, and the defaults are taken.
     """
 
     def mistake(message):
@@ -526,7 +536,8 @@ def command_line(run, p: argparse.ArgumentParser) -> None:
     p.error = mistake
     with one_voice() as say:
         try:
-            flags = p.parse_args([] if "kernel_launcher" in sys.argv[0] else None)
+            others = any(name in sys.argv[0] for name in ("kernel_launcher", "pydevconsole"))
+            flags = p.parse_args([] if others else None)
             run(**vars(flags))
         except UserError as error:
             say(f"error: {error}")

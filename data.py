@@ -2,10 +2,13 @@
 Questions and texts: where they come from, how a question becomes a prompt and a text becomes windows of tokens.
 """
 
+import difflib
 import hashlib
 import json
 import random
+import re
 import sys
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -43,6 +46,7 @@ HUB = {
         for revision in (None, PARQUET)
     ],
 }
+KNOWN = [*HUB, "wmdp_bio_reworded", "forget_corpus"]  # what files of --data may be called, with .jsonl behind it
 # SAEBench's utility subjects stand for MMLU in sweeps on real models; tiny's stand-in is small and scored whole
 SUBJECTS = "high_school_us_history,college_computer_science,high_school_geography,human_aging"
 RETAIN_TOKENS = 50_000  # of Wikitext, for rates and for training
@@ -61,10 +65,9 @@ def load_rows(name: str, model: str = "tiny", data: str | None = None) -> tuple[
     """Rows of a data set and where they come from: {"source", "sha256", "stand_in"}.
 
     Looks for `name`.jsonl in the folder `data`, then (for tiny) in tiny/data, then on the hub. Raises UserError for a
-    bad line (naming it), a missing folder, and a hub that cannot be reached or does not let us in.
+    bad line (naming it), a folder as `check_folder` does, and a hub that cannot be reached or does not let us in.
     """
-    if data and not Path(data).is_dir():
-        raise UserError(f"--data {data}: no such folder")
+    check_folder(data)
     folders = ([data] if data else []) + ([HERE / "tiny/data"] if model == "tiny" else [])
     for folder in map(Path, folders):
         path = folder / f"{name}.jsonl"
@@ -72,11 +75,39 @@ def load_rows(name: str, model: str = "tiny", data: str | None = None) -> tuple[
             stand_in = folder.resolve() == HERE / "tiny/data"
             source = f"tiny/data/{path.name} (stand-in)" if stand_in else str(path)
             rows = read_jsonl(path, name)
+            if not stand_in:
+                tell(f"data: {name} is {len(rows):,} rows of {path}")
             return rows, {"source": source, "sha256": digest(rows), "stand_in": stand_in}
     if name not in HUB:
         return [], {"source": "none", "sha256": "", "stand_in": False}
     rows, source = from_hub(name)
     return rows, {"source": source, "sha256": digest(rows), "stand_in": False}
+
+
+def check_folder(data: str | None) -> None:
+    """Raises UserError for a --data folder that is not there, that holds no file of a known name, or one whose name is
+    nearly known: it would be passed over, and something else scored in its place."""
+    if data is None:
+        return
+    if not Path(data).is_dir():
+        raise UserError(f"--data {data}: no such folder")
+    wanted = {f"{name}.jsonl" for name in KNOWN}
+    there = sorted(path.name for path in Path(data).iterdir() if path.is_file())
+    alike = {re.sub("[^a-z]", "", name): f"{name}.jsonl" for name in KNOWN}
+    for name in set(there) - wanted:
+        letters = re.sub("[^a-z]", "", name.split(".")[0].lower())
+        near = [alike[letters]] if letters in alike else difflib.get_close_matches(name, wanted, 1, 0.85)
+        if near and near[0] not in there:
+            raise UserError(f"--data {data}: {name} is not read; is it {near[0]}?")
+    if not wanted & set(there):
+        raise UserError(f"--data {data}: none of its files is called {', '.join(sorted(wanted))}")
+
+
+@cache
+def tell(line: str) -> None:
+    """Print it to stderr, once a run, by the first process."""
+    if processes.is_first():
+        print(line, file=sys.stderr)
 
 
 def read_line(line: str, path: Path, number: int, name: str) -> dict:
@@ -132,8 +163,7 @@ def from_hub(name: str) -> tuple[list[dict], str]:
         rows = [row for row in rows if row["text"].strip() and not row["text"].startswith(" =")]
     source = " ".join(filter(None, where))
     instead = f", as {HUB[name][0][0]} failed: {reasons[0]}" if reasons else ""
-    if processes.is_first():
-        print(f"data: {name} is {len(rows):,} rows of {source}{instead}", file=sys.stderr)
+    tell(f"data: {name} is {len(rows):,} rows of {source}{instead}")
     return rows, source
 
 
@@ -210,7 +240,7 @@ def sample(indices: list[int], limit: int | None, seed: int) -> list[int]:
 def prompt(row: dict, order: tuple[int, ...] = (0, 1, 2, 3), style: str = "plain") -> str:
     """The 0-shot template of lm-eval's wmdp and mmlu tasks, byte for byte; `order` permutes the options. In style
     saebench the same without "Answer:", with which SAEBench (arXiv 2503.09532) begins the model's turn instead."""
-    subject = row.get("subject", "biology").replace("_", " ")
+    subject = (row.get("subject") or "biology").replace("_", " ")
     options = "".join(f"{letter}. {row['choices'][i]}\n" for letter, i in zip(LETTERS, order))
     header = f"The following are multiple choice questions (with answers) about {subject}.\n"
     if style == "saebench":
@@ -251,10 +281,17 @@ def picking_texts(questions: list[dict], picking: list[int], s, sources: dict) -
 def of_subjects(questions: list[dict], subjects: str | None) -> list[int]:
     """Indices of the questions of comma-separated subjects (None: all). Raises UserError for an unknown one."""
     there = sorted({row["subject"] for row in questions})
-    wanted = [name.strip() for name in subjects.split(",")] if subjects else there
+    wanted = there if subjects is None else [name.strip() for name in subjects.split(",")]
     if unknown := set(wanted) - set(there):
         raise UserError(f"--subjects: no {', '.join(sorted(unknown))}; there are {', '.join(there)}")
     return [i for i, row in enumerate(questions) if row["subject"] in wanted]
+
+
+def utility(questions: list[dict], subjects: str | None) -> list[int]:
+    """Indices of the MMLU questions that stand for what a model must keep: of --subjects, else of SAEBench's four where
+    the data have them, else all. Raises UserError for an unknown subject."""
+    saebench = set(SUBJECTS.split(",")) <= {row["subject"] for row in questions}
+    return of_subjects(questions, SUBJECTS if subjects is None and saebench else subjects)
 
 
 def load_benchmark(s, tokenizer=None) -> tuple[dict, dict]:
@@ -269,8 +306,8 @@ def load_benchmark(s, tokenizer=None) -> tuple[dict, dict]:
     wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
     mmlu, sources["mmlu"] = load_rows("mmlu", s.model, s.data)
     web, sources["openwebtext"] = load_rows("openwebtext", s.model, s.data)
+    wanted = set(utility(mmlu, s.subjects))
     forget, retain = picking_texts(wmdp, halves(wmdp, s.seed, s.pick_on)[0], s, sources)
-    wanted = set(of_subjects(mmlu, s.subjects or (None if sources["mmlu"]["stand_in"] else SUBJECTS)))
     quizzes = {}
     for name, questions, some in (("wmdp_bio", wmdp, range(len(wmdp))), ("mmlu", mmlu, wanted)):
         tuning, reporting = (

@@ -95,7 +95,7 @@ def diff_in_means(sae, direction: list[float], strength: float = 1.0):
 
     def edit(h, ordinary):
         x = h.to(torch.promote_types(h.dtype, torch.float32))
-        along = u.to(x)
+        along = u.to(x.dtype).to(x.device)  # in this order: Apple's GPUs have no fp64
         change = (x @ along)[..., None] * along * -strength
         return (x + change * ordinary[..., None]).to(h.dtype)
 

@@ -22,7 +22,7 @@ tiny, layer 7, 50 features: 99.4% on the MMLU stand-in unablated, 99.4% under ze
 import time
 
 from common import command_line, load_model, load_sae, parser, settings
-from data import halves, load_rows, of_subjects, picking_texts, token_windows
+from data import RETAIN_TOKENS, halves, load_rows, of_subjects, picking_texts, token_windows
 from evaluation import check_engine, score_quiz, standard_rows
 from picking import firing_rates, largest, matched_random, pick_features, sanity_gate
 from show import (
@@ -39,8 +39,6 @@ from show import (
     top_tokens,
     write_record,
 )
-
-RETAIN_TOKENS = 50_000  # of Wikitext, for the retain rates
 
 # %% [markdown]
 # ## Flags: the shared ones of common.py and this lesson's own
@@ -68,6 +66,9 @@ def run(**changes) -> dict:
 
     wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
     picking, _ = halves(wmdp, s.seed, s.pick_on)
+    mmlu, sources["mmlu"] = load_rows("mmlu", s.model, s.data)
+    reporting = set(halves(mmlu, s.seed, s.pick_on)[1])
+    indices = [i for i in of_subjects(mmlu, s.subjects) if i in reporting]
     forget_texts, retain_sets = picking_texts(wmdp, picking, s, sources)
     forget_windows, _ = token_windows(lm.tokenizer, forget_texts)
     retain_windows = [token_windows(lm.tokenizer, texts, max_tokens=RETAIN_TOKENS)[0] for texts in retain_sets]
@@ -79,9 +80,6 @@ def run(**changes) -> dict:
     print_features(features, forget, retain, top_tokens(lm, sae, features, forget_windows), sae)
 
     rows = standard_rows(features, control, s.clamp)
-    mmlu, sources["mmlu"] = load_rows("mmlu", s.model, s.data)
-    reporting = set(halves(mmlu, s.seed, s.pick_on)[1])
-    indices = [i for i in of_subjects(mmlu, s.subjects) if i in reporting]
     scores, asked = score_quiz(lm, sae, "MMLU", mmlu, indices, rows, s)
     sources["mmlu"] |= asked
 

@@ -23,7 +23,7 @@ tiny, layer 7, 50 features: 95.9% on the WMDP-Bio stand-in unablated, 94.6% unde
 import time
 
 from common import command_line, load_model, load_sae, parser, settings
-from data import halves, load_rows, of_subjects, picking_texts, token_windows
+from data import RETAIN_TOKENS, halves, load_rows, picking_texts, token_windows, utility
 from evaluation import check_engine, score_quiz, standard_rows
 from picking import firing_rates, largest, matched_random, pick_features, sanity_gate
 from show import (
@@ -38,10 +38,6 @@ from show import (
     top_tokens,
     write_record,
 )
-
-RETAIN_TOKENS = 50_000  # of Wikitext, for the retain rates
-# SAEBench's utility subjects are scored beside WMDP-Bio on real models; tiny's stand-in is small and scored whole
-SUBJECTS = "high_school_us_history,college_computer_science,high_school_geography,human_aging"
 
 # %% [markdown]
 # ## Flags: the shared ones of common.py and this lesson's own
@@ -69,6 +65,9 @@ def run(**changes) -> dict:
 
     wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
     picking, reporting = halves(wmdp, s.seed, s.pick_on)
+    mmlu, sources["mmlu"] = load_rows("mmlu", s.model, s.data)
+    reported = set(halves(mmlu, s.seed, s.pick_on)[1])
+    beside = [i for i in utility(mmlu, s.subjects) if i in reported]
     forget_texts, retain_sets = picking_texts(wmdp, picking, s, sources)
     forget_windows, _ = token_windows(lm.tokenizer, forget_texts)
     retain_windows = [token_windows(lm.tokenizer, texts, max_tokens=RETAIN_TOKENS)[0] for texts in retain_sets]
@@ -82,10 +81,6 @@ def run(**changes) -> dict:
     rows = standard_rows(features, control, s.clamp)
     bio, asked = score_quiz(lm, sae, "WMDP-Bio", wmdp, reporting, rows, s)
     sources["wmdp_bio"] |= asked
-    mmlu, sources["mmlu"] = load_rows("mmlu", s.model, s.data)
-    subjects = s.subjects or (None if sources["mmlu"]["stand_in"] else SUBJECTS)
-    reported = set(halves(mmlu, s.seed, s.pick_on)[1])
-    beside = [i for i in of_subjects(mmlu, subjects) if i in reported]
     rest, asked = score_quiz(lm, sae, "MMLU", mmlu, beside, rows, s)
     sources["mmlu"] |= asked
 

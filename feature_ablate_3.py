@@ -23,7 +23,7 @@ cores.
 import time
 
 from common import command_line, load_model, load_sae, parser, settings
-from data import as_prose, halves, load_rows, picking_texts, token_windows
+from data import RETAIN_TOKENS, as_prose, halves, load_rows, picking_texts, token_windows
 from evaluation import check_engine, foretell, loss_scores, score_loss, standard_rows
 from picking import firing_rates, largest, matched_random, pick_features, sanity_gate
 from show import (
@@ -39,7 +39,6 @@ from show import (
     write_record,
 )
 
-RETAIN_TOKENS = 50_000  # of Wikitext, for the retain rates
 SCORED_TOKENS = 20_000  # of OpenWebText, documents in order; enough for +-0.001 nats on a small change
 
 # %% [markdown]

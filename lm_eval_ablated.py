@@ -63,6 +63,8 @@ from common import (
     layer_of,
     load_sae,
     parser,
+    refuse_damaged,
+    refuse_not_finite,
     settings,
     watch_tokens,
 )
@@ -561,7 +563,9 @@ def load_ablated(s) -> AblatedLM:
     path = model_source(s.model)
     if not Path(path).is_dir() and "/" not in path:
         raise UserError(f"no model {s.model!r}: give a preset ({', '.join(PRESETS)}), a hub id ORG/NAME or a folder")
-    if not Path(path).is_dir():
+    if Path(path).is_dir():
+        refuse_damaged(path)
+    else:
         announce(path)
     try:
         lm = AblatedLM(s.model, device=s.device, dtype=s.dtype, batch_size=s.batch_size,
@@ -571,6 +575,7 @@ def load_ablated(s) -> AblatedLM:
                                                "and run `hf auth login`; to work offline use --model tiny")  # fmt: skip
         given = f" with --model_args {s.model_args}" if s.model_args else ""
         raise UserError(f"cannot load {path}{given}: {first_line(error)}{hint}") from error
+    refuse_not_finite(path, lm.model.named_parameters())
     lm._rank, lm._world_size = 0, 1
     return lm
 
@@ -836,7 +841,8 @@ def show(rows: list[Ablation], scores: dict, sources: dict, runs: dict) -> None:
         else:
             print(f"\n{title}: n {values[0]['n']}, {values[0]['metric']}\n")
             for row, value in zip(rows, values):
-                change = "change {change:+.4f} [{change_low:+.4f}, {change_high:+.4f}]" if "change" in value else ""
+                change = "change {change:+.4f} [{change_low:+.4f}, {change_high:+.4f}]"
+                change = change if value.get("change_low") is not None else ""
                 print(f"  {label(row):34}{value['mean']:.4f}  {change.format(**value)}")
 
 
@@ -844,9 +850,6 @@ def run(**changes) -> dict:
     """run(tasks="tiny_mmlu", unablated=True): any flag by name. Returns the record; {} in all processes but the first
     and for --tasks list. Raises UserError."""
     started, sources = time.time(), {}
-    for name, value in changes.items():  # it would be taken for a flag that is not there
-        if value in ("", []):
-            raise UserError(f"--{name.replace('_', '-')}: nothing is given; leave it out, or say what")
     given = {name: changes.pop(name, None) for name in ("layer", "n_features", "clamp")}
     layer, n, clamp = given.values()
     changes |= {"layer": LAYER if layer is None else layer, "n_features": N_FEATURES if n is None else n}

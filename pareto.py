@@ -238,12 +238,40 @@ def method_of(point: dict) -> str:
 
 
 def by_method(points: list[dict]) -> dict[str, list[dict]]:
-    """Points per method, each list with its record's unablated point (a setting too: doing nothing) in front."""
-    groups = {}
+    """Points per method, each list with its record's unablated point (a setting too: doing nothing) in front.
+
+    What was measured on different models, SAEs or data (`origin`) is never one method's: names then say which.
+    """
+    methods, named = {}, {}
     for point in points:
         if point["method"] not in ("none", "sae-patched"):
-            groups.setdefault(method_of(point), [point["clean"]]).append(point)
-    return groups
+            groups = methods.setdefault(method_of(point), {})
+            groups.setdefault(point.get("origin", ()), [point["clean"]]).append(point)
+    for method, groups in methods.items():
+        for origin, group in groups.items():
+            named[method + told_apart(origin, list(groups))] = group
+    return named
+
+
+def told_apart(origin: tuple, origins: list[tuple]) -> str:
+    """What sets an origin apart from the others: " (tiny, layer_3)", and where names are alike what they stand for."""
+    parts = []
+    for own, *others in zip(origin, *origins):
+        if len(set(others)) > 1:
+            name, what = own
+            parts.append(name if len({other[0] for other in others}) == len(set(others)) else f"{name} {what[-6:]}")
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def origin_of(record: dict) -> tuple:
+    """(name, what it is) of a record's model, SAE and data; earlier versions' records have no identities."""
+    known, sae = record.get("identity", {}), record.get("sae")
+    saes = "+".join(Path(one).name for one in ([sae] if isinstance(sae, str) else sae or ["no SAE"]))
+    asked = [(source.get("sha256"), source.get("questions"))
+             for source in (record["data"].get(name, {}) for name in ("wmdp_bio", "mmlu"))]  # fmt: skip
+    data = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    return ((short_name(str(record.get("model"))), str(known.get("model", record.get("model")))),
+            (saes, str(known.get("sae", sae))), ("data", data))  # fmt: skip
 
 
 def label(point: dict) -> str:
@@ -333,9 +361,8 @@ def panel(axes, groups: dict, styles: dict, cost) -> tuple[list, list]:
                 labelled = ys[i, 0]
                 texts.append(axes.text(xs[i, 0], labelled, label(group[i]), size=7, color=colour, zorder=2.5,
                                        path_effects=[withStroke(linewidth=2, foreground="white")]))  # fmt: skip
-    clean = next(iter(groups.values()))[0]
-    at = cost(clean)[0], 100 * clean["scores"]["wmdp_bio"]["accuracy"]
-    axes.scatter(*at, s=70, marker="*", color="0", label="unablated", zorder=4)
+    clean = {(cost(group[0])[0], 100 * group[0]["scores"]["wmdp_bio"]["accuracy"]) for group in groups.values()}
+    axes.scatter(*zip(*sorted(clean)), s=70, marker="*", color="0", label="unablated", zorder=4)
     axes.axhline(100 * CHANCE, color="0.4", ls="--", lw=0.8, label="chance")
     axes.set(title="better: down and left", ylim=(0, 103))
     axes.grid(alpha=0.25)
@@ -396,7 +423,7 @@ def read_points(path: str) -> tuple[list[dict], dict]:
         record = json.loads(Path(path).read_text())
         points = [point for point in record["points"] if {"wmdp_bio", "mmlu"} <= set(point["scores"])]
         clean = next((point for point in points if point["method"] == "none"), None)
-        return [{**point, "clean": clean} for point in points if clean], record["data"]
+        return [{**point, "clean": clean, "origin": origin_of(record)} for point in points if clean], record["data"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a result record: {error}") from error
 

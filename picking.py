@@ -47,19 +47,24 @@ def residuals(
             yield h[ordinary.to(h.device)], ids[ordinary.to(ids.device)]
 
 
+def summed(x: torch.Tensor) -> torch.Tensor:
+    """x (n, ...) summed over n, in fp64 on the CPU; Apple's GPUs have no fp64 to sum in."""
+    return x.sum(0, dtype=torch.float32 if x.device.type == "mps" else torch.float64).cpu().double()
+
+
 @torch.inference_mode()
 def firing_rates(model, sae, windows, batch_size: int = 16, desc: str | None = None) -> Rates:
     """Count over `windows` (lists of ids) where each feature is active, special tokens left out by id."""
-    fires = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.W_dec.device)
-    total, n = torch.zeros_like(fires, dtype=torch.float64), torch.tensor(0)
+    fires, n = torch.zeros(sae.cfg.d_sae, dtype=torch.int64), torch.tensor(0)
+    total = torch.zeros_like(fires, dtype=torch.float64)
     everything = Latents(sae, range(sae.cfg.d_sae))
     for h, _ in residuals(model, sae, windows, batch_size, desc):
         acts, _ = everything.encode(h)
-        fires += (acts > 0).sum(0)
-        total += acts.sum(0, dtype=torch.float64)
+        fires += (acts > 0).sum(0).cpu()
+        total += summed(acts)
         n += len(h)
     fires, total, n = map(over_processes, (fires, total, n))
-    return Rates(fires.cpu(), total.cpu(), int(n))
+    return Rates(fires, total, int(n))
 
 
 def largest(rates: list[Rates]) -> Rates:

@@ -86,6 +86,9 @@ def one_voice():
 
     accelerate launch ends the other processes with SIGTERM when one has failed: they then leave as after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a console's code page may lack what tokens are written with
+            stream.reconfigure(errors="backslashreplace")
     loud, index = sys.stderr, state().process_index
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ and "LOCAL_RANK" not in os.environ:
         print("note: without GPUs accelerate launch starts one process only; for two on the CPU: "

@@ -340,7 +340,7 @@ def run(**changes) -> dict:
     record = make_record("rmu.py", s, None, sources, {}, points, time.time() - started)
     print(f"model: {folder}")
     record["identity"]["folder"] = identity(str(folder))
-    record |= {"chosen": points.index(shown[1]), "folder": str(folder)}
+    record |= {"chosen": points.index(shown[1]), "folder": folder.name}
     record |= {"seconds_to_make": round(seconds, 2), "peak_gb": peak_gb()}
     record |= {"matrices": matrices, "coefficient": coefficient}
     record |= {"control_vector": u.tolist(), "log": log}

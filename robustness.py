@@ -57,6 +57,7 @@ from show import (
     label,
     make_record,
     outputs,
+    plain,
     resumable,
     save_model,
     short_name,
@@ -173,7 +174,8 @@ def subject_of(path: str, s) -> tuple[Subject, dict]:
     try:
         record = json.loads(Path(path).read_text())
         point = record["points"][record["chosen"]]
-        subject = Subject(point["method"], record.get("folder", record["model"]), point["setting"])
+        folder = Path(path).parent / record["folder"] if "folder" in record else record["model"]
+        subject = Subject(point["method"], str(folder), point["setting"])
         edit = point.get("edit")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a record of baselines.py or rmu.py: {error}") from error
@@ -291,7 +293,7 @@ def figure_of(names: list[str], points: list[dict], title: str):
     axes.axvline(25, color="0.4", ls="--", lw=1)
     axes.set(xlabel="WMDP-Bio accuracy on the reporting half, %; dashed: chance", xlim=(0, 103))
     axes.grid(axis="x", alpha=0.3)
-    axes.set_title(title, size=10)
+    axes.set_title(plain(title), size=10)
     figure.legend(loc="outside lower center", ncols=len(series), frameon=False, fontsize=8)
     return figure
 

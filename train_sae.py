@@ -32,7 +32,7 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 import processes
 from common import check_sae, command_line, load_model, reconstruct, settings, watch_tokens
-from data import UserError, batches, first_line, read_jsonl, token_windows
+from data import HERE, UserError, batches, first_line, read_jsonl, token_windows
 from picking import firing_rates, sanity_gate
 
 TRAINING_BATCH = 1024  # tokens per optimiser step
@@ -147,14 +147,28 @@ def measure(model, sae: SAE, held_out, training, batch_size: int) -> dict:
     return found
 
 
+def check(s) -> None:
+    """Raises UserError for numbers that cannot be, before anything is loaded."""
+    for name, least in {"width": 1, "k": 1, "tokens": TRAINING_BATCH, "context": 3}.items():
+        if (value := getattr(s, name)) is not None and value < least:
+            raise UserError(f"--{name} {value}: at least {least}")
+    if s.lr <= 0:
+        raise UserError(f"--lr {s.lr:g}: above 0")
+    if len(set(s.layers)) < len(s.layers):
+        raise UserError(f"--layers {' '.join(map(str, s.layers))}: each once")
+
+
 def run(**changes) -> dict:
     """run(layers=[7], tokens=10**6): any flag by name. Writes OUT/layer_L and OUT/measured.json; returns the latter."""
     s = settings(flags, changes)
+    check(s)
     if processes.count() > 1:
         raise UserError("SAEs are trained by one process: start train_sae.py without accelerate launch")
     torch.manual_seed(s.seed)
     model = load_model(s.model, s.device, s.dtype)
     s.width = s.width or 8 * model.cfg.d_model
+    if s.k > s.width:
+        raise UserError(f"--k {s.k}: of --width {s.width} features no more can be active")
     if bad := [layer for layer in s.layers if not 0 <= layer < model.cfg.n_layers]:
         raise UserError(f"--layers {bad[0]}: the model has layers 0 to {model.cfg.n_layers - 1}")
     texts = read_texts(s.text)
@@ -184,7 +198,8 @@ def run(**changes) -> dict:
 flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flags.add_argument("--model", default="tiny", help="preset, hub id or folder (default: %(default)s)")
 flags.add_argument("--layers", type=int, nargs="+", default=[7], help="one SAE each (default: %(default)s)")
-flags.add_argument("--text", default="tiny/data/train.jsonl", help="hub id, .txt or .jsonl (default: %(default)s)")
+flags.add_argument("--text", default=str(HERE / "tiny/data/train.jsonl"), help="hub id, .txt or .jsonl (default: "
+                   "tiny/data/train.jsonl)")  # fmt: skip
 flags.add_argument("--held-out", help="text to measure on (default: every 20th document of --text)")
 flags.add_argument("--width", type=int, help="number of features (default: 8 times the model's width)")
 flags.add_argument("--k", type=int, default=40, help="features active per token, on average (default: %(default)s)")

@@ -25,7 +25,7 @@ def quiz(name: str, model: str = "tiny", data=None, orders=False, question=True,
     orders: each question 24 times, with its options in every order. question: False leaves the question out.
     """
     rows, dev = (load_rows(part, model, data)[0] for part in (name, "mmlu_dev"))
-    rows = [{"subject": "biology", **row, "number": number} for number, row in enumerate(rows)]
+    rows = [{**row, "subject": row.get("subject") or "biology", "number": n} for n, row in enumerate(rows)]
     if not question:
         rows = [{**row, "question": "", "left_out": row["question"]} for row in rows]
     if orders:

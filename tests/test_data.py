@@ -79,6 +79,7 @@ def test_a_forget_corpus_of_ones_own(tmp_path):
         {"title": "t", "text": f"{i} " + "x" * 2 * data.CORPUS_CHARACTERS} for i in range(data.CORPUS_DOCUMENTS + 5)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mmlu.jsonl").touch()  # a folder without any file of a known name is refused
     texts, found = data.load_corpus(corpus_settings(tmp_path, str(path)))
     assert len(texts) == found["documents"] == data.CORPUS_DOCUMENTS and found["source"] == str(path)
     assert texts[3].startswith("3 x") and {len(text) for text in texts} == {data.CORPUS_CHARACTERS}
@@ -119,6 +120,7 @@ def test_a_feature_must_be_rare_in_every_retain_set():
 
 def test_picking_texts_are_prompts_on_both_sides_or_prose(tmp_path):
     wmdp = [{"question": "Q?", "choices": list("wxyz"), "answer": 3}]
+    (tmp_path / "mmlu.jsonl").touch()
     s = argparse.Namespace(model="tiny", data=str(tmp_path), pick_text="prose", forget_corpus=None)
     forget, retain = data.picking_texts(wmdp, [0], s, {})
     assert forget == ["Q? z"] and len(retain) == 1
@@ -187,3 +189,59 @@ def test_a_template_that_opens_a_thought_is_refused(end):
     chat.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}" + end
     with pytest.raises(UserError, match="opens a thought"):
         data.encode_prompts(chat, ["The sea"], "chat")
+
+
+# ---------------------------------------------------------------------------------------- files, subjects
+
+
+QUESTION = {"question": "Which is an organ?", "choices": ["a", "b", "c", "d"], "answer": 1}
+
+
+def folder_of(path, **files):
+    path.mkdir(exist_ok=True)
+    for name, rows in files.items():
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("wmdp-bio.jsonl", r"wmdp-bio\.jsonl is not read; is it wmdp_bio\.jsonl"),
+        ("WMDP_bio.jsonl", r"is it wmdp_bio\.jsonl"),
+        ("wmdp_bio.json", r"is it wmdp_bio\.jsonl"),
+        ("mmlu-dev.jsonl", r"is it mmlu_dev\.jsonl"),
+        ("wikitxt.jsonl", r"is it wikitext\.jsonl"),
+        ("questions.jsonl", "none of its files is called"),
+    ],
+)
+def test_a_file_that_would_be_passed_over_is_refused(tmp_path, name, said):
+    (tmp_path / name).write_text(json.dumps(QUESTION) + "\n")
+    with pytest.raises(UserError, match=said):
+        data.load_rows("wmdp_bio", "tiny", str(tmp_path))
+
+
+def test_what_is_used_of_a_folder_is_said_once(tmp_path, capsys):
+    where = folder_of(tmp_path, wmdp_bio=[QUESTION], train=[{"text": "x"}])
+    for _ in range(2):
+        assert data.load_rows("wmdp_bio", "tiny", where)[0] == [QUESTION]
+    assert capsys.readouterr().err == f"data: wmdp_bio is 1 rows of {tmp_path}/wmdp_bio.jsonl\n"
+    assert data.load_rows("mmlu", "tiny", where)[1]["stand_in"]
+
+
+def test_saebenchs_subjects_stand_for_mmlu_only_where_they_are_there():
+    own = [{**QUESTION, "subject": name} for name in ("art", "law")]
+    assert data.utility(own, None) == [0, 1] and data.utility(own, "law") == [1]
+    four = [{**QUESTION, "subject": name} for name in data.SUBJECTS.split(",")]
+    assert data.utility(own + four, None) == [2, 3, 4, 5]
+    with pytest.raises(UserError, match="no philosophy; there are art, law"):
+        data.utility(own, "philosophy")
+
+
+def test_a_subject_may_be_missing_or_null_where_there_is_one_only(tmp_path):
+    rows = [QUESTION, {**QUESTION, "subject": None}, {**QUESTION, "subject": "botany"}]
+    found = data.load_rows("wmdp_bio", "tiny", folder_of(tmp_path, wmdp_bio=rows))[0]
+    assert [data.prompt(row).splitlines()[0].split("about ")[1] for row in found] == ["biology.", "biology.", "botany."]
+    for row in ({**QUESTION, "subject": None}, QUESTION):
+        with pytest.raises(UserError, match=r"line 1: .*subject"):
+            data.load_rows("mmlu", "tiny", folder_of(tmp_path, mmlu=[row]))

@@ -285,8 +285,38 @@ def test_plot_shows_the_points_of_any_records(monkeypatch, capfd, undisturbed, t
     only_loss.write_text(json.dumps({"points": [{"method": "none", "scores": {"openwebtext": {}}}], "data": {}}))
     assert call(monkeypatch, "--plot", undisturbed, lesson, only_loss, "--out", tmp_path / "all.json") == 0
     said = capfd.readouterr()
-    assert "| RMU | 1 |" in said.out and "loss.json has no scores of both quizzes" in said.err
+    assert "| RMU, first batch's norm | 1 |" in said.out and "loss.json has no scores of both quizzes" in said.err
     assert {"all_frontier.png", "all_frontier.svg", "all.md"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_records_of_two_models_share_no_frontier(tmp_path):
+    """Each method of each model starts at its own model's unablated point, and its name says whose it is."""
+    paths = []
+    for name, top, forgets in (("one", 0.9, 0.5), ("two", 0.8, 0.3)):
+        points = [point(top, top, method="none", clamp=0), point(top - 0.25, forgets)]
+        record = {"model": f"org/{name}", "sae": "saes/layer_3", "points": points, "data": {},
+                  "identity": {"model": name, "sae": "same"}}  # fmt: skip
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps(record))
+    points = [p for path in paths for p in pareto.read_points(str(path))[0]]
+    groups = pareto.by_method(points)
+    assert list(groups) == ["negative clamp (one)", "negative clamp (two)"]
+    assert [[p["scores"]["mmlu"]["accuracy"] for p in group] for group in groups.values()] == [[0.9, 0.65], [0.8, 0.55]]
+    assert [row["settings"] for row in pareto.summary(points)] == [1, 1]
+    assert list(pareto.by_method(points[:2])) == ["negative clamp"]  # one record needs no more
+
+
+def test_an_sae_or_a_model_trained_again_is_told_apart():
+    record = {"model": "m", "sae": "saes/layer_3", "data": {}, "identity": {"model": "m1", "sae": "sha256:aaaaaa"}}
+    again = {**record, "identity": {"model": "m1", "sae": "sha256:bbbbbb"}}
+    other = {**record, "data": {"mmlu": {"sha256": "x", "questions": [1]}}}
+    origins = [pareto.origin_of(one) for one in (record, again, other)]
+    assert [pareto.told_apart(origin, origins[:2]) for origin in origins[:2]] == [
+        " (layer_3 aaaaaa)", " (layer_3 bbbbbb)"
+    ]  # fmt: skip
+    names = {pareto.told_apart(origin, origins) for origin in origins}
+    assert len(names) == 3 and all("data " in name for name in names)
+    assert pareto.told_apart(origins[0], [origins[0]]) == ""
 
 
 def test_labels_of_a_figure_do_not_overlap(undisturbed):

@@ -8,9 +8,15 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
+from conftest import some_ids
 
+import common
+import picking
 import show
-from common import parser, settings
+import train_sae
+from common import command_line, parser, settings
+from data import UserError
 from evaluation import Ablation
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,9 +34,12 @@ def test_a_record_of_other_settings_has_another_name(tmp_path, monkeypatch):
     assert name(layer=3, n_features=10) == "lesson_tiny_L3_n10.json"
     assert name(clamp=-40.0, seed=1) == "lesson_tiny_L7_n50_c-40_seed1.json"
     assert name(pick="dsg", prompt="chat") == "lesson_tiny_L7_n50_pickdsg_promptchat.json"
+    for folder in ("a/mine", "b/mine"):
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "mmlu.jsonl").touch()
     others = [{"data": "a/mine"}, {"data": "b/mine"}, {"sae": "a/layer_7"}, {"sae": "b/layer_7"}, {"limit": 8},
               {"sae": "gemma-scope:layer_7/width_16k"}, {"pick_on": "all"}, {"pick_text": "prose"},
-              {"dtype": "bfloat16"}, {"forget_corpus": "x/y"}, {"data": "x" * 300}, {"data": "x" * 301}]  # fmt: skip
+              {"dtype": "bfloat16"}, {"forget_corpus": "x/y"}, {"pick": "x" * 300}, {"pick": "x" * 301}]  # fmt: skip
     names = {name(), *(name(**other) for other in others)}
     assert len(names) == 1 + len(others) and max(map(len, names)) < 140
     assert not any(set(text) & set('/:\\"$ ') for text in names)
@@ -86,3 +95,86 @@ def test_what_windows_lacks_is_not_needed():
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout == "None\n", done.stderr
+
+
+@pytest.mark.parametrize("console", ["ipykernel_launcher.py -f kernel.json", "colab_kernel_launcher.py -f x",
+                                     "pydevconsole.py --mode=client --port=9"])  # fmt: skip
+def test_a_consoles_arguments_are_not_ours(monkeypatch, console):
+    monkeypatch.setattr(sys, "argv", console.split())
+    flags, taken = parser("a script"), []
+    command_line(lambda **given: taken.append(given), flags)
+    assert taken == [vars(flags.parse_args([]))]
+
+
+def test_a_console_that_lacks_a_character_is_no_traceback():
+    code = "import sys; sys.argv = ['x']; import common; common.command_line(lambda **_: print('\u2581\u4e2d'), "
+    code += "common.parser(''))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout.strip()) == (0, "\\u2581\\u4e2d"), done.stderr[-500:]
+
+
+def test_sums_need_no_doubles_where_the_device_has_none(monkeypatch, gemma, gemma_sae):
+    """`summed` is asked for fp32 there; rates are the same to what fp32 holds of a batch's sum."""
+    windows = some_ids(gemma).tolist()
+    usual = picking.firing_rates(gemma, gemma_sae, windows)
+    asked = []
+
+    class OnApple:
+        def __init__(self, x):
+            self.x, self.device = x, torch.device("mps")
+
+        def sum(self, dim, dtype):
+            asked.append(dtype)
+            return self.x.sum(dim, dtype=dtype)
+
+    real = picking.summed
+    monkeypatch.setattr(picking, "summed", lambda x: real(OnApple(x)))
+    again = picking.firing_rates(gemma, gemma_sae, windows)
+    assert set(asked) == {torch.float32} and torch.equal(usual.fires, again.fires)
+    torch.testing.assert_close(usual.total, again.total, rtol=1e-5, atol=1e-5)
+    assert usual.total.dtype == again.total.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (dict(seed=-1), "--seed -1: 0 or more"),
+        (dict(subjects=""), "--subjects: nothing is given"),
+        (dict(clamp=float("nan")), "--clamp nan"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(flags, said):
+    p = parser("a script")
+    p.add_argument("--subjects")
+    with pytest.raises(UserError, match=said):
+        settings(p, flags)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (dict(k=40, width=32), "--k 40: of --width 32"),
+        (dict(context=1), "--context 1: at least 3"),
+        (dict(tokens=100), "--tokens 100: at least 1024"),
+        (dict(lr=0.0), "--lr 0: above 0"),
+        (dict(layers=[3, 3]), "--layers 3 3: each once"),
+        (dict(seed=-1), "--seed -1"),
+        (dict(batch_size=0), "--batch-size 0: at least 1"),
+    ],
+)
+def test_an_sae_that_cannot_be_trained_is_refused_before_the_work(monkeypatch, tmp_path, flags, said):
+    monkeypatch.setattr(train_sae, "read_texts", None)  # the work
+    with pytest.raises(UserError, match=said):
+        train_sae.run(**flags, out=str(tmp_path))
+
+
+def test_paths_lead_to_the_same_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/mmlu.jsonl").touch()
+    (tmp_path / "tiny").mkdir()  # of a preset's name, and not what --model tiny means
+    s = settings(parser("a script"), {"data": "mine", "sae": "mine"})
+    assert (s.data, s.sae, s.model) == (str(tmp_path / "mine"), str(tmp_path / "mine"), "tiny")
+    assert Path(train_sae.flags.get_default("text")).is_file()
+    assert common.parser("").get_default("out") is None
