@@ -59,6 +59,7 @@ from common import (
     load_model,
     load_sae,
     parser,
+    quiz_flags,
     settings,
 )
 from data import (
@@ -73,7 +74,7 @@ from data import (
     training_windows,
 )
 from edits import EDITS, applied, gate_of
-from evaluation import Ablation, answers, best_setting, check_engine, no_sae, scores_of
+from evaluation import Ablation, answers, best_setting, check_engine, keep_robust, no_sae, scores_of
 from hub import identity
 from picking import Rates, firing_rates, largest, matched_random, pick_features, residuals, sanity_gate, summed
 from presets import model_source, sae_source
@@ -119,7 +120,7 @@ GRIDS = {
     "random-features": grid(n_features=(10, 20), clamp=(0.25, 0.5, 1, 2)),
     "conditional-clamp": grid(n_features=(10, 20), clamp=(1, 2), threshold=(0.25, 0.5)),  # of the mean activation
     "refusal-clamp": grid(n_features=(10, 20), refusal=(0.2, 0.5, 1, 2)),
-    "dsg": grid(n_features=(20, 50), clamp=(0.0625, 0.125, 0.25, 1)),
+    "dsg": grid(n_features=(20, 50, 100, 200), clamp=(0.125, 1)),  # its release's numbers; with --clamp -500 its clamp
     "diff-in-means": grid(strength=(0.5, 1, 1.5, 2), behind=(False, True)),  # at --layer, or at all layers from it on
     # What follows is trained. The ranges lie between doing nothing and losing MMLU in a hundred trial runs on tiny,
     # seen by its tuning half alone: rates over a factor of 64, 3 to 240 steps, alpha 1 to 1,000, beta 0.02 to 1,
@@ -150,8 +151,9 @@ class Measured:
 
     @cached_property
     def windows(self) -> tuple[list, list[list]]:
-        retain = [token_windows(self.lm.tokenizer, part, max_tokens=RETAIN_TOKENS)[0] for part in self.texts["retain"]]
-        return token_windows(self.lm.tokenizer, self.texts["forget"])[0], retain
+        tokenizer, context = self.lm.tokenizer, self.s.context
+        retain = [token_windows(tokenizer, part, context, RETAIN_TOKENS)[0] for part in self.texts["retain"]]
+        return token_windows(tokenizer, self.texts["forget"], context)[0], retain
 
     @cached_property
     def rates(self) -> tuple[Rates, Rates]:
@@ -451,7 +453,7 @@ flags.add_argument("--loss-on", default="answer", choices=["answer", "text"], he
 flags.add_argument("--relearn", type=int, metavar="STEPS", help="then run robustness.py on what came out")
 flags.add_argument("--refusal-latent", type=int, help="for refusal-clamp: a latent active when the model declines")
 flags.add_argument("--refusal-value", type=float, default=-500.0, help="what it is set to (default: %(default)s)")
-flags.add_argument("--subjects", help="MMLU subjects, comma-separated (default: SAEBench's four; tiny: all)")
+quiz_flags(flags)
 
 
 def absolute(method: str, one: dict, s) -> dict:
@@ -529,8 +531,9 @@ def run(**changes) -> dict:
     if s.method == NEEDS_A_LATENT and s.refusal_latent is None:
         raise UserError("refusal-clamp needs --refusal-latent, a latent that is active when the model declines")
     path = outputs(f"baselines_{s.method}.py", s, flags)
-    lm = load_model(s.model, s.device, s.dtype)
+    lm = load_model(s.model, s.device, s.dtype, edit_special=s.edit_special)
     texts, sources = load_benchmark(s, lm.tokenizer)
+    keep_robust(lm, texts, sources, s)
     if not 0 <= s.layer < lm.cfg.n_layers:
         raise UserError(f"--layer {s.layer}: the model has layers 0 to {lm.cfg.n_layers - 1}")
     sae = load_sae(s.sae, s.layer, lm, s.model) if s.method in BY_FEATURES else None
@@ -574,7 +577,7 @@ def run(**changes) -> dict:
 
 # %%
 RMU_FLAGS = ("model", "layer", "data", "limit", "batch_size", "seed", "device", "dtype", "subjects", "pick_on",
-             "pick_text", "forget_corpus", "skip_long")  # fmt: skip
+             "pick_text", "forget_corpus", "skip_long", "prompt", "robust", "context")  # fmt: skip
 
 
 def command_of(method: str, out: Path, s) -> list[str]:

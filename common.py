@@ -41,11 +41,16 @@ disable_progress_bar()  # "Loading weights" would come before the first line of 
 
 
 def load_model(
-    name: str, device: str | None = None, dtype: str = "float32", device_map: str | None = None
+    name: str,
+    device: str | None = None,
+    dtype: str = "float32",
+    device_map: str | None = None,
+    edit_special: str = "never",
 ) -> TransformerBridge:
     """Load a preset's name, a hub id or a local folder as a frozen TransformerBridge (raw HF weights, eager attention).
 
-    device_map: "auto" spreads the layers over all GPUs (Hugging Face's accelerate). Raises UserError if there is no
+    device_map: "auto" spreads the layers over all GPUs (Hugging Face's accelerate). edit_special: as watch_tokens has
+    it. Raises UserError if there is no
     such model, the hub does not let us have it, the disk has no room for it or the GPUs have none.
     """
     path = model_source(name)
@@ -68,6 +73,7 @@ def load_model(
 
     try:
         tokenizer = load_tokenizer(path)
+        tokenizer.edit_special = edit_special
         # where a processor of images fails to load, TransformerLens would pip install torchvision and a new torch
         with (
             patch("subprocess.check_call", side_effect=OSError("no installing from here")),
@@ -349,8 +355,9 @@ def decoder_layers(model) -> torch.nn.ModuleList:
 
 @contextmanager
 def watch_tokens(module: torch.nn.Module, tokenizer):
-    """Yields a dict whose "ordinary" is the (batch, pos) mask of the running forward pass's tokens that are counted and
-    edited: all but special tokens and the first token of each sequence, whatever it is.
+    """Yields a dict whose "ordinary" is the (batch, pos) mask of the running forward pass's tokens that are counted:
+    all but special tokens and the first token of each sequence, whatever it is; "edited" are the same, or with
+    `tokenizer.edit_special` "all-but-bos" (SAEBench) special tokens too, the first one alone left out.
 
     module: the Hugging Face model. A hook on the residual stream does not see tokens, and special tokens may stand
     anywhere, not only first. The first token is an attention sink, its residual of another size than all others; where
@@ -366,10 +373,15 @@ def watch_tokens(module: torch.nn.Module, tokenizer):
     def remember(module, args):
         ids, cache, mask = args[0], given.pop("cache", None), given.pop("mask", None)
         ordinary = ~torch.isin(ids, special.to(ids.device))
+        first = None
         if cache is None or not cache.get_seq_length():
             first = mask.argmax(1) if mask is not None and mask.shape == ids.shape else 0
             ordinary[torch.arange(len(ids)), first] = False
-        seen["ordinary"] = ordinary
+        seen["ordinary"] = seen["edited"] = ordinary
+        if getattr(tokenizer, "edit_special", "never") == "all-but-bos":
+            seen["edited"] = torch.ones_like(ordinary)
+            if first is not None:
+                seen["edited"][torch.arange(len(ids)), first] = False
 
     handles = [
         module.register_forward_pre_hook(remember_call, with_kwargs=True),
@@ -416,7 +428,7 @@ def ablate(model: TransformerBridge, sae: SAE, features: list[int], clamp: float
     def edit(h, hook):  # (batch, pos, d_model)
         nonlocal fired
         fired += 1
-        return edited(h, latents, clamp, seen["ordinary"])
+        return edited(h, latents, clamp, seen["edited"])
 
     with watch_tokens(model.original_model, model.tokenizer) as seen, model.hooks(fwd_hooks=[(sae.hook_point, edit)]):
         yield
@@ -470,6 +482,10 @@ def parser(doc: str, without: tuple[str, ...] = ()) -> argparse.ArgumentParser:
     add("--data", help="folder with any of wmdp_bio, mmlu, mmlu_dev, wikitext, openwebtext, forget_corpus .jsonl")
     add("--forget-corpus", metavar="FILE", help="your copy of the WMDP-Bio forget corpus, JSONL with a text in each "
         "line, or its hub id: picked and trained on in the questions' place")  # fmt: skip
+    add("--context", type=int, default=128, help="tokens of a text that rates are counted on at a time; SAEBench and "
+        "Farrell et al.: 1024 (default: %(default)s)")  # fmt: skip
+    add("--edit-special", default="never", choices=["never", "all-but-bos"], help="special tokens, chat markers among "
+        "them, are never edited, or as in SAEBench all are but the first token (default: %(default)s)")  # fmt: skip
     add("--skip-long", action="store_true", help="leave out, and count, questions longer than the model's positions")
     add("--limit", type=int, help="score only that many questions (a seeded sample) or documents of each data set")
     add("--batch-size", type=int, default=16, help="prompts per pass; changes memory, not results (default: 16)")
@@ -483,6 +499,14 @@ def parser(doc: str, without: tuple[str, ...] = ()) -> argparse.ArgumentParser:
     add("--no-sanity", action="store_true", help="go on even if the SAE does not fit the model")
     add("--out", help="record file; figures get the same name (default: results/<script>_<settings>.json)")
     return p
+
+
+def quiz_flags(p: argparse.ArgumentParser, subjects: str = "SAEBench's four where they are, else all") -> None:
+    """The flags of scripts that score quizzes: how they are asked, and which questions are."""
+    p.add_argument("--prompt", default="plain", choices=["plain", "chat", "saebench"], help="lm-eval's template; in a "
+                   "chat turn; or SAEBench's chat turn, answered after 'Answer: ('")  # fmt: skip
+    p.add_argument("--robust", action="store_true", help="score only questions right under all 24 orders of options")
+    p.add_argument("--subjects", help=f"MMLU subjects, comma-separated (default: {subjects})")
 
 
 def settings(p: argparse.ArgumentParser, flags: dict) -> argparse.Namespace:
@@ -502,7 +526,7 @@ def settings(p: argparse.ArgumentParser, flags: dict) -> argparse.Namespace:
         if (place := getattr(s, name, None)) and place not in PRESETS and Path(place).exists():
             setattr(s, name, os.path.abspath(place))
     check_folder(getattr(s, "data", None))
-    for name in ("n_features", "batch_size", "max_rows", "limit"):
+    for name in ("n_features", "batch_size", "max_rows", "limit", "context"):
         value = getattr(s, name, None)
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int) and number < 1:

@@ -315,7 +315,9 @@ def load_benchmark(s, tokenizer=None) -> tuple[dict, dict]:
         )
         if tokenizer:
             asked = len(tuning) + len(reporting)
-            tuning, reporting = (fitting(tokenizer, name, questions, part, s.skip_long) for part in (tuning, reporting))
+            tuning, reporting = (
+                fitting(tokenizer, name, questions, part, s.skip_long, s.prompt) for part in (tuning, reporting)
+            )
             sources[name]["skipped_long"] = asked - len(tuning) - len(reporting)
         if not tuning or not reporting:
             raise UserError(f"{name}: too few questions for a tuning and a reporting half")

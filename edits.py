@@ -126,7 +126,7 @@ def applied(model, tokenizer, layers: list[int], edit):
         def hook(module, args, output):  # transformers 5 returns h, earlier versions (h, ...)
             ran.add(layer)
             h = output[0] if isinstance(output, tuple) else output
-            new = edit(h, seen["ordinary"].to(h.device))
+            new = edit(h, seen["edited"].to(h.device))
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
         return hook

@@ -81,7 +81,8 @@ class Stage:
 
     ids: torch.Tensor
     h: torch.Tensor  # (n, pos, d_model), the residual stream at the hook point
-    ordinary: torch.Tensor  # (n, pos), which tokens are not special
+    ordinary: torch.Tensor  # (n, pos), which tokens are counted: not special, not the first
+    editable: torch.Tensor  # (n, pos), which are edited (common.watch_tokens)
     result: torch.Tensor  # (n, pos, d_model), what leaves the final norm
     inputs: list[tuple]  # (args, kwargs) of each layer behind the hook point
     store: dict  # what lower layers had left for these, in models whose layers share keys and values
@@ -121,9 +122,9 @@ class OnePass:
             self.stages.append(self.begin)
             cache = for_rows(self.begin.cache, torch.zeros(len(ids), dtype=torch.long, device=ids.device), first)
         self.stages.append(self.forward(ids[:, first:], cache))
-        self.h, self.ordinary, result = (
+        self.h, self.ordinary, self.editable, result = (
             torch.cat([x.expand(len(ids), *x.shape[1:]) for x in parts], 1)
-            for parts in zip(*((stage.h, stage.ordinary, stage.result) for stage in self.stages))
+            for parts in zip(*((stage.h, stage.ordinary, stage.editable, stage.result) for stage in self.stages))
         )
         self.cache = cache
         self.plan()
@@ -157,16 +158,17 @@ class OnePass:
                 handle.remove()
         if "h" not in kept:
             raise RuntimeError(f"the hook at {self.sae.hook_point} never fired: nothing was ablated")
-        return Stage(ids, kept["h"], seen["ordinary"].to(kept["h"].device), kept["result"], inputs, store, cache)
+        masks = [seen[name].to(kept["h"].device) for name in ("ordinary", "edited")]
+        return Stage(ids, kept["h"], *masks, kept["result"], inputs, store, cache)
 
     def plan(self) -> None:
         """Which ablations change which prompts, from which token on; equal edits share a row."""
         batch = len(self.h)
         acts, self.scale = self.latents.encode(self.h)  # (batch, pos, n_union)
-        self.acts = acts * self.ordinary[..., None]
+        self.acts = acts * self.editable[..., None]
         active, first = (self.acts > 0).max(1)  # (batch, n_union): active anywhere, and first where
         active, first = active.cpu().numpy(), first.cpu().numpy()
-        first_ordinary = self.ordinary.int().argmax(1).tolist()
+        first_edited = self.editable.int().argmax(1).tolist()
         self.rows = torch.arange(batch).repeat(len(self.ablations), 1)
         self.edits, source, known = [], list(range(batch)), {}
         for k, ablation in enumerate(self.ablations):
@@ -177,7 +179,7 @@ class OnePass:
                 # an edit is its clamp and the picked features that are active anywhere on the prompt
                 key = (b, ablation.reconstruct, ablation.clamp, firing[b].tobytes())
                 if key not in known:
-                    start = first_ordinary[b] if ablation.reconstruct else int(first[b][firing[b]].min())
+                    start = first_edited[b] if ablation.reconstruct else int(first[b][firing[b]].min())
                     known[key] = batch + len(self.edits)
                     self.edits.append((b, start, ablation, firing[b]))
                     source.append(b)
@@ -231,7 +233,7 @@ class OnePass:
         for i, (b, _, ablation, _) in enumerate(edits):
             if ablation.reconstruct:
                 whole = reconstruct(self.sae, self.h[b, start:]).to(h.dtype)
-                new[i] = torch.where(self.ordinary[b, start:, None], whole, self.h[b, start:])
+                new[i] = torch.where(self.editable[b, start:, None], whole, self.h[b, start:])
         return new
 
     def cut(self, value, source: torch.Tensor, skip: int, shape: tuple[int, int], cache, store: dict):
@@ -596,6 +598,18 @@ def loss_scores(nats: torch.Tensor, targets: torch.Tensor, sources: list[int], s
 # ------------------------------------------------------------------ a method: what its model answers, which setting
 
 
+def keep_robust(lm, texts: dict, sources: dict, s) -> None:
+    """With --robust, narrow each half of load_benchmark's quizzes down to the questions that the model as it is gets
+    right in all 24 orders of the options (SAEBench). Raises UserError where a half has none."""
+    for name, (questions, parts) in texts["quizzes"].items() if s.robust else ():
+        for half, part in parts.items():
+            asked = [questions[i] for i in part]
+            parts[half] = [part[i] for i in robust_subset(lm, no_sae(lm), asked, s.batch_size, s.prompt)]
+        if not all(parts.values()):
+            raise UserError(f"{name}: --robust leaves no question to a half")
+        sources[name] |= {"questions": parts[""], "tuning_questions": parts["_tuning"]}
+
+
 def answers(lm, texts: dict, s, whole: bool = False) -> dict:
     """What a model answers, as it is: {quiz: options chosen}, and {"openwebtext": losses in nats, targets, documents}.
 
@@ -604,7 +618,8 @@ def answers(lm, texts: dict, s, whole: bool = False) -> dict:
     rows, sae, found = [Ablation("none")], no_sae(lm), {}
     for name, (questions, parts) in texts["quizzes"].items():
         asked = sorted({i for part in parts.values() for i in part})
-        prompts, letters = encode_prompts(lm.tokenizer, [prompt(questions[i]) for i in asked])
+        texts_asked = [prompt(questions[i], style=s.prompt) for i in asked]
+        prompts, letters = encode_prompts(lm.tokenizer, texts_asked, s.prompt)
         scores = score_letters(lm, sae, prompts, letters, rows, s.batch_size, name, whole=whole)
         found[name] = scores.argmax(-1)[0].tolist()
     windows, documents = token_windows(lm.tokenizer, texts["web"], max_tokens=SCORED_TOKENS, bos=True)

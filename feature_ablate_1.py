@@ -21,7 +21,7 @@ tiny, layer 7, 50 features: 99.4% on the MMLU stand-in unablated, 99.4% under ze
 # %%
 import time
 
-from common import command_line, load_model, load_sae, parser, settings
+from common import command_line, load_model, load_sae, parser, quiz_flags, settings
 from data import RETAIN_TOKENS, halves, load_rows, of_subjects, picking_texts, token_windows
 from evaluation import check_engine, score_quiz, standard_rows
 from picking import firing_rates, largest, matched_random, pick_features, sanity_gate
@@ -45,10 +45,7 @@ from show import (
 
 # %%
 flags = parser(__doc__)
-flags.add_argument("--prompt", default="plain", choices=["plain", "chat", "saebench"], help="lm-eval's template; in a "
-                   "chat turn; or SAEBench's chat turn, answered after 'Answer: ('")  # fmt: skip
-flags.add_argument("--robust", action="store_true", help="score only questions right under all 24 orders of options")
-flags.add_argument("--subjects", help="comma-separated (default: all)")
+quiz_flags(flags, subjects="all")
 
 
 # %% [markdown]
@@ -60,7 +57,7 @@ def run(**changes) -> dict:
     """run(layer=3, clamp=-40.0): any flag by name. Returns the record that it writes; raises UserError."""
     s, started, sources = settings(flags, changes), time.time(), {}
     path = outputs("feature_ablate_1.py", s, flags)
-    lm = load_model(s.model, s.device, s.dtype, s.device_map)
+    lm = load_model(s.model, s.device, s.dtype, s.device_map, s.edit_special)
     sae = load_sae(s.sae, s.layer, lm, s.model)
     check_engine(lm, sae)
 
@@ -70,8 +67,8 @@ def run(**changes) -> dict:
     reporting = set(halves(mmlu, s.seed, s.pick_on)[1])
     indices = [i for i in of_subjects(mmlu, s.subjects) if i in reporting]
     forget_texts, retain_sets = picking_texts(wmdp, picking, s, sources)
-    forget_windows, _ = token_windows(lm.tokenizer, forget_texts)
-    retain_windows = [token_windows(lm.tokenizer, texts, max_tokens=RETAIN_TOKENS)[0] for texts in retain_sets]
+    forget_windows, _ = token_windows(lm.tokenizer, forget_texts, s.context)
+    retain_windows = [token_windows(lm.tokenizer, texts, s.context, RETAIN_TOKENS)[0] for texts in retain_sets]
     sanity = sanity_gate(lm, sae, retain_windows[0], insist=not s.no_sanity)
     forget = firing_rates(lm, sae, forget_windows, s.batch_size, "forget rates")
     retain = largest([firing_rates(lm, sae, part, s.batch_size, "retain rates") for part in retain_windows])

@@ -69,15 +69,15 @@ def run(**changes) -> dict:
     """run(layer=3, clamp=-40.0): any flag by name. Returns the record that it writes; raises UserError."""
     s, started, sources = settings(flags, changes), time.time(), {}
     path = outputs("feature_ablate_3.py", s, flags)
-    lm = load_model(s.model, s.device, s.dtype, s.device_map)
+    lm = load_model(s.model, s.device, s.dtype, s.device_map, s.edit_special)
     sae = load_sae(s.sae, s.layer, lm, s.model)
     check_engine(lm, sae)
 
     wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
     picking, reporting = halves(wmdp, s.seed, s.pick_on)
     forget_texts, retain_sets = picking_texts(wmdp, picking, s, sources)
-    forget_windows, _ = token_windows(lm.tokenizer, forget_texts)
-    retain_windows = [token_windows(lm.tokenizer, texts, max_tokens=RETAIN_TOKENS)[0] for texts in retain_sets]
+    forget_windows, _ = token_windows(lm.tokenizer, forget_texts, s.context)
+    retain_windows = [token_windows(lm.tokenizer, texts, s.context, RETAIN_TOKENS)[0] for texts in retain_sets]
     sanity = sanity_gate(lm, sae, retain_windows[0], insist=not s.no_sanity)
     forget = firing_rates(lm, sae, forget_windows, s.batch_size, "forget rates")
     retain = largest([firing_rates(lm, sae, part, s.batch_size, "retain rates") for part in retain_windows])

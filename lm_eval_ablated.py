@@ -175,7 +175,7 @@ class AblatedLM(HFLM):
             def hook(module, args, output):  # transformers 5 returns h, earlier versions (h, ...)
                 fired.add(number)
                 h = output[0] if isinstance(output, tuple) else output
-                new = edited(h, latents, clamp, seen["ordinary"])
+                new = edited(h, latents, clamp, seen["edited"])
                 return new if new is None or not isinstance(output, tuple) else (new, *output[1:])
 
             return hook
@@ -576,6 +576,7 @@ def load_ablated(s) -> AblatedLM:
         given = f" with --model_args {s.model_args}" if s.model_args else ""
         raise UserError(f"cannot load {path}{given}: {first_line(error)}{hint}") from error
     refuse_not_finite(path, lm.model.named_parameters())
+    lm.tokenizer.edit_special = s.edit_special
     lm._rank, lm._world_size = 0, 1
     return lm
 
@@ -787,10 +788,10 @@ def prepare(lm: AblatedLM, s, features: dict | None, sources: dict) -> tuple[dic
     wmdp, noted["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
     forget, retain = picking_texts(wmdp, halves(wmdp, s.seed, s.pick_on)[0], s, noted)
     sources |= {name: found for name, found in noted.items() if name == "wikitext" or not features}
-    retain_windows = [token_windows(lm.tokenizer, texts, max_tokens=RETAIN_TOKENS)[0] for texts in retain]
+    retain_windows = [token_windows(lm.tokenizer, texts, s.context, RETAIN_TOKENS)[0] for texts in retain]
     sanity = {number: sanity_gate(view, sae, retain_windows[0], not s.no_sanity) for number, sae in saes.items()}
     if not features:
-        forget_windows, _ = token_windows(lm.tokenizer, forget)
+        forget_windows, _ = token_windows(lm.tokenizer, forget, s.context)
         batch_size = s.batch_size if isinstance(s.batch_size, int) else 16
         features = {s.layer: pick(view, saes[s.layer], forget_windows, retain_windows, s, batch_size)}
     return features, sanity, saes

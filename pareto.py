@@ -39,7 +39,7 @@ from matplotlib.transforms import Bbox
 from tqdm.auto import tqdm
 
 import processes
-from common import command_line, load_model, load_sae, parser, settings
+from common import command_line, load_model, load_sae, parser, quiz_flags, settings
 from data import RETAIN_TOKENS, UserError, encode_prompts, load_benchmark, prompt, special_ids, token_windows
 from evaluation import (
     CHANCE,
@@ -49,6 +49,7 @@ from evaluation import (
     best_setting,
     check_engine,
     foretell,
+    keep_robust,
     loss_scores,
     quiz_scores,
     score_letters,
@@ -71,7 +72,7 @@ flags = parser(__doc__)
 flags.add_argument("--layer", "--layers", type=int, nargs="+", default=[7], help="one or several (default: 7)")
 flags.add_argument("--n-features", type=int, nargs="+", default=COUNTS, help="(default: 1 2 5 10 20 50 100 200)")
 flags.add_argument("--clamp", type=float, nargs="+", help="0 or negative (default: 0, half the preset's, the preset's)")
-flags.add_argument("--subjects", help="MMLU subjects, comma-separated (default: SAEBench's four; tiny: all)")
+quiz_flags(flags)
 flags.add_argument("--plot", nargs="+", metavar="RECORD", help="score nothing: draw the points of these record files")
 
 
@@ -154,7 +155,8 @@ def sweep_layer(lm, sae, layer: int, folder: Path, texts: dict, s) -> tuple[list
     scores = [{} for _ in rows]
     for name, (questions, parts) in texts["quizzes"].items():
         asked = sorted({i for part in parts.values() for i in part})
-        prompts, letters = encode_prompts(lm.tokenizer, [prompt(questions[i]) for i in asked])
+        asked_texts = [prompt(questions[i], style=s.prompt) for i in asked]
+        prompts, letters = encode_prompts(lm.tokenizer, asked_texts, s.prompt)
 
         def choose(some, letters=letters):
             return score_letters(lm, sae, some, letters, rows, s.batch_size, max_rows=s.max_rows).argmax(-1)
@@ -184,9 +186,10 @@ def sweep_layer(lm, sae, layer: int, folder: Path, texts: dict, s) -> tuple[list
 def load_texts(lm, s) -> tuple[dict, dict]:
     """Everything that is read, tokenised once, and where it comes from."""
     texts, sources = load_benchmark(s, lm.tokenizer)
+    keep_robust(lm, texts, sources, s)
     texts = {
-        "forget": token_windows(lm.tokenizer, texts["forget"])[0],
-        "retain": [token_windows(lm.tokenizer, part, max_tokens=RETAIN_TOKENS)[0] for part in texts["retain"]],
+        "forget": token_windows(lm.tokenizer, texts["forget"], s.context)[0],
+        "retain": [token_windows(lm.tokenizer, part, s.context, RETAIN_TOKENS)[0] for part in texts["retain"]],
         "quizzes": texts["quizzes"],
         "openwebtext": token_windows(lm.tokenizer, texts["web"], max_tokens=SCORED_TOKENS, bos=True),
     }
@@ -474,7 +477,7 @@ def run(**changes) -> dict:
     s.clamp = sorted(set(clamps), reverse=True)
     if bad := [clamp for clamp in s.clamp if clamp > 0]:
         raise UserError(f"--clamp {bad[0]:g}: 0 or negative")
-    lm = load_model(s.model, s.device, s.dtype, s.device_map)
+    lm = load_model(s.model, s.device, s.dtype, s.device_map, s.edit_special)
     saes = [load_sae(s.sae, layer, lm, s.model) for layer in s.layer]
     texts, sources = load_texts(lm, s)
     folder = path.with_suffix(".pieces") / fingerprint(saes, sources, s)

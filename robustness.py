@@ -120,9 +120,11 @@ class Subject:
     setting: dict
     layers: list[int] = ()
     edit: object = None
+    edit_special: str = "never"
 
     def edited(self, model, tokenizer):
         """The context in which the edit is on; model: a Hugging Face model."""
+        tokenizer.edit_special = self.edit_special
         return applied(model, tokenizer, self.layers, self.edit) if self.edit else nullcontext()
 
 
@@ -175,7 +177,8 @@ def subject_of(path: str, s) -> tuple[Subject, dict]:
         record = json.loads(Path(path).read_text())
         point = record["points"][record["chosen"]]
         folder = Path(path).parent / record["folder"] if "folder" in record else record["model"]
-        subject = Subject(point["method"], str(folder), point["setting"])
+        special = record["settings"].get("edit_special", "never")
+        subject = Subject(point["method"], str(folder), point["setting"], edit_special=special)
         edit = point.get("edit")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a record of baselines.py or rmu.py: {error}") from error
@@ -196,10 +199,14 @@ def subject_of(path: str, s) -> tuple[Subject, dict]:
 def load_texts(records: list[dict], s) -> tuple[dict, dict]:
     """What is asked and trained on, the same for all records. Raises UserError where they were not scored alike."""
     first = records[0]
-    for name in ("model", "data", "forget_corpus", "seed", "pick_on", "limit", "subjects", "skip_long"):
+    alike = ("model", "data", "forget_corpus", "seed", "pick_on", "limit", "subjects", "skip_long", "prompt", "robust")
+    for name in alike:
         if any(record["settings"].get(name) != first["settings"].get(name) for record in records):
             raise UserError(f"these records differ in {name}: compare like with like")
         setattr(s, name, first["settings"].get(name))
+    s.prompt = s.prompt or "plain"  # records of earlier versions do not say
+    if s.prompt != "plain" or s.robust:
+        raise UserError("these records were made with --prompt or --robust; the forms asked here vary the plain prompt")
     tokenizer = load_tokenizer(model_source(s.model))
     benchmark, sources = load_benchmark(s, tokenizer)
     reworded, sources["wmdp_bio_reworded"] = load_rows("wmdp_bio_reworded", s.model, s.data)
@@ -303,7 +310,8 @@ def figure_of(names: list[str], points: list[dict], title: str):
 
 # %%
 WITHOUT = ("--model", "--sae", "--layer", "--n-features", "--clamp", "--pick", "--pick-on", "--pick-text", "--data",
-           "--forget-corpus", "--device-map", "--max-rows", "--seed", "--limit", "--no-sanity")  # fmt: skip
+           "--forget-corpus", "--device-map", "--max-rows", "--seed", "--limit", "--no-sanity", "--context",
+           "--edit-special")  # fmt: skip
 flags = parser(__doc__, without=WITHOUT)
 flags.add_argument("records", nargs="*", metavar="RECORD", help="of baselines.py or rmu.py")
 flags.add_argument("--relearn", type=int, default=0, metavar="STEPS", help="steps of fine-tuning (default: none)")

@@ -43,7 +43,8 @@ def outputs(script: str, s, flags) -> Path:
     Its default name has a part for the layer, for the number of features and for all else that decides about results
     and differs from the default of the parser `flags`, so that no run overwrites what another one found.
     """
-    usual = vars(settings(flags, {"model": s.model}))
+    own = vars(flags.parse_args([]))  # not every script has --model
+    usual = vars(settings(flags, {"model": s.model} if "model" in own else {}))
     always = ("layer", "n_features")
     parts = [part(name, vars(s)[name]) for name in usual
              if name in always or (name not in NOT_IN_NAMES and vars(s)[name] != usual[name])]  # fmt: skip

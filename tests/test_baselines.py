@@ -324,3 +324,16 @@ def test_a_foreign_record_and_records_that_differ_are_refused(two_settings, tmp_
         baselines.run(method="zero-ablation", seed=seed, **SMALL, out=str(tmp_path / f"{seed}.json"))
     with pytest.raises(UserError, match="differ in seed"):
         robustness.run(records=[str(tmp_path / "0.json"), str(tmp_path / "1.json")], out=str(tmp_path / "o.json"))
+
+
+def test_robust_keeps_what_the_model_gets_right_in_all_orders(two_settings, monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluation, "PERMUTATIONS", evaluation.PERMUTATIONS[:3])
+    flags = dict(method="zero-ablation", **SMALL)
+    whole = baselines.run(**flags, out=str(tmp_path / "whole.json"))
+    found = baselines.run(**flags, robust=True, out=str(tmp_path / "r.json"))
+    for name in ("wmdp_bio", "mmlu"):
+        asked, kept = (set(record["data"][name]["questions"]) for record in (whole, found))
+        assert kept <= asked and found["points"][0]["scores"][name]["accuracy"] == 1
+        assert found["points"][0]["scores"][f"{name}_tuning"]["accuracy"] == 1
+    with pytest.raises(UserError, match="--prompt or --robust"):
+        robustness.run(records=[str(tmp_path / "r.json")], out=str(tmp_path / "o.json"))

@@ -30,6 +30,7 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import common
+import evaluation
 import picking
 from common import Latents, ablate
 from data import UserError, batches, special_ids, token_windows
@@ -967,3 +968,29 @@ def test_a_bfloat16_model_is_loaded_without_a_copy_of_it(tokenizer, tmp_path):
     out = run.stdout.split()[-2:]
     assert out[1] == "torch.bfloat16"
     assert int(out[0]) < size / 2, f"{int(out[0]):,} bytes for a file of {size:,}"
+
+
+@pytest.mark.parametrize("way", ["never", "all-but-bos"])
+def test_special_tokens_are_edited_where_saebench_edits_them(model_folder, make_sae, way):
+    """All tokens but the first, chat markers and padding too; what is counted does not change."""
+    folder = str(model_folder("gemma2"))
+    model = common.load_model(folder, "cpu", edit_special=way)
+    sae = make_sae(model)
+    ids = some_ids(model)
+    special = torch.isin(ids, torch.tensor(special_ids(model.tokenizer)))
+    with common.watch_tokens(model.original_model, model.tokenizer) as seen:
+        model(ids)
+    first = torch.zeros_like(special)
+    first[:, 0] = True
+    assert torch.equal(seen["ordinary"], ~special & ~first)
+    assert torch.equal(seen["edited"], ~first if way == "all-but-bos" else ~special & ~first)
+    features = list(range(D_SAE))
+    with common.ablate(model, sae, features, -5.0):
+        there = residual(model, ids)
+    moved = (there != residual(model, ids)).any(-1)
+    assert not moved[first].any() and moved[~special & ~first].any()
+    assert moved[special & ~first].any() == (way == "all-but-bos")
+    run = evaluation.OnePass(model, sae, [evaluation.Ablation("a", tuple(features), -5.0)])
+    run(ids)
+    edited = run.edited(run.edits, 0)
+    torch.testing.assert_close(edited, there[[b for b, *_ in run.edits]], atol=1e-5, rtol=1e-5)
