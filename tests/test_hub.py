@@ -252,7 +252,7 @@ def first_run(online, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[pytest.mark.slow] * (f != "gpt2")) for f in FAMILIES])
 def test_every_script_runs_to_the_end(first_run, family):
     for script in SCRIPTS:
         printed, record = first_run(family, script)
@@ -390,6 +390,7 @@ def test_each_failure_has_one_line_and_leaves_the_cache_usable(hub, tmp_path):
         hub.gated.add("cais/wmdp-bio-forget-corpus")
 
 
+@pytest.mark.slow
 def test_without_a_network_the_line_says_what_to_do(tmp_path):
     worker = Worker(tmp_path, "http://127.0.0.1:9")
     said = fails(worker, "--model", "gemma-3-1b-it", "--layer", 1, "--out", tmp_path / "r.json")

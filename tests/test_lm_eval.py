@@ -93,6 +93,7 @@ def points(record: dict) -> dict:
     return {(point["method"], point["setting"].get("clamp")): point["scores"] for point in record["points"]}
 
 
+@pytest.mark.slow
 def test_scores_and_letters_are_the_lessons_on_every_question(tmp_path):
     same = dict(layer=3, n_features=10, pick_on="all")
     lessons = [
@@ -693,6 +694,7 @@ def test_prompts_are_ours_and_every_question_comes_in_24_orders(manager):
     assert bare.fewshot_context(bare.eval_docs[0], 0) == prompt({**questions[0], "question": ""})
 
 
+@pytest.mark.slow
 def test_the_24_orders_agree_with_robust(tmp_path):
     """The share right in all 24 orders by the task, and the subset by the cascade, of the same questions, both asked
     with an example in front."""
@@ -783,7 +785,7 @@ def test_the_readme_and_help_name_the_same_commands():
     assert any(line.startswith("ACCELERATE_USE_CPU=1 accelerate launch") for line in README)
 
 
-@pytest.mark.parametrize("command", README)
+@pytest.mark.parametrize("command", [*README[:1], *(pytest.param(c, marks=pytest.mark.slow) for c in README[1:])])
 def test_commands_run_as_written(clone, monkeypatch, capsys, command):
     monkeypatch.chdir(clone)
     if command.startswith("python lm_eval_ablated.py"):  # without a new process, whose imports take half of the time

@@ -171,6 +171,7 @@ def test_the_sweep_scores_what_the_lessons_score(undisturbed, tmp_path):
             assert point["scores"]["openwebtext"][name] == pytest.approx(value, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_record(undisturbed, tmp_path):
     out = tmp_path / "sweep.json"
     command = [sys.executable, str(ROOT / "pareto.py"), *SMALL, "--out", str(out)]

@@ -61,6 +61,7 @@ def two(tmp_path_factory):
     return run_all(TWO, tmp_path_factory.mktemp("two"), ON_CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", FLAGS)
 def test_two_processes_write_one_processs_record(one, two, script):
     first, second = ({k: v for k, v in part[0][script].items() if k not in FREE} for part in (one, two))
@@ -68,6 +69,7 @@ def test_two_processes_write_one_processs_record(one, two, script):
     assert all(score["n"] % 2 for score in first["points"][0]["scores"].values() if "n" in score)  # odd counts
 
 
+@pytest.mark.slow
 def test_two_processes_print_once(one, two):
     shown = [done.stdout.replace("/two0/", "/one0/") for _, done in (one, two)]
     assert shown[0].count("record:") == len(FLAGS)
@@ -93,7 +95,7 @@ def test_a_mistake_is_told_once(tmp_path):
     assert not list(tmp_path.glob("**/*.json"))
 
 
-@pytest.mark.parametrize("victim", ["0", "1"])
+@pytest.mark.parametrize("victim", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_killed_process_ends_the_run(tmp_path, victim):
     command = [*TWO, str(ROOT / "feature_ablate_3.py"), "--out", str(tmp_path / "record.json")]
     with (tmp_path / "said").open("w") as said:

@@ -125,6 +125,7 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", LESSONS[1:])
 def test_another_batch_size_agrees_and_so_does_another_run(monkeypatch, tmp_path, script):
     sizes, limit = ((16, 5, 16), 12) if script == LESSONS[1] else ((16, 5), 3)
@@ -170,7 +171,7 @@ def test_scripts_are_notebooks(script, tmp_path):
     assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 0
 
 
-@pytest.mark.parametrize("script", LESSONS)
+@pytest.mark.parametrize("script", [*LESSONS[:1], *(pytest.param(x, marks=pytest.mark.slow) for x in LESSONS[1:])])
 def test_the_notebook_form_runs_to_the_end(script, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = jupytext.read(ROOT / script)
