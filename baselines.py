@@ -366,12 +366,15 @@ def by_crisp(
     text's residual stream there from what it was; the same behind the final norm. Loss, optimiser and LoRA are the
     release's. Not so: SAEs are read at their own hook point, where the release reads the input of the layer that they
     are named by; L_coh is on Wikitext, not on 20 curated sentences; retain sets take turns; four texts a step, not one.
-    saes, rates: by layer. Returns the trained model and the log. Raises UserError for an SAE behind the last layer.
+    saes, rates: by layer. Returns the trained model and the log. Raises UserError for an SAE behind the last layer,
+    and where no feature is salient.
     """
     blocks = len(decoder_layers(model))
     if max(saes) == blocks - 1:
         raise UserError(f"CRISP reads SAEs behind layers 0 to {blocks - 2}: --layer {max(saes)} is the last")
     rng, picked = random.Random(seed), {layer: salient(*rates[layer], setting["k"]) for layer in saes}
+    if not any(picked.values()):
+        raise UserError("CRISP: no feature is three times as active on forget text as on retain text")
     special = torch.tensor(special_ids(tokenizer), device=model.device)
     away_texts, coherent, *back_texts = (passes(part, BATCH, rng) for part in (forget, retain_sets[0], *retain_sets))
     torch.manual_seed(seed)
