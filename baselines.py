@@ -120,7 +120,7 @@ GRIDS = {
     "random-features": grid(n_features=(10, 20), clamp=(0.25, 0.5, 1, 2)),
     "conditional-clamp": grid(n_features=(10, 20), clamp=(1, 2), threshold=(0.25, 0.5)),  # of the mean activation
     "refusal-clamp": grid(n_features=(10, 20), refusal=(0.2, 0.5, 1, 2)),
-    "dsg": grid(n_features=(20, 50, 100, 200), clamp=(0.125, 1)),  # its release's numbers; with --clamp -500 its clamp
+    "dsg": grid(n_features=(20, 50), clamp=(0.0625, 0.125, 0.25, 1)),  # its release: 20 to 200 features at -500
     "diff-in-means": grid(strength=(0.5, 1, 1.5, 2), behind=(False, True)),  # at --layer, or at all layers from it on
     # What follows is trained. The ranges lie between doing nothing and losing MMLU in a hundred trial runs on tiny,
     # seen by its tuning half alone: rates over a factor of 64, 3 to 240 steps, alpha 1 to 1,000, beta 0.02 to 1,
