@@ -14,7 +14,7 @@ of the other half among it, none of which is asked, and asks again. The unablate
 it gets right is the most that could come back.
 
 tiny: 45 s a record with --relearn 100 on two cores. Ten clamped features leave 28.4% of the quiz but 73.0%
-of the answers in words; RMU 25.7 and 40.5%, and after a hundred steps on retain text 75.7% of the quiz is back.
+of the answers in words; RMU 24.3 and 41.9%, and after a hundred steps on retain text 87.8% of the quiz is back.
 """
 
 # %% [markdown]
