@@ -28,7 +28,7 @@ from transformer_lens.utilities.multi_gpu import maybe_cast_floating_params
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from data import HERE, UserError, check_folder, first_line, special_ids
+from data import HERE, UserError, check_folder, first_line, pad_id, special_ids
 from hub import announce, announce_sae, identity, sae_ids_near, tensor_shapes
 from presets import PRESETS, listed, model_source, sae_source
 from processes import LostProcess, count, one_voice
@@ -357,7 +357,7 @@ def decoder_layers(model) -> torch.nn.ModuleList:
 def watch_tokens(module: torch.nn.Module, tokenizer):
     """Yields a dict whose "ordinary" is the (batch, pos) mask of the running forward pass's tokens that are counted:
     all but special tokens and the first token of each sequence, whatever it is; "edited" are the same, or with
-    `tokenizer.edit_special` "all-but-bos" (SAEBench) special tokens too, the first one alone left out.
+    `tokenizer.edit_special` "all-but-bos" (SAEBench) special tokens too, the first one and padding left out.
 
     module: the Hugging Face model. A hook on the residual stream does not see tokens, and special tokens may stand
     anywhere, not only first. The first token is an attention sink, its residual of another size than all others; where
@@ -365,7 +365,7 @@ def watch_tokens(module: torch.nn.Module, tokenizer):
     attention mask tells) it is the first real one.
     """
     special = torch.tensor(special_ids(tokenizer))
-    seen, given = {}, {}
+    seen, given, pad = {}, {}, pad_id(tokenizer)
 
     def remember_call(module, args, kwargs):
         given.update(cache=kwargs.get("past_key_values"), mask=kwargs.get("attention_mask"))
@@ -379,7 +379,11 @@ def watch_tokens(module: torch.nn.Module, tokenizer):
             ordinary[torch.arange(len(ids)), first] = False
         seen["ordinary"] = seen["edited"] = ordinary
         if getattr(tokenizer, "edit_special", "never") == "all-but-bos":
-            seen["edited"] = torch.ones_like(ordinary)
+            # not the padding: a share of tokens, as DSG's gate is, must not depend on the batch
+            if mask is not None and mask.shape == ids.shape:
+                seen["edited"] = mask.bool()
+            else:
+                seen["edited"] = (ids != pad).int().flip(1).cummax(1).values.flip(1).bool()
             if first is not None:
                 seen["edited"][torch.arange(len(ids)), first] = False
 

@@ -487,9 +487,12 @@ def batches(rows: list[list[int]], batch_size: int, tokenizer, device, desc: str
 
 def padded(rows: list[list[int]], tokenizer, device) -> torch.Tensor:
     """(batch, pos) ids, right-padded with a special token."""
-    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None)
-    width = max(map(len, rows))
+    pad, width = pad_id(tokenizer), max(map(len, rows))
     return torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
+
+
+def pad_id(tokenizer) -> int:
+    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None)
 
 
 def answer_window(tokenizer, asked: str, answer: str) -> tuple[list[int], int]:

@@ -13,7 +13,7 @@ words counts. --relearn fine-tunes all weights for a number of steps, once on re
 of the other half among it, none of which is asked, and asks again. The unablated model goes through all of it too: what
 it gets right is the most that could come back.
 
-tiny: 45 s a record with --relearn 100 on two cores. Ten clamped features leave 28.4% of the quiz but 73.0%
+tiny: 58 s a record with --relearn 100 on two cores. Ten clamped features leave 28.4% of the quiz but 73.0%
 of the answers in words; RMU 24.3 and 41.9%, and after a hundred steps on retain text 87.8% of the quiz is back.
 """
 

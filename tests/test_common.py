@@ -972,7 +972,7 @@ def test_a_bfloat16_model_is_loaded_without_a_copy_of_it(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("way", ["never", "all-but-bos"])
 def test_special_tokens_are_edited_where_saebench_edits_them(model_folder, make_sae, way):
-    """All tokens but the first, chat markers and padding too; what is counted does not change."""
+    """All tokens but the first, chat markers too, not the padding of a row's end; what is counted does not change."""
     folder = str(model_folder("gemma2"))
     model = common.load_model(folder, "cpu", edit_special=way)
     sae = make_sae(model)
@@ -982,14 +982,16 @@ def test_special_tokens_are_edited_where_saebench_edits_them(model_folder, make_
         model(ids)
     first = torch.zeros_like(special)
     first[:, 0] = True
+    end = torch.zeros_like(special)
+    end[0, -4:] = True
     assert torch.equal(seen["ordinary"], ~special & ~first)
-    assert torch.equal(seen["edited"], ~first if way == "all-but-bos" else ~special & ~first)
+    assert torch.equal(seen["edited"], ~first & ~end if way == "all-but-bos" else ~special & ~first)
     features = list(range(D_SAE))
     with common.ablate(model, sae, features, -5.0):
         there = residual(model, ids)
     moved = (there != residual(model, ids)).any(-1)
     assert not moved[first].any() and moved[~special & ~first].any()
-    assert moved[special & ~first].any() == (way == "all-but-bos")
+    assert moved[special & ~first & ~end].any() == (way == "all-but-bos") and not moved[end].any()
     run = evaluation.OnePass(model, sae, [evaluation.Ablation("a", tuple(features), -5.0)])
     run(ids)
     edited = run.edited(run.edits, 0)

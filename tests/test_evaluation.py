@@ -17,6 +17,7 @@ from conftest import BOS, D_SAE, EOS, FAMILIES, HOOK, MARKER, PAD, WINDOW, some_
 
 import common
 import data
+import edits
 import evaluation
 from data import UserError, encode_prompts, halves, load_rows, prompt
 from evaluation import (
@@ -267,6 +268,25 @@ def test_sae_at_the_last_layer(model, make_sae):
     found = score_letters(model, sae, prompts, [20, 21, 22, 23], ablations)
     wanted = letters_one_by_one(model, sae, prompts, [20, 21, 22, 23], ablations)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+def test_a_gates_share_of_tokens_does_not_depend_on_padding(gemma, make_sae):
+    """With chat markers edited and counted too: DSG gives a prompt the same letters alone and among longer ones."""
+    sae, prompts, found = make_sae(gemma, spoil=dead), rows_of_ids(gemma), {}
+    gemma.tokenizer.edit_special = "all-but-bos"
+    try:
+        for size in (1, 10):
+            rows = []
+            for gate in (0.2, 0.3, 0.4, 0.5):
+                edit = edits.dsg(sae, [0, 2], -4.0, gate)
+                with edits.applied(gemma.original_model, gemma.tokenizer, [1], edit):
+                    clean, letters = [Ablation("none")], [20, 21, 22, 23]
+                    rows.append(score_letters(gemma, sae, prompts, letters, clean, batch_size=size, whole=True))
+            found[size] = torch.cat(rows)
+    finally:
+        gemma.tokenizer.edit_special = "never"
+    assert (found[1] - found[1][0]).abs().max() > 0.1  # the gates part the prompts
+    torch.testing.assert_close(found[10], found[1], atol=1e-5, rtol=0)
 
 
 # ------------------------------------------------------------------------------ families, and what is no number
