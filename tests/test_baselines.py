@@ -222,6 +222,7 @@ def two_settings(monkeypatch):
 SMALL = dict(limit=6, steps=2, layer=3)
 
 
+@pytest.mark.slow
 def test_a_stopped_tuning_goes_on_and_ends_with_the_same_record(two_settings, monkeypatch, tmp_path):
     flags = dict(method="npo", **SMALL)
     whole = baselines.run(**flags, out=str(tmp_path / "whole.json"))

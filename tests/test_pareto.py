@@ -158,6 +158,7 @@ def test_a_sweep_writes_record_table_and_figures_and_no_piece(undisturbed):
     assert not set(record["data"]["mmlu"]["questions"]) & set(record["data"]["mmlu"]["tuning_questions"])
 
 
+@pytest.mark.slow
 def test_the_sweep_scores_what_the_lessons_score(undisturbed, tmp_path):
     lessons = [runpy.run_path(str(ROOT / f"feature_ablate_{k}.py"))["run"] for k in (2, 3)]
     quiz, loss = (run(n_features=30, clamp=-60.0, limit=6, out=str(tmp_path / "r.json"))["points"] for run in lessons)

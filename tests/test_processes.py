@@ -77,6 +77,7 @@ def test_two_processes_print_once(one, two):
     assert two[1].stderr.count("MMLU:   0%") == one[1].stderr.count("MMLU:   0%") == 2  # lessons 1 and 2, a bar each
 
 
+@pytest.mark.slow
 def test_accelerates_cpu_flag_starts_one_process_and_says_so(tmp_path):
     """`accelerate launch --cpu --num_processes 2` is one process where there is no MPI."""
     flags = "--layer 3 --n-features 10 --limit 37 --tasks tiny_wmdp_bio --out r.json"
