@@ -13,7 +13,7 @@ like firing rate on the retain sets, clamped too.
 
 tiny, layer 7, 50 features: 95.9% on the WMDP-Bio stand-in unablated, 94.6% under zero ablation, 55.4% under clamp -80,
 85.1% under the random control (n 74). Layer 3, 10 features: 31.1% under clamp -80, 90.5% under the random control, MMLU
-99.4% before and after. 12 s and 0.9 GB on two cores.
+99.4% before and after. 21 s and 0.9 GB on two cores.
 """
 
 # %% [markdown]
