@@ -29,15 +29,14 @@ SimNPO to 64.9 and NPO to 66.2% with MMLU at 94%. README has the table, and what
 # Start a notebook in this folder, so that the helper files beside this one can be imported.
 
 # %%
-import itertools
 import json
 import random
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -49,46 +48,26 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 import processes
-from common import (
-    Latents,
-    command_line,
-    decoder_layers,
-    layer_of,
-    load_hf,
-    load_model,
-    load_sae,
-    parser,
-    quiz_flags,
-    settings,
-)
-from data import (
-    HERE,
-    RETAIN_TOKENS,
-    UserError,
-    batches,
-    load_benchmark,
-    padded,
-    special_ids,
-    token_windows,
-    training_windows,
-)
-from edits import EDITS, applied, gate_of
-from evaluation import Ablation, answers, best_setting, check_engine, keep_robust, no_sae, scores_of
+from common import command_line, latent_flags, load_hf, load_model, load_sae, parser, quiz_flags, settings
+from data import HERE, UserError, load_benchmark, padded, special_ids, training_windows
+from edits import NONE, Latents, decoder_layers, layer_of
+from evaluation import answers, best_setting, keep_robust, scores_of
 from hub import identity
-from picking import Rates, firing_rates, largest, matched_random, pick_features, residuals, sanity_gate, summed
+from methods import BY_FEATURES, GRIDS, NEEDS_A_LATENT, Measured, edit_for, grid, measure
+from picking import Rates
 from presets import model_source, sae_source
 from show import (
-    METHODS,
+    keeping,
     make_record,
+    method_name,
     outputs,
     peak_gb,
+    piecewise,
     plain,
-    print_loss,
-    print_quiz,
-    resumable,
+    print_chosen,
+    resumed,
     save_model,
     short_name,
-    title_of,
     write_record,
     write_whole,
 )
@@ -103,113 +82,20 @@ LORA_RATE = {"tiny": 1.6e-2}  # of CRISP; elsewhere 4e-5, the paper's on Gemma-2
 CRISP_LAYERS = {"tiny": (3, 5, 7, 9), "gemma-2-2b-it": (4, 6, 8, 10, 12, 14)}
 
 # %% [markdown]
-# ## Eight settings a method; clamps are multiples of --clamp, learning rates of the model's
-
+# ## Eight settings a method, as methods.py has them for edits; learning rates are multiples of the model's
 
 # %%
-def grid(**axes) -> list[dict]:
-    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
-
-
-MANY = (5, 10, 20, 50, 100, 200, 300, 400)
-GRIDS = {
-    "zero-ablation": grid(n_features=MANY),
-    "mean-ablation": grid(n_features=MANY),
-    "clamp": grid(n_features=(10, 20), clamp=(0.25, 0.5, 1, 2)),  # SAEBench: -25 to -200
-    "random-features": grid(n_features=(10, 20), clamp=(0.25, 0.5, 1, 2)),
-    "conditional-clamp": grid(n_features=(10, 20), clamp=(1, 2), threshold=(0.25, 0.5)),  # of the mean activation
-    "refusal-clamp": grid(n_features=(10, 20), refusal=(0.2, 0.5, 1, 2)),
-    "dsg": grid(n_features=(20, 50), clamp=(0.0625, 0.125, 0.25, 1)),  # its release: 20 to 200 features at -500
-    "diff-in-means": grid(strength=(0.5, 1, 1.5, 2), behind=(False, True)),  # at --layer, or at all layers from it on
-    # What follows is trained. The ranges lie between doing nothing and losing MMLU in a hundred trial runs on tiny,
-    # seen by its tuning half alone: rates over a factor of 64, 3 to 240 steps, alpha 1 to 1,000, beta 0.02 to 1,
-    # gamma 0.125 to 1, delta 0 to 4; of CRISP k 10 to 100, alpha 0.01 to 0.3, pull 1 to 30. The releases' own are
-    # among them: alpha 1 and beta 0.1; gamma 0.125 and delta 0; alpha 0.01 and pull 5 (30 in CRISP's paper, with k 30)
+# The ranges lie between doing nothing and losing MMLU in a hundred trial runs on tiny, seen by its tuning half alone:
+# rates over a factor of 64, 3 to 240 steps, alpha 1 to 1,000, beta 0.02 to 1, gamma 0.125 to 1, delta 0 to 4; of CRISP
+# k 10 to 100, alpha 0.01 to 0.3, pull 1 to 30. The releases' own are among them: alpha 1 and beta 0.1; gamma 0.125 and
+# delta 0; alpha 0.01 and pull 5 (30 in CRISP's paper, with k 30)
+TRAINED = {
     "gradient-ascent": grid(lr=(1, 1.5, 2, 3), steps=(10, 20)),
     "grad-diff": grid(lr=(0.25, 0.5, 1, 2), alpha=(1, 1000)),
     "npo": grid(lr=(0.25, 1.5), alpha=(1, 30), beta=(0.1, 1)),
     "simnpo": grid(lr=(0.7, 1, 1.4, 2), gamma=(0.125, 0.25)),
     "crisp": grid(lr=(0.5, 1), k=(30,), alpha=(0.01, 0.1), pull=(5, 30)),
 }
-BY_FEATURES = [name for name in GRIDS if name in EDITS and name != "diff-in-means"]
-NEEDS_A_LATENT = "refusal-clamp"  # one that is active when the model declines; tiny never does
-
-# %% [markdown]
-# ## What the edits are made of
-
-
-# %%
-@dataclass
-class Measured:
-    """What a forget and a retain set say about a model's layer and its SAE; s: the settings."""
-
-    lm: object
-    sae: object
-    texts: dict
-    s: object
-
-    @cached_property
-    def windows(self) -> tuple[list, list[list]]:
-        tokenizer, context = self.lm.tokenizer, self.s.context
-        retain = [token_windows(tokenizer, part, context, RETAIN_TOKENS)[0] for part in self.texts["retain"]]
-        return token_windows(tokenizer, self.texts["forget"], context)[0], retain
-
-    @cached_property
-    def rates(self) -> tuple[Rates, Rates]:
-        forget, retain = self.windows
-        check_engine(self.lm, self.sae)
-        sanity_gate(self.lm, self.sae, retain[0], insist=not self.s.no_sanity)
-        return (
-            firing_rates(self.lm, self.sae, forget, self.s.batch_size, "forget rates"),
-            largest([firing_rates(self.lm, self.sae, part, self.s.batch_size, "retain rates") for part in retain]),
-        )
-
-    def features(self, n: int, rule: str | None = None) -> list[int]:
-        return pick_features(*self.rates, n, rule or self.s.pick)
-
-    def control(self, n: int) -> list[int]:
-        most = max(one["n_features"] for one in GRIDS["random-features"])
-        return matched_random(*self.rates, self.features(most), self.s.seed)[:n]
-
-    @cached_property
-    def crisp(self) -> tuple[dict, dict]:
-        """SAEs, and (forget, retain) rates, by the layer whose output they read."""
-        loaded = [load_sae(self.s.sae, layer, self.lm, self.s.model) for layer in crisp_layers(self.s)]
-        saes = {layer_of(sae): sae for sae in loaded}
-        return saes, {layer: replace(self, sae=sae).rates for layer, sae in saes.items()}
-
-    @cached_property
-    def direction(self) -> list[float]:
-        """Mean residual stream of forget tokens less that of retain tokens, each retain set counting alike."""
-
-        def mean(windows):
-            total, n = 0.0, 0
-            for h, _ in residuals(self.lm, self.sae, windows, self.s.batch_size, "means"):
-                total, n = total + summed(h), n + len(h)
-            return total / n
-
-        forget, retain = self.windows
-        return (mean(forget) - torch.stack([mean(part) for part in retain]).mean(0)).tolist()
-
-    @cached_property
-    def gates(self) -> dict[int, float]:
-        """DSG's tau for each number of features of its grid: the 95th percentile of rho over retain texts."""
-        return {n: self.gate(self.features(n, "dsg")) for n in {one["n_features"] for one in GRIDS["dsg"]}}
-
-    @torch.inference_mode()
-    def gate(self, features: list[int], quantile: float = 0.95) -> float:
-        latents, found = Latents(self.sae, features), []
-
-        def look(h, ordinary):
-            found.append(gate_of(latents.encode(h)[0], ordinary).cpu())
-            return h
-
-        model, tokenizer = self.lm.original_model, self.lm.tokenizer
-        with applied(model, tokenizer, [layer_of(self.sae)], look):
-            for part in self.windows[1]:
-                for _, ids in batches(part, self.s.batch_size, tokenizer, self.lm.cfg.device, "gate"):
-                    model(ids, use_cache=False)
-        return torch.cat(found).quantile(quantile).item()
 
 
 def crisp_layers(s) -> tuple[int, ...]:
@@ -217,29 +103,12 @@ def crisp_layers(s) -> tuple[int, ...]:
     return (s.layer,) if s.sae else CRISP_LAYERS.get(s.model, (s.layer,))
 
 
-def edit_of(method: str, one: dict, m: Measured) -> dict:
-    """A setting of the grid as what is applied: {"layers", "arguments" of the method's function in edits.py}."""
-    layers, n, s = [layer_of(m.sae)], one.get("n_features"), m.s
-    if method == "diff-in-means":
-        layers = list(range(layers[0], m.lm.cfg.n_layers)) if one["behind"] else layers
-        return {"layers": layers, "arguments": {"direction": m.direction, "strength": one["strength"]}}
-    if method == "mean-ablation":
-        features, retain = m.features(n), m.rates[1]
-        arguments = {"features": features, "means": (retain.total / retain.n_tokens)[features].tolist()}
-    elif method == "dsg":
-        features = m.features(n, "dsg")
-        arguments = {"features": features, "clamp": one["clamp"] * s.clamp, "gate": m.gates[n]}
-    else:
-        features = m.control(n) if method == "random-features" else m.features(n)
-        arguments = {"features": features, "clamp": one["clamp"] * s.clamp if "clamp" in one else 0.0}
-    if method == "conditional-clamp":
-        forget = m.rates[0]
-        active = (forget.total / forget.fires)[features].mean().item()  # mean activation where active
-        arguments["threshold"] = one["threshold"] * active
-    if method == "refusal-clamp":  # Khoriaty et al.: threshold 0.05, latent 15,864 of Gemma Scope's layer 7 at -500
-        arguments = {"features": features, "threshold": 0.05, "refusal": s.refusal_latent,
-                     "refusal_value": one["refusal"] * s.refusal_value}  # fmt: skip
-    return {"layers": layers, "arguments": arguments}
+@cache
+def read_by_crisp(m: Measured) -> tuple[dict, dict]:
+    """SAEs, and (forget, retain) rates, by the layer whose output they read."""
+    loaded = [load_sae(m.s.sae, layer, m.lm, m.s.model) for layer in crisp_layers(m.s)]
+    saes = {layer_of(sae): sae for sae in loaded}
+    return saes, {layer: replace(m, sae=sae, sanity={}).rates for layer, sae in saes.items()}
 
 
 # %% [markdown]
@@ -412,13 +281,13 @@ def by_crisp(
 
 
 # %%
-def forgetful(method: str, setting: dict, folder: Path, measured: Measured, s) -> list:
+def forgetful(method: str, setting: dict, folder: Path, texts: dict, measured: Measured, s) -> list:
     """Load the model, train it, save it to the folder; the log of training."""
     model, tokenizer = load_hf(s.model, s.device, s.dtype)
-    forget, retain = training_windows(tokenizer, measured.texts, s, setting.get("loss_on", "text"))
+    forget, retain = training_windows(tokenizer, texts, s, setting.get("loss_on", "text"))
     if method == "crisp":
         forget, *retain = [[ids for ids, _ in part] for part in (forget, *retain)]
-        model, log = by_crisp(setting, model, tokenizer, forget, retain, s.seed, *measured.crisp)
+        model, log = by_crisp(setting, model, tokenizer, forget, retain, s.seed, *read_by_crisp(measured))
     else:
         log = by_nll(method, setting, model, tokenizer, forget, retain, s.seed)
     save_model(model, tokenizer, folder)
@@ -443,7 +312,7 @@ def loss_figure(method: str, log: list, title: str):
 
 # %%
 flags = parser(__doc__, without=("--n-features", "--max-rows", "--device-map"))
-flags.add_argument("--method", choices=list(GRIDS), default="clamp", help="(default: %(default)s)")
+flags.add_argument("--method", choices=[*GRIDS, *TRAINED], default="clamp", help="(default: %(default)s)")
 flags.add_argument("--all", action="store_true", help="every method in turn, RMU too, then the figure and a table")
 flags.add_argument("--layer", type=int, default=3, help="of SAE, direction and RMU; early ones work (default: 3)")
 flags.add_argument("--steps", type=int, help=f"of training (default: {STEPS}, of CRISP {CRISP_STEPS}; gradient-ascent "
@@ -453,8 +322,7 @@ flags.add_argument("--loss-on", default="answer", choices=["answer", "text"], he
                    "and simnpo: of questions on the answer only, as in open-unlearning, or on all their text; a forget "
                    "corpus and Wikitext have no answers and count whole (default: %(default)s)")  # fmt: skip
 flags.add_argument("--relearn", type=int, metavar="STEPS", help="then run robustness.py on what came out")
-flags.add_argument("--refusal-latent", type=int, help="for refusal-clamp: a latent active when the model declines")
-flags.add_argument("--refusal-value", type=float, default=-500.0, help="what it is set to (default: %(default)s)")
+latent_flags(flags)
 quiz_flags(flags)
 
 
@@ -467,33 +335,37 @@ def absolute(method: str, one: dict, s) -> dict:
     return {"steps": s.steps or steps, **one, "lr": one["lr"] * (s.lr or rate), **where}
 
 
-def try_setting(method: str, one: dict, passing: Path, measured: Measured, s) -> dict:
-    """One setting: what it is, what its model answers, how long it took to make."""
-    started, texts = time.time(), measured.texts
-    if method in EDITS:
-        edit = edit_of(method, one, measured)
-        seconds, lm = time.time() - started, measured.lm
-        function = EDITS[method](measured.sae, **edit["arguments"])
-        with applied(lm.original_model, lm.tokenizer, edit["layers"], function):
-            found = answers(lm, texts, s, whole=method == "dsg")
-        numbers = {name: value for name, value in edit["arguments"].items() if isinstance(value, int | float)}
-        setting = {"layer": s.layer, **one, **numbers}
-        return {"setting": setting, "edit": edit, "answers": found, "seconds": seconds}
-    setting = absolute(method, one, s)
-    forgetful(method, setting, passing, measured, s)
+def try_edits(method: str, folder: Path, texts: dict, measured: Measured, s) -> list[dict]:
+    """The unablated model's answers, then those under each setting of an edit's grid, all in one pass: what it is, what
+    the model answers, how long it took to make; kept in pieces in the folder."""
+    edits, seconds = [NONE], []
+    for one in GRIDS[method]:
+        started = time.time()
+        edits.append(edit_for(method, one, measured))
+        seconds.append(time.time() - started)
+    clean, *found = answers(measured.lm, texts, edits, s, piecewise(measured.lm, folder, s))
+    return [clean, *({"point": edit.point(), "answers": one, "seconds": took}
+                     for edit, one, took in zip(edits[1:], found, seconds))]  # fmt: skip
+
+
+def try_training(method: str, one: dict, passing: Path, texts: dict, measured: Measured, s) -> dict:
+    """One setting of training, as try_edits has them."""
+    started, setting = time.time(), absolute(method, one, s)
+    forgetful(method, setting, passing, texts, measured, s)
     seconds = time.time() - started
-    return {"setting": setting, "answers": answers(load_model(str(passing), s.device, s.dtype), texts, s),
-            "seconds": seconds}  # fmt: skip
+    found = answers(load_model(str(passing), s.device, s.dtype), texts, [NONE], s)[0]
+    return {"point": {"method": method, "setting": setting}, "answers": found, "seconds": seconds}
 
 
-def tune(method: str, path: Path, measured: Measured, sources: dict, s) -> list[dict]:
-    """The unablated model's answers, then what `try_setting` returns for each setting of the grid; resumable."""
-    passing = path.with_suffix(".tried")
-    jobs = {"none": lambda: answers(measured.lm, measured.texts, s)}
-    for number, one in enumerate(GRIDS[method]):
-        jobs[str(number)] = lambda one=one: try_setting(method, one, passing, measured, s)
+def tune(method: str, folder: Path, texts: dict, measured: Measured, s) -> list[dict]:
+    """The unablated model's answers, then what is found for each setting of the grid; kept in pieces in the folder."""
+    if method in GRIDS:
+        return try_edits(method, folder, texts, measured, s)
+    passing, jobs = folder / "tried", {"none": lambda: answers(measured.lm, texts, [NONE], s)[0]}
+    for number, one in enumerate(TRAINED[method]):
+        jobs[str(number)] = lambda one=one: try_training(method, one, passing, texts, measured, s)
     try:
-        return resumable(path, [decides(s, method), sources], jobs)
+        return resumed(folder, jobs)
     finally:
         shutil.rmtree(passing, ignore_errors=True)
 
@@ -504,7 +376,7 @@ def decides(s, method: str) -> list:
     settled = {name: value for name, value in vars(s).items() if name not in free}
     layers = crisp_layers(s) if method == "crisp" else (s.layer,) if method in BY_FEATURES else ()
     saes = [identity(sae_source(s.sae, layer, s.model)) for layer in layers]
-    return [method, settled, GRIDS.get(method), identity(model_source(s.model)), saes]
+    return [method, settled, {**GRIDS, **TRAINED}.get(method), identity(model_source(s.model)), saes]
 
 
 def setting_text(setting: dict) -> str:
@@ -541,36 +413,37 @@ def run(**changes) -> dict:
     sae = load_sae(s.sae, s.layer, lm, s.model) if s.method in BY_FEATURES else None
     if s.method in LOSSES:
         check_room(s.method, s.model, s.device, s.dtype)
-    measured = Measured(lm, no_sae(lm, s.layer) if sae is None else sae, texts, s)
-    clean, *tried = tune(s.method, path, measured, sources, s)
-    scores = scores_of([clean, *(one["answers"] for one in tried)], texts, s.seed)
-    points = [Ablation("none").point(**scores[0])]
-    for one, score in zip(tried, scores[1:]):
-        edit = {"edit": one["edit"]} if "edit" in one else {}
-        points.append({"method": s.method, "setting": one["setting"], **edit, "scores": score})
-    print_tuning(points)
-    best = best_setting(points[0], points[1:])
-    print(f"\nchosen on the tuning half: {setting_text(best['setting'])}")
-    extra = {"chosen": points.index(best), "decides": decides(s, s.method)}
-    seconds, figures = np.mean([one["seconds"] for one in tried]), {}
-    if s.method not in EDITS:
-        folder, begun = path.with_suffix(".model"), time.time()
-        log = forgetful(s.method, best["setting"], folder, measured, s)
-        seconds = time.time() - begun
-        print(f"trained again and saved: {folder}")
-        extra |= {"folder": folder.name, "log": log}
-        title = f"{short_name(s.model)}: {s.method}, {setting_text(best['setting'])}"
-        figures["losses"] = lambda: loss_figure(s.method, log, title)
-    rows = [Ablation("none"), Ablation(s.method, clamp=best["setting"].get("clamp", 0.0))]
-    for name in ("wmdp_bio", "mmlu"):
-        print_quiz(title_of(name, sources), rows, [point["scores"][name] for point in (points[0], best)])
-    print_loss(title_of("openwebtext", sources), rows, [p["scores"]["openwebtext"] for p in (points[0], best)])
-    record = make_record("baselines.py", s, sae, sources, {}, points, time.time() - started)
-    if "folder" in extra:
-        record["identity"]["folder"] = identity(str(path.with_name(extra["folder"])))
-    extra |= {"seconds_to_make": round(float(seconds), 2), "peak_gb": peak_gb()}
-    write_record(path, record | extra, figures)
-    return record | extra
+    measured = measure(lm, s.layer, sae, texts["forget"], texts["retain"], s.clamp, s)
+    with keeping(path, [decides(s, s.method), sources]) as folder:
+        clean, *tried = tune(s.method, folder, texts, measured, s)
+        scores = scores_of([clean, *(one["answers"] for one in tried)], texts, s.seed)
+        points = [NONE.point(**scores[0])]
+        points += [{**one["point"], "scores": score} for one, score in zip(tried, scores[1:])]
+        print_tuning(points)
+        best = best_setting(points[0], points[1:])
+        print(f"\nchosen on the tuning half: {setting_text(best['setting'])}")
+        extra = {"chosen": points.index(best), "decides": decides(s, s.method)}
+        seconds, figures = np.mean([one["seconds"] for one in tried]), {}
+        if s.method in TRAINED:
+            seconds, log = train_chosen(best["setting"], path.with_suffix(".model"), texts, measured, s)
+            extra |= {"folder": path.with_suffix(".model").name, "log": log}
+            title = f"{short_name(s.model)}: {s.method}, {setting_text(best['setting'])}"
+            figures["losses"] = lambda: loss_figure(s.method, log, title)
+        print_chosen([points[0], best], sources)
+        record = make_record("baselines.py", s, sae, sources, {}, points, time.time() - started)
+        if "folder" in extra:
+            record["identity"]["folder"] = identity(str(path.with_name(extra["folder"])))
+        record |= extra | {"seconds_to_make": round(float(seconds), 2), "peak_gb": peak_gb()}
+        write_record(path, record, figures)
+    return record
+
+
+def train_chosen(setting: dict, folder: Path, texts: dict, measured: Measured, s) -> tuple[float, list]:
+    """Train with the setting that was chosen, and save; how long it took, and the log."""
+    begun = time.time()
+    log = forgetful(s.method, setting, folder, texts, measured, s)
+    print(f"trained again and saved: {folder}")
+    return time.time() - begun, log
 
 
 # %% [markdown]
@@ -615,7 +488,7 @@ def run_all(s) -> dict:
     """Tune every method; returns {"records": paths}."""
     path = outputs("baselines.py", s, flags)
     _, sources = load_benchmark(s)
-    methods = [name for name in GRIDS if name != NEEDS_A_LATENT or s.refusal_latent is not None]
+    methods = [name for name in (*GRIDS, *TRAINED) if name != NEEDS_A_LATENT or s.refusal_latent is not None]
     records = []
     for method in tqdm([*methods, "rmu", "adaptive-rmu"], desc="methods", unit="method"):
         records.append(path.with_name(f"{path.stem}_{method}.json"))
@@ -665,7 +538,7 @@ def cost_table(records: list[dict]) -> str:
         score, setting = point["scores"], {k: v for k, v in point["setting"].items() if k not in ("training", "layer")}
         cells = [f"{100 * score[name]['accuracy']:.1f}" for name in ("wmdp_bio_tuning", "wmdp_bio", "mmlu")]
         cells += [f"{score['openwebtext']['loss_added']:+.3f}", f"{record['seconds_to_make']:.1f}"]
-        name = METHODS.get(point["method"], point["method"].replace("-", " "))
+        name = method_name(point["method"])
         peak = "" if record["peak_gb"] is None else f"{record['peak_gb']:.2f}"
         lines.append([name, setting_text(setting), *cells, peak])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + RMU_NOTE

@@ -13,7 +13,6 @@ import argparse
 import math
 import os
 import sys
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -28,7 +27,8 @@ from transformer_lens.utilities.multi_gpu import maybe_cast_floating_params
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from data import HERE, UserError, check_folder, first_line, pad_id, special_ids
+from data import HERE, UserError, check_folder, first_line
+from edits import applied, edit_of, layer_of
 from hub import announce, announce_sae, identity, sae_ids_near, tensor_shapes
 from presets import PRESETS, listed, model_source, sae_source
 from processes import LostProcess, count, one_voice
@@ -191,14 +191,6 @@ def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str
     return sae if place.type == "meta" else sae.to(place)  # offloaded weights are nowhere: edits follow the residual
 
 
-def layer_of(sae: SAE) -> int:
-    """The layer whose output is the SAE's hook point: the one place that decides where an edit goes.
-
-    Not always --layer: an SAE of blocks.4.hook_resid_pre is named by layer 4 and reads what layer 3 writes.
-    """
-    return int(sae.hook_point.split(".")[1])
-
-
 def check_sae(sae: SAE, model: TransformerBridge, layer: int) -> None:
     """Refuse what cannot be ablated exactly, and settle the hook point (`sae.hook_point`)."""
     name, arch = sae.source, sae.cfg.architecture()
@@ -286,170 +278,16 @@ def alike(found: torch.Tensor, wanted: torch.Tensor, model: torch.nn.Module, run
     return bool(gap.pow(2).mean() <= ROUNDINGS**2 * rounding.pow(2).mean())
 
 
-# -------------------------------------------------------------------------------------------- encode
-
-
-class Latents:
-    """Some of an SAE's features: encodes and decodes only these, so that an edit costs next to nothing.
-
-    features: their ids, (n,). The formulas are SAELens's own, per architecture and normalisation (tests compare).
-    """
-
-    def __init__(self, sae: SAE, features: list[int]):
-        self.sae, self.features = sae, torch.as_tensor(features, dtype=torch.long, device=sae.W_dec.device)
-        self.arch = sae.cfg.architecture()
-        pick = self.features
-        self.W_dec = sae.W_dec[pick]  # (n, d_model)
-        self.W_enc = sae.W_enc if self.arch == "topk" else sae.W_enc[:, pick].contiguous()
-        if self.arch == "topk" and sae.cfg.rescale_acts_by_decoder_norm:
-            self.W_dec = self.W_dec / self.W_dec.norm(dim=-1, keepdim=True)
-        # GPT-2's SAEs were trained with centred writing weights: each residual vector had mean zero
-        kwargs = sae.cfg.metadata.model_from_pretrained_kwargs or {}
-        self.centre = bool(kwargs.get("center_writing_weights"))
-
-    def follow(self, device: torch.device) -> None:
-        """Move, once, to where the residual stream is: a large model's layers are spread over devices."""
-        if self.W_dec.device != device:
-            self.sae.to(device)
-            self.features, self.W_dec, self.W_enc = (x.to(device) for x in (self.features, self.W_dec, self.W_enc))
-
-    def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """h: (..., d_model), any dtype. Returns activations (..., n) in fp32 and the run-time scale of the decoder."""
-        self.follow(h.device)
-        sae, pick, x, scale = self.sae, self.features, h.to(self.sae.dtype), 1.0
-        if self.centre:
-            x = x - x.mean(-1, keepdim=True)
-        if sae.cfg.normalize_activations == "constant_norm_rescale":
-            scale = x.norm(dim=-1, keepdim=True) / sae.cfg.d_in**0.5
-            x = x / scale
-        elif sae.cfg.normalize_activations == "layer_norm":
-            x = x - x.mean(-1, keepdim=True)
-            scale = x.std(-1, keepdim=True)
-            x = x / (scale + 1e-5)
-        if sae.cfg.apply_b_dec_to_input:
-            x = x - sae.b_dec
-        if self.arch == "topk":
-            pre = x @ self.W_enc + sae.b_enc
-            if sae.cfg.rescale_acts_by_decoder_norm:
-                pre = pre * sae.W_dec.norm(dim=-1)
-            return sae.activation_fn(pre)[..., pick], scale
-        pre = x @ self.W_enc
-        if self.arch == "gated":
-            return (pre + sae.b_gate[pick] > 0) * torch.relu(pre * sae.r_mag[pick].exp() + sae.b_mag[pick]), scale
-        pre = pre + sae.b_enc[pick]
-        acts = torch.relu(pre)
-        return (acts * (pre > sae.threshold[pick]) if self.arch == "jumprelu" else acts), scale
-
-
 # ------------------------------------------------------------------------------------------- ablate
 
 
-def decoder_layers(model) -> torch.nn.ModuleList:
-    """The blocks of a Hugging Face language model: output L is TransformerLens's blocks.L.hook_resid_post."""
-    n = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n]
-    if len(lists) != 1:
-        raise UserError(f"cannot tell which modules of {type(model).__name__} are its {n} layers")
-    return lists[0]
-
-
-@contextmanager
-def watch_tokens(module: torch.nn.Module, tokenizer):
-    """Yields a dict whose "ordinary" is the (batch, pos) mask of the running forward pass's tokens that are counted:
-    all but special tokens and the first token of each sequence, whatever it is; "edited" are the same, or with
-    `tokenizer.edit_special` "all-but-bos" (SAEBench) special tokens too, the first one and padding left out.
-
-    module: the Hugging Face model. A hook on the residual stream does not see tokens, and special tokens may stand
-    anywhere, not only first. The first token is an attention sink, its residual of another size than all others; where
-    a tokenizer adds no BOS it is a word. Behind a cache no token is the first, behind left padding (which the
-    attention mask tells) it is the first real one.
-    """
-    special = torch.tensor(special_ids(tokenizer))
-    seen, given, pad = {}, {}, pad_id(tokenizer)
-
-    def remember_call(module, args, kwargs):
-        given.update(cache=kwargs.get("past_key_values"), mask=kwargs.get("attention_mask"))
-
-    def remember(module, args):
-        ids, cache, mask = args[0], given.pop("cache", None), given.pop("mask", None)
-        ordinary = ~torch.isin(ids, special.to(ids.device))
-        first = None
-        if cache is None or not cache.get_seq_length():
-            first = mask.argmax(1) if mask is not None and mask.shape == ids.shape else 0
-            ordinary[torch.arange(len(ids)), first] = False
-        seen["ordinary"] = seen["edited"] = ordinary
-        if getattr(tokenizer, "edit_special", "never") == "all-but-bos":
-            # not the padding: a share of tokens, as DSG's gate is, must not depend on the batch
-            if mask is not None and mask.shape == ids.shape:
-                seen["edited"] = mask.bool()
-            else:
-                seen["edited"] = (ids != pad).int().flip(1).cummax(1).values.flip(1).bool()
-            if first is not None:
-                seen["edited"][torch.arange(len(ids)), first] = False
-
-    handles = [
-        module.register_forward_pre_hook(remember_call, with_kwargs=True),
-        module.get_input_embeddings().register_forward_pre_hook(remember),
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def checked(sae: SAE, features: list[int], clamp: float) -> Latents:
-    """The features' latents. Raises ValueError for features the SAE lacks, one named twice, and a clamp that is not
-    finite or positive."""
-    if not -math.inf < clamp <= 0:
-        raise ValueError(f"clamp must be 0 (zero ablation) or negative, not {clamp}")
-    if len(set(features)) != len(features):
-        raise ValueError("a feature is named twice")
-    if len(features) and not 0 <= min(features) <= max(features) < sae.cfg.d_sae:
-        raise ValueError(f"feature ids must lie in 0..{sae.cfg.d_sae - 1}")
-    return Latents(sae, features)
-
-
-def edited(h: torch.Tensor, latents: Latents, clamp: float, ordinary: torch.Tensor) -> torch.Tensor | None:
-    """h (batch, pos, d_model) with the latents set to `clamp` where they are active on tokens of `ordinary`
-    (batch, pos), in h's dtype; None where that changes nothing."""
-    acts, scale = latents.encode(h)
-    change = torch.where(acts > 0, clamp - acts, 0) * ordinary.to(h.device)[..., None]
-    if not change.any():
-        return None
-    return (h + (change @ latents.W_dec * scale)).to(h.dtype)  # added in fp32, rounded once
-
-
-@contextmanager
 def ablate(model: TransformerBridge, sae: SAE, features: list[int], clamp: float = 0.0):
-    """Within this context the model runs with `features` ablated: clamp 0 zeroes them, a negative clamp overshoots.
+    """A context within which the model runs with `features` ablated: clamp 0 zeroes them, a negative clamp overshoots.
 
-    Only tokens on which a feature is active are edited, special tokens never. With no features the output is
-    the model's own to the last bit. Raises ValueError as `checked` does, and RuntimeError if the hook never fired.
+    Only tokens on which a feature is active are edited, special tokens never. With no features the output is the
+    model's own to the last bit. Raises ValueError as edits.edit_of does, and RuntimeError if the layer never ran.
     """
-    latents, fired = checked(sae, features, clamp), 0
-
-    def edit(h, hook):  # (batch, pos, d_model)
-        nonlocal fired
-        fired += 1
-        return edited(h, latents, clamp, seen["edited"])
-
-    with watch_tokens(model.original_model, model.tokenizer) as seen, model.hooks(fwd_hooks=[(sae.hook_point, edit)]):
-        yield
-    if not fired:
-        raise RuntimeError(f"the hook at {sae.hook_point} never fired: nothing was ablated")
-
-
-def passed(sae: SAE, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """All activations (..., d_sae) for h (..., d_model), and what the SAE makes of them, both by SAELens, in fp32."""
-    mean = h.float().mean(-1, keepdim=True) if Latents(sae, []).centre else 0.0
-    acts = sae.encode(h.float() - mean)
-    return acts, sae.decode(acts) + mean
-
-
-def reconstruct(sae: SAE, h: torch.Tensor) -> torch.Tensor:
-    """The SAE's own output for h (..., d_model), without the error term, in fp32."""
-    return passed(sae, h)[1]
+    return applied(model, model.tokenizer, edit_of("sae-ablation", sae, features=features, clamp=clamp))
 
 
 # -------------------------------------------------------------------------------------- command line
@@ -511,6 +349,12 @@ def quiz_flags(p: argparse.ArgumentParser, subjects: str = "SAEBench's four wher
                    "chat turn; or SAEBench's chat turn, answered after 'Answer: ('")  # fmt: skip
     p.add_argument("--robust", action="store_true", help="score only questions right under all 24 orders of options")
     p.add_argument("--subjects", help=f"MMLU subjects, comma-separated (default: {subjects})")
+
+
+def latent_flags(p: argparse.ArgumentParser) -> None:
+    """The flags of scripts that run refusal-clamp."""
+    p.add_argument("--refusal-latent", type=int, help="for refusal-clamp: a latent active when the model declines")
+    p.add_argument("--refusal-value", type=float, default=-500.0, help="what it is set to (default: %(default)s)")
 
 
 def settings(p: argparse.ArgumentParser, flags: dict) -> argparse.Namespace:

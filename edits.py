@@ -1,8 +1,8 @@
 """
-Edits of the residual stream at inference time: one short function a method, and the context that puts an edit in.
+Edits of the residual stream at inference time: what an edit is, every method, and the context that puts one in place.
 
-An edit is a function of h (batch, pos, d_model), the residual stream behind a layer, and of the (batch, pos) mask of
-ordinary tokens; it returns h', in h's shape and dtype. With a = SAE.encode(h) and F the picked features
+A method's edit is a function of h (batch, pos, d_model), the residual stream behind a layer, and of the (batch, pos)
+mask of ordinary tokens; it returns h', in h's shape and dtype. With a = SAE.encode(h) and F the picked features
 
     h' = h + sum over i in F of (a'_i - a_i) * W_dec[i]
 
@@ -10,84 +10,261 @@ on ordinary tokens: the SAE's error term is kept, special tokens are never edite
 where it applies. All are differentiable, so that a model can be fine-tuned under its edit.
 """
 
+import math
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 import torch
+from sae_lens import SAE
 
-from common import Latents, decoder_layers, watch_tokens
+from data import UserError, batches, pad_id, special_ids
 
-
-def moved(h, latents: Latents, acts, scale, wanted, where, ordinary):
-    """h with the latents' activations acts (batch, pos, n) set to `wanted` at `where` (both broadcast to acts)."""
-    change = torch.where(where & ordinary[..., None], wanted - acts, 0)
-    return (h + change @ latents.W_dec * scale).to(h.dtype)  # added in fp32, rounded once
+# ------------------------------------------------------------------------------------- layers and tokens
 
 
-def clamp(sae, features: list[int], clamp: float, threshold: float = 0.0):
+def layer_of(sae: SAE) -> int:
+    """The layer whose output is the SAE's hook point: the one place that decides where an edit goes.
+
+    Not always --layer: an SAE of blocks.4.hook_resid_pre is named by layer 4 and reads what layer 3 writes.
+    """
+    return int(sae.hook_point.split(".")[1])
+
+
+def decoder_layers(model) -> torch.nn.ModuleList:
+    """The blocks of a Hugging Face language model: output L is TransformerLens's blocks.L.hook_resid_post."""
+    n = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n]
+    if len(lists) != 1:
+        raise UserError(f"cannot tell which modules of {type(model).__name__} are its {n} layers")
+    return lists[0]
+
+
+@contextmanager
+def watch_tokens(module: torch.nn.Module, tokenizer):
+    """Yields a dict whose "ordinary" is the (batch, pos) mask of the running forward pass's tokens that are counted:
+    all but special tokens and the first token of each sequence, whatever it is; "edited" are the same, or with
+    `tokenizer.edit_special` "all-but-bos" (SAEBench) special tokens too, the first one and padding left out.
+
+    module: the Hugging Face model. A hook on the residual stream does not see tokens, and special tokens may stand
+    anywhere, not only first. The first token is an attention sink, its residual of another size than all others; where
+    a tokenizer adds no BOS it is a word. Behind a cache no token is the first, behind left padding (which the
+    attention mask tells) it is the first real one.
+    """
+    special = torch.tensor(special_ids(tokenizer))
+    seen, given, pad = {}, {}, pad_id(tokenizer)
+
+    def remember_call(module, args, kwargs):
+        given.update(cache=kwargs.get("past_key_values"), mask=kwargs.get("attention_mask"))
+
+    def remember(module, args):
+        ids, cache, mask = args[0], given.pop("cache", None), given.pop("mask", None)
+        ordinary = ~torch.isin(ids, special.to(ids.device))
+        first = None
+        if cache is None or not cache.get_seq_length():
+            first = mask.argmax(1) if mask is not None and mask.shape == ids.shape else 0
+            ordinary[torch.arange(len(ids)), first] = False
+        seen["ordinary"] = seen["edited"] = ordinary
+        if getattr(tokenizer, "edit_special", "never") == "all-but-bos":
+            # not the padding: a share of tokens, as DSG's gate is, must not depend on the batch
+            if mask is not None and mask.shape == ids.shape:
+                seen["edited"] = mask.bool()
+            else:
+                seen["edited"] = (ids != pad).int().flip(1).cummax(1).values.flip(1).bool()
+            if first is not None:
+                seen["edited"][torch.arange(len(ids)), first] = False
+
+    handles = [
+        module.register_forward_pre_hook(remember_call, with_kwargs=True),
+        module.get_input_embeddings().register_forward_pre_hook(remember),
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Reached(Exception):
+    pass
+
+
+def hidden(model, ids: torch.Tensor, layer: int) -> torch.Tensor:
+    """Residual stream (batch, pos, d_model) behind the layer; later layers are not run."""
+    kept = {}
+
+    def stop(module, args, output):
+        kept["h"] = output[0] if isinstance(output, tuple) else output
+        raise Reached
+
+    handle = decoder_layers(model)[layer].register_forward_hook(stop)
+    try:
+        model(ids, use_cache=False)
+    except Reached:
+        return kept["h"]
+    finally:
+        handle.remove()
+    raise RuntimeError(f"layer {layer} never ran")
+
+
+@torch.inference_mode()
+def residuals(lm, layer: int, windows: list, batch_size: int, desc: str | None = None, shared: bool = True):
+    """Yield, batch by batch, the ordinary tokens' residual stream (n, d_model) behind the layer and their ids (n,).
+
+    shared: as in data.batches.
+    """
+    with watch_tokens(lm.original_model, lm.tokenizer) as seen:
+        for _, ids in batches(windows, batch_size, lm.tokenizer, lm.cfg.device, desc, shared):
+            h, ordinary = hidden(lm.original_model, ids, layer), seen["ordinary"]
+            yield h[ordinary.to(h.device)], ids[ordinary.to(ids.device)]
+
+
+# ----------------------------------------------------------------------------------------------- latents
+
+
+class Latents:
+    """Some of an SAE's features: encodes and decodes only these, so that an edit costs next to nothing.
+
+    features: their ids, (n,). The formulas are SAELens's own, per architecture and normalisation (tests compare).
+    Raises ValueError for features the SAE lacks and for one named twice.
+    """
+
+    def __init__(self, sae: SAE, features: list[int]):
+        if len(set(features)) != len(features):
+            raise ValueError("a feature is named twice")
+        if len(features) and not 0 <= min(features) <= max(features) < sae.cfg.d_sae:
+            raise ValueError(f"feature ids must lie in 0..{sae.cfg.d_sae - 1}")
+        self.sae, self.features = sae, torch.as_tensor(features, dtype=torch.long, device=sae.W_dec.device)
+        self.arch = sae.cfg.architecture()
+        pick = self.features
+        self.W_dec = sae.W_dec[pick]  # (n, d_model)
+        self.W_enc = sae.W_enc if self.arch == "topk" else sae.W_enc[:, pick].contiguous()
+        if self.arch == "topk" and sae.cfg.rescale_acts_by_decoder_norm:
+            self.W_dec = self.W_dec / self.W_dec.norm(dim=-1, keepdim=True)
+        # GPT-2's SAEs were trained with centred writing weights: each residual vector had mean zero
+        kwargs = sae.cfg.metadata.model_from_pretrained_kwargs or {}
+        self.centre = bool(kwargs.get("center_writing_weights"))
+
+    def follow(self, device: torch.device) -> None:
+        """Move, once, to where the residual stream is: a large model's layers are spread over devices."""
+        if self.W_dec.device != device:
+            self.sae.to(device)
+            self.features, self.W_dec, self.W_enc = (x.to(device) for x in (self.features, self.W_dec, self.W_enc))
+
+    def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """h: (..., d_model), any dtype. Returns activations (..., n) in fp32 and the run-time scale of the decoder."""
+        self.follow(h.device)
+        sae, pick, x, scale = self.sae, self.features, h.to(self.sae.dtype), 1.0
+        if self.centre:
+            x = x - x.mean(-1, keepdim=True)
+        if sae.cfg.normalize_activations == "constant_norm_rescale":
+            scale = x.norm(dim=-1, keepdim=True) / sae.cfg.d_in**0.5
+            x = x / scale
+        elif sae.cfg.normalize_activations == "layer_norm":
+            x = x - x.mean(-1, keepdim=True)
+            scale = x.std(-1, keepdim=True)
+            x = x / (scale + 1e-5)
+        if sae.cfg.apply_b_dec_to_input:
+            x = x - sae.b_dec
+        if self.arch == "topk":
+            pre = x @ self.W_enc + sae.b_enc
+            if sae.cfg.rescale_acts_by_decoder_norm:
+                pre = pre * sae.W_dec.norm(dim=-1)
+            return sae.activation_fn(pre)[..., pick], scale
+        pre = x @ self.W_enc
+        if self.arch == "gated":
+            return (pre + sae.b_gate[pick] > 0) * torch.relu(pre * sae.r_mag[pick].exp() + sae.b_mag[pick]), scale
+        pre = pre + sae.b_enc[pick]
+        acts = torch.relu(pre)
+        return (acts * (pre > sae.threshold[pick]) if self.arch == "jumprelu" else acts), scale
+
+    def moved(self, h: torch.Tensor, change: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+        """h (..., d_model) with `change` (..., n) added to the activations, in h's dtype."""
+        return (h + change @ self.W_dec * scale).to(h.dtype)  # added in fp32, rounded once
+
+
+def passed(sae: SAE, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """All activations (..., d_sae) for h (..., d_model), and what the SAE makes of them, both by SAELens, in fp32."""
+    mean = h.float().mean(-1, keepdim=True) if Latents(sae, []).centre else 0.0
+    acts = sae.encode(h.float() - mean)
+    return acts, sae.decode(acts) + mean
+
+
+# ----------------------------------------------------------------------------------------------- methods
+
+
+@dataclass(eq=False)
+class OfLatents:
+    """An edit that sets latents: `wanted` (acts, ordinary) -> a', both (batch, pos, n), on ordinary tokens."""
+
+    latents: Latents
+    wanted: Callable
+
+    def change(self, acts: torch.Tensor, ordinary: torch.Tensor) -> torch.Tensor:
+        """a' - a (batch, pos, n), 0 where nothing is edited."""
+        return torch.where(ordinary[..., None], self.wanted(acts, ordinary) - acts, 0)
+
+    def __call__(self, h: torch.Tensor, ordinary: torch.Tensor) -> torch.Tensor:
+        acts, scale = self.latents.encode(h)
+        return self.latents.moved(h, self.change(acts, ordinary), scale)
+
+
+def clamp(sae, features: list[int], clamp: float = 0.0, threshold: float = 0.0) -> OfLatents:
     """a'_i = clamp where a_i > threshold: 0 ablates, a negative clamp overshoots (Farrell et al., arXiv 2410.19278;
-    SAEBench, arXiv 2503.09532). A positive threshold is the conditional clamp of Khoriaty et al., arXiv 2503.11127."""
-    latents = Latents(sae, features)
-
-    def edit(h, ordinary):
-        acts, scale = latents.encode(h)
-        return moved(h, latents, acts, scale, clamp, acts > threshold, ordinary)
-
-    return edit
+    SAEBench, arXiv 2503.09532). A positive threshold is the conditional clamp of Khoriaty et al., arXiv 2503.11127.
+    Raises ValueError for a clamp that is not finite or positive."""
+    if not -math.inf < clamp <= 0:
+        raise ValueError(f"clamp must be 0 (zero ablation) or negative, not {clamp}")
+    return OfLatents(Latents(sae, features), lambda acts, ordinary: torch.where(acts > threshold, clamp, acts))
 
 
-def refusal_clamp(sae, features: list[int], threshold: float, refusal: int, refusal_value: float):
+def nothing(sae, features: list[int]) -> OfLatents:
+    """a'_i = a_i: goes all the way of an edit, and must change nothing."""
+    return OfLatents(Latents(sae, features), lambda acts, ordinary: acts)
+
+
+def refusal_clamp(sae, features: list[int], threshold: float, refusal: int, refusal_value: float) -> OfLatents:
     """Where any feature exceeds the threshold the latent `refusal`, one that is active when the model declines, is set
     to refusal_value; the features themselves stay as they are.
 
     So the released code of Khoriaty et al., arXiv 2503.11127 (clamp_refusal in github.com/AMindToThink/
     sae_jailbreak_unlearning), with threshold 0.05 and refusal_value -500; a third party's port clamps the features too.
     """
-    latents = Latents(sae, [*features, refusal])
 
-    def edit(h, ordinary):
-        acts, scale = latents.encode(h)
-        where = torch.zeros_like(acts, dtype=torch.bool)
-        where[..., -1] = (acts[..., :-1] > threshold).any(-1)
-        return moved(h, latents, acts, scale, refusal_value, where, ordinary)
+    def wanted(acts, ordinary):
+        called = (acts[..., :-1] > threshold).any(-1, keepdim=True)
+        return torch.cat([acts[..., :-1], torch.where(called, refusal_value, acts[..., -1:])], -1)
 
-    return edit
+    return OfLatents(Latents(sae, [*features, refusal]), wanted)
 
 
-def mean_ablation(sae, features: list[int], means: list[float]):
+def mean_ablation(sae, features: list[int], means: list[float]) -> OfLatents:
     """a'_i = its mean over retain tokens, on every token: what it carries is gone, its average effect is not."""
-    latents, wanted = Latents(sae, features), torch.tensor(means)
-
-    def edit(h, ordinary):
-        acts, scale = latents.encode(h)
-        return moved(h, latents, acts, scale, wanted.to(acts), torch.ones_like(acts, dtype=torch.bool), ordinary)
-
-    return edit
+    values = torch.tensor(means)
+    return OfLatents(Latents(sae, features), lambda acts, ordinary: values.to(acts).expand_as(acts))
 
 
-def gate_of(acts, ordinary):
+def gate_of(acts: torch.Tensor, ordinary: torch.Tensor) -> torch.Tensor:
     """rho (batch,): the share of a sequence's ordinary tokens on which any of the features is active."""
     firing = (acts > 0).any(-1) & ordinary
     return firing.sum(1) / ordinary.sum(1).clamp(min=1)
 
 
-def dsg(sae, features: list[int], clamp: float, gate: float):
+def dsg(sae, features: list[int], clamp: float, gate: float) -> OfLatents:
     """Dynamic SAE Guardrails (Muhamed et al., arXiv 2504.08192): a sequence whose rho exceeds the gate has ALL features
     set to `clamp` on every token on which any of them is active; other sequences are left alone.
 
     It looks at a whole sequence before it edits the first token, so it is for scoring, not for generating with a cache.
     """
-    latents = Latents(sae, features)
 
-    def edit(h, ordinary):
-        acts, scale = latents.encode(h)
-        blocked = gate_of(acts, ordinary) > gate  # (batch,)
-        where = blocked[:, None, None] & (acts > 0).any(-1, keepdim=True)
-        return moved(h, latents, acts, scale, clamp, where, ordinary)
+    def wanted(acts, ordinary):
+        blocked = (gate_of(acts, ordinary) > gate)[:, None, None] & (acts > 0).any(-1, keepdim=True)
+        return torch.where(blocked, clamp, acts)
 
-    return edit
+    return OfLatents(Latents(sae, features), wanted)
 
 
-def diff_in_means(sae, direction: list[float], strength: float = 1.0):
+def diff_in_means(sae, direction: list[float], strength: float = 1.0) -> Callable:
     """h' = h - strength * (u . h) u, u the unit vector along mean(forget tokens) - mean(retain tokens); strength 1
     projects it out (Arditi et al., arXiv 2406.11717). Needs no SAE."""
     u = torch.tensor(direction, dtype=torch.float64)
@@ -102,10 +279,18 @@ def diff_in_means(sae, direction: list[float], strength: float = 1.0):
     return edit
 
 
-EDITS = {
+def bare_reconstruction(sae) -> Callable:
+    """h' = SAE(h), the error term thrown away: what the SAE alone costs."""
+    return lambda h, ordinary: torch.where(ordinary[..., None], passed(sae, h)[1].to(h.dtype), h)
+
+
+METHODS = {
+    "sae-patched": nothing,
+    "sae-reconstruction": bare_reconstruction,
+    "sae-ablation": clamp,
+    "random-features": clamp,
     "zero-ablation": clamp,
     "clamp": clamp,
-    "random-features": clamp,
     "conditional-clamp": clamp,
     "refusal-clamp": refusal_clamp,
     "mean-ablation": mean_ablation,
@@ -114,26 +299,66 @@ EDITS = {
 }
 
 
-@contextmanager
-def applied(model, tokenizer, layers: list[int], edit):
-    """Within this context the Hugging Face model runs with the edit behind each of the layers.
+# ------------------------------------------------------------------------------------------------- edits
 
-    Raises RuntimeError if one of them never ran.
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One row of a table: a method's name, and {layer: function (h, ordinary) -> h'}, empty for the model as it is.
+
+    setting: what sets it apart from others of its method, for tables and records; arguments: what METHODS makes the
+    functions from. whole: it looks at a whole prompt before it edits its first token. always: it is run on prompts
+    too on which it changes nothing.
     """
-    ran, blocks = set(), decoder_layers(model)
 
-    def at(layer):
+    method: str
+    at: dict[int, Callable] = field(default_factory=dict)
+    setting: dict = field(default_factory=dict)
+    arguments: dict = field(default_factory=dict)
+    whole: bool = False
+    always: bool = False
+
+    def point(self, **scores) -> dict:
+        """The record's entry for this row: method, setting, {"layers", "arguments"} of the edit, scores by data set."""
+        edit = {"edit": {"layers": list(self.at), "arguments": self.arguments}} if self.arguments else {}
+        return {"method": self.method, "setting": self.setting, **edit, "scores": scores}
+
+
+NONE = Edit("none")
+
+
+def edit_of(method: str, sae, setting: dict | None = None, layers: list[int] | None = None, **arguments) -> Edit:
+    """METHODS[method](sae, **arguments) behind each of the layers (None: the SAE's own). Raises ValueError for features
+    that the SAE lacks, one named twice, and a clamp that is not finite or positive."""
+    function = METHODS[method](sae, **arguments)
+    at = dict.fromkeys([layer_of(sae)] if layers is None else layers, function)
+    return Edit(method, at, setting or {}, arguments, whole=method == "dsg", always=method == "sae-patched")
+
+
+@contextmanager
+def applied(model, tokenizer, edit: Edit):
+    """Within this context the model runs with the edit: a TransformerBridge at its hook points, a Hugging Face model
+    behind its decoder layers. Raises RuntimeError if a layer to be edited never ran."""
+    bridge, ran = hasattr(model, "original_model"), set()
+
+    def edited(layer, h):
+        ran.add(layer)
+        return edit.at[layer](h, seen["edited"].to(h.device))
+
+    def behind(layer):
         def hook(module, args, output):  # transformers 5 returns h, earlier versions (h, ...)
-            ran.add(layer)
-            h = output[0] if isinstance(output, tuple) else output
-            new = edit(h, seen["edited"].to(h.device))
-            return (new, *output[1:]) if isinstance(output, tuple) else new
+            return (edited(layer, output[0]), *output[1:]) if isinstance(output, tuple) else edited(layer, output)
 
         return hook
 
-    with watch_tokens(model, tokenizer) as seen, ExitStack() as handles:
-        for layer in layers:
-            handles.callback(blocks[layer].register_forward_hook(at(layer)).remove)
+    def at(layer):
+        return f"blocks.{layer}.hook_resid_post", lambda h, hook: edited(layer, h)
+
+    with watch_tokens(model.original_model if bridge else model, tokenizer) as seen, ExitStack() as hooks:
+        if bridge:
+            hooks.enter_context(model.hooks(fwd_hooks=[at(layer) for layer in edit.at]))
+        for layer in () if bridge else edit.at:
+            hooks.callback(decoder_layers(model)[layer].register_forward_hook(behind(layer)).remove)
         yield
-    if missing := sorted(set(layers) - ran):
+    if missing := sorted(set(edit.at) - ran):
         raise RuntimeError(f"layers {missing} never ran: nothing was edited there")

@@ -1,15 +1,17 @@
 """
-Measure what an ablation does: multiple choice and next-token loss for many ablations in one pass, and statistics.
+Measure what an edit does: multiple choice and next-token loss for many edits in one pass, and statistics.
 
-A list of ablations at one hook point shares the layers below it. So the model runs once a batch, unablated; then each
-prompt's residual stream at the hook point is copied once for every ablation that changes it (equal edits share a copy,
-an edit that changes nothing costs nothing), and the later layers run on the copies from their first edited token on.
-What all prompts of a batch begin with, as a quiz's header, is run once for all of them.
+Edits share the layers below the first that they change. So the model runs once a batch, unablated; then each prompt's
+residual stream there is copied once for every edit that changes it (equal changes share a copy, an edit that changes
+nothing costs nothing), and the later layers run on the copies from their first edited token on. What all prompts of a
+batch begin with, as a quiz's header, is run once for all of them.
 """
 
 import itertools
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from scipy import stats
 from transformers.cache_utils import DynamicCache, DynamicLayer, KVSharingDict
 
-from common import Latents, ablate, alike, layer_of, log_probs, random_ids, reconstruct, watch_tokens
+from common import alike, log_probs, random_ids
 from data import (
     LETTERS,
     UserError,
@@ -34,6 +36,7 @@ from data import (
     token_windows,
     words,
 )
+from edits import NONE, Edit, Latents, OfLatents, applied, edit_of, hidden, watch_tokens
 from processes import count as count_processes
 from processes import total as over_processes
 
@@ -44,34 +47,26 @@ WORTH_SHARING = 8  # tokens, at least, that all prompts of a batch begin with, f
 WORTH_FORETELLING = 1e12  # parameters times tokens: below it any machine is done within seconds
 PERMUTATIONS = list(itertools.permutations(range(4)))  # the first is the order of the source
 
-# ------------------------------------------------------------------------------- many ablations, one pass
+# ------------------------------------------------------------------------------------- many edits, one pass
 
 
-@dataclass(frozen=True)
-class Ablation:
-    """One row of a table. method: its name; features and clamp as in common.ablate, clamp None setting each feature to
-    what it is; or the bare reconstruction."""
-
-    method: str
-    features: tuple[int, ...] = ()
-    clamp: float | None = 0.0
-    reconstruct: bool = False
-
-    def point(self, **scores) -> dict:
-        """The record's entry for this row: method, setting, scores {data set: score}."""
-        setting = {"n_features": len(self.features), "clamp": self.clamp, "features": list(self.features)}
-        return {"method": self.method, "setting": setting if self.features else {}, "scores": scores}
+def of_features(method: str, sae, features: list[int], clamp: float | None = 0.0, **said) -> Edit:
+    """Features at one clamp (None: left as they are), its setting as records of ablations have it: n_features, clamp,
+    features, and what else is `said`."""
+    made = edit_of(method, sae, features=features, **({} if clamp is None else {"clamp": clamp}))
+    setting = {"n_features": len(features), "clamp": clamp, "features": list(features), **said}
+    return replace(made, setting=setting, arguments={})
 
 
-def standard_rows(features: list[int], control: list[int], clamp: float) -> list[Ablation]:
-    """The rows that every script shows beside each other; the first is what the others are compared with."""
+def standard_rows(sae, features: list[int], control: list[int], clamp: float) -> list[Edit]:
+    """The rows that every lesson shows beside each other; the first is what the others are compared with."""
     return [
-        Ablation("none"),
-        Ablation("sae-patched", tuple(features), None),  # goes all the way of an edit, and must change nothing
-        Ablation("sae-reconstruction", reconstruct=True),
-        Ablation("sae-ablation", tuple(features), 0.0),
-        Ablation("sae-ablation", tuple(features), clamp),
-        Ablation("random-features", tuple(control), clamp),
+        NONE,
+        of_features("sae-patched", sae, features, None),
+        edit_of("sae-reconstruction", sae),
+        of_features("sae-ablation", sae, features, 0.0),
+        of_features("sae-ablation", sae, features, clamp),
+        of_features("random-features", sae, control, clamp),
     ]
 
 
@@ -80,40 +75,57 @@ class Stage:
     """What one pass of the unablated model over ids (n, pos) leaves behind, for OnePass."""
 
     ids: torch.Tensor
-    h: torch.Tensor  # (n, pos, d_model), the residual stream at the hook point
+    streams: dict[int, torch.Tensor]  # {layer: (n, pos, d_model)}, the residual stream behind each edited layer
     ordinary: torch.Tensor  # (n, pos), which tokens are counted: not special, not the first
-    editable: torch.Tensor  # (n, pos), which are edited (common.watch_tokens)
+    editable: torch.Tensor  # (n, pos), which are edited (edits.watch_tokens)
     result: torch.Tensor  # (n, pos, d_model), what leaves the final norm
-    inputs: list[tuple]  # (args, kwargs) of each layer behind the hook point
-    store: dict  # what lower layers had left for these, in models whose layers share keys and values
+    inputs: dict[int, tuple]  # {layer: (args, kwargs, what lower layers had left for it)}; the last, where layers share
     cache: DynamicCache  # keys and values of these tokens and of those before
 
 
+@dataclass(frozen=True)
+class Copy:
+    """A prompt's residual stream behind a layer, to be edited from its token `start` on."""
+
+    prompt: int
+    layer: int
+    start: int
+    edit: Edit
+
+
 class OnePass:
-    """Runs a model on token ids (batch, pos) once for a list of ablations at one SAE's hook point.
+    """Runs a model on token ids (batch, pos) once for a list of edits, at whatever layers.
 
     Calling it runs the unablated model and returns what leaves its final norm, (batch, pos, d_model). Then `rows`
-    (n_ablations, batch) says which row belongs to which ablation and prompt, rows 0 to batch - 1 being the unablated
-    prompts and the others edited copies; `source` (n_rows,) is each row's prompt; and `copies` runs the later layers
-    on the edited copies, at most `max_rows` at a time. Tokens before a copy's first edited one are not run again: later
-    layers are causal, so they take the unablated prompt's keys and values. Likewise tokens that all prompts begin with
-    are a stage of their own, run for one row, and not again while the next batch begins with the same; `whole` forbids
-    this, for a model whose hooks look at a whole prompt.
+    (n_edits, batch) says which row belongs to which edit and prompt, rows 0 to batch - 1 being the unablated prompts
+    and the others `copies`; `source` (n_rows,) is each row's prompt; and `run_copies` runs the later layers on the
+    copies, at most `max_rows` at a time. A copy branches off behind the first layer at which its edit changes anything.
+    Tokens before the first that any of its layers changes are not run again: later layers are causal, so they take the
+    unablated prompt's keys and values. Likewise tokens that all prompts begin with are a stage of their own, run for
+    one row, and not again while the next batch begins with the same.
     """
 
-    def __init__(self, model, sae, ablations: list[Ablation], max_rows: int = 64, whole: bool = False):
-        self.model, self.sae, self.ablations, self.max_rows, self.whole = model, sae, ablations, max_rows, whole
-        self.layer = layer_of(sae)
-        union = sorted({i for ablation in ablations for i in ablation.features})
-        self.latents = Latents(sae, union)
-        # (n_ablations, n_union): which features belong to which ablation
-        self.members = np.stack([np.isin(union, ablation.features).astype(bool) for ablation in ablations])
+    def __init__(self, model, edits: list[Edit], max_rows: int = 64):
+        self.model, self.edits, self.max_rows = model, edits, max_rows
+        self.layers = sorted({layer for edit in edits for layer in edit.at})
+        # what such an edit does at its second layer hangs on the whole prompt as its first one leaves it
+        self.in_one_piece = any(edit.whole and len(edit.at) > 1 for edit in edits)
+        some = {(layer, function): function.latents for edit in edits for layer, function in edit.at.items()
+                if isinstance(function, OfLatents)}  # fmt: skip
+        unions = {}  # {(layer, SAE): features of any edit}
+        for (layer, _), latents in some.items():
+            unions.setdefault((layer, latents.sae), set()).update(latents.features.tolist())
+        unions = {key: sorted(features) for key, features in unions.items()}
+        self.latents = {(layer, sae): Latents(sae, union) for (layer, sae), union in unions.items()}
+        # {(layer, function): which of the union's are its own}
+        self.columns = {(layer, function): np.searchsorted(unions[layer, latents.sae], latents.features.tolist())
+                        for (layer, function), latents in some.items()}  # fmt: skip
         self.begin = None
 
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         same = int((ids == ids[:1]).all(0).int().cumprod(0).sum())  # tokens that all prompts begin with
-        shared = len(ids) > 1 and same >= WORTH_SHARING and not self.whole
+        shared = len(ids) > 1 and same >= WORTH_SHARING and not self.in_one_piece
         first = min(same, ids.shape[1] - 1) if shared else 0
         self.stages, cache = [], DynamicCache()  # without the model's config it keeps all keys of sliding layers too
         if first:
@@ -122,118 +134,153 @@ class OnePass:
             self.stages.append(self.begin)
             cache = for_rows(self.begin.cache, torch.zeros(len(ids), dtype=torch.long, device=ids.device), first)
         self.stages.append(self.forward(ids[:, first:], cache))
-        self.h, self.ordinary, self.editable, result = (
-            torch.cat([x.expand(len(ids), *x.shape[1:]) for x in parts], 1)
-            for parts in zip(*((stage.h, stage.ordinary, stage.editable, stage.result) for stage in self.stages))
+
+        def whole(parts):
+            return torch.cat([x.expand(len(ids), *x.shape[1:]) for x in parts], 1)
+
+        self.streams = {layer: whole([stage.streams[layer] for stage in self.stages]) for layer in self.layers}
+        self.ordinary, self.editable, result = (
+            whole([vars(stage)[name] for stage in self.stages]) for name in ("ordinary", "editable", "result")
         )
         self.cache = cache
-        self.plan()
+        self.plan(len(ids))
         return result
 
     def forward(self, ids: torch.Tensor, cache: DynamicCache) -> Stage:
         """One pass of the unablated model behind the tokens that `cache` holds, which it adds to."""
-        inputs, kept, handles, store = [], {}, [], {}
+        inputs, streams, kept, blocks = {}, {}, {}, self.model.blocks
 
-        def keep_residual(h, hook):
-            kept["h"] = h
-
-        def keep_inputs(module, args, kwargs):
-            if not inputs:  # a copy, as the layers go on to fill it
+        def keep_input(layer):
+            def hook(module, args, kwargs):
+                store = {}  # a copy, as the layers go on to fill it
                 store.update(*(value for value in kwargs.values() if isinstance(value, KVSharingDict)))
-            inputs.append((args[1:], kwargs))
+                inputs[layer] = (args[1:], kwargs, store)
+
+            return hook
 
         def keep_result(module, args):
             kept["result"] = args[0]
             return args[0][:1, :1], *args[1:]  # the unembedding that the model goes on to is not what we need
 
-        try:
-            for block in self.model.blocks[self.layer + 1 :]:
-                handles.append(block.register_forward_pre_hook(keep_inputs, with_kwargs=True))
-            handles.append(self.model.unembed.register_forward_pre_hook(keep_result))
-            watch = watch_tokens(self.model.original_model, self.model.tokenizer)
-            with watch as seen, self.model.hooks(fwd_hooks=[(self.sae.hook_point, keep_residual)]):
-                self.model(ids, past_key_values=cache, use_cache=True)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if "h" not in kept:
-            raise RuntimeError(f"the hook at {self.sae.hook_point} never fired: nothing was ablated")
-        masks = [seen[name].to(kept["h"].device) for name in ("ordinary", "edited")]
-        return Stage(ids, kept["h"], *masks, kept["result"], inputs, store, cache)
+        def keep_stream(h, hook):
+            streams[int(hook.name.split(".")[1])] = h
 
-    def plan(self) -> None:
-        """Which ablations change which prompts, from which token on; equal edits share a row."""
-        batch = len(self.h)
-        acts, self.scale = self.latents.encode(self.h)  # (batch, pos, n_union)
-        self.acts = acts * self.editable[..., None]
-        active, first = (self.acts > 0).max(1)  # (batch, n_union): active anywhere, and first where
-        active, first = active.cpu().numpy(), first.cpu().numpy()
-        first_edited = self.editable.int().argmax(1).tolist()
-        self.rows = torch.arange(batch).repeat(len(self.ablations), 1)
-        self.edits, source, known = [], list(range(batch)), {}
-        for k, ablation in enumerate(self.ablations):
-            firing = active & self.members[k]  # (batch, n_union)
+        with ExitStack() as hooks:
+            for layer in range(self.layers[0] + 1, len(blocks)) if self.layers else ():
+                handle = blocks[layer].register_forward_pre_hook(keep_input(layer), with_kwargs=True)
+                hooks.callback(handle.remove)
+            hooks.callback(self.model.unembed.register_forward_pre_hook(keep_result).remove)
+            seen = hooks.enter_context(watch_tokens(self.model.original_model, self.model.tokenizer))
+            points = [(f"blocks.{layer}.hook_resid_post", keep_stream) for layer in self.layers]
+            hooks.enter_context(self.model.hooks(fwd_hooks=points))
+            self.model(ids, past_key_values=cache, use_cache=True)
+        if missing := sorted(set(self.layers) - set(streams)):
+            raise RuntimeError(f"layers {missing} never ran: nothing was edited there")
+        masks = [seen[name].to(kept["result"].device) for name in ("ordinary", "edited")]
+        return Stage(ids, streams, *masks, kept["result"], inputs, cache)
+
+    def plan(self, batch: int) -> None:
+        """Which edits change which prompts, from which layer and token on; equal changes share a row."""
+        self.acts = {(layer, sae): latents.encode(self.streams[layer]) for (layer, sae), latents in
+                     self.latents.items()}  # fmt: skip
+        self.changed = {}  # {(layer, function): a' - a of its latents, or h'}
+        self.rows = torch.arange(batch).repeat(len(self.edits), 1)
+        self.copies, source, known = [], list(range(batch)), {}
+        for k, edit in enumerate(self.edits):
+            looks = {layer: self.looked_at(edit, layer) for layer in sorted(edit.at)}
             for b in range(batch):
-                if not firing[b].any() and not ablation.reconstruct:
+                touched = {layer: first[b] for layer, (first, _, _) in looks.items() if first[b] is not None}
+                if not touched:
                     continue
-                # an edit is its clamp and the picked features that are active anywhere on the prompt
-                key = (b, ablation.reconstruct, ablation.clamp, firing[b].tobytes())
+                layer = min(touched)
+                start = 0 if edit.whole and len(edit.at) > 1 else min(touched.values())
+                _, space, hashes = looks[layer]
+                # what is to come behind further layers is the edit's own
+                own = k if edit.always or layer < max(edit.at) else None
+                key = (b, layer, space, hashes[b], own)
                 if key not in known:
-                    start = first_edited[b] if ablation.reconstruct else int(first[b][firing[b]].min())
-                    known[key] = batch + len(self.edits)
-                    self.edits.append((b, start, ablation, firing[b]))
+                    known[key] = batch + len(self.copies)
+                    self.copies.append(Copy(b, layer, start, edit))
                     source.append(b)
                 self.rows[k, b] = known[key]
         self.source = torch.tensor(source)
 
-    @torch.inference_mode()
-    def copies(self):
-        """Yield (rows, start, h): edited rows (n,), and from token `start` on what leaves the final norm,
-        (n, pos - start, d_model)."""
-        batch = len(self.h)
-        order = sorted(range(len(self.edits)), key=lambda i: self.edits[i][1])
-        for at in range(0, len(order), self.max_rows):
-            some = order[at : at + self.max_rows]
-            edits, start = [self.edits[i] for i in some], self.edits[some[0]][1]
-            rows = torch.tensor(some) + batch
-            h, source = self.edited(edits, start), self.source[rows]
-            cache, out = for_rows(self.cache, source, start, self.layer + 1), []
-            first = 0
-            for stage in self.stages:
-                length = stage.ids.shape[1]
-                skip = max(0, start - first)
-                if skip < length:
-                    piece = h[:, first + skip - start : first + length - start]
-                    out.append(self.later_layers(piece, stage, source, skip, cache))
-                first += length
-            yield rows, start, self.model.ln_final(torch.cat(out, 1))
+    def looked_at(self, edit: Edit, layer: int) -> tuple[list, object, list]:
+        """What an edit would change behind a layer of the unablated prompts: for each prompt the first token (None:
+        nothing is changed), and a hash of the change, by which equal ones are known, whatever method or list of
+        features made them; and the space that the change is in: an SAE's activations, or the residual stream."""
+        function, h, editable = edit.at[layer], self.streams[layer], self.editable.to(self.streams[layer].device)
+        if isinstance(function, OfLatents):
+            space = function.latents.sae
+            places = torch.from_numpy(self.columns[layer, function]).to(h.device)
+            acts, weights = self.acts[layer, space][0], odd_numbers(self.acts[layer, space][0].shape[-1])
+            acts, weights = acts[..., places], weights.to(h.device)[places]
+            change = self.changed[layer, function] = function.change(acts, editable)
+            touched = change != 0
+            if edit.always:
+                touched = touched | ((acts > 0) & editable[..., None])
+        else:
+            space, weights = None, odd_numbers(h.shape[-1]).to(h.device)
+            self.changed[layer, function] = function(h, editable)
+            change = self.changed[layer, function].float() - h.float()
+            touched = change != 0
+        found, first = touched.any(-1).max(1)
+        first = [at if somewhere else None for somewhere, at in zip(found.tolist(), first.tolist())]
+        return first, space, hashes_of(change, weights)
 
-    def later_layers(self, h, stage: Stage, source, skip: int, cache) -> torch.Tensor:
-        """Run the layers behind the hook point on h (n, pos - skip, d_model), given what they were given for the
-        stage's tokens; row i of h is a copy of prompt source[i]."""
-        source = source if len(stage.ids) > 1 else torch.zeros_like(source)
-        store = {name: tuple(x[source.to(x.device)] for x in pair) for name, pair in stage.store.items()}
-        for block, given in zip(self.model.blocks[self.layer + 1 :], stage.inputs):
-            args, kwargs = self.cut(given, source, skip, stage.ids.shape, cache, store)
-            out = block(h, *args, **kwargs)
+    @torch.inference_mode()
+    def run_copies(self):
+        """Yield (rows, start, h): rows of copies (n,), and from token `start` on what leaves the final norm,
+        (n, pos - start, d_model)."""
+        batch = len(self.rows[0])
+        order = sorted(range(len(self.copies)), key=lambda i: (self.copies[i].layer, self.copies[i].start))
+        for layer, group in itertools.groupby(order, key=lambda i: self.copies[i].layer):
+            group = list(group)
+            for at in range(0, len(group), self.max_rows):
+                some = group[at : at + self.max_rows]
+                copies, rows = [self.copies[i] for i in some], torch.tensor(some) + batch
+                start = copies[0].start
+                h, cache = self.edited(copies, layer, start), for_rows(self.cache, self.source[rows], start, layer + 1)
+                out, first = [], 0
+                for stage in self.stages:
+                    length = stage.ids.shape[1]
+                    skip = max(0, start - first)
+                    if skip < length:
+                        piece = h[:, first + skip - start : first + length - start]
+                        out.append(self.later_layers(piece, layer, copies, stage, first, skip, cache))
+                    first += length
+                yield rows, start, self.model.ln_final(torch.cat(out, 1))
+
+    def later_layers(self, h, layer: int, copies: list[Copy], stage: Stage, first: int, skip: int, cache):
+        """Run the layers behind `layer` on h (n, pos - skip, d_model), given what they were given for the stage's
+        tokens, the prompts' tokens from `first` on; row i of h is of copies[i]."""
+        prompts = torch.tensor([copy.prompt for copy in copies])
+        source = prompts if len(stage.ids) > 1 else torch.zeros_like(prompts)
+        editable = self.editable[prompts.to(self.editable.device), first + skip : first + stage.ids.shape[1]]
+        blocks, (_, _, left) = self.model.blocks, stage.inputs.get(layer + 1, ((), {}, {}))
+        store = {name: tuple(x[source.to(x.device)] for x in pair) for name, pair in left.items()}
+        for number in range(layer + 1, len(blocks)):
+            args, kwargs = self.cut(stage.inputs[number][:2], source, skip, stage.ids.shape, cache, store)
+            out = blocks[number](h, *args, **kwargs)
             h = out[0] if isinstance(out, tuple) else out
+            for edit, rows in by_edit(copies):
+                if number in edit.at:
+                    h[rows] = edit.at[number](h[rows], editable[rows].to(h.device))
         return h
 
-    def edited(self, edits: list[tuple], start: int) -> torch.Tensor:
-        """The residual stream of edited copies from token `start` on, (n, pos - start, d_model)."""
-        device = self.h.device
-        prompts = torch.tensor([b for b, *_ in edits], device=device)
-        clamp = torch.tensor([torch.nan if one.clamp is None else one.clamp for *_, one, _ in edits], device=device)
-        picked = torch.from_numpy(np.stack([firing for *_, firing in edits])).to(device)
-        h, acts = self.h[prompts, start:], self.acts[prompts, start:]
-        wanted = clamp[:, None, None]
-        wanted = torch.where(wanted.isnan(), acts, wanted)
-        change = torch.where((acts > 0) & picked[:, None], wanted - acts, 0) @ self.latents.W_dec
-        new = (h + change * (self.scale if isinstance(self.scale, float) else self.scale[prompts, start:])).to(h.dtype)
-        for i, (b, _, ablation, _) in enumerate(edits):
-            if ablation.reconstruct:
-                whole = reconstruct(self.sae, self.h[b, start:]).to(h.dtype)
-                new[i] = torch.where(self.editable[b, start:, None], whole, self.h[b, start:])
+    def edited(self, copies: list[Copy], layer: int, start: int) -> torch.Tensor:
+        """The residual stream behind the layer of edited copies from token `start` on, (n, pos - start, d_model)."""
+        h = self.streams[layer]
+        prompts = torch.tensor([copy.prompt for copy in copies], device=h.device)
+        new = h[prompts, start:]
+        for edit, rows in by_edit(copies):
+            function, some = edit.at[layer], prompts[rows]
+            change = self.changed[layer, function][some, start:]
+            if isinstance(function, OfLatents):
+                scale = self.acts[layer, function.latents.sae][1]
+                scale = scale if isinstance(scale, float) else scale[some, start:]
+                change = function.latents.moved(new[rows], change, scale)
+            new[rows] = change
         return new
 
     def cut(self, value, source: torch.Tensor, skip: int, shape: tuple[int, int], cache, store: dict):
@@ -262,6 +309,27 @@ class OnePass:
         return (torch.tanh(logits / cap) * cap if cap else logits).float()
 
 
+def by_edit(copies: list[Copy]) -> list[tuple[Edit, list[int]]]:
+    """Each edit with the places of its copies."""
+    found = {}
+    for place, copy in enumerate(copies):
+        found.setdefault(copy.edit, []).append(place)
+    return list(found.items())
+
+
+@cache
+def odd_numbers(n: int) -> torch.Tensor:
+    """(n,) random odd int64, always the same ones."""
+    return torch.randint(-(2**62), 2**62, (n,), generator=torch.Generator().manual_seed(n)) * 2 + 1
+
+
+def hashes_of(change: torch.Tensor, weights: torch.Tensor) -> list[int]:
+    """A hash of each prompt's change (batch, pos, n). Entries that are 0 count for nothing; weights (n,) int64 are the
+    places' in a larger space that the entries stand for: it does not matter which places are looked at."""
+    bits = (change.float().contiguous().view(torch.int32).long() * weights).sum(-1)
+    return (bits * odd_numbers(change.shape[1] + 1)[1:].to(bits.device)).sum(1).tolist()
+
+
 def for_rows(cache: DynamicCache, source: torch.Tensor, length: int, layer: int = 0) -> DynamicCache:
     """The keys and values of the first `length` tokens, from `layer` on, with row source[i] of `cache` as row i."""
     new = DynamicCache()
@@ -272,142 +340,134 @@ def for_rows(cache: DynamicCache, source: torch.Tensor, length: int, layer: int 
     return new
 
 
-def no_sae(model, layer: int = 0) -> SAE:
-    """For what reads a model's residual stream or scores it as it is: a feature that never fires, at this layer."""
-    sae = StandardSAE(StandardSAEConfig(d_in=model.cfg.d_model, d_sae=1, device=str(model.cfg.device)))
-    sae.hook_point = f"blocks.{layer}.hook_resid_post"
-    return sae.requires_grad_(False)
-
-
 def probe(model, layer: int, ids: torch.Tensor) -> SAE:
     """An SAE at this layer whose four features are each active on some half of the tokens of ids."""
-    kept, hook, noise = {}, f"blocks.{layer}.hook_resid_post", torch.Generator().manual_seed(0)
-    with model.hooks(fwd_hooks=[(hook, lambda h, hook: kept.update(h=h))]):
-        model(ids, use_cache=False)
-    h = kept["h"].float().flatten(0, 1)
+    noise = torch.Generator().manual_seed(0)
+    h = hidden(model.original_model, ids, layer).float().flatten(0, 1)
     sae = StandardSAE(StandardSAEConfig(d_in=h.shape[1], d_sae=4, apply_b_dec_to_input=False, device=str(h.device)))
     sae.W_enc.copy_(F.normalize(torch.randn(sae.W_enc.shape, generator=noise), dim=0))
     sae.W_dec.copy_(F.normalize(torch.randn(sae.W_dec.shape, generator=noise), dim=1))
     between = (h @ sae.W_enc).sort(0).values[len(h) // 3 : -len(h) // 3]
     widest = between.diff(dim=0).argmax(0, keepdim=True)  # far from any token, so that rounding turns none on or off
     sae.b_enc.copy_(-(between.gather(0, widest) + between.gather(0, widest + 1))[0] / 2)
-    sae.hook_point, sae.size = hook, h.norm(dim=1).median().item()
+    sae.hook_point, sae.size = f"blocks.{layer}.hook_resid_post", h.norm(dim=1).median().item()
     return sae.requires_grad_(False)
 
 
-@torch.inference_mode()
-def check_engine(model, sae: SAE, edits: bool = True, whole: bool = False) -> None:
-    """Try OnePass at the SAE's layer on random prompts, against the plain model under common.ablate; once a model.
+def check_engine(model, layers) -> None:
+    """Try OnePass on random prompts, with edits behind each of the layers or without any, against the plain model under
+    edits.applied; once a model. Raises UserError where log-probabilities differ by more than rounding explains, or
+    where OnePass cannot run the model's family."""
+    known = vars(model).setdefault("engine_checked", set())
+    for layer in sorted(set(layers) - known) or ([] if known else [None]):
+        try:
+            try_engine(model, layer)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{type(model.original_model).__name__}: the layers of this family cannot be run for many "
+                            f"edits in one pass ({type(error).__name__}: {first_line(error)})") from error  # fmt: skip
+        known.add(layer)
 
-    edits: with edited copies, as many as there are prompts and more. whole: as in OnePass. Raises UserError where log-
-    probabilities differ by more than rounding explains, or where OnePass cannot run the model's family.
-    """
-    layer, known = layer_of(sae), vars(model).setdefault("engine_checked", {})  # {layer: with edited copies?}
-    if known.get(layer, not edits and None) in (True, edits):
-        return
+
+@torch.inference_mode()
+def try_engine(model, layer: int | None) -> None:
+    """check_engine for one layer (None: for no edit); copies are as many as there are prompts, and more."""
     plain, special = model.original_model, special_ids(model.tokenizer)
     ids = random_ids(plain, (3, 20))
     common_id = next(i for i in range(len(special) + 1) if i not in special)
     ids[torch.isin(ids, torch.tensor(special, device=ids.device))] = common_id
     ids[:, : WORTH_SHARING + 1] = ids[0, : WORTH_SHARING + 1]
     real = torch.arange(20)[None] < torch.tensor([[20], [17], [12]])
-    prompts = [row[mask].tolist() for row, mask in zip(ids.cpu(), real)]
-    try:
+    prompts, edits = [row[mask].tolist() for row, mask in zip(ids.cpu(), real)], [NONE]
+    if layer is not None:
         sae = probe(model, layer, ids)
-        clamped = [Ablation("a", (0, 1), -sae.size), Ablation("b", (2, 3), -sae.size)] if edits else []
-        ablations = [Ablation("none"), *clamped]
+        edits += [edit_of("clamp", sae, features=pair, clamp=-sae.size) for pair in ([0, 1], [2, 3])]
 
-        def one_by_one() -> torch.Tensor:  # (n_ablations, tokens of all prompts, d_vocab)
-            found = []
-            for ablation in ablations:
-                with ablate(model, sae, list(ablation.features), ablation.clamp):
-                    found.append([log_probs(plain, torch.tensor([row], device=ids.device))[0] for row in prompts])
-            return torch.stack([torch.cat(rows) for rows in found])
+    def one_by_one() -> torch.Tensor:  # (n_edits, tokens of all prompts, d_vocab)
+        found = []
+        for edit in edits:
+            with applied(model, model.tokenizer, edit):
+                found.append([log_probs(plain, torch.tensor([row], device=ids.device))[0] for row in prompts])
+        return torch.stack([torch.cat(rows) for rows in found])
 
-        wanted = one_by_one()
-        for max_rows, in_one_piece in ((3, True), (4, False)) if edits else ((1, whole),):
-            run = OnePass(model, sae, ablations, max_rows, in_one_piece)
-            h = run(padded(prompts, model.tokenizer, ids.device)).clone()[run.source]
-            for rows, start, copies in run.copies():
-                h[rows, start:] = copies
-            found = run.head(h[run.rows]).log_softmax(-1).cpu()[:, real]
-            if not alike(found, wanted, plain, one_by_one):
-                raise UserError(f"{type(plain).__name__}: many edits in one pass give other probabilities on this "
-                                "model than a plain pass for each of them, so it cannot be scored here")  # fmt: skip
-    except torch.OutOfMemoryError:
-        raise
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{type(plain).__name__}: the layers of this family cannot be run for many edits in one pass "
-                        f"({type(error).__name__}: {first_line(error)})") from error  # fmt: skip
-    known[layer] = edits
+    wanted = one_by_one()
+    for max_rows, in_one_piece in ((3, True), (4, False)):
+        run = OnePass(model, edits, max_rows)
+        run.in_one_piece = in_one_piece
+        h = run(padded(prompts, model.tokenizer, ids.device)).clone()[run.source]
+        for rows, start, copies in run.run_copies():
+            h[rows, start:] = copies
+        found = run.head(h[run.rows]).log_softmax(-1).cpu()[:, real]
+        if not alike(found, wanted, plain, one_by_one):
+            raise UserError(f"{type(plain).__name__}: many edits in one pass give other probabilities on this model "
+                            "than a plain pass for each of them, so it cannot be scored here")  # fmt: skip
 
 
-def refuse_not_numbers(found: torch.Tensor, rows: list[list[int]], ablations, what: str, tokenizer) -> None:
-    """Raises UserError naming the first of the scored rows, and the ablation, whose score is not finite; found:
-    (n_ablations, n_rows, ...)."""
+def refuse_not_numbers(found: torch.Tensor, rows: list[list[int]], edits, what: str, tokenizer) -> None:
+    """Raises UserError naming the first of the scored rows, and the edit, whose score is not finite; found:
+    (n_edits, n_rows, ...)."""
     bad = ~found.isfinite().flatten(2).all(-1) if found.ndim > 2 else ~found.isfinite()
     if bad.any():
         row, k = bad.T.nonzero()[0].tolist()
         raise UserError(f"{what} {row} ({words(tokenizer, rows[row])}): its log-probabilities under "
-                        f"{ablations[k].method} are not finite (NaN or infinity)")  # fmt: skip
+                        f"{edits[k].method} are not finite (NaN or infinity)")  # fmt: skip
 
 
 @torch.inference_mode()
-def score_letters(
-    model, sae, prompts, letters, ablations, batch_size=16, desc=None, max_rows=64, whole=False
-) -> torch.Tensor:
-    """Log-probability of each answer letter after each prompt: (n_ablations, n_prompts, 4), fp32, over the vocabulary.
+def score_letters(model, prompts, letters, edits, batch_size=16, desc=None, max_rows=64) -> torch.Tensor:
+    """Log-probability of each answer letter after each prompt: (n_edits, n_prompts, 4), fp32, over the vocabulary.
 
     prompts: lists of ids; letters: the four letters' ids, or several for each, of which the likeliest counts. Only the
     last position meets the unembedding. Raises UserError for a prompt beyond the model's positions, one whose result is
     not finite, and a model that OnePass cannot run (`check_engine`).
     """
     refuse_long(model.tokenizer, prompts)
-    check_engine(model, sae, any(row.features or row.reconstruct for row in ablations), whole)
+    check_engine(model, {min(edit.at) for edit in edits if edit.at})
     letters = torch.tensor(letters).reshape(4, -1)
-    out = torch.zeros(len(ablations), len(prompts), 4)  # what other processes score stays 0 here
+    out = torch.zeros(len(edits), len(prompts), 4)  # what other processes score stays 0 here
     last = torch.tensor([len(row) - 1 for row in prompts])
-    run = OnePass(model, sae, ablations, max_rows, whole)
+    run = OnePass(model, edits, max_rows)
     for picked, ids in batches(prompts, batch_size, model.tokenizer, model.cfg.device, desc):
         clean = run(ids)
         ends, scores = last[picked][run.source], torch.empty(len(run.source), 4)
-        for rows, start, h in itertools.chain([(torch.arange(len(ids)), 0, clean)], run.copies()):
+        for rows, start, h in itertools.chain([(torch.arange(len(ids)), 0, clean)], run.run_copies()):
             end = (ends[rows] - start).to(h.device)
             logits = run.head(h[torch.arange(len(h), device=h.device), end][:, None])[:, 0]
             scores[rows] = logits.log_softmax(-1)[:, letters].amax(-1).cpu()
         out[:, picked] = scores[run.rows]
     out = over_processes(out)
-    refuse_not_numbers(out, prompts, ablations, "question", model.tokenizer)
+    refuse_not_numbers(out, prompts, edits, "question", model.tokenizer)
     return out
 
 
 @torch.inference_mode()
 def score_loss(
-    model, sae, windows, ablations, batch_size=16, desc=None, max_rows=64, chunk=2**25, whole=False
+    model, windows, edits, batch_size=16, desc=None, max_rows=64, chunk=2**25
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed next-token loss of each window, (n_ablations, n_windows) in nats, fp64, and its targets (n_windows,).
+    """Summed next-token loss of each window, (n_edits, n_windows) in nats, fp64, and its targets (n_windows,).
 
     Special tokens are no targets. `chunk`: how many logits are held at a time. Raises UserError as score_letters does.
     """
     refuse_long(model.tokenizer, windows)
-    check_engine(model, sae, any(row.features or row.reconstruct for row in ablations), whole)
-    nats = torch.zeros(len(ablations), len(windows), dtype=torch.float64)
+    check_engine(model, {min(edit.at) for edit in edits if edit.at})
+    nats = torch.zeros(len(edits), len(windows), dtype=torch.float64)
     targets = torch.zeros(len(windows), dtype=torch.long)
-    run = OnePass(model, sae, ablations, max_rows, whole)
+    run = OnePass(model, edits, max_rows)
     for picked, ids in batches(windows, batch_size, model.tokenizer, model.cfg.device, desc):
         clean = run(ids)
         ids, real = ids.to(clean.device), run.ordinary[:, 1:].to(clean.device)  # (batch, pos - 1): is t + 1 a target
         sums = torch.zeros(len(run.source), dtype=torch.float64)
         of_clean = token_losses(run, clean, ids, real, chunk)  # (batch, pos - 1)
         sums[: len(ids)] = of_clean.sum(1)
-        for rows, start, h in run.copies():
+        for rows, start, h in run.run_copies():
             source = run.source[rows]
             new = token_losses(run, h, ids[source, start:], real[source, start:], chunk)
             sums[rows] = of_clean[source, :start].sum(1) + new.sum(1)
         nats[:, picked] = sums[run.rows]
         targets[picked] = real.sum(1).cpu()
     nats = over_processes(nats)
-    refuse_not_numbers(nats, windows, ablations, "text", model.tokenizer)
+    refuse_not_numbers(nats, windows, edits, "text", model.tokenizer)
     return nats, over_processes(targets)
 
 
@@ -440,7 +500,7 @@ def foretell(model, title: str, rows: list[list[int]], score, batch_size: int = 
     return seconds
 
 
-def robust_subset(model, sae, questions: list[dict], batch_size: int = 16, style: str = "plain") -> list[int]:
+def robust_subset(model, questions: list[dict], batch_size: int = 16, style: str = "plain") -> list[int]:
     """Positions of the questions that the unablated model answers right under all 24 orders of the options (SAEBench).
 
     A cascade: a question is asked no further order after its first wrong answer.
@@ -451,7 +511,7 @@ def robust_subset(model, sae, questions: list[dict], batch_size: int = 16, style
         if not texts:
             break
         rows, letters = encode_prompts(model.tokenizer, texts, style)
-        scores = score_letters(model, sae, rows, letters, [Ablation("none")], batch_size, f"order {number} of 24")
+        scores = score_letters(model, rows, letters, [NONE], batch_size, f"order {number} of 24")
         chosen = scores[0].argmax(-1).tolist()
         alive = [i for i, letter in zip(alive, chosen) if order[letter] == questions[i]["answer"]]
     return alive
@@ -522,7 +582,7 @@ def with_q_values(subjects: dict[str, dict]) -> dict[str, dict]:
 
 
 def quiz_scores(chosen: np.ndarray, questions: list[dict], by_subject: bool = True) -> list[dict]:
-    """One score per ablation from the options chosen (n_ablations, n_questions), 0 to 3; the first is the clean model.
+    """One score per edit from the options chosen (n_edits, n_questions), 0 to 3; the first is the clean model.
 
     Where all questions have a subject, each score also carries `subjects` with the same fields for each.
     """
@@ -542,8 +602,8 @@ def quiz_scores(chosen: np.ndarray, questions: list[dict], by_subject: bool = Tr
     return out
 
 
-def score_quiz(model, sae, title: str, questions: list[dict], indices: list[int], ablations, s) -> tuple[list, dict]:
-    """One score per ablation, and for the record {"questions": indices scored, "skipped_long"}. s: the settings.
+def score_quiz(model, title: str, questions: list[dict], indices: list[int], edits, s) -> tuple[list, dict]:
+    """One score per edit, and for the record {"questions": indices scored, "skipped_long"}. s: the settings.
 
     Of `indices`, --limit keeps a seeded sample, --skip-long those within the model's positions, and --robust those
     right under all orders of the options.
@@ -552,16 +612,15 @@ def score_quiz(model, sae, title: str, questions: list[dict], indices: list[int]
     indices = fitting(model.tokenizer, title, questions, wanted, s.skip_long, s.prompt)
     skipped = len(wanted) - len(indices)
     if s.robust:
-        indices = [
-            indices[i] for i in robust_subset(model, sae, [questions[i] for i in indices], s.batch_size, s.prompt)
-        ]
+        asked = [questions[i] for i in indices]
+        indices = [indices[i] for i in robust_subset(model, asked, s.batch_size, s.prompt)]
     asked = [questions[i] for i in indices]
     if not asked:
         raise UserError("no question is left to score: take away --robust or --skip-long, or give more questions")
     prompts, letters = encode_prompts(model.tokenizer, [prompt(row, style=s.prompt) for row in asked], s.prompt)
 
     def score(rows, desc=None):
-        return score_letters(model, sae, rows, letters, ablations, s.batch_size, desc, s.max_rows)
+        return score_letters(model, rows, letters, edits, s.batch_size, desc, s.max_rows)
 
     foretell(model, title, prompts, score, s.batch_size)
     log_probs = score(prompts, title)
@@ -569,8 +628,8 @@ def score_quiz(model, sae, title: str, questions: list[dict], indices: list[int]
 
 
 def loss_scores(nats: torch.Tensor, targets: torch.Tensor, sources: list[int], seed: int = 0) -> list[dict]:
-    """One score per ablation: nats per token, and for all but the first (the clean one) the loss added, with a
-    bootstrap over documents. nats: (n_ablations, n_windows); targets: (n_windows,); sources: each window's document."""
+    """One score per edit: nats per token, and for all but the first (the clean one) the loss added, with a
+    bootstrap over documents. nats: (n_edits, n_windows); targets: (n_windows,); sources: each window's document."""
     documents = np.unique(sources, return_inverse=True)[1]
     tokens = np.bincount(documents, targets.numpy())
     if not tokens.all():
@@ -604,27 +663,41 @@ def keep_robust(lm, texts: dict, sources: dict, s) -> None:
     for name, (questions, parts) in texts["quizzes"].items() if s.robust else ():
         for half, part in parts.items():
             asked = [questions[i] for i in part]
-            parts[half] = [part[i] for i in robust_subset(lm, no_sae(lm), asked, s.batch_size, s.prompt)]
+            parts[half] = [part[i] for i in robust_subset(lm, asked, s.batch_size, s.prompt)]
         if not all(parts.values()):
             raise UserError(f"{name}: --robust leaves no question to a half")
         sources[name] |= {"questions": parts[""], "tuning_questions": parts["_tuning"]}
 
 
-def answers(lm, texts: dict, s, whole: bool = False) -> dict:
-    """What a model answers, as it is: {quiz: options chosen}, and {"openwebtext": losses in nats, targets, documents}.
+def answers(lm, texts: dict, edits: list[Edit], s, run=None) -> list[dict]:
+    """What a model answers under each edit: {quiz: options chosen}, and {"openwebtext": losses in nats, targets,
+    documents}.
 
-    texts: data.load_benchmark's; s: the settings; whole: as in OnePass.
+    texts: data.load_benchmark's; s: the settings. run(name, items, score) -> score(items), (n_edits, n_items), may keep
+    what it has in pieces.
     """
-    rows, sae, found = [Ablation("none")], no_sae(lm), {}
+    run = run or (lambda name, items, score: score(items, name))
+    found, rows = [{} for _ in edits], getattr(s, "max_rows", 64)
     for name, (questions, parts) in texts["quizzes"].items():
         asked = sorted({i for part in parts.values() for i in part})
         texts_asked = [prompt(questions[i], style=s.prompt) for i in asked]
         prompts, letters = encode_prompts(lm.tokenizer, texts_asked, s.prompt)
-        scores = score_letters(lm, sae, prompts, letters, rows, s.batch_size, name, whole=whole)
-        found[name] = scores.argmax(-1)[0].tolist()
+
+        def choose(some, desc=None, letters=letters):
+            return score_letters(lm, some, letters, edits, s.batch_size, desc, rows).argmax(-1)
+
+        for one, chosen in zip(found, run(name, prompts, choose)):
+            one[name] = chosen.tolist()
     windows, documents = token_windows(lm.tokenizer, texts["web"], max_tokens=SCORED_TOKENS, bos=True)
-    nats, targets = score_loss(lm, sae, windows, rows, s.batch_size, "OpenWebText", whole=whole)
-    return {**found, "openwebtext": [nats[0].tolist(), targets.tolist(), documents]}
+    special = set(special_ids(lm.tokenizer))
+    targets = [sum(token not in special for token in window[1:]) for window in windows]
+
+    def lose(some, desc=None):
+        return score_loss(lm, some, edits, s.batch_size, desc, rows)[0]
+
+    for one, nats in zip(found, run("openwebtext", windows, lose)):
+        one["openwebtext"] = [nats.tolist(), targets, documents]
+    return found
 
 
 def scores_of(runs: list[dict], texts: dict, seed: int = 0) -> list[dict]:

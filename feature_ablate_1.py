@@ -23,6 +23,7 @@ import time
 
 from common import command_line, load_model, load_sae, parser, quiz_flags, settings
 from data import RETAIN_TOKENS, halves, load_rows, of_subjects, picking_texts, token_windows
+from edits import layer_of
 from evaluation import check_engine, score_quiz, standard_rows
 from picking import firing_rates, largest, matched_random, pick_features, sanity_gate
 from show import (
@@ -59,7 +60,7 @@ def run(**changes) -> dict:
     path = outputs("feature_ablate_1.py", s, flags)
     lm = load_model(s.model, s.device, s.dtype, s.device_map, s.edit_special)
     sae = load_sae(s.sae, s.layer, lm, s.model)
-    check_engine(lm, sae)
+    check_engine(lm, [layer_of(sae)])
 
     wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
     picking, _ = halves(wmdp, s.seed, s.pick_on)
@@ -76,8 +77,8 @@ def run(**changes) -> dict:
     control = matched_random(forget, retain, features, s.seed)
     print_features(features, forget, retain, top_tokens(lm, sae, features, forget_windows), sae)
 
-    rows = standard_rows(features, control, s.clamp)
-    scores, asked = score_quiz(lm, sae, "MMLU", mmlu, indices, rows, s)
+    rows = standard_rows(sae, features, control, s.clamp)
+    scores, asked = score_quiz(lm, "MMLU", mmlu, indices, rows, s)
     sources["mmlu"] |= asked
 
     name = title_of("mmlu", sources)

@@ -24,6 +24,7 @@ import time
 
 from common import command_line, load_model, load_sae, parser, quiz_flags, settings
 from data import RETAIN_TOKENS, halves, load_rows, picking_texts, token_windows, utility
+from edits import layer_of
 from evaluation import check_engine, score_quiz, standard_rows
 from picking import firing_rates, largest, matched_random, pick_features, sanity_gate
 from show import (
@@ -58,7 +59,7 @@ def run(**changes) -> dict:
     path = outputs("feature_ablate_2.py", s, flags)
     lm = load_model(s.model, s.device, s.dtype, s.device_map, s.edit_special)
     sae = load_sae(s.sae, s.layer, lm, s.model)
-    check_engine(lm, sae)
+    check_engine(lm, [layer_of(sae)])
 
     wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
     picking, reporting = halves(wmdp, s.seed, s.pick_on)
@@ -75,10 +76,10 @@ def run(**changes) -> dict:
     control = matched_random(forget, retain, features, s.seed)
     print_features(features, forget, retain, top_tokens(lm, sae, features, forget_windows), sae)
 
-    rows = standard_rows(features, control, s.clamp)
-    bio, asked = score_quiz(lm, sae, "WMDP-Bio", wmdp, reporting, rows, s)
+    rows = standard_rows(sae, features, control, s.clamp)
+    bio, asked = score_quiz(lm, "WMDP-Bio", wmdp, reporting, rows, s)
     sources["wmdp_bio"] |= asked
-    rest, asked = score_quiz(lm, sae, "MMLU", mmlu, beside, rows, s)
+    rest, asked = score_quiz(lm, "MMLU", mmlu, beside, rows, s)
     sources["mmlu"] |= asked
 
     titles = [title_of(name, sources) for name in ("wmdp_bio", "mmlu")]

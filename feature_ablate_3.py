@@ -24,6 +24,7 @@ import time
 
 from common import command_line, load_model, load_sae, parser, settings
 from data import RETAIN_TOKENS, as_prose, halves, load_rows, picking_texts, token_windows
+from edits import layer_of
 from evaluation import check_engine, foretell, loss_scores, score_loss, standard_rows
 from picking import firing_rates, largest, matched_random, pick_features, sanity_gate
 from show import (
@@ -48,12 +49,12 @@ SCORED_TOKENS = 20_000  # of OpenWebText, documents in order; enough for +-0.001
 flags = parser(__doc__)
 
 
-def score(lm, sae, title, texts, rows, s):
+def score(lm, title, texts, rows, s):
     """One score per row: nats per token, and the loss added with a bootstrap over documents."""
     windows, documents = token_windows(lm.tokenizer, texts[: s.limit], max_tokens=SCORED_TOKENS, bos=True)
 
     def losses(some, desc=None):
-        return score_loss(lm, sae, some, rows, s.batch_size, desc, s.max_rows)
+        return score_loss(lm, some, rows, s.batch_size, desc, s.max_rows)
 
     foretell(lm, title, windows, losses, s.batch_size)  # says how long it will take, if long
     nats, targets = losses(windows, title)  # (rows, windows), (windows,)
@@ -71,7 +72,7 @@ def run(**changes) -> dict:
     path = outputs("feature_ablate_3.py", s, flags)
     lm = load_model(s.model, s.device, s.dtype, s.device_map, s.edit_special)
     sae = load_sae(s.sae, s.layer, lm, s.model)
-    check_engine(lm, sae)
+    check_engine(lm, [layer_of(sae)])
 
     wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
     picking, reporting = halves(wmdp, s.seed, s.pick_on)
@@ -85,12 +86,12 @@ def run(**changes) -> dict:
     control = matched_random(forget, retain, features, s.seed)
     print_features(features, forget, retain, top_tokens(lm, sae, features, forget_windows), sae)
 
-    rows = standard_rows(features, control, s.clamp)
+    rows = standard_rows(sae, features, control, s.clamp)
     web, sources["openwebtext"] = load_rows("openwebtext", s.model, s.data)
     texts = {title_of("openwebtext", sources): [row["text"] for row in web],
              f"{title_of('wmdp_bio', sources)} as prose": [as_prose(wmdp[i]) for i in reporting]}  # fmt: skip
     sources["wmdp_bio"]["questions"] = reporting[: s.limit]
-    panels = {title: score(lm, sae, title, part, rows, s) for title, part in texts.items()}
+    panels = {title: score(lm, title, part, rows, s) for title, part in texts.items()}
 
     for title, scores in panels.items():
         print_loss(title, rows, scores)

@@ -1,17 +1,20 @@
 # %% [markdown]
 r"""
-lm-eval with SAE features ablated: any of its tasks, any number of features, several layers, one or many GPUs.
+lm-eval with any edit in place: any of its tasks, any number of features, several layers, one or many GPUs.
 
     python lm_eval_ablated.py --layer 3 --n-features 10 --tasks tiny_wmdp_bio,tiny_mmlu --unablated
     python lm_eval_ablated.py --features results/feature_ablate_2_tiny_L3_n10.json --tasks tiny_openwebtext --unablated
+    python lm_eval_ablated.py --record results/baselines_dsg_tiny_L3.json --unablated
+    python lm_eval_ablated.py --method dsg --layer 3 --n-features 20 --clamp -10
     python lm_eval_ablated.py --tasks list
     accelerate launch --num_processes 8 lm_eval_ablated.py --model gemma-2-2b-it --layer 7 --n-features 50 \
         --tasks wmdp_bio,mmlu --unablated --batch_size auto --dtype bfloat16
 
 Features are picked as in the lessons, or read with --features: a JSON list of ids of --layer's SAE, {"layer": [ids]}
-for several layers, or a record that a lesson or a sweep wrote. With --unablated the model is scored without ablation
-too, and the two are compared question by question, which lm-eval itself does not do. Questions that features were
-picked on are left out. Tasks are lm-eval's and those of lm_eval_tasks/, options lm-eval's own.
+for several layers, or a record that a lesson, a sweep or baselines.py wrote, whose edit is taken as it is (--record is
+the same flag). --method makes one of baselines.py's edits. With --unablated the model is scored without any too, and
+the two are compared question by question, which lm-eval itself does not do. Questions that features were picked on are
+left out. Tasks are lm-eval's and those of lm_eval_tasks/, options lm-eval's own.
 
 In lm-eval's command line the model is called sae-ablated:
 
@@ -30,49 +33,28 @@ after (n 178); 19 s and 0.9 GB on two cores.
 import argparse
 import copy
 import difflib
-import hashlib
-import inspect
-import itertools
 import json
 import logging
 import math
 import time
-from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from lm_eval import simple_evaluate
-from lm_eval.api.model import LM, CachingLM
-from lm_eval.api.registry import model_registry, register_model
+from lm_eval.api.model import CachingLM
 from lm_eval.loggers import EvaluationTracker
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import make_table, simple_parse_args_string
-from safetensors import SafetensorError
+from lm_eval.utils import make_table
 
 import processes
-from common import (
-    checked,
-    command_line,
-    decoder_layers,
-    edited,
-    layer_of,
-    load_sae,
-    parser,
-    refuse_damaged,
-    refuse_not_finite,
-    settings,
-    watch_tokens,
-)
+from common import command_line, latent_flags, parser, settings
 from data import (
     HERE,
     RETAIN_TOKENS,
     UserError,
-    check_bos,
     digest,
     first_line,
     halves,
@@ -80,12 +62,27 @@ from data import (
     picking_texts,
     sample,
     token_windows,
-    without_thought,
 )
-from evaluation import PERMUTATIONS, Ablation, accuracy_score, bootstrap, loss_scores, with_q_values
-from hub import announce, check_same, identity
-from picking import firing_rates, largest, pick_features, sanity_gate
-from presets import PRESETS, model_source, sae_source
+from edits import NONE, Edit
+from evaluation import PERMUTATIONS, accuracy_score, bootstrap, loss_scores, of_features, with_q_values
+from hub import check_same
+from lm_eval_model import (
+    AblatedLM,
+    Scored,
+    Spread,
+    edit_from,
+    features_of,
+    from_file,
+    is_record,
+    load_ablated,
+    load_saes,
+    model_args,
+    of_record,
+    read_json,
+)
+from methods import BY_FEATURES, GRIDS, USUAL, Measured, edit_for, measure
+from picking import sanity_gate
+from presets import model_source
 from show import (
     label,
     make_record,
@@ -106,257 +103,9 @@ logging.getLogger("lm_eval.api.task").addFilter(lambda note: "Custom kwargs can 
 TINY_TASKS, HUB_TASKS = "tiny_wmdp_bio,tiny_mmlu", "wmdp_bio,sae_mmlu_saebench"
 QUIZ = {"question", "choices", "answer"}  # what documents of wmdp's and mmlu's form have
 LAYER, N_FEATURES = 7, 50  # where neither a flag nor a record says otherwise
-BATCHING = {"batch_size", "max_batch_size"}  # do not decide an answer
-# Of --model_args: what flags of ours settle, and what hf hands on to transformers' from_pretrained
-OURS = {"pretrained": "--model", "sae": "--sae", "features": "--features", "layer": "--layer", "clamp": "--clamp",
-        "device": "--device", "dtype": "--dtype", "batch_size": "--batch_size",
-        "max_batch_size": "--max_batch_size"}  # fmt: skip
-FROM_PRETRAINED = {"attn_implementation", "device_map", "max_memory", "low_cpu_mem_usage", "use_safetensors", "variant",
-                   "cache_dir", "token", "local_files_only", "load_in_8bit", "load_in_4bit", "bnb_4bit_compute_dtype",
-                   "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"}  # fmt: skip
 # What records, and so pareto.py, call a task's data set; other tasks keep their names
 DATA_SETS = {"tiny_wmdp_bio": "wmdp_bio", "tiny_mmlu": "mmlu", "sae_mmlu_saebench": "mmlu",
              "tiny_openwebtext": "openwebtext", "sae_openwebtext": "openwebtext"}  # fmt: skip
-
-# %% [markdown]
-# ## The model: lm-eval's `hf` with the edit of common.py on its decoder layers
-
-
-# %%
-class AblatedLM(HFLM):
-    """lm-eval's `hf`, all of its arguments, and SAE features that are ablated in every forward pass.
-
-    pretrained: preset, hub id or folder. sae: folder or RELEASE:ID, with "{layer}" where there are several layers, or
-    {layer: loaded SAE} (default: the preset's). features: {layer: ids}, a list of ids of `layer`, or a JSON file of
-    either or a record. clamp: 0 or negative. With no features every log-likelihood is `hf`'s to the last bit. Set
-    `ablated` to False to run the model as it is. Raises UserError for features and SAEs that do not fit.
-    """
-
-    def __init__(self, pretrained: str, sae=None, features=(), layer: int = 7, clamp=0.0, device=None, **kwargs):
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")  # lm-eval takes cuda even without one
-        path = model_source(pretrained)
-        super().__init__(path, device=device, **kwargs)
-        if hasattr(self, "accelerator"):  # lm-eval knows of several processes on GPUs only, and of one machine
-            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        # what the answers come from: content or commit of all that was loaded, and all arguments that may matter
-        loaded = {name: kwargs[name] for name in ("peft", "delta", "tokenizer") if isinstance(kwargs.get(name), str)}
-        self.identity = {name: identity(source) for name, source in {"model": path, **loaded}.items()}
-        if "revision" in kwargs:
-            commit = getattr(self.model.config, "_commit_hash", None)
-            self.identity["revision"] = f"{kwargs['revision']}@{commit}"
-        self.arguments = {name: str(kwargs[name]) for name in sorted(kwargs) if name not in BATCHING}
-        if isinstance(features, str):
-            features = read_features(features, layer, sae, pretrained)
-        elif not isinstance(features, dict):
-            features = {layer: list(features)} if features else {}
-        if not isinstance(sae, dict):
-            sae = load_saes(self, sae, list(features), pretrained)
-        self.ablated = True
-        self.set_edits(sae, features, float(clamp))
-
-    def set_edits(self, saes: dict, features: dict[int, list[int]], clamp: float) -> None:
-        """Ablate these features, {layer: ids}, from now on. Raises UserError for features that the SAE lacks."""
-        if not -math.inf < clamp <= 0:
-            raise UserError(f"clamp {clamp:g}: a number that is 0 or negative")
-        layers, self.edits = decoder_layers(self.model), []  # [(layer, its module, the features' latents, clamp)]
-        for number, ids in features.items():
-            try:
-                latents = checked(saes[number], ids, clamp)
-            except ValueError as error:
-                raise UserError(f"layer {number}: {error}") from error
-            self.edits.append((number, layers[layer_of(saes[number])], latents, clamp))
-
-    @contextmanager
-    def patched(self):
-        """Within this context the model's layers have the edit; RuntimeError if one of them never ran."""
-        fired = set()
-
-        def edit(number, latents, clamp):
-            def hook(module, args, output):  # transformers 5 returns h, earlier versions (h, ...)
-                fired.add(number)
-                h = output[0] if isinstance(output, tuple) else output
-                new = edited(h, latents, clamp, seen["edited"])
-                return new if new is None or not isinstance(output, tuple) else (new, *output[1:])
-
-            return hook
-
-        edits = self.edits if self.ablated else []
-        with watch_tokens(self.model, self.tokenizer) as seen, ExitStack() as handles:
-            handles.callback(self.model.get_output_embeddings().register_forward_hook(self.refuse_not_finite).remove)
-            for number, module, latents, clamp in edits:
-                handles.callback(module.register_forward_hook(edit(number, latents, clamp)).remove)
-            yield
-        if len(fired) != len(edits):
-            raise RuntimeError("a layer that features are ablated at never ran")
-
-    def refuse_not_finite(self, module, args, logits):
-        """A hook on the unembedding: an argmax over NaN would be an answer like any other, and go into the caches."""
-        if not all(torch.isfinite(end) for end in logits.aminmax()):
-            how = "with the features ablated" if self.ablated and self.edits else "as it is"
-            raise UserError(f"{self.pretrained} {how} has logits that are not finite (NaN or infinity): look for such "
-                            "values in its weights, its adapter and its SAE, or take another dtype")  # fmt: skip
-
-    def _model_call(self, *args, **kwargs):
-        with self.patched():
-            return super()._model_call(*args, **kwargs)
-
-    def _model_generate(self, *args, **kwargs):
-        with self.patched():
-            return super()._model_generate(*args, **kwargs)
-
-    def fingerprint(self) -> str:
-        """Hash of what decides the answers: what model, adapter and SAEs are (hub.identity), arguments, edits."""
-        model = [self.identity, self.arguments, self.model.config._attn_implementation, str(self.model.dtype)]
-        edits = [(number, clamp, latents.features.tolist(), latents.sae.identity)
-                 for number, _, latents, clamp in (self.edits if self.ablated else [])]  # fmt: skip
-        return hashlib.sha256(json.dumps([model, edits]).encode()).hexdigest()[:16]
-
-    def set_cache_hook(self, cache_hook) -> None:
-        """lm-eval's cache knows a request, not the model that answered it: another model's cache is refused."""
-        known, mine = cache_hook.dbdict, self.fingerprint()
-        if len(known) and known.get("sae-ablated") != mine:
-            raise UserError("these cached answers are another model's or another ablation's: give another cache")
-        known["sae-ablated"] = mine
-        super().set_cache_hook(cache_hook)
-
-    def _loglikelihood_tokens(self, requests, **kwargs):
-        asked = [(key, context, answer) for key, context, answer in requests if key is not None]  # None: rolling, which
-        check_bos(self.tokenizer, [context for _, context, _ in asked])  # lm-eval cuts in windows, with two BOS itself
-        for (text, _), context, answer in asked:
-            without_thought(text)
-            self.refuse_long(text, len(context) + len(answer) - 1)
-        return super()._loglikelihood_tokens(requests, **kwargs)
-
-    def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
-        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
-        if left_truncate_len:  # what is left of the context when all new tokens are written
-            self.refuse_long(max(strings, key=len), ids.shape[1], left_truncate_len)
-        return ids, mask
-
-    def refuse_long(self, text: str, length: int, most: int | None = None) -> None:
-        """lm-eval would cut a prompt's beginning off, or ask the model about positions that it does not have."""
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or self.max_length
-        most = most or min(self.max_length, positions)
-        if length > most:
-            raise UserError(f"the prompt {text[:60]!r} ... has {length} tokens, and there is room for {most}: leave it "
-                            "out with --samples, or ask with fewer examples")  # fmt: skip
-
-
-if "sae-ablated" not in model_registry:  # lm-eval refuses a name twice, but a notebook's cell is run again
-    register_model("sae-ablated")(AblatedLM)
-
-
-class Scored:
-    """What common.load_sae and picking.py ask of a TransformerLens model, of the very model that lm-eval scores."""
-
-    def __init__(self, lm: AblatedLM):
-        config, layers = lm.model.config.get_text_config(), decoder_layers(lm.model)
-        self.original_model, self.tokenizer, self.blocks = lm.model, lm.tokenizer, layers
-        self.cfg = SimpleNamespace(n_layers=len(layers), d_model=config.hidden_size, d_vocab=config.vocab_size,
-                                   model_name=lm.pretrained, device=lm.device)  # fmt: skip
-        self.hook_dict = {f"blocks.{i}.hook_resid_post": layer for i, layer in enumerate(layers)}
-
-    @contextmanager
-    def hooks(self, fwd_hooks: list):
-        with ExitStack() as handles:
-            for name, hook in fwd_hooks:
-
-                def read(module, args, output, hook=hook):
-                    hook(output[0] if isinstance(output, tuple) else output, hook=None)
-
-                handles.callback(self.hook_dict[name].register_forward_hook(read).remove)
-            yield
-
-    def __call__(self, ids, stop_at_layer: int, use_cache: bool = False) -> None:
-        """Run the layers below `stop_at_layer`, for the sake of the hooks."""
-
-        class Stop(Exception):
-            pass
-
-        def stop(module, args):
-            raise Stop
-
-        above = [*self.blocks, self.original_model.get_output_embeddings()][stop_at_layer]
-        handle = above.register_forward_pre_hook(stop)
-        with suppress(Stop):
-            self.original_model(ids, use_cache=use_cache)
-        handle.remove()
-
-
-def load_saes(lm: AblatedLM, sae: str | None, layers: list[int], model: str) -> dict:
-    """{layer: SAE}. sae: --sae, with {layer} in the layer's place; None: the preset's."""
-    if sae and len(layers) > 1 and "{layer}" not in sae:
-        raise UserError(f"--sae {sae}: with several layers it needs {{layer}} in the layer's place")
-    view = Scored(lm)
-    return {number: load_sae(sae and sae.replace("{layer}", str(number)), number, view, model) for number in layers}
-
-
-# %% [markdown]
-# ## Features from a file
-
-
-# %%
-def read_json(path: str):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}") from error
-
-
-def read_features(path: str, layer: int, sae: str | None = None, model: str = "tiny") -> dict[int, list[int]]:
-    """{layer: ids} from a JSON file: a list of ids, {layer: ids}, or a record (see `of_record`).
-
-    Raises UserError for a layer without features, and for a record whose SAE is not `sae` as it is now.
-    """
-    found = read_json(path)
-    if isinstance(found, dict) and "points" in found:
-        return features_of(path, found, of_record(path, found), sae, model)
-    found = {layer: found} if isinstance(found, list) else found
-    try:
-        features = {int(number): ids for number, ids in found.items()}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: a list of feature ids, {{layer: ids}} or a record is wanted") from error
-    return filled(path, features)
-
-
-def filled(path: str, features: dict) -> dict[int, list[int]]:
-    """The features, unless a layer has none: with nothing to ablate they would be picked, or the model scored as is."""
-    for number, ids in features.items():
-        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-            raise UserError(f"{path}: layer {number} has no list of feature ids")
-    if not features or not all(features.values()):
-        empty = f"layer {min(k for k, ids in features.items() if not ids)} has" if features else "it holds"
-        raise UserError(f"{path}: {empty} no features to ablate")
-    return features
-
-
-def features_of(path: str, record: dict, setting: dict, sae: str | None, model: str) -> dict[int, list[int]]:
-    """{layer: ids} of a record's setting, which another SAE does not know under these ids."""
-    ids = setting["features"]
-    features = {int(k): v for k, v in ids.items()} if isinstance(ids, dict) else {setting["layer"]: ids}
-    for number in filled(path, features):
-        source = sae_source(sae and sae.replace("{layer}", str(number)), number, model)
-        check_same(path, record, "sae", source, number)
-    return features
-
-
-def of_record(path: str, record: dict, **wanted) -> dict:
-    """The setting of a record's SAE ablation that has the wanted layer, n_features and clamp (None: any).
-
-    Where lessons left both zero ablation and a clamp the clamp is meant. Raises UserError if not one setting is left.
-    """
-    settings_of = [
-        {"layer": record["layer"], **p["setting"]} for p in record["points"] if p["method"] == "sae-ablation"
-    ]
-    left = [s for s in settings_of if all(v is None or s[k] == v for k, v in wanted.items())]
-    if wanted.get("clamp") is None and len({json.dumps([s["layer"], s["features"]]) for s in left}) == 1:
-        left = [min(left, key=lambda s: s["clamp"])]
-    if len(left) != 1:
-        there = ", ".join(f"--layer {s['layer']} --n-features {s['n_features']} --clamp {s['clamp']:g}"
-                          for s in (left or settings_of)[:40])  # fmt: skip
-        raise UserError(f"{path}: say which of its settings: {there or 'it has no SAE ablation'}")
-    return left[0]
-
 
 # %% [markdown]
 # ## Flags: the shared ones, some with other defaults, and lm-eval's own, in its spelling or with hyphens
@@ -380,9 +129,12 @@ flags.add_argument(
     "--n-features", type=int, help="how many features to pick (default: 50), or which setting of a record"
 )
 flags.add_argument("--clamp", type=float, help="0 or negative (default: the preset's, or the record's)")
-flags.add_argument(
-    "--features", metavar="FILE", help="JSON list of ids, {layer: ids}, or a record (default: pick them)"
-)
+flags.add_argument("--features", "--record", metavar="FILE", help="JSON list of ids, {layer: ids}, or a record, whose "
+                   "edit is taken as it is (default: pick them)")  # fmt: skip
+flags.add_argument("--method", choices=list(GRIDS), help="what to do with the features (default: zero or clamp them)")
+flags.add_argument("--setting", nargs="+", metavar="NAME=NUMBER", help="what else the method is told, as threshold=0.5 "
+                   "(times the mean activation), strength=1.5, behind=1")  # fmt: skip
+latent_flags(flags)
 flags.add_argument("--unablated", action="store_true", help="score the model without ablation too, and compare")
 flags.add_argument("--subjects", help="comma-separated: only the questions on these")
 flags.add_argument("--samples", nargs="+", metavar="TASK:FILE", help="JSON list of the indices to ask of a task")
@@ -482,103 +234,6 @@ def choose(tasks: dict[str, tuple], s, half: bool) -> dict[str, list[int]]:
         unseen = half and not {part.task_name for part in parts} & set(wanted)
         print(f"{name}: {asked} of {total} documents" + (", none that features were picked on" if unseen else ""))
     return {name: sorted(ids) for name, ids in chosen.items()}
-
-
-# %% [markdown]
-# ## Answers: on several processes each has its share of the requests
-
-
-# %%
-class Spread(LM):
-    """A model whose requests are shared out over the processes; every process gets all answers, in order.
-
-    lm-eval's own way deals out documents, and fails where a task has fewer of them than there are processes.
-    """
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def share(self, name: str, requests: list) -> list:
-        contexts = [request.args[0] or str(request.args) for request in requests]  # a question's letters share one
-        numbers = {context: i for i, context in enumerate(dict.fromkeys(contexts))}
-        mine = set(processes.own(range(len(numbers))))
-        own = [i for i, context in enumerate(contexts) if numbers[context] in mine]
-        answers = getattr(self.inner, name)([requests[i] for i in own]) if own else []
-        found = dict(processes.from_all(list(zip(own, answers))))
-        return [found[i] for i in range(len(requests))]
-
-    def loglikelihood(self, requests):
-        return self.share("loglikelihood", requests)
-
-    def loglikelihood_rolling(self, requests):
-        return self.share("loglikelihood_rolling", requests)
-
-    def generate_until(self, requests):
-        return self.share("generate_until", requests)
-
-    def apply_chat_template(self, *args, **kwargs):
-        return self.inner.apply_chat_template(*args, **kwargs)
-
-    def chat_template(self, *args, **kwargs):
-        return self.inner.chat_template(*args, **kwargs)
-
-    @property
-    def tokenizer_name(self):
-        return self.inner.tokenizer_name
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-
-def model_args(s) -> dict:
-    """lm-eval's --model_args. Raises UserError for a name given twice, unknown, or that a flag of ours settles."""
-    entries = [entry for entry in (s.model_args or "").split(",") if entry]
-    names = [entry.split("=")[0].strip() for entry in entries]
-    known = {*inspect.signature(HFLM.__init__).parameters, *FROM_PRETRAINED} - {"self", "kwargs", *OURS}
-    for entry, name in zip(entries, names):
-        if name in OURS:
-            raise UserError(f"--model_args {entry}: say it with {OURS[name]}")
-        if names.count(name) > 1 or "=" not in entry:
-            raise UserError(f"--model_args {s.model_args}: " + (f"{name} stands there twice" if "=" in entry else
-                                                                f"{name} has no value, as in {name}=..."))  # fmt: skip
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 3, 0.6)
-            raise UserError(f"--model_args {entry}: lm-eval's hf has no {name}; near: {', '.join(near) or '-'}")
-    more = simple_parse_args_string(s.model_args)
-    if more.get("trust_remote_code"):
-        raise UserError("--model_args trust_remote_code=True: code from a repository is never run here")
-    if s.device_map and {"parallelize", "device_map"} & set(more):
-        raise UserError("--model_args and --device-map both say where the layers go: leave one out")
-    return more
-
-
-def load_ablated(s) -> AblatedLM:
-    """The model that is scored, nothing ablated yet. lm-eval sees one process: `Spread` deals with the others."""
-    more = {"attn_implementation": "eager", **model_args(s)}  # as TransformerLens has it
-    if s.device_map and torch.cuda.is_available():
-        more |= {"parallelize": True, "device_map": s.device_map}
-    if s.device_map and (s.device or processes.count() > 1):
-        raise UserError("--device-map spreads one model over the GPUs: leave out --device and accelerate launch")
-    path = model_source(s.model)
-    if not Path(path).is_dir() and "/" not in path:
-        raise UserError(f"no model {s.model!r}: give a preset ({', '.join(PRESETS)}), a hub id ORG/NAME or a folder")
-    if Path(path).is_dir():
-        refuse_damaged(path)
-    else:
-        announce(path)
-    try:
-        lm = AblatedLM(s.model, device=s.device, dtype=s.dtype, batch_size=s.batch_size,
-                       max_batch_size=s.max_batch_size, **more)  # fmt: skip
-    except (OSError, ValueError, ImportError, TypeError, AssertionError, SafetensorError) as error:
-        hint = "" if Path(path).is_dir() else (f". If it is gated, accept its licence at https://huggingface.co/{path} "
-                                               "and run `hf auth login`; to work offline use --model tiny")  # fmt: skip
-        given = f" with --model_args {s.model_args}" if s.model_args else ""
-        raise UserError(f"cannot load {path}{given}: {first_line(error)}{hint}") from error
-    refuse_not_finite(path, lm.model.named_parameters())
-    lm.tokenizer.edit_special = s.edit_special
-    lm._rank, lm._world_size = 0, 1
-    return lm
 
 
 def to_ask(tasks: dict, chosen: dict) -> list:
@@ -749,52 +404,72 @@ def scores_of(runs: list[list[dict]], lm: AblatedLM, seed: int) -> list[dict | N
 
 
 # %%
-def layers_of(s, given: dict) -> dict[int, list[int]] | None:
-    """{layer: features} of --features, None where they are to be picked. A record also settles what else is its own:
-    SAE, clamp, data, seed, and whether all questions may be scored."""
+def given_edit(s, given: dict) -> dict | None:
+    """What --features says is to be applied, as lm_eval_model.from_file has it; None where features are to be picked.
+    A record also settles what else is its own: SAE, data, seed, and whether all questions may be scored."""
     if s.features is None:
         return None
     s.pick_on = "all"  # of a bare list nobody knows what it was picked on
     record = read_json(s.features)
-    if not (isinstance(record, dict) and "points" in record):
-        return read_features(s.features, s.layer)
+    wanted = {**given, "method": s.method, **numbers_of(s)}
+    if not is_record(record):
+        return from_file(s.features, s.layer, {**wanted, "clamp": s.clamp})
     if record["model"] != s.model:
         raise UserError(f"{s.features} is a record of {record['model']}, the model is {s.model}")
     check_same(s.features, record, "model", model_source(s.model))
-    setting = of_record(s.features, record, **given)
     saes, there = record["sae"], record["layer"]
-    if s.sae is None and not isinstance(setting["features"], dict):
-        source = saes[there.index(setting["layer"])] if isinstance(saes, list) else saes
+    layers = of_record(s.features, record, **wanted)["setting"]["layer"]
+    if s.sae is None and saes and isinstance(layers, int):
+        source = saes[there.index(layers)] if isinstance(saes, list) else saes
         s.sae = str(HERE / source) if (HERE / source).is_dir() else source
-    s.seed, s.pick_on, s.clamp = record["seed"], record["settings"]["pick_on"], setting["clamp"]
+    s.seed, s.pick_on = record["seed"], record["settings"]["pick_on"]
     s.data = s.data or record["settings"]["data"]
-    return features_of(s.features, record, setting, s.sae, s.model)
+    s.edit_special = record["settings"].get("edit_special", s.edit_special)
+    return from_file(s.features, s.layer, wanted, s.sae, s.model)
 
 
-def pick(lm: Scored, sae, forget_windows: list, retain_windows: list, s, batch_size: int) -> list[int]:
-    """As many features as --n-features, as in the lessons."""
-    forget = firing_rates(lm, sae, forget_windows, batch_size, "forget rates")
-    retain = largest([firing_rates(lm, sae, part, batch_size, "retain rates") for part in retain_windows])
-    features = pick_features(forget, retain, s.n_features, s.pick)
-    print_features(features, forget, retain, top_tokens(lm, sae, features, forget_windows), sae)
-    return features
+def numbers_of(s) -> dict:
+    """--setting NAME=NUMBER ... as {name: number}."""
+    found = {}
+    for entry in s.setting or []:
+        name, _, value = entry.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError as error:
+            raise UserError(f"--setting {entry}: NAME=NUMBER is wanted, as gate=0.1") from error
+    return found
 
 
-def prepare(lm: AblatedLM, s, features: dict | None, sources: dict) -> tuple[dict, dict, dict]:
-    """The SAE check and picking, on the model that is scored. Returns {layer: features}, {layer: what the check found}
-    and {layer: SAE}."""
-    saes, view = load_saes(lm, s.sae, list(features or [s.layer]), s.model), Scored(lm)
-    noted = {}
+def picked(m: Measured, s) -> Edit:
+    """As many features as --n-features, as in the lessons; with --method, its setting, made as baselines.py does."""
+    numbers = numbers_of(s)
+    if s.method:
+        one = {axis: s.n_features if axis == "n_features" else USUAL[axis] for axis in GRIDS[s.method][0]}
+        if strange := set(numbers) - set(one):
+            raise UserError(f"--setting {min(strange)}: {s.method} has {', '.join(one)}")
+        edit = edit_for(s.method, {**one, **numbers}, m)
+    else:
+        edit = of_features("sae-ablation", m.sae, m.features(s.n_features), s.clamp, layer=s.layer)
+    for features in features_of(edit.point()).values():
+        print_features(features, *m.rates, top_tokens(m.lm, m.sae, features, m.forget), m.sae)
+    return edit
+
+
+def prepare(lm: AblatedLM, s, point: dict | None, sources: dict) -> tuple[Edit, dict, dict]:
+    """The SAE check and picking, on the model that is scored. Returns the edit, {layer: what the check found} and
+    {layer: SAE}. point: given_edit's."""
+    layers = list(features_of(point)) if point else [s.layer] if s.method in (None, *BY_FEATURES) else []
+    saes, view, noted = load_saes(lm, s.sae, layers, s.model), Scored(lm), {}
     wmdp, noted["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
     forget, retain = picking_texts(wmdp, halves(wmdp, s.seed, s.pick_on)[0], s, noted)
-    sources |= {name: found for name, found in noted.items() if name == "wikitext" or not features}
-    retain_windows = [token_windows(lm.tokenizer, texts, s.context, RETAIN_TOKENS)[0] for texts in retain]
-    sanity = {number: sanity_gate(view, sae, retain_windows[0], not s.no_sanity) for number, sae in saes.items()}
-    if not features:
-        forget_windows, _ = token_windows(lm.tokenizer, forget, s.context)
-        batch_size = s.batch_size if isinstance(s.batch_size, int) else 16
-        features = {s.layer: pick(view, saes[s.layer], forget_windows, retain_windows, s, batch_size)}
-    return features, sanity, saes
+    sources |= {name: found for name, found in noted.items() if name == "wikitext" or not point}
+    if not point:
+        measured = measure(view, s.layer, saes.get(s.layer), forget, retain, s.clamp, s)
+        edit = picked(measured, s)
+        return edit, {s.layer: measured.sanity} if measured.sanity else {}, saes
+    windows = token_windows(lm.tokenizer, retain[0], s.context, RETAIN_TOKENS)[0]
+    sanity = {number: sanity_gate(view, sae, windows, not s.no_sanity) for number, sae in saes.items()}
+    return edit_from(point, saes), sanity, saes
 
 
 def name_in_record(name: str, names: list[str]) -> str:
@@ -817,18 +492,7 @@ def source_of(name: str, tasks: list, chosen: dict, s) -> dict:
     return {**found, "task": name, "questions": asked}
 
 
-def points_of(rows: list[Ablation], scores: dict, features: dict, s) -> list[dict]:
-    """Record entries, one per run. The setting of several layers has them joined by + and features by layer."""
-    points = [row.point(**{name: values[k] for name, values in scores.items()}) for k, row in enumerate(rows)]
-    for point in points:
-        if point["setting"]:
-            point["setting"]["layer"] = s.layer
-            if len(features) > 1:
-                point["setting"]["features"] = features
-    return points
-
-
-def show(rows: list[Ablation], scores: dict, sources: dict, runs: dict) -> None:
+def show(rows: list[Edit], scores: dict, sources: dict, runs: dict) -> None:
     """Print a table for every data set; lm-eval's own where it logs no number for each document."""
     for name, values in scores.items():
         title = title_of(name, sources)
@@ -862,16 +526,16 @@ def run(**changes) -> dict:
         raise UserError(f"--clamp {s.clamp:g}: a number that is 0 or negative")
     model_args(s)
     s.tasks = s.tasks or (TINY_TASKS if s.model == "tiny" or s.data else HUB_TASKS)
-    features = layers_of(s, given)
-    if features:
-        s.layer = next(iter(features)) if len(features) == 1 else "+".join(map(str, features))
-        s.n_features = sum(map(len, features.values()))
+    point = given_edit(s, given)
+    if point:
+        s.layer, s.n_features, s.method = point["setting"]["layer"], point["setting"].get("n_features"), point["method"]
+        s.clamp = point["setting"].get("clamp", s.clamp)
     path = outputs("lm_eval_ablated.py", s, flags)
     tasks = find_tasks(s)
     chosen = choose(tasks, s, s.pick_on == "half")
     lm = load_ablated(s)
-    features, sanity, saes = prepare(lm, s, features, sources)
-    lm.set_edits(saes, features, s.clamp)
+    edit, sanity, saes = prepare(lm, s, point, sources)
+    lm.set_edit(edit, saes)
     if s.robust:
         chosen = keep_robust(lm, tasks, chosen, s)
     runs = {name: ask(lm, tasks, chosen, s, name == "ablated")
@@ -879,15 +543,15 @@ def run(**changes) -> dict:
     if not processes.is_first():
         return {}
 
-    ablated = Ablation("sae-ablation", tuple(itertools.chain(*features.values())), s.clamp)
-    rows = [Ablation("none"), ablated] if s.unablated else [ablated]
+    rows = [NONE, edit] if s.unablated else [edit]
     scores = {}
     for name, (_, parts) in tasks.items():
         short = name_in_record(name, list(tasks))
         sources[short] = source_of(name, parts, chosen, s)
         scores[short] = scores_of([logged(results, parts) for results in runs.values()], lm, s.seed)
     show(rows, scores, sources, runs)
-    points, one_sae = points_of(rows, scores, features, s), next(iter(saes.values()))
+    points = [row.point(**{name: values[k] for name, values in scores.items()}) for k, row in enumerate(rows)]
+    one_sae = next(iter(saes.values()), None)
     record = make_record("lm_eval_ablated.py", s, one_sae, sources, sanity, points, time.time() - started)
     record["versions"]["lm_eval"] = version("lm_eval")
     record["identity"] |= lm.identity

@@ -4,11 +4,12 @@ Sweep the number of ablated features and the clamp: how much forgetting is to be
 
     python pareto.py
     python pareto.py --layers 3 5 7 9 --clamp 0 -10 -20 -40 -80
+    python pareto.py --method clamp dsg diff-in-means --layers 3 5
     python pareto.py --model gemma-2-2b-it --layers 3 7 --clamp 0 -25 -100 --dtype bfloat16
     python pareto.py --plot results/*.json        # the points of any records on one figure
 
 Every combination, and as many random features of like firing rate on the retain sets, is scored on WMDP-Bio, MMLU and
-OpenWebText in one pass per batch of prompts. Features are picked on one half of the WMDP-Bio questions; the tuning
+OpenWebText in one pass per batch of prompts; with --method, the grids of methods.py are. Features are picked on one half of the WMDP-Bio questions; the tuning
 half of each quiz chooses a setting, the reporting half says what it is worth, and the figure shows the latter. Finished
 pieces are kept as they are finished: the same command, given again after a stop, goes on from there.
 
@@ -21,47 +22,41 @@ second command, over four layers in 4 minutes, chooses 10 features of layer 3 at
 # Start a notebook in this folder, so that the helper files beside this one can be imported.
 
 # %%
-import argparse
 import hashlib
 import itertools
 import json
-import shutil
 import sys
 import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from adjustText import adjust_text
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
-from tqdm.auto import tqdm
 
-import processes
-from common import command_line, load_model, load_sae, parser, quiz_flags, settings
-from data import RETAIN_TOKENS, UserError, encode_prompts, load_benchmark, prompt, special_ids, token_windows
-from evaluation import (
-    CHANCE,
-    KEEP,
-    SCORED_TOKENS,
-    Ablation,
-    best_setting,
-    check_engine,
-    foretell,
-    keep_robust,
-    loss_scores,
-    quiz_scores,
-    score_letters,
-    score_loss,
-)
+from common import command_line, latent_flags, load_model, load_sae, parser, quiz_flags, settings
+from data import UserError, load_benchmark
+from edits import NONE, Edit
+from evaluation import CHANCE, KEEP, answers, best_setting, check_engine, keep_robust, of_features, scores_of
 from hub import identity
-from picking import firing_rates, largest, matched_random, pick_features, sanity_gate
+from methods import BY_FEATURES, GRIDS, NEEDS_A_LATENT, Measured, edit_for, measure
 from presets import model_source
-from show import METHODS, end_of, make_record, outputs, plain, short_name, title_of, write_record, write_whole
+from show import (
+    end_of,
+    keeping,
+    make_record,
+    method_name,
+    outputs,
+    piecewise,
+    plain,
+    short_name,
+    title_of,
+    write_record,
+    write_whole,
+)
 
 COUNTS = [1, 2, 5, 10, 20, 50, 100, 200]
-PIECE = 64  # prompts or windows that are scored and kept together: what a stop costs at the most
 LABEL_STEP = 4.0  # points of WMDP-Bio accuracy between two labels on a frontier
 
 # %% [markdown]
@@ -73,127 +68,26 @@ flags.add_argument("--layer", "--layers", type=int, nargs="+", default=[7], help
 flags.add_argument("--n-features", type=int, nargs="+", default=COUNTS, help="(default: 1 2 5 10 20 50 100 200)")
 flags.add_argument("--clamp", type=float, nargs="+", help="0 or negative (default: 0, half the preset's, the preset's)")
 quiz_flags(flags)
+flags.add_argument("--method", nargs="+", choices=list(GRIDS), metavar="NAME", help="sweep the grids of these methods "
+                   f"instead: {', '.join(GRIDS)}")  # fmt: skip
+latent_flags(flags)
 flags.add_argument("--plot", nargs="+", metavar="RECORD", help="score nothing: draw the points of these record files")
 
 
 # %% [markdown]
-# ## Pieces: what is scored together is kept together, under a name that says what it belongs to
+# ## One list of edits: every layer's, every method's
 
 
 # %%
-def fingerprint(saes: list, sources: dict, s: argparse.Namespace) -> str:
-    """Hash of what decides about scores: model, SAEs, data, settings. Another sweep's pieces are never taken up."""
-    free = ("out", "plot", "batch_size", "max_rows", "no_sanity")  # these decide nothing about scores
-    settled = {name: value for name, value in vars(s).items() if name not in free}
-    whole = [identity(model_source(s.model)), [sae.identity for sae in saes], settled, sources]
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def piecewise(lm, folder: Path, name: str, items: list[list[int]], score, s) -> np.ndarray:
-    """score(items) -> (n_ablations, n_items) for all `items` (lists of ids), PIECE at a time, each piece kept.
-
-    Raises UserError for a piece that is not what was written.
-    """
-    order = sorted(range(len(items)), key=lambda i: -len(items[i]))  # items of like length share a batch
-    pieces = [order[at : at + PIECE] for at in range(0, len(order), PIECE)]
-    paths = [folder / f"{name}_{number:04}.json" for number in range(len(pieces))]
-    columns = processes.from_first([read_piece(path) if path.exists() else None for path in paths])
-    missing, title = [number for number, column in enumerate(columns) if column is None], name.replace("_", " ", 1)
-    if missing:
-        foretell(lm, title, [items[i] for number in missing for i in pieces[number]], score, s.batch_size)
-    # as many pieces at once as there are processes, so that each has a piece's worth of batches to run
-    for at in tqdm(range(0, len(missing), processes.count()), desc=title, unit="piece", leave=False):
-        some = missing[at : at + processes.count()]
-        values = score([items[i] for number in some for i in pieces[number]])
-        for number, part in zip(some, values.split([len(pieces[number]) for number in some], dim=1)):
-            columns[number] = part.numpy()
-            folder.mkdir(parents=True, exist_ok=True)
-            sealed_part = json.dumps(sealed(part.tolist()))
-            write_whole(paths[number], lambda file, text=sealed_part: file.write_text(text))
-    table = np.concatenate(columns, axis=1)
-    table[:, order] = table.copy()
-    return table
-
-
-def sealed(values: list) -> dict:
-    return {"sha256": hashlib.sha256(json.dumps(values).encode()).hexdigest(), "values": values}
-
-
-def read_piece(path: Path) -> np.ndarray:
-    try:
-        piece = json.loads(path.read_text())
-        if piece != sealed(piece["values"]):
-            raise ValueError("its checksum is another")
-        return np.array(piece["values"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, and it is scored again") from error
-
-
-# %% [markdown]
-# ## Pick and score: one list of ablations per layer
-
-
-# %%
-def ablations(features: list[int], control: list[int], s) -> list[Ablation]:
-    """Unablated, then every number of features with every clamp, then as many control features likewise."""
-    rows = [Ablation("none")]
-    for method, ids in (("sae-ablation", features), ("random-features", control)):
-        rows += [Ablation(method, tuple(ids[:n]), clamp) for n in s.n_features for clamp in s.clamp]
+def edits_of(m: Measured, s) -> list[Edit]:
+    """Of one layer: each method's grid, or every number of features with every clamp, then as many control features
+    likewise."""
+    if s.method:
+        return [edit_for(method, one, m) for method in s.method for one in GRIDS[method]]
+    most, rows = max(s.n_features), []
+    for method, ids in (("sae-ablation", m.features(most)), ("random-features", m.control(most, most))):
+        rows += [of_features(method, m.sae, ids[:n], clamp, layer=m.layer) for n in s.n_features for clamp in s.clamp]
     return rows
-
-
-def sweep_layer(lm, sae, layer: int, folder: Path, texts: dict, s) -> tuple[list[dict], dict]:
-    """Points of one layer, the unablated model's first, and what the SAE check found."""
-    forget_windows, retain_windows = texts["forget"], texts["retain"]
-    check_engine(lm, sae)
-    sanity = sanity_gate(lm, sae, retain_windows[0], insist=not s.no_sanity)
-    forget = firing_rates(lm, sae, forget_windows, s.batch_size, "forget rates")
-    retain = largest([firing_rates(lm, sae, part, s.batch_size, "retain rates") for part in retain_windows])
-    features = pick_features(forget, retain, max(s.n_features), s.pick)
-    rows = ablations(features, matched_random(forget, retain, features, s.seed), s)
-
-    scores = [{} for _ in rows]
-    for name, (questions, parts) in texts["quizzes"].items():
-        asked = sorted({i for part in parts.values() for i in part})
-        asked_texts = [prompt(questions[i], style=s.prompt) for i in asked]
-        prompts, letters = encode_prompts(lm.tokenizer, asked_texts, s.prompt)
-
-        def choose(some, letters=letters):
-            return score_letters(lm, sae, some, letters, rows, s.batch_size, max_rows=s.max_rows).argmax(-1)
-
-        chosen = piecewise(lm, folder, f"L{layer}_{name}", prompts, choose, s)
-        for half, part in parts.items():
-            places = np.searchsorted(asked, part)
-            found = quiz_scores(chosen[:, places], [questions[i] for i in part], by_subject=False)
-            for row, value in zip(scores, found):
-                row[name + half] = value
-    windows, documents = texts["openwebtext"]
-
-    def lose(some):
-        return score_loss(lm, sae, some, rows, s.batch_size, max_rows=s.max_rows)[0]
-
-    nats = torch.from_numpy(piecewise(lm, folder, f"L{layer}_openwebtext", windows, lose, s))
-    special = set(special_ids(lm.tokenizer))
-    targets = torch.tensor([sum(token not in special for token in window[1:]) for window in windows])
-    for row, value in zip(scores, loss_scores(nats, targets, documents, s.seed)):
-        row["openwebtext"] = value
-    points = [row.point(**score) for row, score in zip(rows, scores)]
-    for point in points[1:]:
-        point["setting"]["layer"] = layer
-    return points, sanity
-
-
-def load_texts(lm, s) -> tuple[dict, dict]:
-    """Everything that is read, tokenised once, and where it comes from."""
-    texts, sources = load_benchmark(s, lm.tokenizer)
-    keep_robust(lm, texts, sources, s)
-    texts = {
-        "forget": token_windows(lm.tokenizer, texts["forget"], s.context)[0],
-        "retain": [token_windows(lm.tokenizer, part, s.context, RETAIN_TOKENS)[0] for part in texts["retain"]],
-        "quizzes": texts["quizzes"],
-        "openwebtext": token_windows(lm.tokenizer, texts["web"], max_tokens=SCORED_TOKENS, bos=True),
-    }
-    return texts, sources
 
 
 # %% [markdown]
@@ -237,7 +131,7 @@ def method_of(point: dict) -> str:
     """What a point counts as in table and figure: SAE ablation is two methods, by its clamp."""
     if point["method"] == "sae-ablation":
         return "negative clamp" if point["setting"]["clamp"] < 0 else "zero ablation"
-    return METHODS.get(point["method"], point["method"].replace("-", " "))
+    return method_name(point["method"])
 
 
 def by_method(points: list[dict]) -> dict[str, list[dict]]:
@@ -463,11 +357,15 @@ def show(path: Path, points: list[dict], sources: dict, title: str, record: dict
     write_record(path, record, {"frontier": lambda: pareto_figure(points, titles, title)}, ("png", "svg"))
 
 
-def run(**changes) -> dict:
-    """run(layer=[3, 7], clamp=[0, -50]): any flag by name. Returns the record that it writes; raises UserError.
+def decides(saes: list, sources: dict, s) -> list:
+    """All that scores depend on."""
+    free = ("out", "plot", "batch_size", "max_rows", "no_sanity")  # these decide nothing about scores
+    settled = {name: value for name, value in vars(s).items() if name not in free}
+    return [identity(model_source(s.model)), [None if sae is None else sae.identity for sae in saes], settled, sources]
 
-    Stopped by Ctrl-C it says what was kept.
-    """
+
+def run(**changes) -> dict:
+    """run(layer=[3, 7], clamp=[0, -50]): any flag by name. Returns the record that it writes; raises UserError."""
     s, started = settings(flags, changes), time.time()
     if s.plot:
         return plot(s)
@@ -477,31 +375,30 @@ def run(**changes) -> dict:
     s.clamp = sorted(set(clamps), reverse=True)
     if bad := [clamp for clamp in s.clamp if clamp > 0]:
         raise UserError(f"--clamp {bad[0]:g}: 0 or negative")
+    if NEEDS_A_LATENT in (s.method or []) and s.refusal_latent is None:
+        raise UserError("refusal-clamp needs --refusal-latent, a latent that is active when the model declines")
     lm = load_model(s.model, s.device, s.dtype, s.device_map, s.edit_special)
-    saes = [load_sae(s.sae, layer, lm, s.model) for layer in s.layer]
-    texts, sources = load_texts(lm, s)
-    folder = path.with_suffix(".pieces") / fingerprint(saes, sources, s)
-    points, sanity = [], []
-    try:
-        for layer, sae in zip(s.layer, saes):
-            found, checked = sweep_layer(lm, sae, layer, folder, texts, s)
-            points += found[1 if points else 0 :]  # the unablated model is the same at every layer
-            sanity.append(checked)
-    except (KeyboardInterrupt, processes.LostProcess) as stop:
-        kept = len(list(folder.glob("*.json")))
-        why = f"{stop}: " if str(stop) else ""
-        raise type(stop)(f"{why}{kept} finished pieces are kept; the same command goes on from there") from None
-    record = make_record("pareto.py", s, saes[0], sources, sanity, points, time.time() - started)
-    record |= {"sae": [sae.source for sae in saes], "hook_point": [sae.hook_point for sae in saes]}
-    record["identity"]["sae"] = [sae.identity for sae in saes]
-    with_clean = [{**point, "clean": points[0]} for point in points]
-    record["summary"] = summary(with_clean)
-    layers = ", ".join(map(str, s.layer))
-    show(path, with_clean, sources, f"{short_name(s.model)}, layer {layers}: {len(points) - 1} settings", record)
-    if processes.is_first():
-        shutil.rmtree(folder, ignore_errors=True)
-        if not any(folder.parent.iterdir()):  # else it holds what another sweep was stopped at
-            folder.parent.rmdir()
+    needed = not s.method or set(s.method) & set(BY_FEATURES)
+    saes = [load_sae(s.sae, layer, lm, s.model) if needed else None for layer in s.layer]
+    texts, sources = load_benchmark(s, lm.tokenizer)
+    keep_robust(lm, texts, sources, s)
+    with keeping(path, decides(saes, sources, s)) as folder:
+        measured = [measure(lm, layer, sae, texts["forget"], texts["retain"], min(s.clamp), s)
+                    for layer, sae in zip(s.layer, saes)]  # fmt: skip
+        check_engine(lm, {one.place for one in measured})
+        edits = [NONE, *(edit for one in measured for edit in edits_of(one, s))]
+        scores = scores_of(answers(lm, texts, edits, s, piecewise(lm, folder, s)), texts, s.seed)
+        points = [edit.point(**score) for edit, score in zip(edits, scores)]
+        sanity = [one.sanity for one in measured]
+        record = make_record("pareto.py", s, saes[0], sources, sanity, points, time.time() - started)
+        if needed:
+            record["sae"], record["hook_point"], record["identity"]["sae"] = (
+                [getattr(sae, name) for sae in saes] for name in ("source", "hook_point", "identity")
+            )
+        with_clean = [{**point, "clean": points[0]} for point in points]
+        record["summary"] = summary(with_clean)
+        layers = ", ".join(map(str, s.layer))
+        show(path, with_clean, sources, f"{short_name(s.model)}, layer {layers}: {len(points) - 1} settings", record)
     return record
 
 

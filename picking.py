@@ -7,12 +7,10 @@ import random
 from dataclasses import dataclass
 
 import torch
-from sae_lens import SAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-from transformer_lens.model_bridge import TransformerBridge
 
-from common import Latents, layer_of, passed, watch_tokens
-from data import UserError, batches
+from data import UserError
+from edits import Latents, layer_of, passed, residuals
 from processes import total as over_processes
 
 
@@ -29,24 +27,6 @@ class Rates:
         return self.fires.double() / self.n_tokens
 
 
-@torch.inference_mode()
-def residuals(
-    model: TransformerBridge, sae: SAE, windows: list, batch_size: int, desc: str | None, shared: bool = True
-):
-    """Yield, batch by batch, the ordinary tokens' residual stream (n, d_model) at the hook point and their ids (n,).
-
-    shared: as in data.batches.
-    """
-    above, kept = layer_of(sae) + 1, {}
-    # by a hook: what the model returns when it stops behind its last layer is logits
-    hooks = [(sae.hook_point, lambda h, hook: kept.update(h=h))]
-    with watch_tokens(model.original_model, model.tokenizer) as seen, model.hooks(fwd_hooks=hooks):
-        for _, ids in batches(windows, batch_size, model.tokenizer, model.cfg.device, desc, shared):
-            model(ids, stop_at_layer=above, use_cache=False)
-            h, ordinary = kept.pop("h"), seen["ordinary"]
-            yield h[ordinary.to(h.device)], ids[ordinary.to(ids.device)]
-
-
 def summed(x: torch.Tensor) -> torch.Tensor:
     """x (n, ...) summed over n, in fp64 on the CPU; Apple's GPUs have no fp64 to sum in."""
     return x.sum(0, dtype=torch.float32 if x.device.type == "mps" else torch.float64).cpu().double()
@@ -58,7 +38,7 @@ def firing_rates(model, sae, windows, batch_size: int = 16, desc: str | None = N
     fires, n = torch.zeros(sae.cfg.d_sae, dtype=torch.int64), torch.tensor(0)
     total = torch.zeros_like(fires, dtype=torch.float64)
     everything = Latents(sae, range(sae.cfg.d_sae))
-    for h, _ in residuals(model, sae, windows, batch_size, desc):
+    for h, _ in residuals(model, layer_of(sae), windows, batch_size, desc):
         acts, _ = everything.encode(h)
         fires += (acts > 0).sum(0).cpu()
         total += summed(acts)
@@ -138,7 +118,7 @@ def fit_of(model, sae, windows: list[list[int]]) -> tuple[float, float, int]:
     """
     origin, total, n, active, few = None, 0.0, 0, 0, math.ceil(sum(map(len, windows)) / 1000)
     longest = None  # (few, d_model + 2), that thousandth: h less the origin, squared error, norm
-    for h, _ in residuals(model, sae, windows, 16, None, shared=False):
+    for h, _ in residuals(model, layer_of(sae), windows, 16, shared=False):
         h = h.float()
         origin = h.mean(0) if origin is None else origin  # sums of squares far from it would lose digits
         acts, back = passed(sae, h)

@@ -47,22 +47,22 @@ import torch
 from tqdm.auto import tqdm
 
 import processes
-from common import command_line, decoder_layers, load_hf, load_model, parser, quiz_flags, settings, watch_tokens
+from common import command_line, load_hf, load_model, parser, quiz_flags, settings
 from data import RETAIN_TOKENS, UserError, load_benchmark, padded, token_windows
-from evaluation import Ablation, answers, best_setting, keep_robust, scores_of
+from edits import NONE, decoder_layers, hidden, watch_tokens
+from evaluation import answers, best_setting, keep_robust, scores_of
 from hub import identity
 from presets import model_source
 from show import (
+    keeping,
     make_record,
     outputs,
     peak_gb,
     plain,
-    print_loss,
-    print_quiz,
-    resumable,
+    print_chosen,
+    resumed,
     save_model,
     short_name,
-    title_of,
     write_record,
 )
 from training import Master, passes, wide
@@ -124,28 +124,6 @@ def down_projections(model, layer: int) -> dict[str, torch.nn.Parameter]:
     if len(found) != layer + 1 - max(0, layer - 2):
         raise UserError(f"{type(model).__name__}: no down-projection known by name in layers {layer - 2} to {layer}")
     return found
-
-
-class Reached(Exception):
-    pass
-
-
-def hidden(model, ids: torch.Tensor, layer: int) -> torch.Tensor:
-    """Residual stream (batch, pos, d_model) behind the layer; later layers are not run."""
-    kept = {}
-
-    def stop(module, args, output):
-        kept["h"] = output[0] if isinstance(output, tuple) else output
-        raise Reached
-
-    handle = decoder_layers(model)[layer].register_forward_hook(stop)
-    try:
-        model(ids, use_cache=False)
-    except Reached:
-        return kept["h"]
-    finally:
-        handle.remove()
-    raise RuntimeError(f"layer {layer} never ran")
 
 
 @contextmanager
@@ -252,7 +230,7 @@ quiz_flags(flags)
 
 def points_of(tried: list[Setting], scores: list[dict], s) -> list[dict]:
     """The record's points: the untrained model's, then a point for each setting."""
-    points = [Ablation("none").point(**scores[0])]
+    points = [NONE.point(**scores[0])]
     for one, score in zip(tried, scores[1:]):
         rest = asdict(one)
         setting = {name: rest.pop(name) for name in ("layer", "multiple", "alpha")} | {"training": rest}
@@ -289,21 +267,31 @@ def forgetful(setting: Setting, folder: Path, texts: dict, s) -> tuple:
     return result
 
 
-def sweep(setting: Setting, path: Path, texts: dict, sources: dict, s) -> tuple[list[Setting], list[dict]]:
-    """Every multiple with every alpha: the settings and what the models trained with them answer; resumable."""
+def scored(folder: Path, texts: dict, s) -> dict:
+    """What the model in the folder answers."""
+    return answers(load_model(str(folder), s.device, s.dtype), texts, [NONE], s)[0]
+
+
+def sweep(setting: Setting, folder: Path, texts: dict, s) -> tuple[list[Setting], list[dict]]:
+    """Every multiple with every alpha: the settings and what the models trained with them answer, kept in pieces."""
     tried = [replace(setting, multiple=m, alpha=a) for m in MULTIPLES for a in ALPHAS]
-    passing = path.with_suffix(".tried")
+    passing = folder / "tried"
 
     def make(one):
         forgetful(one, passing, texts, s)
-        return answers(load_model(str(passing), s.device, s.dtype), texts, s)
+        return scored(passing, texts, s)
 
-    settled = {name: value for name, value in vars(s).items() if name not in ("out", "batch_size", "multiple", "alpha")}
-    jobs = {f"m{one.multiple:g}_a{one.alpha:g}": lambda one=one: make(one) for one in tried}
     try:
-        return tried, resumable(path, [settled, asdict(setting), sources, identity(model_source(s.model))], jobs)
+        jobs = {f"m{one.multiple:g}_a{one.alpha:g}": lambda one=one: make(one) for one in tried}
+        return tried, resumed(folder, jobs)
     finally:
         shutil.rmtree(passing, ignore_errors=True)
+
+
+def decides(setting: Setting, sources: dict, s) -> list:
+    """All that a sweep depends on."""
+    settled = {name: value for name, value in vars(s).items() if name not in ("out", "batch_size", "multiple", "alpha")}
+    return [settled, asdict(setting), sources, identity(model_source(s.model))]
 
 
 def run(**changes) -> dict:
@@ -317,37 +305,32 @@ def run(**changes) -> dict:
     lm = load_model(s.model, s.device, s.dtype)
     texts, sources = load_benchmark(s, lm.tokenizer)
     keep_robust(lm, texts, sources, s)
-    runs = [answers(lm, texts, s)]
+    clean = answers(lm, texts, [NONE], s)[0]
     del lm
     tried, folder = [setting], path.with_suffix(".model")
-    if s.sweep:
-        tried, found = sweep(setting, path, texts, sources, s)
-        points = points_of(tried, scores_of(runs + found, texts, s.seed), s)
-        print_sweep(tried, points)
-        setting = tried[points.index(best_setting(points[0], points[1:])) - 1]
-        print(f"chosen: multiple {setting.multiple:g}, alpha {setting.alpha:g}, which is trained again and saved")
-    begun = time.time()
-    log, u, coefficient, matrices = forgetful(setting, folder, texts, s)
-    seconds = time.time() - begun
-    print(f"trained: {', '.join(matrices)}\ncoefficient: {coefficient:.1f}, {setting.multiple:g} times the norm")
-    if not s.sweep:
-        runs.append(answers(load_model(str(folder), s.device, s.dtype), texts, s))
-        points = points_of(tried, scores_of(runs, texts, s.seed), s)
-    shown = [points[0], points[1 + tried.index(setting)]]
-    rows = [Ablation(point["method"]) for point in shown]
-    for name in ("wmdp_bio", "mmlu"):
-        print_quiz(title_of(name, sources), rows, [point["scores"][name] for point in shown])
-    print_loss(title_of("openwebtext", sources), rows, [point["scores"]["openwebtext"] for point in shown])
-    record = make_record("rmu.py", s, None, sources, {}, points, time.time() - started)
-    print(f"model: {folder}")
-    record["identity"]["folder"] = identity(str(folder))
-    record |= {"chosen": points.index(shown[1]), "folder": folder.name}
-    record |= {"seconds_to_make": round(seconds, 2), "peak_gb": peak_gb()}
-    record |= {"matrices": matrices, "coefficient": coefficient}
-    record |= {"control_vector": u.tolist(), "log": log}
-    how = f"layer {setting.layer}, {setting.multiple:g} norms, alpha {setting.alpha:g}"
-    title = f"{short_name(s.model)}: {rows[1].method}, {how}"
-    write_record(path, record, {"losses": lambda: loss_figure(log, title)})
+    with keeping(path, decides(setting, sources, s)) as pieces:
+        if s.sweep:
+            tried, found = sweep(setting, pieces, texts, s)
+            points = points_of(tried, scores_of([clean, *found], texts, s.seed), s)
+            print_sweep(tried, points)
+            setting = tried[points.index(best_setting(points[0], points[1:])) - 1]
+            print(f"chosen: multiple {setting.multiple:g}, alpha {setting.alpha:g}, which is trained again and saved")
+        begun = time.time()
+        log, u, coefficient, matrices = forgetful(setting, folder, texts, s)
+        seconds = time.time() - begun
+        print(f"trained: {', '.join(matrices)}\ncoefficient: {coefficient:.1f}, {setting.multiple:g} times the norm")
+        if not s.sweep:
+            points = points_of(tried, scores_of([clean, scored(folder, texts, s)], texts, s.seed), s)
+        chosen = 1 + tried.index(setting)
+        print_chosen([points[0], points[chosen]], sources)
+        record = make_record("rmu.py", s, None, sources, {}, points, time.time() - started)
+        print(f"model: {folder}")
+        record["identity"]["folder"] = identity(str(folder))
+        record |= {"chosen": chosen, "folder": folder.name, "matrices": matrices, "coefficient": coefficient}
+        record |= {"seconds_to_make": round(seconds, 2), "peak_gb": peak_gb(), "control_vector": u.tolist(), "log": log}
+        how = f"layer {setting.layer}, {setting.multiple:g} norms, alpha {setting.alpha:g}"
+        title = f"{short_name(s.model)}: {points[chosen]['method']}, {how}"
+        write_record(path, record, {"losses": lambda: loss_figure(log, title)})
     return record
 
 

@@ -25,7 +25,6 @@ import json
 import random
 import shutil
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,17 +47,18 @@ from data import (
     special_ids,
     training_windows,
 )
-from edits import EDITS, applied
-from evaluation import Ablation, accuracy_score, no_sae, score_letters, score_loss
+from edits import NONE, Edit, applied, edit_of
+from evaluation import accuracy_score, score_letters, score_loss
 from hub import check_same, identity
 from presets import model_source
 from show import (
     accuracy_cell,
+    keeping,
     label,
     make_record,
     outputs,
     plain,
-    resumable,
+    resumed,
     save_model,
     short_name,
     write_record,
@@ -98,14 +98,14 @@ def forms(questions: list[dict], reworded: list[dict], asked: list[int], solved:
     return {name: (texts, back if name == "options reversed" else straight) for name, texts in found.items()}
 
 
-def in_words(lm, rows: list[dict], s, whole: bool) -> list[int]:
+def in_words(lm, rows: list[dict], s, edit: Edit = NONE) -> list[int]:
     """The option that is the likeliest answer in words: asked without options, by log-probability per character."""
     windows, tokenizer = [], lm.tokenizer
     for row in rows:
         start = tokenizer(f"{row['question'].strip()}\nAnswer in words:")["input_ids"]
         ends = [tokenizer(f" {choice}", add_special_tokens=False)["input_ids"] for choice in row["choices"]]
         windows += [start, *(start + end for end in ends)]
-    nats = score_loss(lm, no_sae(lm), windows, [Ablation("none")], s.batch_size, "in words", whole=whole)[0]
+    nats = score_loss(lm, windows, [edit], s.batch_size, "in words")[0]
     nats = nats.reshape(len(rows), 5)
     lengths = torch.tensor([[len(choice) for choice in row["choices"]] for row in rows])
     return ((nats[:, 1:] - nats[:, :1]) / lengths).argmin(1).tolist()
@@ -113,32 +113,22 @@ def in_words(lm, rows: list[dict], s, whole: bool) -> list[int]:
 
 @dataclass
 class Subject:
-    """An unlearned model: a name or folder for load_model, and the edit that is on behind these layers, if any."""
+    """An unlearned model: a name or folder for load_model, and the edit that is on."""
 
-    method: str
     model: str
-    setting: dict
-    layers: list[int] = ()
-    edit: object = None
+    edit: Edit = NONE
     edit_special: str = "never"
-
-    def edited(self, model, tokenizer):
-        """The context in which the edit is on; model: a Hugging Face model."""
-        tokenizer.edit_special = self.edit_special
-        return applied(model, tokenizer, self.layers, self.edit) if self.edit else nullcontext()
 
 
 def examine(subject: Subject, texts: dict, s) -> dict:
     """{form: options chosen} for all forms of the forget questions, and "MMLU" as it was tuned on."""
-    lm, found, whole = load_model(subject.model, s.device, s.dtype), {}, subject.method == "dsg"
-    sae, rows = no_sae(lm), [Ablation("none")]
+    lm, found = load_model(subject.model, s.device, s.dtype, edit_special=subject.edit_special), {}
     asked = {**texts["forms"], "MMLU": ([prompt(row) for row in texts["mmlu"]], (0, 1, 2, 3))}
-    with subject.edited(lm.original_model, lm.tokenizer):
-        for name, (prompts, order) in asked.items():
-            ids, letters = encode_prompts(lm.tokenizer, prompts)
-            scores = score_letters(lm, sae, ids, letters, rows, s.batch_size, name, whole=whole)
-            found[name] = [order[letter] for letter in scores[0].argmax(-1).tolist()]
-        return {**found, "in words": in_words(lm, texts["rows"], s, whole)}
+    for name, (prompts, order) in asked.items():
+        ids, letters = encode_prompts(lm.tokenizer, prompts)
+        scores = score_letters(lm, ids, letters, [subject.edit], s.batch_size, name)
+        found[name] = [order[letter] for letter in scores[0].argmax(-1).tolist()]
+    return {**found, "in words": in_words(lm, texts["rows"], s, subject.edit)}
 
 
 # %% [markdown]
@@ -160,7 +150,8 @@ def fine_tune(model, tokenizer, sets: list[list], steps: int, lr: float, seed: i
 def relearned(subject: Subject, sets: list[list], texts: dict, passing: Path, s) -> dict:
     """What the subject answers after fine-tuning on the sets, its edit on all the time; as `examine`."""
     model, tokenizer = load_hf(subject.model, s.device, s.dtype)
-    with subject.edited(model, tokenizer):
+    tokenizer.edit_special = subject.edit_special
+    with applied(model, tokenizer, subject.edit):
         fine_tune(model, tokenizer, sets, s.relearn, s.lr or LEARNING_RATE.get(s.model, 2e-5), s.seed)
     save_model(model, tokenizer, passing)
     return examine(replace(subject, model=str(passing)), texts, s)
@@ -177,9 +168,8 @@ def subject_of(path: str, s) -> tuple[Subject, dict]:
         record = json.loads(Path(path).read_text())
         point = record["points"][record["chosen"]]
         folder = Path(path).parent / record["folder"] if "folder" in record else record["model"]
-        special = record["settings"].get("edit_special", "never")
-        subject = Subject(point["method"], str(folder), point["setting"], edit_special=special)
-        edit = point.get("edit")
+        special, edit = record["settings"].get("edit_special", "never"), point.get("edit")
+        subject = Subject(str(folder), Edit(point["method"], setting=point["setting"]), special)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a record of baselines.py or rmu.py: {error}") from error
     check_same(path, record, "model", model_source(record["model"]))
@@ -189,7 +179,8 @@ def subject_of(path: str, s) -> tuple[Subject, dict]:
             sae = str(HERE / sae) if (HERE / sae).is_dir() else sae
             check_same(path, record, "sae", sae)
             sae = load_sae(sae, record["layer"], load_model(record["model"], s.device, s.dtype))
-        return replace(subject, layers=edit["layers"], edit=EDITS[subject.method](sae, **edit["arguments"])), record
+        made = edit_of(point["method"], sae, point["setting"], edit["layers"], **edit["arguments"])
+        return replace(subject, edit=made), record
     if not Path(subject.model).is_dir():
         raise UserError(f"{path}: its model folder {subject.model} is gone; run its command again")
     check_same(path, record, "folder", subject.model)
@@ -248,7 +239,7 @@ def scores_of(found: dict, texts: dict, before: dict | None = None) -> dict:
 
 # %%
 def names_of(points: list[dict]) -> list[str]:
-    return [label(Ablation(point["method"], clamp=point["setting"].get("clamp", 0.0))) for point in points]
+    return [label(Edit(point["method"], setting=point["setting"])) for point in points]
 
 
 def table(names: list[str], points: list[dict]) -> str:
@@ -329,6 +320,30 @@ def try_subject(subject: Subject, texts: dict, passing: Path, s) -> dict:
     return found
 
 
+def try_all(subjects: list[Subject], texts: dict, folder: Path, s) -> list[dict]:
+    """try_subject of each, kept in pieces in the folder."""
+    passing, jobs = folder / "tried", {}
+    for number, one in enumerate(subjects):
+        jobs[f"{number}_{one.edit.method}"] = lambda one=one: try_subject(one, texts, passing, s)
+    try:
+        return resumed(folder, jobs)
+    finally:
+        shutil.rmtree(passing, ignore_errors=True)
+
+
+def points_of(subjects: list[Subject], found: list[dict], texts: dict, s) -> list[dict]:
+    """The record's points, one a subject."""
+    points = []
+    for subject, answers in zip(subjects, found):
+        scores, counts = scores_of(answers["before"], texts), np.bincount(answers["before"]["as tuned"], minlength=4)
+        point = {"method": subject.edit.method, "setting": subject.edit.setting, "scores": scores}
+        point["letters"] = dict(zip(LETTERS, (counts / counts.sum()).tolist()))
+        if s.relearn:
+            point["relearned"] = {k: scores_of(answers[k], texts, answers["before"]) for k in ("retain", "forget")}
+        points.append(point)
+    return points
+
+
 def run(**changes) -> dict:
     """run(records=["results/rmu_tiny_L3.json"], relearn=100). Returns the record that it writes; raises UserError."""
     s, started = settings(flags, changes), time.time()
@@ -343,33 +358,19 @@ def run(**changes) -> dict:
     if s.relearn:
         check_room("--relearn", s.model, s.device, s.dtype)
     path = outputs("robustness.py", s, flags)
-    subjects = [Subject("none", s.model, {}), *(subject for subject, _ in pairs)]
-    passing = path.with_suffix(".tried")
-    known = [[one.method, one.setting, identity(model_source(one.model))] for one in subjects]
+    subjects = [Subject(s.model), *(subject for subject, _ in pairs)]
+    known = [[one.edit.method, one.edit.setting, identity(model_source(one.model))] for one in subjects]
     settled = {name: value for name, value in vars(s).items() if name not in ("out", "batch_size", "records")}
-    jobs = {}
-    for number, one in enumerate(subjects):
-        jobs[f"{number}_{one.method}"] = lambda one=one: try_subject(one, texts, passing, s)
-    try:
-        found = resumable(path, [known, settled, sources], jobs)
-    finally:
-        shutil.rmtree(passing, ignore_errors=True)
-    points = []
-    for subject, answers in zip(subjects, found):
-        point = {"method": subject.method, "setting": subject.setting, "scores": scores_of(answers["before"], texts)}
-        counts = np.bincount(answers["before"]["as tuned"], minlength=4)
-        point["letters"] = dict(zip(LETTERS, (counts / counts.sum()).tolist()))
-        if s.relearn:
-            point["relearned"] = {k: scores_of(answers[k], texts, answers["before"]) for k in ("retain", "forget")}
-        points.append(point)
-    names = names_of(points)
-    text = table(names, points)
-    print(f"\n{text}")
-    write_whole(path.with_suffix(".md"), lambda file: file.write_text(text + "\n"))
-    record = make_record("robustness.py", s, None, sources, {}, points, time.time() - started)
-    title = f"{short_name(s.model)}: n {len(texts['rows'])}, bars 95% intervals"
-    title += f", {s.relearn} steps" if s.relearn else ""
-    write_record(path, record, {"rows": lambda: figure_of(names, points, title)})
+    with keeping(path, [known, settled, sources]) as folder:
+        points = points_of(subjects, try_all(subjects, texts, folder, s), texts, s)
+        names = names_of(points)
+        text = table(names, points)
+        print(f"\n{text}")
+        write_whole(path.with_suffix(".md"), lambda file: file.write_text(text + "\n"))
+        record = make_record("robustness.py", s, None, sources, {}, points, time.time() - started)
+        title = f"{short_name(s.model)}: n {len(texts['rows'])}, bars 95% intervals"
+        title += f", {s.relearn} steps" if s.relearn else ""
+        write_record(path, record, {"rows": lambda: figure_of(names, points, title)})
     return record
 
 

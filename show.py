@@ -9,26 +9,30 @@ import re
 import shutil
 import sys
 import tempfile
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from common import Latents, settings
-from data import UserError
-from evaluation import Ablation
+import processes
+from common import settings
+from data import UserError, digest
+from edits import Edit, Latents, layer_of, residuals
+from evaluation import foretell
 from hub import identity
-from picking import Rates, activation_ratio, residuals
+from picking import Rates, activation_ratio
 from presets import model_source
-from processes import is_first, total
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None
 
+PIECE = 64  # prompts or windows that are scored and kept together: what a stop costs at the most
 LONGEST_NAME = 120  # characters of a record's name; figures add to it, and file systems end at 255 bytes
 
 
@@ -89,7 +93,7 @@ def write_whole(path: Path, write) -> None:
 
     Of several processes the first one writes.
     """
-    if not is_first():
+    if not processes.is_first():
         return
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
@@ -99,37 +103,78 @@ def write_whole(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def resumable(path: Path, decides, jobs: dict) -> list:
-    """Results of the jobs {name: function without arguments}, each kept in a folder beside `path` until all are there.
+@contextmanager
+def keeping(path: Path, decides):
+    """Yields a folder beside `path` for finished pieces, and removes it at the end, when what they make up is written.
 
-    decides: all that the results depend on, so that those of another run are never taken up. Stopped by Ctrl-C it says
-    what was kept. Raises UserError for a damaged file.
+    decides: all that the pieces depend on, so that those of another run are never taken up. Stopped, by Ctrl-C or as
+    another process is lost, it says what was kept.
     """
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
     folder = path.with_suffix(".pieces") / key
     try:
-        steps = tqdm(jobs.items(), desc="settings", unit="setting", leave=False)
-        found = [kept(folder / f"{name}.json", make) for name, make in steps]
-    except KeyboardInterrupt:
-        done = len(list(folder.glob("*.json")))
-        raise KeyboardInterrupt(f"{done} finished settings are kept; the same command goes on from there") from None
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.parent.is_dir() and not any(folder.parent.iterdir()):  # else it holds what another run was stopped at
-        folder.parent.rmdir()
+        yield folder
+    except (KeyboardInterrupt, processes.LostProcess) as stop:
+        done, why = len(list(folder.glob("*.json"))), f"{stop}: " if str(stop) else ""
+        raise type(stop)(f"{why}{done} finished pieces are kept; the same command goes on from there") from None
+    if processes.is_first():
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.parent.is_dir() and not any(folder.parent.iterdir()):  # else it holds what another run stopped at
+            folder.parent.rmdir()
+
+
+def write_piece(path: Path, values) -> None:
+    text = json.dumps({"sha256": digest(values), "values": values})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: file.write_text(text))
+
+
+def read_piece(path: Path):
+    """What write_piece wrote; None where nothing is. Raises UserError for a damaged file."""
+    if not path.exists():
+        return None
+    try:
+        piece = json.loads(path.read_text())
+        if piece["sha256"] != digest(piece["values"]):
+            raise ValueError("its checksum is another")
+        return piece["values"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, and it is made again") from error
+
+
+def resumed(folder: Path, jobs: dict) -> list:
+    """Results of the jobs {name: function without arguments}, each a piece of the folder."""
+    found = []
+    for name, make in tqdm(jobs.items(), desc="settings", unit="setting", leave=False):
+        found.append(read_piece(folder / f"{name}.json"))
+        if found[-1] is None:
+            found[-1] = make()
+            write_piece(folder / f"{name}.json", found[-1])
     return found
 
 
-def kept(path: Path, make):
-    """What an earlier run left at `path`, or else make() and leave it there. Raises UserError for a damaged file."""
-    if not path.exists():
-        value = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: file.write_text(json.dumps(value)))
-        return value
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: delete it, and its setting is run again") from error
+def piecewise(lm, folder: Path, s):
+    """For evaluation.answers: a function (name, items, score) that scores PIECE items (lists of ids) at a time, each
+    kept in the folder. s: the settings."""
+
+    def run(name: str, items: list[list[int]], score) -> torch.Tensor:
+        order = sorted(range(len(items)), key=lambda i: -len(items[i]))  # items of like length share a batch
+        pieces = [order[at : at + PIECE] for at in range(0, len(order), PIECE)]
+        paths = [folder / f"{name}_{number:04}.json" for number in range(len(pieces))]
+        columns = processes.from_first([read_piece(path) for path in paths])
+        missing = [number for number, column in enumerate(columns) if column is None]
+        if missing:
+            foretell(lm, name, [items[i] for number in missing for i in pieces[number]], score, s.batch_size)
+        # as many pieces at once as there are processes, so that each has a piece's worth of batches to run
+        for at in tqdm(range(0, len(missing), processes.count()), desc=name, unit="piece", leave=False):
+            some = missing[at : at + processes.count()]
+            values = score([items[i] for number in some for i in pieces[number]])
+            for number, part in zip(some, values.split([len(pieces[number]) for number in some], dim=1)):
+                columns[number] = part.tolist()
+                write_piece(paths[number], columns[number])
+        return torch.from_numpy(np.concatenate(columns, 1)[:, np.argsort(order)])
+
+    return run
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
@@ -156,7 +201,7 @@ def peak_gb() -> float | None:
 
 
 def make_record(script: str, s, sae, sources: dict, sanity: dict, points: list, seconds: float) -> dict:
-    """What was run, on what, and one point per ablation with its scores; README describes the fields."""
+    """What was run, on what, and one point per edit with its scores; README describes the fields."""
     packages = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
     return {
         "script": script,
@@ -205,7 +250,10 @@ def title_of(name: str, sources: dict) -> str:
     return NAMES.get(name, name) + (" stand-in" if sources[name]["stand_in"] else "")
 
 
-METHODS = {
+NAMES_OF_METHODS = {
+    "none": "unablated",
+    "sae-patched": "SAE patched, nothing ablated",
+    "sae-reconstruction": "SAE reconstruction, no error term",
     "grad-diff": "GradDiff",
     "diff-in-means": "difference of means",
     "rmu": "RMU, first batch's norm",
@@ -217,20 +265,17 @@ METHODS = {
 }
 
 
-def label(ablation: Ablation) -> str:
+def method_name(method: str) -> str:
+    return NAMES_OF_METHODS.get(method, method.replace("-", " "))
+
+
+def label(row: Edit) -> str:
     """What a row of a table or figure is called."""
-    names = {
-        "none": "unablated",
-        "sae-patched": "SAE patched, nothing ablated",
-        "sae-reconstruction": "SAE reconstruction, no error term",
-    }
-    if ablation.method in names:
-        return names[ablation.method]
-    if ablation.method not in ("sae-ablation", "random-features"):
-        return METHODS.get(ablation.method, ablation.method.replace("-", " "))
-    what = "random features, " if ablation.method == "random-features" else ""
-    edit = "zero ablation" if ablation.clamp == 0 else f"clamp {ablation.clamp:g}"
-    return f"{what}{edit}"
+    if row.method not in ("sae-ablation", "random-features"):
+        return method_name(row.method)
+    clamp = row.setting["clamp"]
+    edit = "zero ablation" if clamp == 0 else f"clamp {clamp:g}"
+    return f"random features, {edit}" if row.method == "random-features" else edit
 
 
 def accuracy_cell(score: dict) -> str:
@@ -244,21 +289,21 @@ def change_cell(score: dict) -> str:
             f"  p {score['p_value']:.1g}")  # fmt: skip
 
 
-def print_quiz(title: str, ablations: list[Ablation], scores: list[dict]) -> None:
-    """One line per ablation: accuracy with 95% interval, paired change against the first line."""
+def print_quiz(title: str, edits: list[Edit], scores: list[dict]) -> None:
+    """One line per edit: accuracy with 95% interval, paired change against the first line."""
     print(f"\n{title}: n {scores[0]['n']}, chance {100 * scores[0]['chance']:.0f}%\n")
     print(f"  {'':34}{'accuracy, %':<22}change, points")
-    for ablation, score in zip(ablations, scores):
-        print(f"  {label(ablation):34}{accuracy_cell(score):22}{change_cell(score)}")
+    for edit, score in zip(edits, scores):
+        print(f"  {label(edit):34}{accuracy_cell(score):22}{change_cell(score)}")
 
 
-def print_subjects(ablations: list[Ablation], scores: list[dict]) -> None:
-    """One line per subject, one column per ablation: accuracy in per cent, a star where it has changed."""
+def print_subjects(edits: list[Edit], scores: list[dict]) -> None:
+    """One line per subject, one column per edit: accuracy in per cent, a star where it has changed."""
     print(f"\naccuracy by subject, %; * changed, with false discoveries over the {len(scores[0]['subjects'])} subjects "
           "held to 5%\n")  # fmt: skip
-    for number, ablation in enumerate(ablations, 1):
-        print(f"  ({number}) {label(ablation)}")
-    print(f"\n  {'':36}{'n':>5}" + "".join(f"{f'({k})':>8}" for k in range(1, len(ablations) + 1)))
+    for number, edit in enumerate(edits, 1):
+        print(f"  ({number}) {label(edit)}")
+    print(f"\n  {'':36}{'n':>5}" + "".join(f"{f'({k})':>8}" for k in range(1, len(edits) + 1)))
     for name in scores[0]["subjects"]:
         cells = [score["subjects"][name] for score in scores]
         print(
@@ -269,17 +314,25 @@ def print_subjects(ablations: list[Ablation], scores: list[dict]) -> None:
         )
 
 
-def print_loss(title: str, ablations: list[Ablation], scores: list[dict]) -> None:
-    """One line per ablation: nats per token, and the loss added with 95% interval."""
+def print_loss(title: str, edits: list[Edit], scores: list[dict]) -> None:
+    """One line per edit: nats per token, and the loss added with 95% interval."""
     print(f"\n{title}: {scores[0]['n_tokens']:,} tokens of {scores[0]['n_documents']} documents\n")
     print(f"  {'':34}{'nats/token':<12}loss added")
-    for ablation, score in zip(ablations, scores):
+    for edit, score in zip(edits, scores):
         added = ""
         if "loss_added" in score:
             added = f"{score['loss_added']:+.4f}"
             if score["loss_added_low"] is not None:  # one document has no interval
                 added += f" [{score['loss_added_low']:+.4f}, {score['loss_added_high']:+.4f}]"
-        print(f"  {label(ablation):34}{score['nats_per_token']:<12.4f}{added}")
+        print(f"  {label(edit):34}{score['nats_per_token']:<12.4f}{added}")
+
+
+def print_chosen(points: list[dict], sources: dict) -> None:
+    """The tables of a tuned method on the reporting halves, by the unablated model's point and the chosen one."""
+    rows = [Edit(point["method"], setting=point["setting"]) for point in points]
+    for name in ("wmdp_bio", "mmlu"):
+        print_quiz(title_of(name, sources), rows, [point["scores"][name] for point in points])
+    print_loss(title_of("openwebtext", sources), rows, [point["scores"]["openwebtext"] for point in points])
 
 
 @torch.inference_mode()
@@ -287,9 +340,9 @@ def top_tokens(model, sae, features: list[int], windows: list[list[int]], k: int
     """For each feature the k tokens on which it is most active in sum."""
     latents = Latents(sae, features)
     strength = torch.zeros(model.cfg.d_vocab, len(features))
-    for h, ids in residuals(model, sae, windows, 16, None):
+    for h, ids in residuals(model, layer_of(sae), windows, 16):
         strength.index_add_(0, ids.cpu(), latents.encode(h)[0].cpu().float())
-    best = total(strength).topk(k, dim=0)
+    best = processes.total(strength).topk(k, dim=0)
     return [
         [model.tokenizer.decode(i) for i, s in zip(ids.tolist(), sums.tolist()) if s > 0]
         for ids, sums in zip(best.indices.T, best.values.T)
@@ -344,35 +397,39 @@ COLOURS = {"none": "0.2", "sae-patched": "0.45", "sae-reconstruction": "0.65", "
            "random-features": "#2471a3"}  # fmt: skip
 
 
-def quiz_figure(panels: dict[str, list[dict]], ablations: list[Ablation], title: str):
+def colour_of(edit: Edit) -> str:
+    return COLOURS.get(edit.method, COLOURS["sae-ablation"])
+
+
+def quiz_figure(panels: dict[str, list[dict]], edits: list[Edit], title: str):
     """Figure: one panel per data set {title: scores}, accuracy with 95% intervals, chance dashed."""
     figure, all_axes = plt.subplots(1, len(panels), figsize=(4.6 + 2.9 * (len(panels) - 1), 3.2), sharey=True,
                                     squeeze=False, layout="constrained")  # fmt: skip
     for axes, (name, scores) in zip(all_axes[0], panels.items()):
         columns = [[100 * score[key] for score in scores] for key in ("accuracy", "low", "high")]
-        interval_rows(axes, [label(a) for a in ablations], *columns, [COLOURS[a.method] for a in ablations])
+        interval_rows(axes, [label(edit) for edit in edits], *columns, [colour_of(edit) for edit in edits])
         chance = 100 * scores[0]["chance"]
         axes.axvline(chance, color="0.4", ls="--", lw=1)
-        axes.annotate("chance", (chance, len(ablations) - 0.55), xytext=(3, 0), textcoords="offset points", size=8)
+        axes.annotate("chance", (chance, len(edits) - 0.55), xytext=(3, 0), textcoords="offset points", size=8)
         axes.set(title=f"{name} (n {scores[0]['n']})", xlabel="accuracy, %", xlim=(0, 103))
     figure.suptitle(plain(title), size=10)
     return figure
 
 
-def subject_figure(ablations: list[Ablation], scores: list[dict], title: str):
+def subject_figure(edits: list[Edit], scores: list[dict], title: str):
     """Figure: each subject's change in accuracy under each edit, in points, with 95% intervals."""
-    edits = [(a, score) for a, score in zip(ablations, scores) if a.method in ("sae-ablation", "random-features")]
+    edits = [pair for pair in zip(edits, scores) if pair[0].method in ("sae-ablation", "random-features")]
     names = list(scores[0]["subjects"])
     figure, axes = plt.subplots(figsize=(6.5, 1.4 + 0.32 * len(names)), layout="constrained")
-    for number, (ablation, score) in enumerate(edits):
+    for number, (edit, score) in enumerate(edits):
         cells = [score["subjects"][name] for name in names]
         change, low, high = ([100 * cell[key] for cell in cells] for key in ("change", "change_low", "change_high"))
         rows = [row + 0.2 * (number - (len(edits) - 1) / 2) for row in range(len(names))]
         spread = [[max(0, c - x) for c, x in zip(change, low)], [max(0, x - c) for c, x in zip(change, high)]]
-        colour, marker = COLOURS[ablation.method], "osD"[number % 3]
-        fill = "none" if ablation.clamp == 0 else colour
+        colour, marker = colour_of(edit), "osD"[number % 3]
+        fill = "none" if edit.setting["clamp"] == 0 else colour
         axes.errorbar(change, rows, xerr=spread, fmt=marker, ms=4.5, color=colour, mfc=fill, capsize=2,
-                      label=label(ablation))  # fmt: skip
+                      label=label(edit))  # fmt: skip
     axes.set_yticks(range(len(names)), [plain(name.replace("_", " ")) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.axvline(0, color="0.4", ls="--", lw=1)
@@ -388,14 +445,14 @@ def end_of(score: dict, key: str) -> float:
     return score["loss_added"] if score[key] is None else score[key]
 
 
-def loss_figure(panels: dict[str, list[dict]], ablations: list[Ablation], title: str):
+def loss_figure(panels: dict[str, list[dict]], edits: list[Edit], title: str):
     """Figure: one panel per text {title: scores}, loss added with 95% intervals."""
     figure, all_axes = plt.subplots(1, len(panels), figsize=(4.6 + 2.9 * (len(panels) - 1), 3.2), sharey=True,
                                     squeeze=False, layout="constrained")  # fmt: skip
     for axes, (name, scores) in zip(all_axes[0], panels.items()):
         keys = ("loss_added", "loss_added_low", "loss_added_high")
         columns = [[end_of(score, key) for score in scores[1:]] for key in keys]
-        interval_rows(axes, [label(a) for a in ablations[1:]], *columns, [COLOURS[a.method] for a in ablations[1:]])
+        interval_rows(axes, [label(edit) for edit in edits[1:]], *columns, [colour_of(edit) for edit in edits[1:]])
         axes.axvline(0, color="0.4", ls="--", lw=1)
         axes.set(
             title=f"{name}\n{scores[0]['nats_per_token']:.2f} nats/token unablated", xlabel="loss added, nats/token"

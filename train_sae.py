@@ -31,8 +31,9 @@ from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 import processes
-from common import check_sae, command_line, load_model, reconstruct, settings, watch_tokens
+from common import check_sae, command_line, load_model, settings
 from data import HERE, UserError, batches, first_line, read_jsonl, token_windows
+from edits import NONE, Edit, applied, edit_of, layer_of, watch_tokens
 from picking import firing_rates, sanity_gate
 
 TRAINING_BATCH = 1024  # tokens per optimiser step
@@ -114,17 +115,10 @@ def train(model, windows, s) -> dict[int, BatchTopKTrainingSAE]:
 
 
 @torch.inference_mode()
-def mean_loss(model, windows, batch_size: int, hook: str | None = None, replace=None) -> float:
-    """Next-token loss in nats per target; `replace` maps the residual stream at `hook` to what ordinary tokens get."""
-
-    def edit(h, hook):
-        return torch.where(seen["ordinary"][..., None], replace(h).to(h.dtype), h)
-
+def mean_loss(model, windows, batch_size: int, edit: Edit) -> float:
+    """Next-token loss under an edit, in nats per target."""
     total, n = 0.0, 0
-    with (
-        watch_tokens(model.original_model, model.tokenizer) as seen,
-        model.hooks(fwd_hooks=[(hook, edit)] if hook else []),
-    ):
+    with watch_tokens(model.original_model, model.tokenizer) as seen, applied(model, model.tokenizer, edit):
         for _, ids in batches(windows, batch_size, model.tokenizer, model.cfg.device):
             logits = model(ids, use_cache=False)[:, :-1].float()
             real = seen["ordinary"][:, 1:]
@@ -137,9 +131,9 @@ def measure(model, sae: SAE, held_out, training, batch_size: int) -> dict:
     """Held-out variance explained, L0 and loss recovered (0 for a zeroed, 1 for the true residual stream), and the
     share of features that never fire on the training windows."""
     found = sanity_gate(model, sae, held_out, insist=False)
-    clean = mean_loss(model, held_out, batch_size)
-    patched = mean_loss(model, held_out, batch_size, sae.hook_point, lambda h: reconstruct(sae, h))
-    zeroed = mean_loss(model, held_out, batch_size, sae.hook_point, torch.zeros_like)
+    zero = Edit("zeroed", {layer_of(sae): lambda h, ordinary: torch.where(ordinary[..., None], 0, h)})
+    edits = (NONE, edit_of("sae-reconstruction", sae), zero)
+    clean, patched, zeroed = (mean_loss(model, held_out, batch_size, edit) for edit in edits)
     found["loss_recovered"] = round((zeroed - patched) / (zeroed - clean), 4)
     found["loss_added"] = round(patched - clean, 4)
     found["l0_share"] = round(found["l0"] / sae.cfg.d_sae, 4)

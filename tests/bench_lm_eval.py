@@ -22,7 +22,8 @@ from lm_eval.models.huggingface import HFLM
 
 from common import load_model, load_sae
 from data import LETTERS, encode_prompts, prompt
-from evaluation import Ablation, score_letters
+from edits import NONE
+from evaluation import score_letters
 from lm_eval_ablated import AblatedLM
 
 ROUNDS, BATCH, FEATURES = 7, 16, list(range(0, 500, 10))
@@ -36,7 +37,7 @@ def compare(title: str, model: str, sae: str, questions: list[dict], dtype: str,
     hf, ablated = HFLM(model, **same), AblatedLM(model, sae=sae, features={7: FEATURES}, clamp=-5.0, **same)
     bridge = load_model(model, "cpu", dtype)
     own_sae = load_sae(sae, 7, bridge)
-    rows = [Ablation("none")]
+    rows = [NONE]
 
     def ours():
         ids, letters = encode_prompts(bridge.tokenizer, texts)

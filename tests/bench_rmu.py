@@ -16,8 +16,9 @@ import torch
 from bench_patched import write_smollm_shape  # puts the project on the path
 
 import rmu
-from common import decoder_layers, load_hf
+from common import load_hf
 from data import padded
+from edits import decoder_layers, hidden
 
 SETTING = rmu.Setting(layer=7, multiple=4.0, alpha=100.0, steps=3, lr=1e-4)
 LENGTH = 512  # tokens a text, the release's longest
@@ -49,7 +50,7 @@ def saved_megabytes(model) -> float:
         matrix.requires_grad_(True)
     ids = torch.tensor(texts()[: SETTING.batch])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        held = [rmu.hidden(model, ids, SETTING.layer) for _ in range(2)]
+        held = [hidden(model, ids, SETTING.layer) for _ in range(2)]
     total = sum(kept.values()) / 2**20
     del held
     model.requires_grad_(False)

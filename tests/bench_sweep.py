@@ -3,6 +3,7 @@ What a sweep of 24 settings costs: in one pass, one after another, and through S
 
     python tests/bench_sweep.py            # about 7 minutes on two cores
     python tests/bench_sweep.py tiny       # about 2 minutes
+    python tests/bench_sweep.py profile    # and where the sweep's time goes, operator by operator
 
 All four are timed on the same prompts in one run: the stand-ins of WMDP-Bio (where the features fire) and of MMLU
 (where they seldom do). u is the share of layers above the hook point. The attached SAE keeps the error term, and a
@@ -21,11 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench_patched import smollm_shape
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from torch.profiler import ProfilerActivity, profile
 
 from common import load_model, load_sae
 from data import batches, encode_prompts, halves, prompt, special_ids, token_windows
-from evaluation import Ablation, OnePass, score_letters
-from picking import activation_ratio, firing_rates, largest, residuals
+from edits import NONE, edit_of, layer_of, residuals
+from evaluation import OnePass, score_letters
+from picking import activation_ratio, firing_rates, largest
 
 COUNTS = (1, 2, 5, 10, 20, 50, 100, 200)
 L0 = 100  # active features per token of the random SAE: what Gemma Scope's canonical SAEs have
@@ -50,26 +53,26 @@ def picked(model, sae) -> list[int]:
 def sparsify(model, sae) -> None:
     """Set the random SAE's threshold so that L0 features are active per token."""
     windows = token_windows(model.tokenizer, [prompt(row) for row in questions("mmlu_dev")[:40]])[0]
-    h = torch.cat([chunk for chunk, _ in residuals(model, sae, windows, 16, None)])
+    h = torch.cat([chunk for chunk, _ in residuals(model, layer_of(sae), windows, 16)])
     pre = h @ sae.W_enc + sae.b_enc
     sae.threshold.fill_(pre.flatten().kthvalue(pre.numel() - L0 * len(pre)).values)
 
 
 @torch.inference_mode()
-def attached(folder: str, sae, prompts, letters, ablations, batch_size: int = 16) -> torch.Tensor:
-    """score_letters as one would write it with SAELens: an attached SAE, a hook on its latents, a run per ablation."""
+def attached(folder: str, sae, prompts, letters, edits, batch_size: int = 16) -> torch.Tensor:
+    """score_letters as one would write it with SAELens: an attached SAE, a hook on its latents, a run per edit."""
     model = SAETransformerBridge.boot_transformers(folder, device="cpu")
     model.eval()
     model.add_sae(sae, use_error_term=True)
-    special, out = torch.tensor(special_ids(model.tokenizer)), torch.empty(len(ablations), len(prompts), 4)
-    for k, ablation in enumerate(ablations):
-        features = list(ablation.features)
+    special, out = torch.tensor(special_ids(model.tokenizer)), torch.empty(len(edits), len(prompts), 4)
+    for k, edit in enumerate(edits):
+        features, value = edit.arguments["features"], edit.arguments["clamp"]
         for chosen, ids in batches(prompts, batch_size, model.tokenizer, "cpu"):
             ordinary = ~torch.isin(ids, special)[..., None]
 
-            def clamp(acts, hook, features=features, ordinary=ordinary, ablation=ablation):
+            def clamp(acts, hook, features=features, ordinary=ordinary, value=value):
                 some = acts[..., features]
-                acts[..., features] = torch.where((some > 0) & ordinary, ablation.clamp, some)
+                acts[..., features] = torch.where((some > 0) & ordinary, value, some)
                 return acts
 
             logits = model.run_with_hooks(ids, fwd_hooks=[(model.get_sae_hook_name(sae), clamp)], use_cache=False)
@@ -79,8 +82,8 @@ def attached(folder: str, sae, prompts, letters, ablations, batch_size: int = 16
     return out
 
 
-def one_by_one(model, sae, prompts, letters, ablations) -> torch.Tensor:
-    return torch.cat([score_letters(model, sae, prompts, letters, [ablation]) for ablation in ablations])
+def one_by_one(model, prompts, letters, edits) -> torch.Tensor:
+    return torch.cat([score_letters(model, prompts, letters, [edit]) for edit in edits])
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> str:
@@ -89,15 +92,18 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> str:
     return f"{letters} letters differ, probabilities by {(a.exp() - b.exp()).abs().max():.1e}, their logs by {logs:.1e}"
 
 
-def rerun(model, sae, prompts, ablations) -> str:
-    """How much there is to run again: edited copies, and their tokens from the first edited one on."""
-    run, copies, tokens, whole = OnePass(model, sae, ablations), 0, 0, 0
+def rerun(model, layer: int, prompts, edits) -> tuple[str, float]:
+    """How much there is to run again: edited copies, and their tokens from the first edited one on; and the arithmetic
+    limit of a sweep in unablated passes, 1 + copies x share of their tokens x share of layers above the hook point."""
+    run, copies, again, ran = OnePass(model, edits), 0, 0, 0
     for _, ids in batches(prompts, 16, model.tokenizer, model.cfg.device):
         run(ids)
-        copies += len(run.edits)
-        tokens += sum(ids.shape[1] - start for _, start, *_ in run.edits)
-        whole += ids.shape[1] * len(run.edits)
-    return f"{copies / len(prompts):.1f} edited copies a prompt, {tokens / max(1, whole):.0%} of their tokens"
+        first = run.stages[0].ids.shape[1] if len(run.stages) > 1 else 0  # tokens that are run for one row
+        ran += first + len(ids) * (ids.shape[1] - first)
+        copies += len(run.copies)
+        again += sum(ids.shape[1] - copy.start for copy in run.copies)
+    limit = 1 + again / ran * (1 - (layer + 1) / model.cfg.n_layers)
+    return f"{copies / len(prompts):.1f} edited copies a prompt, {again / ran:.1f} times the tokens", limit
 
 
 def seconds(work, *args) -> tuple[float, torch.Tensor]:
@@ -108,9 +114,8 @@ def seconds(work, *args) -> tuple[float, torch.Tensor]:
 
 def bench(model, sae, folder: str, clamp: float, n_prompts: int) -> None:
     features = picked(model, sae)
-    settings = [Ablation("x", tuple(features[:n]), c) for n in COUNTS for c in (0.0, clamp / 2, clamp)]
-    clean = [Ablation("none")]
-    layer = int(sae.hook_point.split(".")[1])
+    settings = [edit_of("clamp", sae, features=features[:n], clamp=c) for n in COUNTS for c in (0.0, clamp / 2, clamp)]
+    layer = layer_of(sae)
     u = 1 - (layer + 1) / model.cfg.n_layers
     print(f"  {len(settings)} settings, layers above the hook point: u = {u:.2f}, so 1 + 24u = {1 + 24 * u:.1f}")
     for name in ("mmlu", "wmdp_bio"):
@@ -118,27 +123,35 @@ def bench(model, sae, folder: str, clamp: float, n_prompts: int) -> None:
         rows = [rows[i] for i in halves(rows, 0)[1]]
         asked = rows[1 :: max(1, len(rows) // n_prompts)][:n_prompts]
         prompts, letters = encode_prompts(model.tokenizer, [prompt(row) for row in asked])
-        score_letters(model, sae, prompts[:16], letters, settings[-1:])  # warm
-        before, _ = seconds(score_letters, model, sae, prompts, letters, clean)
-        sweep, ours = seconds(score_letters, model, sae, prompts, letters, settings)
-        each, single = seconds(one_by_one, model, sae, prompts, letters, settings)
-        after, _ = seconds(score_letters, model, sae, prompts, letters, clean)
+        score_letters(model, prompts[:16], letters, settings[-1:])  # warm
+        times = []
+        for _ in range(3):
+            one, _ = seconds(score_letters, model, prompts, letters, [NONE])
+            sweep, ours = seconds(score_letters, model, prompts, letters, settings)
+            after, _ = seconds(score_letters, model, prompts, letters, [NONE])
+            times.append((sweep / ((one + after) / 2), sweep, (one + after) / 2))
+        ratio, sweep, one = sorted(times)[1]
+        each, single = seconds(one_by_one, model, prompts, letters, settings)
         theirs_time, theirs = seconds(attached, folder, sae, prompts, letters, settings)
-        one = (before + after) / 2
-        print(f"  {name}, {len(prompts)} prompts: one unablated pass {one:.2f} s")
-        print(f"    24 settings in one pass       {sweep:7.2f} s = {sweep / one:5.2f} unablated passes; "
-              f"{rerun(model, sae, prompts, settings)}")  # fmt: skip
+        what, limit = rerun(model, layer, prompts, settings)
+        print(f"  {name}, {len(prompts)} prompts: one unablated pass {one:.2f} s; {what}")
+        print(f"    24 settings in one pass       {sweep:7.2f} s = {ratio:5.2f} unablated passes (median of 3); the "
+              f"arithmetic limit is {limit:.2f}, so {ratio / limit:.2f} times it")  # fmt: skip
         print(f"    24 settings one after another {each:7.2f} s = {each / sweep:5.2f} times the sweep")
         print(f"    through the attached SAE      {theirs_time:7.2f} s = {theirs_time / sweep:5.2f} times the sweep")
         for way, other in (("one after another", single), ("the attached SAE", theirs)):
             print(f"    against {way}: {difference(ours, other)}")
+        if "profile" in sys.argv:
+            with profile(activities=[ProfilerActivity.CPU]) as watched:
+                score_letters(model, prompts, letters, settings)
+            print(watched.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
 
 
 if __name__ == "__main__":
     print("tiny, layer 7")
     tiny = load_model("tiny", "cpu")
     bench(tiny, load_sae(None, 7, tiny), str(ROOT / "tiny/model"), -80.0, 96)
-    if sys.argv[1:] != ["tiny"]:
+    if "tiny" not in sys.argv:
         print("random model of SmolLM2-135M's shape, SAE of 16,384 features at layer 7")
         with tempfile.TemporaryDirectory() as folder:
             model, sae = smollm_shape(Path(folder))

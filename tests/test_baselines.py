@@ -17,13 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import baselines
 import data
 import evaluation
+import methods
 import pareto
 import rmu
 import robustness
-from common import decoder_layers, load_model, settings
+from common import load_model, settings
 from data import QUESTION_TOKENS, UserError, load_benchmark, special_ids, training_windows
+from edits import decoder_layers
 from picking import Rates
-from show import METHODS
+from show import method_name
 from training import nll
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,10 +214,11 @@ def test_crisp_adapts_attention_and_mlp_of_its_layers_only(model_folder, family)
 @pytest.fixture
 def two_settings(monkeypatch):
     """Two settings a method, short training, little text."""
-    monkeypatch.setattr(baselines, "RETAIN_TOKENS", 3000)
+    monkeypatch.setattr(methods, "RETAIN_TOKENS", 3000)
     monkeypatch.setattr(evaluation, "SCORED_TOKENS", 1000)
-    for method, grid in baselines.GRIDS.items():
-        monkeypatch.setitem(baselines.GRIDS, method, grid[:2])
+    for grids in (baselines.GRIDS, baselines.TRAINED):
+        for method, grid in grids.items():
+            monkeypatch.setitem(grids, method, grid[:2])
     monkeypatch.setattr(rmu, "MULTIPLES", (4.0,))
 
 
@@ -235,7 +238,7 @@ def test_a_stopped_tuning_goes_on_and_ends_with_the_same_record(two_settings, mo
         return train(method, setting, *rest)
 
     monkeypatch.setattr(baselines, "by_nll", stop_at_the_second)
-    with pytest.raises(KeyboardInterrupt, match="2 finished settings are kept"):  # the unablated model's is one
+    with pytest.raises(KeyboardInterrupt, match="2 finished pieces are kept"):  # the unablated model's is one
         baselines.run(**flags, out=str(tmp_path / "r.json"))
     assert {path.name for path in tmp_path.glob("r*")} == {"r.pieces"}
     again = baselines.run(**flags, out=str(tmp_path / "r.json"))
@@ -249,10 +252,11 @@ def test_gradients_reach_all_weights_and_crisp_those_of_its_layers(two_settings,
     original = load_file(ROOT / "tiny/model/model.safetensors")
     s = settings(baselines.flags, SMALL)
     lm = load_model("tiny")
-    measured = baselines.Measured(lm, None, load_benchmark(s)[0], s)
+    texts = load_benchmark(s)[0]
+    measured = methods.measure(lm, s.layer, None, texts["forget"], texts["retain"], s.clamp, s)
     for method, layers in (("grad-diff", range(12)), ("crisp", range(2, 7))):
-        setting = baselines.absolute(method, baselines.GRIDS[method][0], s)
-        baselines.forgetful(method, setting, tmp_path / "r.model", measured, s)
+        setting = baselines.absolute(method, baselines.TRAINED[method][0], s)
+        baselines.forgetful(method, setting, tmp_path / "r.model", texts, measured, s)
         after = load_file(tmp_path / "r.model/model.safetensors")
         changed = {name for name in original if not torch.equal(original[name].float(), after[name].float())}
         matrices = {name for name in original if ".layers." in name and original[name].ndim == 2}
@@ -262,8 +266,9 @@ def test_gradients_reach_all_weights_and_crisp_those_of_its_layers(two_settings,
 
 @pytest.mark.slow
 def test_all_methods_one_figure_and_relearning(two_settings, monkeypatch, tmp_path):
-    for method in set(baselines.GRIDS) - {"dsg", "npo"}:
-        monkeypatch.delitem(baselines.GRIDS, method)
+    for grids in (baselines.GRIDS, baselines.TRAINED):
+        for method in set(grids) - {"dsg", "npo"}:
+            monkeypatch.delitem(grids, method)
     scripts, started = {"baselines.py": baselines, "rmu.py": rmu, "pareto.py": pareto, "robustness.py": robustness}, []
 
     def in_this_process(command):  # what baselines.call starts as a process of its own
@@ -277,18 +282,18 @@ def test_all_methods_one_figure_and_relearning(two_settings, monkeypatch, tmp_pa
     monkeypatch.setattr(baselines, "call", in_this_process)
     flags = dict(all=True, relearn=2, **SMALL, out=str(tmp_path / "b.json"))
     done = baselines.run(**flags)
-    methods = [*baselines.GRIDS, "rmu", "adaptive-rmu"]
+    every = [*baselines.GRIDS, *baselines.TRAINED, "rmu", "adaptive-rmu"]
     records = [json.loads(Path(path).read_text()) for path in done["records"]]
-    assert [record["points"][record["chosen"]]["method"] for record in records] == methods
+    assert [record["points"][record["chosen"]]["method"] for record in records] == every
     assert len({json.dumps(record["data"]["mmlu"]["questions"]) for record in records}) == 1
     assert len({len(record["points"]) for record in records}) == 1  # as many settings each
     assert (tmp_path / "b_frontier.png").stat().st_size > 10_000
     costs = (tmp_path / "b_costs.md").read_text().splitlines()
-    names = [METHODS.get(method, method.replace("-", " ")) for method in methods]
-    assert [line.split(" | ")[0].strip("| ") for line in costs[2 : 2 + len(methods)]] == names
-    assert "loss on answer" in costs[2 + methods.index("npo")] and "first batch's norm" in costs[-2]
+    names = [method_name(method) for method in every]
+    assert [line.split(" | ")[0].strip("| ") for line in costs[2 : 2 + len(every)]] == names
+    assert "loss on answer" in costs[2 + every.index("npo")] and "first batch's norm" in costs[-2]
     report = json.loads((tmp_path / "b_robustness.json").read_text())
-    assert [point["method"] for point in report["points"]] == ["none", *methods]
+    assert [point["method"] for point in report["points"]] == ["none", *every]
     for point in report["points"]:
         assert set(point["relearned"]) == {"retain", "forget"}
         assert sum(point["letters"].values()) == pytest.approx(1)

@@ -30,10 +30,12 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import common
+import edits
 import evaluation
 import picking
-from common import Latents, ablate
+from common import ablate
 from data import UserError, batches, special_ids, token_windows
+from edits import Latents
 from picking import Rates, matched_random
 
 CANONICAL = "blocks.1.hook_out"
@@ -111,7 +113,7 @@ def test_latents_of_a_subset_are_those_of_saelens(gemma, make_sae, kind, norm, b
 @pytest.mark.parametrize("norm", NORMS)
 def test_reconstruction_is_saelens_own(gemma, make_sae, kind, norm):
     sae, h = make_sae(gemma, kind, norm), residual(gemma, some_ids(gemma))
-    torch.testing.assert_close(common.reconstruct(sae, h), sae(h))
+    torch.testing.assert_close(edits.passed(sae, h)[1], sae(h))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,7 +145,7 @@ def test_centred_sae(gemma, make_sae, norm):
     h = residual(gemma, ids)
     mean = h.mean(-1, keepdim=True)
     torch.testing.assert_close(Latents(centred, FEATURES).encode(h)[0], sae.encode(h - mean)[..., FEATURES])
-    torch.testing.assert_close(common.reconstruct(centred, h), sae(h - mean) + mean)
+    torch.testing.assert_close(edits.passed(centred, h)[1], sae(h - mean) + mean)
     with ablate(gemma, centred, FEATURES):
         found = next_layer_input(gemma, ids)
     wanted = edited_by_saelens(sae, h - mean, ordinary(gemma, ids), FEATURES) + mean
@@ -222,7 +224,7 @@ def test_special_ids_know_the_added_marker(gemma):
 
 def test_mask_follows_each_forward_pass(gemma):
     ids = some_ids(gemma)
-    with common.watch_tokens(gemma.original_model, gemma.tokenizer) as seen:
+    with edits.watch_tokens(gemma.original_model, gemma.tokenizer) as seen:
         for part in (ids, ids[:2, :7]):
             gemma(part)
             assert torch.equal(seen["ordinary"], ordinary(gemma, part))
@@ -265,7 +267,7 @@ def test_hooks_are_gone_after_an_exception(model, sae):
 
 
 def test_no_forward_pass_raises(model, sae):
-    with pytest.raises(RuntimeError, match="never fired"), ablate(model, sae, FEATURES):
+    with pytest.raises(RuntimeError, match=r"layers \[1\] never ran"), ablate(model, sae, FEATURES):
         pass
 
 
@@ -895,7 +897,7 @@ def test_a_sequences_first_token_is_neither_counted_nor_edited(wordy, make_sae):
 
 def test_the_first_token_of_a_cached_or_padded_pass(wordy):
     plain, ids = wordy.original_model, torch.tensor([[30, 31, 32, 33], [0, 0, 42, 43]])
-    with common.watch_tokens(plain, wordy.tokenizer) as seen, torch.inference_mode():
+    with edits.watch_tokens(plain, wordy.tokenizer) as seen, torch.inference_mode():
         cache = plain(ids[:1, :2], use_cache=True).past_key_values
         assert seen["ordinary"].tolist() == [[False, True]]
         plain(ids[:1, 2:], past_key_values=cache)
@@ -978,7 +980,7 @@ def test_special_tokens_are_edited_where_saebench_edits_them(model_folder, make_
     sae = make_sae(model)
     ids = some_ids(model)
     special = torch.isin(ids, torch.tensor(special_ids(model.tokenizer)))
-    with common.watch_tokens(model.original_model, model.tokenizer) as seen:
+    with edits.watch_tokens(model.original_model, model.tokenizer) as seen:
         model(ids)
     first = torch.zeros_like(special)
     first[:, 0] = True
@@ -992,7 +994,7 @@ def test_special_tokens_are_edited_where_saebench_edits_them(model_folder, make_
     moved = (there != residual(model, ids)).any(-1)
     assert not moved[first].any() and moved[~special & ~first].any()
     assert moved[special & ~first & ~end].any() == (way == "all-but-bos") and not moved[end].any()
-    run = evaluation.OnePass(model, sae, [evaluation.Ablation("a", tuple(features), -5.0)])
+    run = evaluation.OnePass(model, [edits.edit_of("clamp", sae, features=features, clamp=-5.0)])
     run(ids)
-    edited = run.edited(run.edits, 0)
-    torch.testing.assert_close(edited, there[[b for b, *_ in run.edits]], atol=1e-5, rtol=1e-5)
+    edited = run.edited(run.copies, 1, 0)
+    torch.testing.assert_close(edited, there[[copy.prompt for copy in run.copies]], atol=1e-5, rtol=1e-5)

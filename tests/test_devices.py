@@ -7,7 +7,8 @@ from two_devices import two_devices
 
 import common
 import picking
-from evaluation import Ablation, score_letters, score_loss, standard_rows
+from edits import edit_of
+from evaluation import score_letters, score_loss, standard_rows
 from show import top_tokens
 
 FEATURES = [0, 3, 5, 9]
@@ -40,15 +41,15 @@ def everything(model, sae) -> dict:
     """What the lessons compute of a model, as numbers on the CPU."""
     windows = some_ids(model, (6, 20)).tolist()
     rates = picking.firing_rates(model, sae, windows)
-    rows = [*standard_rows(FEATURES, [2, 4], -30.0), Ablation("sae-ablation", (3,), -5.0)]
+    rows = [*standard_rows(sae, FEATURES, [2, 4], -30.0), edit_of("sae-ablation", sae, features=[3], clamp=-5.0)]
     prompts = [[2, *range(5, 17), 30 + i] for i in range(5)]  # twelve tokens in common: a stage of their own
     with common.ablate(model, sae, FEATURES, -30.0):
         logits = model(some_ids(model).to(model.cfg.device))
     return {
         "fires": rates.fires,
         "sanity": picking.sanity_gate(model, sae, windows, insist=False),
-        "letters": score_letters(model, sae, prompts, [5, 6, 7, 8], rows),
-        "loss": score_loss(model, sae, windows, rows)[0],
+        "letters": score_letters(model, prompts, [5, 6, 7, 8], rows),
+        "loss": score_loss(model, windows, rows)[0],
         "logits": logits.cpu(),
         "tokens": top_tokens(model, sae, FEATURES, windows),
     }

@@ -112,6 +112,14 @@ def test_diff_in_means_by_hand(h, ordinary, strength):
         assert np.abs(found.numpy() @ u)[ordinary.numpy()].max() < 1e-8
 
 
+def test_bare_reconstruction_is_saelens_own(gemma, make_sae):
+    sae, h = make_sae(gemma, "standard"), residual(gemma, some_ids(gemma))
+    ordinary = some_ids(gemma) > 10
+    found = edits.bare_reconstruction(sae)(h, ordinary)
+    assert torch.equal(found[~ordinary], h[~ordinary])
+    torch.testing.assert_close(found[ordinary], sae(h)[ordinary])
+
+
 def test_gradients_pass_through_every_edit(sae, h, ordinary):
     for method, arguments in {
         "clamp": dict(features=FEATURES, clamp=CLAMP),
@@ -120,7 +128,7 @@ def test_gradients_pass_through_every_edit(sae, h, ordinary):
         "diff-in-means": dict(direction=[1.0] * 8),
     }.items():
         x = h.clone().requires_grad_(True)
-        edits.EDITS[method](sae, **arguments)(x, ordinary).square().sum().backward()
+        edits.METHODS[method](sae, **arguments)(x, ordinary).square().sum().backward()
         assert torch.isfinite(x.grad).all() and not torch.equal(x.grad[ordinary], 2 * h[ordinary])
         assert torch.equal(x.grad[~ordinary], 2 * h[~ordinary])
 
@@ -131,9 +139,10 @@ def test_applied_is_ablate_on_every_family(model, make_sae):
     with torch.inference_mode():
         clean = model(ids)
         for clamp in (0.0, -2.0):
+            edit = edits.edit_of("clamp", sae, features=features, clamp=clamp)
             with common.ablate(model, sae, features, clamp):
                 expected = model(ids)
-            with edits.applied(model.original_model, model.tokenizer, [1], edits.clamp(sae, features, clamp)):
+            with edits.applied(model.original_model, model.tokenizer, edit):
                 found = model(ids)
             assert not torch.equal(found, clean) and torch.allclose(found, expected, atol=1e-5)
         assert torch.equal(model(ids), clean)
@@ -141,10 +150,11 @@ def test_applied_is_ablate_on_every_family(model, make_sae):
 
 def test_an_edit_of_nothing_is_exact_in_bfloat16(half_model, make_sae):
     ids = some_ids(half_model)
-    nothing = edits.clamp(make_sae(half_model), [0, 1, 2], -9.0, threshold=1e9)
+    arguments = dict(features=[0, 1, 2], clamp=-9.0, threshold=1e9)
+    nothing = edits.edit_of("conditional-clamp", make_sae(half_model), **arguments)
     with torch.inference_mode():
         clean = half_model(ids)
-        with edits.applied(half_model.original_model, half_model.tokenizer, [1], nothing):
+        with edits.applied(half_model.original_model, half_model.tokenizer, nothing):
             assert torch.equal(half_model(ids), clean)
 
 
@@ -156,9 +166,12 @@ def test_several_layers_and_a_layer_that_never_ran(gemma):
         return h
 
     ids = some_ids(gemma)
-    with edits.applied(gemma.original_model, gemma.tokenizer, [1, 3], look):
-        gemma(ids)
-    assert len(seen) == 2 and seen[0] == residual(gemma, ids).shape
-    hooks = edits.applied(gemma.original_model, gemma.tokenizer, [1, 3], look)
-    with pytest.raises(RuntimeError, match=r"layers \[3\] never ran"), hooks:
-        gemma(ids, stop_at_layer=2)
+    edit = edits.Edit("look", {1: look, 3: look})
+    for model in (gemma, gemma.original_model):
+        seen.clear()
+        with edits.applied(model, gemma.tokenizer, edit):
+            model(ids)
+        assert len(seen) == 2 and seen[0] == residual(gemma, ids).shape
+        hooks = edits.applied(model, gemma.tokenizer, edit)
+        with pytest.raises(RuntimeError, match=r"layers \[3\] never ran"), hooks:
+            gemma(ids, stop_at_layer=2)

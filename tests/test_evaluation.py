@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,15 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import BOS, D_SAE, EOS, FAMILIES, HOOK, MARKER, PAD, WINDOW, some_ids, train_tokenizer
+from conftest import BOS, D_SAE, EOS, FAMILIES, MARKER, PAD, WINDOW, some_ids, train_tokenizer
 
-import common
 import data
 import edits
 import evaluation
 from data import UserError, encode_prompts, halves, load_rows, prompt
+from edits import METHODS, NONE, Edit, applied, edit_of
 from evaluation import (
-    Ablation,
     OnePass,
     accuracy_score,
     loss_scores,
@@ -34,19 +34,28 @@ from evaluation import (
 
 FIRST, SECOND = tuple(range(0, 40, 2)), tuple(range(20, D_SAE, 3))
 DEAD = (1, 3, 5)
-ABLATIONS = [
-    Ablation("none"),
-    Ablation("patched", ()),
-    Ablation("first", FIRST),
-    Ablation("second", SECOND),
-    Ablation("one", (8,)),
-    Ablation("first again", FIRST[::-1]),
-    Ablation("first and dead ones", FIRST + DEAD),
-    Ablation("negative", FIRST, -2.0),
-    Ablation("more negative", SECOND, -7.0),
-    Ablation("dead", DEAD, -5.0),
-    Ablation("reconstruction", reconstruct=True),
-]
+
+
+def row(name: str, sae, features, clamp=0.0) -> Edit:
+    return replace(edit_of("sae-ablation", sae, features=list(features), clamp=clamp), method=name)
+
+
+def ablations(sae) -> list[Edit]:
+    return [
+        NONE,
+        row("patched", sae, ()),
+        row("first", sae, FIRST),
+        row("second", sae, SECOND),
+        row("one", sae, (8,)),
+        row("first again", sae, FIRST[::-1]),
+        row("first and dead ones", sae, FIRST + DEAD),
+        row("negative", sae, FIRST, -2.0),
+        row("more negative", sae, SECOND, -7.0),
+        row("dead", sae, DEAD, -5.0),
+        edit_of("sae-reconstruction", sae),
+    ]
+
+
 QUESTIONS = [
     dict(question="Which of these is an organ?", choices=["the heart", "the moon", "the sea", "a stone"], answer=0),
     dict(question=" Where do rivers flow to? \n", choices=["up", "the sea and the deep", "A", "B"], answer=1),
@@ -74,64 +83,60 @@ def special(model):
     return torch.tensor([model.tokenizer.convert_tokens_to_ids(token) for token in (BOS, EOS, PAD, MARKER)])
 
 
-def one_run(model, sae, ablation, ids):
-    """Logits of one unpadded prompt under one ablation, without anything of evaluation.py."""
-    if not ablation.reconstruct:
-        with common.ablate(model, sae, list(ablation.features), ablation.clamp):
-            return model(ids)
-    ordinary = ~torch.isin(ids, special(model))[..., None]
-    with model.hooks(fwd_hooks=[(HOOK, lambda h, hook: torch.where(ordinary, sae(h.float()).to(h.dtype), h))]):
+def one_run(model, edit, ids):
+    """Logits of one unpadded prompt under one edit, without anything of evaluation.py."""
+    with applied(model, model.tokenizer, edit):
         return model(ids)
 
 
-def letters_one_by_one(model, sae, prompts, letters, ablations):
-    runs = [[one_run(model, sae, a, torch.tensor([row]))[0, -1].float() for row in prompts] for a in ablations]
-    return torch.stack([torch.stack(row) for row in runs]).log_softmax(-1)[..., letters]
+def letters_one_by_one(model, edits, prompts, letters):
+    runs = [[one_run(model, edit, torch.tensor([ids]))[0, -1].float() for ids in prompts] for edit in edits]
+    return torch.stack([torch.stack(rows) for rows in runs]).log_softmax(-1)[..., letters]
 
 
-def losses_one_by_one(model, sae, windows, ablations):
-    nats = torch.zeros(len(ablations), len(windows), dtype=torch.float64)
-    for (k, ablation), (j, row) in itertools.product(enumerate(ablations), enumerate(windows)):
-        ids = torch.tensor([row])
-        losses = F.cross_entropy(one_run(model, sae, ablation, ids)[0, :-1].float(), ids[0, 1:], reduction="none")
+def losses_one_by_one(model, edits, windows):
+    nats = torch.zeros(len(edits), len(windows), dtype=torch.float64)
+    for (k, edit), (j, window) in itertools.product(enumerate(edits), enumerate(windows)):
+        ids = torch.tensor([window])
+        losses = F.cross_entropy(one_run(model, edit, ids)[0, :-1].float(), ids[0, 1:], reduction="none")
         nats[k, j] = losses[~torch.isin(ids[0, 1:], special(model))].double().sum()
     return nats
 
 
-def stack(model, sae, ablations, ids):
+def stack(model, edits, ids):
     """What leaves the final norm for every row, (n_rows, pos, d_model), and the run."""
-    run = OnePass(model, sae, ablations, max_rows=5)
+    run = OnePass(model, edits, max_rows=5)
     kept = run(ids).clone()[run.source]
-    for rows, start, h in run.copies():
+    for rows, start, h in run.run_copies():
         kept[rows, start:] = h
     return kept, run
 
 
-# ------------------------------------------------------------------------------- many ablations, one pass
+# ------------------------------------------------------------------------------- many edits, one pass
 
 
 def test_letters_in_one_pass_equal_one_run_per_ablation(model, sae):
     prompts = rows_of_ids(model)
     _, letters = encode_prompts(model.tokenizer, ["Answer:"])
-    wanted = letters_one_by_one(model, sae, prompts, letters, ABLATIONS)
-    found = score_letters(model, sae, prompts, letters, ABLATIONS)
+    wanted = letters_one_by_one(model, ablations(sae), prompts, letters)
+    found = score_letters(model, prompts, letters, ablations(sae))
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
     assert torch.equal(found.argmax(-1), wanted.argmax(-1))
     moved = (found - found[0]).abs().amax((1, 2))
-    assert all((m > 0.1) == (a.method not in ("none", "patched", "dead")) for m, a in zip(moved, ABLATIONS))
-    single = score_letters(model, sae, prompts, letters, ABLATIONS, batch_size=1)
+    assert all((m > 0.1) == (a.method not in ("none", "patched", "dead")) for m, a in zip(moved, ablations(sae)))
+    single = score_letters(model, prompts, letters, ablations(sae), batch_size=1)
     torch.testing.assert_close(single, found, atol=1e-5, rtol=0)
     assert torch.equal(single.argmax(-1), found.argmax(-1))
 
 
 def test_loss_in_one_pass_equals_one_run_per_ablation(model, sae):
     windows = rows_of_ids(model)
-    wanted = losses_one_by_one(model, sae, windows, ABLATIONS)
-    nats, targets = score_loss(model, sae, windows, ABLATIONS)
+    wanted = losses_one_by_one(model, ablations(sae), windows)
+    nats, targets = score_loss(model, windows, ablations(sae))
     assert targets.tolist() == [int((~torch.isin(torch.tensor(row[1:]), special(model))).sum()) for row in windows]
     torch.testing.assert_close(nats / targets, wanted / targets, atol=1e-5, rtol=0)
     for options in (dict(batch_size=1), dict(batch_size=4, chunk=1), dict(chunk=5000)):
-        again, same = score_loss(model, sae, windows, ABLATIONS, **options)
+        again, same = score_loss(model, windows, ablations(sae), **options)
         assert torch.equal(same, targets)
         torch.testing.assert_close(again / targets, nats / targets, atol=1e-5, rtol=0)
 
@@ -143,23 +148,24 @@ def test_what_all_prompts_begin_with_is_run_once(model, sae, shared):
     other = some_ids(model, (1, 30), seed=6)[0].tolist()  # the last batch begins otherwise
     prompts = [[*(rows[0] if k > 2 else other)[:shared], *row[shared:]] for k, row in enumerate(rows)]
     sizes = []
+    evaluation.check_engine(model, [1])
     handle = model.blocks[0].register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape[:2])))
-    found = score_letters(model, sae, prompts, [20, 21, 22, 23], ABLATIONS, batch_size=5, max_rows=7)
-    nats, targets = score_loss(model, sae, prompts, ABLATIONS, batch_size=5, max_rows=7)
+    found = score_letters(model, prompts, [20, 21, 22, 23], ablations(sae), batch_size=5, max_rows=7)
+    nats, targets = score_loss(model, prompts, ablations(sae), batch_size=5, max_rows=7)
     handle.remove()
     assert sizes == [(1, shared), (5, 29 - shared), (1, shared), (3, 19 - shared)] * 2
-    wanted = letters_one_by_one(model, sae, prompts, [20, 21, 22, 23], ABLATIONS)
+    wanted = letters_one_by_one(model, ablations(sae), prompts, [20, 21, 22, 23])
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
-    losses = losses_one_by_one(model, sae, prompts, ABLATIONS)
+    losses = losses_one_by_one(model, ablations(sae), prompts)
     torch.testing.assert_close(nats / targets, losses / targets, atol=1e-5, rtol=0)
     sizes.clear()
     handle = model.blocks[0].register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape[:2])))
-    score_letters(model, sae, prompts[3:], [20, 21, 22, 23], ABLATIONS, batch_size=2)
+    score_letters(model, prompts[3:], [20, 21, 22, 23], ablations(sae), batch_size=2)
     handle.remove()
     assert sizes[0] == (1, shared) and len(sizes) == 4  # the second batch begins as the first, the last is one prompt
-    run = OnePass(model, sae, ABLATIONS)
+    run = OnePass(model, ablations(sae))
     run(torch.tensor([prompt[:15] for prompt in prompts[3:]]))
-    starts = {start for _, start, *_ in run.edits}
+    starts = {copy.start for copy in run.copies}
     assert min(starts) < shared  # some edits begin within what is shared
 
 
@@ -167,26 +173,26 @@ def test_what_all_prompts_begin_with_is_run_once(model, sae, shared):
 @pytest.mark.parametrize("norm", ["none", "constant_norm_rescale", "layer_norm"])
 def test_one_pass_for_every_kind_of_sae(gemma, make_sae, kind, norm):
     sae, prompts = make_sae(gemma, kind, norm, b_dec=True), rows_of_ids(gemma)
-    wanted = letters_one_by_one(gemma, sae, prompts, [20, 21, 22, 23], ABLATIONS)
-    found = score_letters(gemma, sae, prompts, [20, 21, 22, 23], ABLATIONS)
+    wanted = letters_one_by_one(gemma, ablations(sae), prompts, [20, 21, 22, 23])
+    found = score_letters(gemma, prompts, [20, 21, 22, 23], ablations(sae))
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
 def test_unablated_row_equals_the_clean_model_in_bfloat16(half_model, make_sae):
     sae, ids = make_sae(half_model, spoil=dead), some_ids(half_model)
     clean = half_model(ids)
-    kept, run = stack(half_model, sae, ABLATIONS, ids)
+    kept, run = stack(half_model, ablations(sae), ids)
     assert kept.dtype == torch.bfloat16 and len(kept) > len(ids)
     with torch.inference_mode():
         for name in ("none", "patched", "dead"):
-            own = run.rows[[a.method for a in ABLATIONS].index(name)]
+            own = run.rows[[a.method for a in ablations(sae)].index(name)]
             assert torch.equal(run.head(kept[own]), clean.float())
 
 
 def test_bfloat16_scores_are_those_of_one_run_per_ablation(half_model, make_sae):
     sae, prompts = make_sae(half_model, spoil=dead), rows_of_ids(half_model)
-    wanted = letters_one_by_one(half_model, sae, prompts, [20, 21, 22, 23], ABLATIONS)
-    found = score_letters(half_model, sae, prompts, [20, 21, 22, 23], ABLATIONS, batch_size=1)
+    wanted = letters_one_by_one(half_model, ablations(sae), prompts, [20, 21, 22, 23])
+    found = score_letters(half_model, prompts, [20, 21, 22, 23], ablations(sae), batch_size=1)
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
     # the edits are summed in another order, so the last of bfloat16's eight bits may differ
     torch.testing.assert_close(found, wanted, atol=0.2, rtol=0)
@@ -195,18 +201,18 @@ def test_bfloat16_scores_are_those_of_one_run_per_ablation(half_model, make_sae)
 
 def test_ablations_that_change_nothing_cost_no_row(model, sae):
     ids = some_ids(model)
-    kept, run = stack(model, sae, [Ablation("none"), Ablation("dead", DEAD, -5.0), Ablation("patched")], ids)
+    kept, run = stack(model, [NONE, row("dead", sae, DEAD, -5.0), row("patched", sae, ())], ids)
     assert run.source.tolist() == list(range(len(ids))) and len(kept) == len(ids)
     assert run.rows.tolist() == [list(range(len(ids)))] * 3
 
 
 def test_equal_edits_share_a_row(model, sae):
     ids = some_ids(model)
-    _, run = stack(model, sae, ABLATIONS, ids)
-    rows = dict(zip([a.method for a in ABLATIONS], run.rows.tolist()))
+    _, run = stack(model, ablations(sae), ids)
+    rows = dict(zip([a.method for a in ablations(sae)], run.rows.tolist()))
     assert rows["first"] == rows["first again"] == rows["first and dead ones"]
     assert rows["none"] == rows["patched"] == rows["dead"] == list(range(len(ids)))
-    different = [rows[name] for name in ("none", "first", "second", "negative", "more negative", "reconstruction")]
+    different = [rows[name] for name in ("none", "first", "second", "negative", "more negative", "sae-reconstruction")]
     assert len(set(itertools.chain(*different))) == 6 * len(ids)
     assert all(run.source[row] == b for method in rows.values() for b, row in enumerate(method))
     assert len(run.source) == len(set(itertools.chain(*rows.values())))
@@ -214,33 +220,33 @@ def test_equal_edits_share_a_row(model, sae):
 
 def test_the_row_that_must_change_nothing_goes_all_the_way_of_an_edit(model, sae):
     """All picked features set to what they are: copies of its own, the residual stream to the bit, the same letters."""
-    rows = standard_rows(list(FIRST), list(SECOND), -5.0)
-    kept, run = stack(model, sae, rows, some_ids(model))
-    batch = len(run.h)
-    patched = [k for k, row in enumerate(run.rows[1].tolist()) if row >= batch]
+    rows = standard_rows(sae, list(FIRST), list(SECOND), -5.0)
+    kept, run = stack(model, rows, some_ids(model))
+    batch = len(run.ordinary)
+    patched = [k for k, place in enumerate(run.rows[1].tolist()) if place >= batch]
     assert patched == list(range(batch)) and rows[1].method == "sae-patched"
-    h = run.edited([run.edits[row - batch] for row in run.rows[1].tolist()], 0)
-    assert torch.equal(h, run.h)
+    h = run.edited([run.copies[place - batch] for place in run.rows[1].tolist()], 1, 0)
+    assert torch.equal(h, run.streams[1])
     torch.testing.assert_close(kept[run.rows[1]], kept[run.rows[0]], atol=2e-5, rtol=2e-5)
 
 
 def test_a_prompt_without_the_feature_costs_no_row(gemma, make_sae):
     sae, ids = make_sae(gemma, spoil=dead), some_ids(gemma)[:, :10]
     ids[2] = 0
-    _, run = stack(gemma, sae, [Ablation("none"), Ablation("first", FIRST)], ids)
+    _, run = stack(gemma, [NONE, row("first", sae, FIRST)], ids)
     assert run.rows[1].tolist() == [4, 5, 2, 6] and run.source.tolist() == [0, 1, 2, 3, 0, 1, 3]
 
 
 def test_reconstruction_leaves_special_tokens_alone(gemma, make_sae):
     sae, ids = make_sae(gemma, "standard"), torch.tensor([[2, 1, 0, 2]])
-    kept, run = stack(gemma, sae, [Ablation("none"), Ablation("r", reconstruct=True)], ids)
+    kept, run = stack(gemma, [NONE, edit_of("sae-reconstruction", sae)], ids)
     torch.testing.assert_close(kept[run.rows[0, 0]], kept[run.rows[1, 0]], atol=1e-5, rtol=1e-5)
 
 
 def test_one_forward_pass_per_batch(gemma, make_sae):
     passes = []
     handle = gemma.blocks[0].register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
-    score_letters(gemma, make_sae(gemma), rows_of_ids(gemma), [20, 21, 22, 23], ABLATIONS, batch_size=4)
+    score_letters(gemma, rows_of_ids(gemma), [20, 21, 22, 23], ablations(make_sae(gemma)), batch_size=4)
     handle.remove()
     assert passes == [4, 4, 2]
 
@@ -248,25 +254,23 @@ def test_one_forward_pass_per_batch(gemma, make_sae):
 def test_hooks_are_gone_after_scoring_and_after_an_exception(model, sae):
     ids = some_ids(model)
     clean = model(ids)
-    score_letters(model, sae, rows_of_ids(model), [20, 21, 22, 23], ABLATIONS)
+    score_letters(model, rows_of_ids(model), [20, 21, 22, 23], ablations(sae))
     assert torch.equal(model(ids), clean)
     with pytest.raises(IndexError):
-        OnePass(model, sae, ABLATIONS)(ids + 10**6)
+        OnePass(model, ablations(sae))(ids + 10**6)
     assert torch.equal(model(ids), clean)
 
 
-def test_missed_hook_raises(gemma, make_sae, monkeypatch):
-    sae = make_sae(gemma)
-    monkeypatch.setattr(sae, "hook_point", "blocks.1.hook_resid_pots")
-    with pytest.raises(RuntimeError, match="never fired"):
-        score_letters(gemma, sae, [[2, 30, 31]], [20, 21, 22, 23], [Ablation("none")])
+def test_a_layer_that_is_not_there_raises(gemma):
+    with pytest.raises(RuntimeError, match=r"layers \[9\] never ran"):
+        OnePass(gemma, [Edit("a", {9: lambda h, ordinary: -h})])(torch.tensor([[2, 30, 31]]))
 
 
 def test_sae_at_the_last_layer(model, make_sae):
     sae = make_sae(model, layer=3, hook_name="blocks.3.hook_resid_post")
-    prompts, ablations = rows_of_ids(model), [Ablation("none"), Ablation("first", FIRST, -1.0)]
-    found = score_letters(model, sae, prompts, [20, 21, 22, 23], ablations)
-    wanted = letters_one_by_one(model, sae, prompts, [20, 21, 22, 23], ablations)
+    prompts, rows = rows_of_ids(model), [NONE, row("first", sae, FIRST, -1.0)]
+    found = score_letters(model, prompts, [20, 21, 22, 23], rows)
+    wanted = letters_one_by_one(model, rows, prompts, [20, 21, 22, 23])
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
@@ -276,17 +280,120 @@ def test_a_gates_share_of_tokens_does_not_depend_on_padding(gemma, make_sae):
     gemma.tokenizer.edit_special = "all-but-bos"
     try:
         for size in (1, 10):
-            rows = []
-            for gate in (0.2, 0.3, 0.4, 0.5):
-                edit = edits.dsg(sae, [0, 2], -4.0, gate)
-                with edits.applied(gemma.original_model, gemma.tokenizer, [1], edit):
-                    clean, letters = [Ablation("none")], [20, 21, 22, 23]
-                    rows.append(score_letters(gemma, sae, prompts, letters, clean, batch_size=size, whole=True))
-            found[size] = torch.cat(rows)
+            gates = (0.2, 0.3, 0.4, 0.5)
+            rows = [edit_of("dsg", sae, features=[0, 2], clamp=-4.0, gate=gate) for gate in gates]
+            found[size] = score_letters(gemma, prompts, [20, 21, 22, 23], rows, batch_size=size)
     finally:
         gemma.tokenizer.edit_special = "never"
     assert (found[1] - found[1][0]).abs().max() > 0.1  # the gates part the prompts
     torch.testing.assert_close(found[10], found[1], atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------ every method, several layers
+
+
+def gate_between(model, sae, features, prompts) -> float:
+    """Passed by about half of the prompts."""
+    layer, shares = edits.layer_of(sae), []
+    with edits.watch_tokens(model.original_model, model.tokenizer) as seen:
+        for ids in prompts:
+            h = edits.hidden(model.original_model, torch.tensor([ids]), layer)
+            shares.append(edits.gate_of(edits.Latents(sae, features).encode(h)[0], seen["ordinary"]).item())
+    shares = sorted(shares)
+    widest = max(range(1, len(shares) - 1), key=lambda k: shares[k + 1] - shares[k])
+    return (shares[widest] + shares[widest + 1]) / 2
+
+
+def every_method(low, high, gates) -> list[Edit]:
+    """Every method at the layer of `low`, some at that of `high` and at both."""
+    features, direction = list(FIRST), torch.linspace(-1, 2, low.cfg.d_in).tolist()
+    arguments = {
+        "sae-patched": dict(features=features),
+        "sae-reconstruction": {},
+        "sae-ablation": dict(features=features),
+        "random-features": dict(features=list(SECOND), clamp=-2.0),
+        "zero-ablation": dict(features=list(SECOND)),
+        "clamp": dict(features=features, clamp=-3.0),
+        "conditional-clamp": dict(features=features, clamp=-3.0, threshold=0.5 * low.scale),
+        "refusal-clamp": dict(features=features, threshold=0.5 * low.scale, refusal=7, refusal_value=-4.0),
+        "mean-ablation": dict(features=features, means=[0.3] * len(features)),
+        "dsg": dict(features=[0, 2], clamp=-4.0, gate=gates[0]),
+        "diff-in-means": dict(direction=direction, strength=1.5),
+    }
+    assert set(arguments) == set(METHODS)
+    at_low = [edit_of(method, low, **some) for method, some in arguments.items()]
+    at_high = [edit_of(method, high, **arguments[method]) for method in ("clamp", "mean-ablation")]
+    at_high.append(edit_of("dsg", high, **arguments["dsg"] | {"gate": gates[1]}))
+    both = [edit_of("diff-in-means", None, layers=[1, 2, 3], **arguments["diff-in-means"])]
+    for method in ("clamp", "dsg"):
+        parts = [edit_of(method, sae, **arguments[method]) for sae in (low, high)]
+        both.append(Edit(method, parts[0].at | parts[1].at, whole=method == "dsg"))
+    zeroed = Edit("zeroed", {2: lambda h, ordinary: torch.where(ordinary[..., None], 0.0, h)})
+    return [NONE, *at_low, *at_high, *both, zeroed, Edit("both zeroed", {1: zeroed.at[2], 3: zeroed.at[2]})]
+
+
+def plain_pass(model, edit: Edit, ids: list[int]) -> torch.Tensor:
+    """Log-probabilities (pos, d_vocab) of one unpadded prompt from the Hugging Face model alone."""
+    hf = model.original_model
+    with torch.inference_mode(), applied(hf, model.tokenizer, edit):
+        return hf(torch.tensor([ids]), use_cache=False).logits[0].float().log_softmax(-1)
+
+
+@pytest.mark.parametrize("header", [0, 9, 17])
+def test_every_method_in_one_pass_equals_a_plain_pass(model, make_sae, scale_of, header):
+    """Two layers and both in one list, right-padded mixed lengths beyond the sliding window of 8, a shared header that
+    is longer and shorter than it, and more rows than fit at once."""
+    low, high = make_sae(model, spoil=dead), make_sae(model, layer=2, hook_name="blocks.2.hook_resid_post", seed=1)
+    low.scale = scale_of(model)
+    texts = some_ids(model, (7, 30), seed=5).tolist()
+    prompts = [[*texts[0][:header], *ids[header : 20 + 2 * k - header // 9]] for k, ids in enumerate(texts)]
+    rows = every_method(low, high, [gate_between(model, sae, [0, 2], prompts) for sae in (low, high)])
+    wanted = [[plain_pass(model, edit, ids) for ids in prompts] for edit in rows]
+    letters = [20, 21, 22, 23]
+    last = torch.stack([torch.stack([logs[-1, letters] for logs in row]) for row in wanted])
+    for batch_size, max_rows in ((7, 64), (3, 5)):
+        found = score_letters(model, prompts, letters, rows, batch_size, max_rows=max_rows)
+        torch.testing.assert_close(found, last, atol=1e-5, rtol=0)
+        assert torch.equal(found.argmax(-1), last.argmax(-1))
+    nats, targets = score_loss(model, prompts, rows, 7)
+    for k, row in enumerate(wanted):
+        for j, (logs, ids) in enumerate(zip(row, prompts)):
+            goal = torch.tensor(ids[1:])
+            losses = -logs[torch.arange(len(goal)), goal][~torch.isin(goal, special(model))]
+            assert abs(nats[k, j].item() - losses.double().sum().item()) < 1e-5 * targets[j]
+    moved = (found - found[0]).abs().amax((1, 2))
+    assert all((m > 1e-3) == (edit.method not in ("none", "sae-patched")) for m, edit in zip(moved, rows))
+
+
+def test_gates_part_the_prompts(gemma, make_sae):
+    sae, prompts = make_sae(gemma, spoil=dead), rows_of_ids(gemma)
+    rows = [edit_of("dsg", sae, features=[0, 2], clamp=-4.0, gate=gate / 20) for gate in range(20)]
+    found = score_letters(gemma, prompts, [20, 21, 22, 23], [NONE, *rows])
+    moved = ((found[1:] - found[0]).abs().amax(2) > 1e-6).sum(1)  # (20,) prompts that each gate lets through
+    assert moved[0] > moved[8] > moved[-1] and (moved.diff() <= 0).all()
+
+
+def test_what_changes_decides_about_sharing(gemma, make_sae):
+    """Not the method, nor the list of features: equal changes are one copy, others never are."""
+    sae, prompts = make_sae(gemma, spoil=dead), rows_of_ids(gemma)
+    ids = data.padded(prompts, gemma.tokenizer, "cpu")
+    features = list(FIRST)
+    same = [
+        edit_of("clamp", sae, features=features, clamp=-3.0),
+        edit_of("random-features", sae, features=[*features[::-1], *DEAD], clamp=-3.0),
+        edit_of("conditional-clamp", sae, features=features, clamp=-3.0, threshold=1e-30),
+    ]
+    other = [
+        edit_of("clamp", sae, features=features, clamp=-3.0000002),
+        edit_of("clamp", sae, features=features[:-1], clamp=-3.0),
+        edit_of("dsg", sae, features=features, clamp=-3.0, gate=0.0),
+        Edit("half", {1: lambda h, ordinary: h * 0.5}),
+        Edit("half", {1: lambda h, ordinary: h * 0.5, 3: lambda h, ordinary: h}),
+    ]
+    run = OnePass(gemma, [NONE, *same, *other])
+    run(ids)
+    assert torch.equal(run.rows[1], run.rows[2]) and torch.equal(run.rows[1], run.rows[3])
+    assert len({tuple(row.tolist()) for row in run.rows}) == 2 + len(other)
 
 
 # ------------------------------------------------------------------------------ families, and what is no number
@@ -299,14 +406,14 @@ LONG_TAIL = ["mpt", "jamba", "falcon_h1", "recurrent_gemma"]
 def engine_checked(get_model, family, dtype="float32"):
     model = get_model(family, dtype)
     vars(model).pop("engine_checked", None)
-    evaluation.check_engine(model, evaluation.no_sae(model, 1))
+    evaluation.check_engine(model, [1])
     return model
 
 
 @pytest.mark.parametrize("family", KNOWN)
 def test_families_that_the_engine_knows_pass_its_check(get_model, family):
     model = engine_checked(get_model, family)
-    assert model.engine_checked == {1: True}
+    assert model.engine_checked == {1}
 
 
 def test_bfloat16_passes_the_engines_check(half_model):
@@ -323,7 +430,7 @@ def test_families_that_the_engine_does_not_know_are_refused_in_a_line(get_model,
 def test_rows_are_not_mixed_up_even_in_bfloat16(get_model, monkeypatch):
     """Copies that get another prompt's positions, in the one dtype whose rounding is large."""
     real = evaluation.OnePass.later_layers
-    mixed = lambda self, h, stage, source, *rest: real(self, h, stage, source, *rest).roll(1, 0)  # noqa: E731
+    mixed = lambda self, h, *rest: real(self, h, *rest).roll(1, 0)  # noqa: E731
     monkeypatch.setattr(evaluation.OnePass, "later_layers", mixed)
     with pytest.raises(UserError, match="other probabilities"):
         engine_checked(get_model, "gemma2", "bfloat16")
@@ -332,16 +439,16 @@ def test_rows_are_not_mixed_up_even_in_bfloat16(get_model, monkeypatch):
 def test_scoring_checks_the_engine_first(get_model):
     model = get_model("falcon_alibi")
     with pytest.raises(UserError, match="many edits in one pass"):
-        score_letters(model, evaluation.no_sae(model, 1), [[2, 30, 31]], [20, 21, 22, 23], [Ablation("a", (0,), -1.0)])
+        score_letters(model, [[2, 30, 31]], [20, 21, 22, 23], [Edit("a", {1: lambda h, ordinary: -h})])
 
 
 def test_letters_of_a_model_whose_layers_share_keys_and_values(get_model, make_sae):
     """As many copies as prompts, more and fewer."""
     model = get_model("gemma4")
     sae, prompts = make_sae(model, spoil=dead), rows_of_ids(model)
-    wanted = letters_one_by_one(model, sae, prompts, [20, 21, 22, 23], ABLATIONS)
+    wanted = letters_one_by_one(model, ablations(sae), prompts, [20, 21, 22, 23])
     for batch_size, max_rows in ((3, 3), (4, 64), (10, 7)):
-        found = score_letters(model, sae, prompts, [20, 21, 22, 23], ABLATIONS, batch_size, max_rows=max_rows)
+        found = score_letters(model, prompts, [20, 21, 22, 23], ablations(sae), batch_size, max_rows=max_rows)
         torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)
 
 
@@ -351,7 +458,7 @@ def test_logits_are_capped_as_the_text_config_says(get_model):
     config = model.original_model.config
     model.original_model.config = SimpleNamespace(get_text_config=lambda: config)  # as of a model of images and text
     try:
-        found = OnePass(model, evaluation.no_sae(model), [Ablation("none")]).head(h)
+        found = OnePass(model, [NONE]).head(h)
     finally:
         model.original_model.config = config
     torch.testing.assert_close(found, torch.tanh(model.unembed(h) / cap) * cap)
@@ -359,19 +466,19 @@ def test_logits_are_capped_as_the_text_config_says(get_model):
 
 def test_a_score_that_is_not_finite_names_its_question(gemma, make_sae):
     sae, prompts = make_sae(gemma), [[2, 30, 31], [2, 77, 78], [2, 79, 80]]
-    huge = [Ablation("none"), Ablation("sae-ablation", tuple(range(D_SAE)), -3e38)]
+    huge = [NONE, edit_of("sae-ablation", sae, features=list(range(D_SAE)), clamp=-3e38)]
     told = f"question 0 .*{gemma.tokenizer.decode([30, 31]).strip()}.*under sae-ablation are not finite"
     with pytest.raises(UserError, match=told):
-        score_letters(gemma, sae, prompts, [20, 21, 22, 23], huge)
+        score_letters(gemma, prompts, [20, 21, 22, 23], huge)
     with pytest.raises(UserError, match=r"text 0 .* not finite"):
-        score_loss(gemma, sae, prompts, huge)
+        score_loss(gemma, prompts, huge)
 
 
 def test_what_is_not_finite_is_named_by_the_first_row(tokenizer):
     found = torch.zeros(2, 3, 4)
     found[1, 2, 0], found[0, 1, 3] = torch.nan, torch.inf
     with pytest.raises(UserError, match=r"question 1 .*under first"):
-        evaluation.refuse_not_numbers(found, [[2, 30]] * 3, [Ablation("first"), Ablation("b")], "question", tokenizer)
+        evaluation.refuse_not_numbers(found, [[2, 30]] * 3, [Edit("first"), Edit("b")], "question", tokenizer)
 
 
 def test_a_first_token_that_is_a_word_is_not_edited(gemma, make_sae):
@@ -380,8 +487,8 @@ def test_a_first_token_that_is_a_word_is_not_edited(gemma, make_sae):
     rows = [row[1:] for row in rows_of_ids(gemma) if len(row) > 12]
     same = [[*rows[0][:9], *row[9:]] for row in rows]
     for prompts in (rows, same):
-        wanted = letters_one_by_one(gemma, sae, prompts, [20, 21, 22, 23], ABLATIONS[:10])
-        found = score_letters(gemma, sae, prompts, [20, 21, 22, 23], ABLATIONS[:10])
+        wanted = letters_one_by_one(gemma, ablations(sae)[:10], prompts, [20, 21, 22, 23])
+        found = score_letters(gemma, prompts, [20, 21, 22, 23], ablations(sae)[:10])
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
@@ -398,7 +505,7 @@ def short(gemma):
 
 def test_a_prompt_beyond_the_models_positions_is_refused(short, make_sae):
     with pytest.raises(UserError, match=r"text 1 \('.*'\) has 41 tokens, the model 40 positions"):
-        score_letters(short, make_sae(short), [[2, 30], [2] + [30] * 40], [20, 21, 22, 23], [Ablation("none")])
+        score_letters(short, [[2, 30], [2] + [30] * 40], [20, 21, 22, 23], [NONE])
 
 
 def test_questions_beyond_the_models_positions_are_named_or_left_out(short, make_sae, capsys):
@@ -406,14 +513,14 @@ def test_questions_beyond_the_models_positions_are_named_or_left_out(short, make
     short.tokenizer.model_max_length = max(lengths) - 1
     longest = lengths.index(max(lengths))
     s = argparse.Namespace(limit=None, seed=0, robust=False, prompt="plain", batch_size=4, max_rows=8, skip_long=False)
-    rest = ("Quiz", QUESTIONS, [0, 1, 2], [Ablation("none")], s)
+    rest = ("Quiz", QUESTIONS, [0, 1, 2], [NONE], s)
     named = rf"question {longest} \('{QUESTIONS[longest]['question'].strip()[:20]}"
     with pytest.raises(
         UserError, match=rf"Quiz: {named}.* has {max(lengths)} tokens, the model {max(lengths) - 1} pos"
     ):
-        evaluation.score_quiz(short, make_sae(short), *rest)
+        evaluation.score_quiz(short, *rest)
     s.skip_long = True
-    scores, asked = evaluation.score_quiz(short, make_sae(short), *rest)
+    scores, asked = evaluation.score_quiz(short, *rest)
     left = [k for k in range(3) if lengths[k] < max(lengths)]
     assert asked == {"questions": left, "skipped_long": 3 - len(left)} and scores[0]["n"] == len(left)
     assert f"Quiz: {3 - len(left)} of 3 questions are left out" in capsys.readouterr().err
@@ -563,7 +670,7 @@ class Scorer:
     def __init__(self, tokenizer, knows):
         self.tokenizer, self.knows, self.asked = tokenizer, knows, 0
 
-    def __call__(self, model, sae, prompts, letters, ablations, *rest):
+    def __call__(self, model, prompts, letters, edits, *rest):
         texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in prompts]
         self.asked += len(texts)
         return F.one_hot(torch.tensor([self.knows(text) for text in texts]), 4).float()[None]
@@ -604,7 +711,7 @@ def test_robust_subset_equals_brute_force(gemma, monkeypatch):
     monkeypatch.setattr(evaluation, "score_letters", scorer)
     wanted = brute_force(questions, answers)
     assert wanted == [0, 2, 4, 6, 8, 10]
-    assert robust_subset(gemma, None, questions) == wanted
+    assert robust_subset(gemma, questions) == wanted
     assert 24 * len(wanted) < scorer.asked < 24 * len(questions)
 
 
@@ -613,7 +720,7 @@ def test_robust_subset_of_a_random_model(gemma, make_sae):
         ids, letters = encode_prompts(gemma.tokenizer, [text])
         return gemma(torch.tensor(ids))[0, -1, letters].argmax().item()
 
-    assert robust_subset(gemma, make_sae(gemma), QUESTIONS) == brute_force(QUESTIONS, knows)
+    assert robust_subset(gemma, QUESTIONS) == brute_force(QUESTIONS, knows)
 
 
 # ------------------------------------------------------------------------------------------- foretelling
@@ -720,9 +827,9 @@ def test_saebench_prompts():
 
 
 def test_the_likelier_of_a_letters_two_forms_counts(gemma, make_sae):
-    prompts, sae, rows = some_ids(gemma, (3, 12)).tolist(), make_sae(gemma), [Ablation("none")]
-    both = score_letters(gemma, sae, prompts, [(10, 20), (11, 21), (12, 22), (13, 23)], rows)
-    forms = [score_letters(gemma, sae, prompts, letters, rows) for letters in ([10, 11, 12, 13], [20, 21, 22, 23])]
+    prompts, rows = some_ids(gemma, (3, 12)).tolist(), [NONE]
+    both = score_letters(gemma, prompts, [(10, 20), (11, 21), (12, 22), (13, 23)], rows)
+    forms = [score_letters(gemma, prompts, letters, rows) for letters in ([10, 11, 12, 13], [20, 21, 22, 23])]
     assert torch.equal(both, torch.maximum(*forms)) and not torch.equal(both, forms[0])
 
 

@@ -27,15 +27,22 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import baselines
+import edits
+import evaluation
 import feature_ablate_1
 import feature_ablate_2
 import lm_eval_ablated
+import lm_eval_model
 import pareto
 from common import load_model, load_sae
 from data import LETTERS, UserError, encode_prompts, halves, prompt, special_ids
-from evaluation import Ablation, score_letters, score_loss
+from edits import NONE, Edit, decoder_layers, edit_of
+from evaluation import score_letters, score_loss
 from hub import identity
-from lm_eval_ablated import AblatedLM, Spread, by_question, decoder_layers
+from lm_eval_ablated import by_question
+from lm_eval_model import AblatedLM, Scored, Spread
+from methods import GRIDS
 from picking import firing_rates
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,9 +85,8 @@ def test_letters_and_log_probabilities_are_lm_evals(tmp_path, monkeypatch, devic
         if some:
             theirs += lm_eval_scores(theirs_model, some, subject, tmp_path)
     model = load_model("tiny", device)
-    sae = load_sae(None, 7, model)
     rows, letters = encode_prompts(model.tokenizer, [prompt(row) for row in asked])
-    ours = score_letters(model, sae, rows, letters, [Ablation("none")])[0]
+    ours = score_letters(model, rows, letters, [NONE])[0]
     for mine, other in zip(ours.tolist(), theirs, strict=True):
         assert mine == pytest.approx(other, abs=1e-4)
         assert LETTERS[mine.index(max(mine))] == LETTERS[other.index(max(other))]
@@ -114,6 +120,46 @@ def test_scores_and_letters_are_the_lessons_on_every_question(tmp_path):
     assert own == pytest.approx(points(theirs)["sae-ablation", -80.0]["wmdp_bio"]["accuracy"])
 
 
+METHODS = ["zero-ablation", "mean-ablation", "clamp", "random-features", "conditional-clamp", "refusal-clamp", "dsg",
+           "diff-in-means"]  # fmt: skip
+FAST = ("dsg", "diff-in-means")  # one whose gate looks at the whole prompt, one at many layers and without an SAE
+
+
+@pytest.mark.parametrize("method", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
+def test_every_method_gives_the_letters_of_baselines(method, monkeypatch, tmp_path):
+    """On every question of the reporting half: a record's edit as it is, and for DSG a setting given by flags."""
+    assert set(METHODS) == set(GRIDS)
+    monkeypatch.setattr(evaluation, "SCORED_TOKENS", 300)
+    monkeypatch.setitem(GRIDS, method, GRIDS[method][1:6:2])
+    latent = dict(refusal_latent=11, refusal_value=-300.0) if method == "refusal-clamp" else {}
+    path = str(tmp_path / "tuned.json")
+    tuned = baselines.run(method=method, out=path, **latent)
+    flags = dict(out=str(tmp_path / "r.json"))
+    chosen = tuned["points"][tuned["chosen"]]
+    found = lm_eval_ablated.run(features=path, unablated=True, **flags)["points"]
+    for mine, other in zip((tuned["points"][0], chosen), found, strict=True):
+        for name in ("wmdp_bio", "mmlu"):
+            assert mine["scores"][name]["letters"] == other["scores"][name]["letters"]
+    assert found[1]["setting"] == chosen["setting"] and found[1]["edit"] == chosen["edit"]
+    if method == "dsg":
+        point = tuned["points"][1]  # 20 features
+        same = dict(n_features=20, clamp=point["setting"]["clamp"], layer=3)
+        picked = lm_eval_ablated.run(method="dsg", **same, **flags)["points"][0]
+        assert picked["edit"] == point["edit"]
+        assert picked["scores"]["mmlu"]["letters"] == point["scores"]["mmlu"]["letters"]
+
+
+def test_a_gate_is_no_way_to_write_an_answer(model_folder, get_model, make_sae):
+    sae = make_sae(get_model("llama"))
+    lm = AblatedLM(str(model_folder("llama")), sae={1: sae}, features={1: [3, 17]}, method="dsg", gate=0.1, clamp=-4.0,
+                   device="cpu", dtype="float32")  # fmt: skip
+    assert lm.edit.whole and lm.loglikelihood(requests(SENTENCES, [" sea"]))
+    with pytest.raises(UserError, match="leave out tasks that generate"):
+        lm.generate_until([Instance("generate_until", {}, ("The cat", {"max_gen_toks": 4, "until": []}), 0)])
+    with pytest.raises(UserError, match=r"missing .* .gate."):
+        AblatedLM(str(model_folder("llama")), sae={1: sae}, features={1: [3]}, method="dsg", clamp=-4.0, device="cpu")
+
+
 def test_loss_is_our_own_scorers(tmp_path):
     """One BOS in front of every window, every token of it a target."""
     flags = dict(layer=3, n_features=10, tasks="tiny_openwebtext", limit=12, unablated=True)
@@ -126,8 +172,8 @@ def test_loss_is_our_own_scorers(tmp_path):
     sae = load_sae(None, 3, model)
     windows = [model.tokenizer(text)["input_ids"] for text in texts]
     features = record["points"][1]["setting"]["features"]
-    rows = [Ablation("none"), Ablation("sae-ablation", tuple(features), -80.0)]
-    nats, targets = score_loss(model, sae, windows, rows)
+    rows = [NONE, edit_of("sae-ablation", sae, features=features, clamp=-80.0)]
+    nats, targets = score_loss(model, windows, rows)
     mean = (nats.sum(1) / targets.sum()).tolist()
     assert clean["n_tokens"] == int(targets.sum())
     assert [clean["nats_per_token"], ablated["nats_per_token"]] == pytest.approx(mean, abs=1e-5)
@@ -152,7 +198,7 @@ def test_with_no_feature_it_is_hf_to_the_last_bit(dtype):
     same = dict(device="cpu", dtype=dtype, batch_size=8)
     theirs = HFLM(str(TINY / "model"), **same).loglikelihood(asked)
     ours = AblatedLM(str(TINY / "model"), sae=str(TINY / "sae/layer_7"), features={7: []}, **same)
-    assert len(ours.edits) == 1
+    assert list(ours.edit.at) == [7]
     assert ours.loglikelihood(asked) == theirs
     other = AblatedLM("tiny", features={7: list(range(300))}, clamp=-80.0, **same)
     assert other.loglikelihood(asked) != theirs
@@ -277,10 +323,9 @@ def test_generated_text_is_a_plain_references(family, case, get_model, model_fol
     assert differs or case == "two features"
 
 
-def test_a_layer_may_return_a_tuple(model_folder, get_model, make_sae):
+def test_a_layer_may_return_a_tuple(model_folder, get_model, make_sae, monkeypatch):
     """As transformers did before version 5: the first entry is edited, for every row of the batch, the rest kept."""
-    edits = edits_of("zero ablation", get_model("gemma2"), make_sae)
-    lm = ablated_lm(model_folder("gemma2"), edits)
+    lm = ablated_lm(model_folder("gemma2"), edits_of("zero ablation", get_model("gemma2"), make_sae))
     ids = some_ids(get_model("gemma2"))
     seen = {}
     handle = decoder_layers(lm.model)[1].register_forward_pre_hook(lambda module, args: seen.update(h=args[0]))
@@ -292,7 +337,9 @@ def test_a_layer_may_return_a_tuple(model_folder, get_model, make_sae):
             return h, "weights"
 
     whole, pair = torch.nn.Identity(), Layer()
-    lm.edits = [(1, whole, *lm.edits[0][2:]), (2, pair, *lm.edits[0][2:])]
+    (edit,) = lm.edit.at.values()
+    lm.set_edit(Edit("both", {0: edit, 1: edit}))
+    monkeypatch.setattr(edits, "decoder_layers", lambda model: [whole, pair])
     with torch.no_grad(), lm.patched():
         lm.model(ids)
         alone, (first, second) = whole(seen["h"]), pair(seen["h"])
@@ -300,9 +347,9 @@ def test_a_layer_may_return_a_tuple(model_folder, get_model, make_sae):
     assert (first != seen["h"]).any(-1).any(-1).all()
 
 
-def test_a_layer_that_never_runs_is_an_error(model_folder, get_model, make_sae):
+def test_a_layer_that_never_runs_is_an_error(model_folder, get_model, make_sae, monkeypatch):
     lm = ablated_lm(model_folder("gemma2"), edits_of("two features", get_model("gemma2"), make_sae))
-    lm.edits = [(1, torch.nn.Identity(), *lm.edits[0][2:])]
+    monkeypatch.setattr(edits, "decoder_layers", lambda model: [torch.nn.Identity()] * 4)
     with pytest.raises(RuntimeError, match="never ran"):
         lm.loglikelihood(requests(SENTENCES, [" sea"]))
 
@@ -504,7 +551,7 @@ def test_an_adapter_is_picked_checked_and_cached_as_scored(tmp_path, model_folde
     shutil.copy(folder / "tokenizer_config.json", tmp_path / "merged")
     sae, windows = make_sae(get_model("llama")), [some_ids(get_model("llama"))[1].tolist()]
     merged = firing_rates(load_model(str(tmp_path / "merged"), "cpu"), sae, windows)
-    assert torch.equal(firing_rates(lm_eval_ablated.Scored(lm), sae, windows).fires, merged.fires)
+    assert torch.equal(firing_rates(Scored(lm), sae, windows).fires, merged.fires)
     assert not torch.equal(firing_rates(get_model("llama"), sae, windows).fires, merged.fires)
     adapter(folder, tmp_path / "adapter", 1)
     assert AblatedLM(str(folder), peft=str(tmp_path / "adapter"), **same).fingerprint() != lm.fingerprint()
@@ -515,14 +562,14 @@ def test_an_sae_trained_again_refuses_a_records_features(tmp_path, gemma, scale_
     point = {"method": "sae-ablation", "setting": {"n_features": 2, "clamp": -4.0, "features": [3, 17]}}
     record = {"layer": 1, "points": [point], "identity": {"sae": identity(str(folder))}}
     path = listing(tmp_path, "record", record)
-    read = lambda: lm_eval_ablated.read_features(path, 1, str(folder), "some/model")  # noqa: E731
-    assert read() == {1: [3, 17]}
+    read = lambda: lm_eval_model.from_file(path, 1, {}, str(folder), "some/model")  # noqa: E731
+    assert lm_eval_model.features_of(read()) == {1: [3, 17]}
     write_sae(folder, gemma.cfg.model_name, scale_of(gemma), seed=1)
     with pytest.raises(UserError, match="another SAE"):
         read()
     point["setting"]["features"] = []
     with pytest.raises(UserError, match="no features"):
-        lm_eval_ablated.read_features(listing(tmp_path, "empty", record), 1, str(folder), "some/model")
+        lm_eval_model.from_file(listing(tmp_path, "empty", record), 1, {}, str(folder), "some/model")
 
 
 def test_logits_that_are_not_finite_are_no_answer(model_folder, tmp_path):
@@ -591,9 +638,9 @@ def test_a_sweeps_setting_is_chosen_by_flags():
         }
 
     record = {"layer": [3, 5], "points": [point(n, clamp) for n in (1, 5) for clamp in (0.0, -40.0, -80.0)]}
-    choose = lm_eval_ablated.of_record
-    assert choose("r", record, layer=3, n_features=5, clamp=-40.0) == record["points"][4]["setting"]
-    assert choose("r", record, layer=None, n_features=5, clamp=None)["clamp"] == -80.0
+    choose = lm_eval_model.of_record
+    assert choose("r", record, layer=3, n_features=5, clamp=-40.0) == record["points"][4]
+    assert choose("r", record, layer=None, n_features=5, clamp=None)["setting"]["clamp"] == -80.0
     with pytest.raises(UserError, match="--layer 3 --n-features 1 --clamp -40"):
         choose("r", record, layer=None, n_features=None, clamp=-40.0)
     with pytest.raises(UserError, match="--n-features 5"):
@@ -781,13 +828,15 @@ def clone(tmp_path_factory):
 
 
 def test_the_readme_and_help_name_the_same_commands():
-    assert len(README) == 6 and set(HELP) <= set(README)
+    assert len(README) == 8 and set(HELP) <= set(README)
     assert any(line.startswith("ACCELERATE_USE_CPU=1 accelerate launch") for line in README)
 
 
 @pytest.mark.parametrize("command", [*README[:1], *(pytest.param(c, marks=pytest.mark.slow) for c in README[1:])])
 def test_commands_run_as_written(clone, monkeypatch, capsys, command):
     monkeypatch.chdir(clone)
+    if "baselines_dsg" in command:
+        baselines.run(method="dsg", limit=6, out=str(clone / "results/baselines_dsg_tiny_L3.json"))
     if command.startswith("python lm_eval_ablated.py"):  # without a new process, whose imports take half of the time
         monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
         runpy.run_path("lm_eval_ablated.py", run_name="__main__")

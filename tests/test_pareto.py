@@ -16,7 +16,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+import baselines
+import evaluation
 import pareto
+import show
 from common import command_line, load_model, load_sae
 from data import UserError
 
@@ -158,6 +161,26 @@ def test_a_sweep_writes_record_table_and_figures_and_no_piece(undisturbed):
     assert not set(record["data"]["mmlu"]["questions"]) & set(record["data"]["mmlu"]["tuning_questions"])
 
 
+def test_methods_and_layers_are_swept_in_one_pass(monkeypatch, tmp_path):
+    """What baselines.py finds of each, at each layer, and a figure of all."""
+    monkeypatch.setattr(evaluation, "SCORED_TOKENS", 1000)
+    for method in ("dsg", "diff-in-means"):
+        monkeypatch.setitem(baselines.GRIDS, method, baselines.GRIDS[method][2:4])
+    same = dict(limit=6, layer=3)
+    wanted = [baselines.run(method=method, **same, out=str(tmp_path / f"{method}.json"))["points"]
+              for method in ("dsg", "diff-in-means")]  # fmt: skip
+    flags = dict(same, layer=[5, 3], method=["dsg", "diff-in-means"], clamp=[-80.0])
+    record = pareto.run(**flags, out=str(tmp_path / "r.json"))
+    clean, *points = record["points"]
+    assert [(point["method"], point["setting"]["layer"]) for point in points] == [
+        (method, layer) for layer in (3, 5) for method in ("dsg", "diff-in-means") for _ in range(2)
+    ]  # fmt: skip
+    assert points[:4] == [*wanted[0][1:], *wanted[1][1:]] and clean == wanted[0][0]
+    assert record["layer"] == [3, 5] and len(record["sanity"]) == len(record["identity"]["sae"]) == 2
+    assert [row["method"] for row in record["summary"]] == ["DSG", "difference of means"]
+    assert (tmp_path / "r_frontier.png").stat().st_size > 10_000
+
+
 @pytest.mark.slow
 def test_the_sweep_scores_what_the_lessons_score(undisturbed, tmp_path):
     lessons = [runpy.run_path(str(ROOT / f"feature_ablate_{k}.py"))["run"] for k in (2, 3)]
@@ -190,7 +213,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_record(undisturbed, tmp_
 
 
 def test_a_stopped_sweep_says_what_it_kept_and_takes_it_up(monkeypatch, capfd, tmp_path):
-    done, real = [], pareto.score_letters
+    done, real = [], evaluation.score_letters
 
     def stop_at_the_second(*args, **options):
         if len(done) == 1:
@@ -199,7 +222,7 @@ def test_a_stopped_sweep_says_what_it_kept_and_takes_it_up(monkeypatch, capfd, t
         return real(*args, **options)
 
     settings = dict(limit=6, n_features=[2], clamp=[0.0], out=str(tmp_path / "sweep.json"))
-    monkeypatch.setattr(pareto, "score_letters", stop_at_the_second)
+    monkeypatch.setattr(evaluation, "score_letters", stop_at_the_second)
     monkeypatch.setattr(sys, "argv", ["pareto.py"])
     with pytest.raises(SystemExit, match="130"):
         command_line(lambda **_: pareto.run(**settings), pareto.flags)
@@ -211,16 +234,16 @@ def test_a_stopped_sweep_says_what_it_kept_and_takes_it_up(monkeypatch, capfd, t
 
 @pytest.fixture
 def piece(tmp_path):
-    path = tmp_path / "L7_mmlu_0000.json"
-    path.write_text(json.dumps(pareto.sealed([[0, 1, 2], [3, 2, 1]])))
+    path = tmp_path / "mmlu_0000.json"
+    show.write_piece(path, [[0, 1, 2], [3, 2, 1]])
     return path
 
 
 def test_a_piece_is_read_as_it_was_written(piece):
-    assert pareto.read_piece(piece).tolist() == [[0, 1, 2], [3, 2, 1]]
+    assert show.read_piece(piece) == [[0, 1, 2], [3, 2, 1]]
     nats = [[3.0000000000000004, 1e-17], [2.5, 1 / 3]]
-    piece.write_text(json.dumps(pareto.sealed(nats)))
-    assert pareto.read_piece(piece).tolist() == nats
+    show.write_piece(piece, nats)
+    assert show.read_piece(piece) == nats
 
 
 def test_a_damaged_piece_is_refused_and_named(piece):
@@ -231,11 +254,11 @@ def test_a_damaged_piece_is_refused_and_named(piece):
         piece.write_bytes(flipped)
         if json_or_none(flipped) == json.loads(whole):
             continue  # a blank became another blank
-        with pytest.raises(UserError, match=r"L7_mmlu_0000\.json is damaged"):
-            pareto.read_piece(piece)
+        with pytest.raises(UserError, match=r"mmlu_0000\.json is damaged"):
+            show.read_piece(piece)
         piece.write_bytes(whole[:position])
-        with pytest.raises(UserError, match=r"L7_mmlu_0000\.json is damaged"):
-            pareto.read_piece(piece)
+        with pytest.raises(UserError, match=r"mmlu_0000\.json is damaged"):
+            show.read_piece(piece)
 
 
 def json_or_none(text):
@@ -251,7 +274,7 @@ def test_a_damaged_piece_ends_the_run_in_one_line(monkeypatch, capfd, tmp_path):
                         "{" if ".pieces" in str(path) else real(path, **options))  # fmt: skip
     assert call(monkeypatch, *SMALL, "--out", tmp_path / "r.json") == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
-    assert len(errors) == 1 and "L7_wmdp_bio_0000.json is damaged" in errors[0]
+    assert len(errors) == 1 and "wmdp_bio_0000.json is damaged" in errors[0]
 
 
 def test_another_model_sae_data_or_setting_has_another_fingerprint(tmp_path):
@@ -260,7 +283,7 @@ def test_another_model_sae_data_or_setting_has_another_fingerprint(tmp_path):
     sae, sources = load_sae(None, 7, load_model("tiny", "cpu")), {"mmlu": {"sha256": "x"}}
 
     def known(sources=sources, **changes):
-        return pareto.fingerprint([sae], sources, argparse.Namespace(**{**vars(s), **changes}))
+        return json.dumps(pareto.decides([sae], sources, argparse.Namespace(**{**vars(s), **changes})))
 
     first = known()
     assert first == known(out="b", batch_size=4)

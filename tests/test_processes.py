@@ -150,6 +150,6 @@ def test_a_lost_process_is_told_as_that(monkeypatch):
 
 
 def test_only_the_first_process_writes(monkeypatch, tmp_path):
-    monkeypatch.setattr(show, "is_first", lambda: False)
+    monkeypatch.setattr(processes, "is_first", lambda: False)
     show.write_record(tmp_path / "r.json", {"points": []}, {})
     assert not list(tmp_path.iterdir())

@@ -13,11 +13,11 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
+import edits
 import evaluation
 import rmu
-import show
-from common import decoder_layers, watch_tokens
 from data import UserError, padded
+from edits import decoder_layers, watch_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 MATRIX = {
@@ -63,14 +63,14 @@ def test_one_step_in_float64_by_hand(model_folder, get_model, family):
         model(retain)
         mask_r = seen["ordinary"]
         with rmu.as_they_were(matrices, originals):
-            norms, back = (rmu.hidden(model, ids, layer) for ids in (forget, retain))
+            norms, back = (edits.hidden(model, ids, layer) for ids in (forget, retain))
             norms = norms.norm(dim=-1, keepdim=True)
     assert torch.equal(back, torch.from_numpy(frozen_r))  # the matrices' own values are in place there
     for matrix in matrices.values():
         matrix.requires_grad_(True)
     u = rmu.control_vector(32, 0, "cpu").double()
     coefficient = multiple * norms[mask_f].mean()
-    h_f, h_r = (rmu.hidden(model, ids, layer) for ids in (forget, retain))
+    h_f, h_r = (edits.hidden(model, ids, layer) for ids in (forget, retain))
     found = rmu.rmu_loss(h_f, (coefficient * u).expand_as(h_f), h_r, back, mask_f, mask_r, alpha)
 
     real_f, real_r = mask_f.numpy(), mask_r.numpy()
@@ -80,13 +80,13 @@ def test_one_step_in_float64_by_hand(model_folder, get_model, family):
     assert [x.item() for x in found] == pytest.approx([away, held], abs=1e-8, rel=1e-8)
 
     with rmu.as_they_were(matrices, originals):
-        rmu.hidden(model, retain, layer)  # between forward and backward, as train may have it
+        edits.hidden(model, retain, layer)  # between forward and backward, as train may have it
     (found[0] + found[1]).backward()
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert len(with_gradient) == 3 and all(name.endswith(MATRIX[family]) for name in with_gradient)
     swapped = {name: matrix.grad.clone() for name, matrix in matrices.items()}
     model.zero_grad()
-    h_f, h_r = (rmu.hidden(model, ids, layer) for ids in (forget, retain))
+    h_f, h_r = (edits.hidden(model, ids, layer) for ids in (forget, retain))
     sum(rmu.rmu_loss(h_f, (coefficient * u).expand_as(h_f), h_r, back, mask_f, mask_r, alpha)).backward()
     assert all(torch.equal(matrix.grad, swapped[name]) for name, matrix in matrices.items())
 
@@ -133,7 +133,7 @@ def test_later_layers_are_not_run(model_folder, get_model):
     ids, ran = some_ids(get_model("llama")), []
     for number, block in enumerate(decoder_layers(model)):
         block.register_forward_pre_hook(lambda module, args, number=number: ran.append(number))
-    h = rmu.hidden(model, ids, 1)
+    h = edits.hidden(model, ids, 1)
     assert ran == [0, 1] and torch.equal(h, outputs_of_layer(model, ids, 1))
 
 
@@ -214,7 +214,7 @@ def test_a_stopped_sweep_goes_on_and_ends_with_the_same_record(monkeypatch, tmp_
         return train(*args)
 
     monkeypatch.setattr(rmu, "train", stop_at_the_second)
-    with pytest.raises(KeyboardInterrupt, match="1 finished settings are kept"):
+    with pytest.raises(KeyboardInterrupt, match="1 finished pieces are kept"):
         rmu.run(**flags, out=str(tmp_path / "r.json"))
     assert {path.name for path in tmp_path.glob("r*")} == {"r.pieces"}
     again = rmu.run(**flags, out=str(tmp_path / "r.json"))
@@ -222,12 +222,6 @@ def test_a_stopped_sweep_goes_on_and_ends_with_the_same_record(monkeypatch, tmp_
     assert json.dumps(again["points"]) == json.dumps(whole["points"])  # as text NaN is equal
     assert again["log"] == whole["log"]
     assert {path.name for path in tmp_path.glob("r*")} == {"r.json", "r.model", "r_losses.png"}
-
-
-def test_a_damaged_piece_is_refused(tmp_path):
-    (tmp_path / "piece.json").write_text('{"wmdp_bio": [1, 2')
-    with pytest.raises(UserError, match=r"piece\.json is damaged"):
-        show.kept(tmp_path / "piece.json", None)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_answers_in_words_by_hand(gemma):
             nats = -log_probs[torch.arange(len(ids[0]) - 1), ids[0, 1:]]
             costs.append(nats[len(start) - 1 :].sum().item() / len(choice))
         expected.append(int(np.argmin(costs)))
-    assert robustness.in_words(gemma, ROWS, settings, whole=False) == expected
+    assert robustness.in_words(gemma, ROWS, settings) == expected
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2"])
@@ -64,24 +64,24 @@ def test_fine_tuning_goes_through_an_edit_that_stays(model_folder, make_sae, get
     """The loss under the edit falls, all weights that it depends on move, and the edit is what it was."""
     model, tokenizer = common.load_hf(str(model_folder(family)))
     sae = make_sae(get_model(family))
-    edit = edits.clamp(sae, list(range(32)), -5.0)
+    edit = edits.edit_of("clamp", sae, features=list(range(32)), clamp=-5.0)
     windows = [
         tokenizer(text)["input_ids"] for text in ["The cat sat on the mat.", "Rivers of Europe flow to the sea."]
     ]
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     def loss():
-        with torch.no_grad(), edits.applied(model, tokenizer, [1], edit):
+        with torch.no_grad(), edits.applied(model, tokenizer, edit):
             return sum(model(torch.tensor([row]), labels=torch.tensor([row])).loss.item() for row in windows)
 
     start = loss()
-    with edits.applied(model, tokenizer, [1], edit):
+    with edits.applied(model, tokenizer, edit):
         robustness.fine_tune(model, tokenizer, [[(ids, 1) for ids in windows]], 20, 1e-3, 0)
     assert loss() < 0.8 * start
     moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
     assert any(".0." in name for name in moved) and any(".3." in name for name in moved)  # below and above the edit
     ids = torch.tensor([windows[1]])
-    with edits.applied(model, tokenizer, [1], edit), torch.no_grad():
+    with edits.applied(model, tokenizer, edit), torch.no_grad():
         edited = model(ids).logits
     assert not torch.equal(edited, model(ids).logits)
 

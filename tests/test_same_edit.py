@@ -12,10 +12,12 @@ import common
 import evaluation
 import feature_ablate_2
 import lm_eval_ablated
+import methods
 import pareto
 import robustness
-from common import layer_of, load_model, load_sae, settings
+from common import load_model, load_sae, settings
 from data import load_benchmark
+from edits import layer_of
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 N, CLAMP = 10, -160.0
@@ -38,7 +40,6 @@ def little_text():
     """Only quizzes are compared here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "SCORED_TOKENS", 1000)
-        patch.setattr(pareto, "SCORED_TOKENS", 1000)
         patch.setitem(baselines.GRIDS, "clamp", [{"n_features": N, "clamp": 1}])
         yield
 
@@ -82,18 +83,20 @@ def test_lm_eval(renamed, tmp_path):
 
 def test_what_reads_the_stream_reads_it_there_too(renamed, monkeypatch):
     """DSG's gate, CRISP's layers, and the layers from which a direction is taken out."""
-    monkeypatch.setattr(baselines, "RETAIN_TOKENS", 3000)
+    monkeypatch.setattr(methods, "RETAIN_TOKENS", 3000)
     s, lm = settings(baselines.flags, dict(sae=renamed, layer=4, limit=6)), load_model("tiny")
     texts = load_benchmark(s)[0]
     texts["retain"] = [part[:30] for part in texts["retain"]]
-    measured = baselines.Measured(lm, load_sae(renamed, 4, lm), texts, s)
-    straight = baselines.Measured(lm, load_sae(None, 3, lm), texts, settings(baselines.flags, dict(layer=3, limit=6)))
+    measured, straight = (
+        methods.measure(lm, layer, load_sae(place, layer, lm), texts["forget"], texts["retain"], s.clamp, s)
+        for layer, place in ((4, renamed), (3, None))
+    )
     features = measured.features(20, "dsg")
     assert features == straight.features(20, "dsg")
-    assert measured.gate(features) == straight.gate(features) > 0
-    assert list(measured.crisp[0]) == [3]
-    edit = baselines.edit_of("diff-in-means", {"strength": 1, "behind": True}, measured)
-    assert edit["layers"] == list(range(3, 12))
+    assert methods.gate_for(measured, 20) == methods.gate_for(straight, 20) > 0
+    assert list(baselines.read_by_crisp(measured)[0]) == [3]
+    edit = methods.edit_for("diff-in-means", {"strength": 1, "behind": True}, measured)
+    assert list(edit.at) == list(range(3, 12))
 
 
 def test_the_layer_an_edit_goes_behind_is_decided_in_one_place(renamed, gemma, gemma_sae):
@@ -101,4 +104,4 @@ def test_the_layer_an_edit_goes_behind_is_decided_in_one_place(renamed, gemma, g
     with common.ablate(gemma, gemma_sae, [0]):
         gemma(torch.tensor([[2, 9, 8]]))
     for source in Path(common.__file__).parent.glob("*.py"):
-        assert (source.name == "common.py") == ('hook_point.split(".")[1]' in source.read_text()), source.name
+        assert (source.name == "edits.py") == ('hook_point.split(".")[1]' in source.read_text()), source.name

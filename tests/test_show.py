@@ -17,7 +17,7 @@ import show
 import train_sae
 from common import command_line, parser, settings
 from data import UserError
-from evaluation import Ablation
+from edits import NONE, Edit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,7 +64,7 @@ def test_a_record_is_valid_json_or_is_not_written(tmp_path):
 SCORE = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 9, "chance": 0.25}
 LOSS = {"nats_per_token": 3.0, "n_tokens": 90, "n_documents": 1}
 LOST = {**LOSS, "loss_added": 0.2, "loss_added_low": None, "loss_added_high": None}
-ROWS = [Ablation("none"), Ablation("sae-ablation", (1,), -5.0)]
+ROWS = [NONE, Edit("sae-ablation", setting={"n_features": 1, "clamp": -5.0})]
 
 
 def test_titles_with_dollars_and_losses_without_intervals_are_drawn(tmp_path, capsys):

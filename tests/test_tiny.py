@@ -11,7 +11,8 @@ import pytest
 import make_tiny
 from common import load_model, load_sae
 from data import LETTERS, encode_prompts, prompt
-from evaluation import Ablation, score_letters
+from edits import NONE
+from evaluation import score_letters
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
@@ -75,7 +76,7 @@ def test_measured_accuracy_is_that_of_the_shipped_model(name):
     rows = [json.loads(line) for line in (TINY / f"data/{name}.jsonl").open()]
     model = load_model("tiny", "cpu")
     prompts, letters = encode_prompts(model.tokenizer, [prompt(row) for row in rows])
-    chosen = score_letters(model, load_sae(None, 7, model), prompts, letters, [Ablation("none")])[0].argmax(-1)
+    chosen = score_letters(model, prompts, letters, [NONE])[0].argmax(-1)
     accuracy = sum(i == row["answer"] for i, row in zip(chosen.tolist(), rows)) / len(rows)
     assert accuracy == pytest.approx(measured["accuracy"], abs=0.5 / len(rows))
     assert accuracy >= 0.95

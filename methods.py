@@ -1,0 +1,136 @@
+"""
+The grids of the methods that edit at inference time, and what their edits are made of: features, means, gates.
+
+A setting is a combination of a method's grid, eight for each; clamps in it are multiples of --clamp. `edit_for` makes
+it an edit from what a forget and a retain set say about a model's layer and its SAE (`Measured`).
+"""
+
+import itertools
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+
+import torch
+
+from data import RETAIN_TOKENS, batches, token_windows
+from edits import Edit, Latents, edit_of, gate_of, hidden, layer_of, residuals, watch_tokens
+from picking import Rates, firing_rates, largest, matched_random, pick_features, sanity_gate, summed
+
+
+def grid(**axes) -> list[dict]:
+    """Every combination of the axes' values."""
+    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+
+
+MANY = (5, 10, 20, 50, 100, 200, 300, 400)
+GRIDS = {
+    "zero-ablation": grid(n_features=MANY),
+    "mean-ablation": grid(n_features=MANY),
+    "clamp": grid(n_features=(10, 20), clamp=(0.25, 0.5, 1, 2)),  # SAEBench: -25 to -200
+    "random-features": grid(n_features=(10, 20), clamp=(0.25, 0.5, 1, 2)),
+    "conditional-clamp": grid(n_features=(10, 20), clamp=(1, 2), threshold=(0.25, 0.5)),  # of the mean activation
+    "refusal-clamp": grid(n_features=(10, 20), refusal=(0.2, 0.5, 1, 2)),
+    "dsg": grid(n_features=(20, 50), clamp=(0.0625, 0.125, 0.25, 1)),  # its release: 20 to 200 features at -500
+    "diff-in-means": grid(strength=(0.5, 1, 1.5, 2), behind=(False, True)),  # at --layer, or at all layers from it on
+}
+# What a single setting has where nothing else is said
+USUAL = {"clamp": 1, "threshold": 0.25, "refusal": 1, "strength": 1, "behind": False}
+BY_FEATURES = [name for name in GRIDS if name != "diff-in-means"]
+NEEDS_A_LATENT = "refusal-clamp"  # one that is active when the model declines; tiny never does
+
+
+@dataclass(eq=False)
+class Measured:
+    """What forget windows and sets of retain windows (lists of ids) say about a model's layer and its SAE.
+
+    sae: None for methods that need none; layer: --layer; clamp: what a grid's clamps multiply; s: the settings.
+    """
+
+    lm: object
+    sae: object
+    layer: int
+    forget: list
+    retain: list[list]
+    clamp: float
+    s: object
+    sanity: dict = field(default_factory=dict)  # what the SAE check finds, before anything is picked
+
+    @property
+    def place(self) -> int:
+        """The layer whose output is edited."""
+        return self.layer if self.sae is None else layer_of(self.sae)
+
+    @property
+    def size(self) -> int:
+        return self.s.batch_size if isinstance(self.s.batch_size, int) else 16  # lm-eval's may be "auto"
+
+    @cached_property
+    def rates(self) -> tuple[Rates, Rates]:
+        self.sanity |= sanity_gate(self.lm, self.sae, self.retain[0], insist=not self.s.no_sanity)
+        forget = firing_rates(self.lm, self.sae, self.forget, self.size, "forget rates")
+        retain = [firing_rates(self.lm, self.sae, part, self.size, "retain rates") for part in self.retain]
+        return forget, largest(retain)
+
+    def features(self, n: int, rule: str | None = None) -> list[int]:
+        return pick_features(*self.rates, n, rule or self.s.pick)
+
+    def control(self, n: int, most: int) -> list[int]:
+        """The first n of random features matched to the `most` best ones."""
+        return matched_random(*self.rates, self.features(most), self.s.seed)[:n]
+
+    @cached_property
+    def direction(self) -> list[float]:
+        """Mean residual stream of forget tokens less that of retain tokens, each retain set counting alike."""
+
+        def mean(windows):
+            total, n = 0.0, 0
+            for h, _ in residuals(self.lm, self.place, windows, self.size, "means"):
+                total, n = total + summed(h), n + len(h)
+            return total / n
+
+        return (mean(self.forget) - torch.stack([mean(part) for part in self.retain]).mean(0)).tolist()
+
+
+@cache
+@torch.inference_mode()
+def gate_for(m: Measured, n: int, quantile: float = 0.95) -> float:
+    """DSG's tau for its n features: that quantile of rho over retain texts."""
+    latents, found, lm = Latents(m.sae, m.features(n, "dsg")), [], m.lm
+    with watch_tokens(lm.original_model, lm.tokenizer) as seen:
+        for part in m.retain:
+            for _, ids in batches(part, m.size, lm.tokenizer, lm.cfg.device, "gate"):
+                h = hidden(lm.original_model, ids, m.place)
+                found.append(gate_of(latents.encode(h)[0], seen["edited"].to(h.device)).cpu())
+    return torch.cat(found).quantile(quantile).item()
+
+
+def measure(lm, layer: int, sae, forget: list[str], retain: list[list[str]], clamp: float, s) -> Measured:
+    """Measured on forget texts and sets of retain texts."""
+    windows = [token_windows(lm.tokenizer, texts, s.context, RETAIN_TOKENS)[0] for texts in retain]
+    return Measured(lm, sae, layer, token_windows(lm.tokenizer, forget, s.context)[0], windows, clamp, s)
+
+
+def edit_for(method: str, one: dict, m: Measured) -> Edit:
+    """A setting of the method's grid as an edit; in its `setting` clamps and thresholds are what they come to."""
+    n, layers = one.get("n_features"), [m.place]
+    if method == "diff-in-means":
+        layers = list(range(m.place, m.lm.cfg.n_layers)) if one["behind"] else layers
+        arguments = {"direction": m.direction, "strength": one["strength"]}
+    elif method == "mean-ablation":
+        features, retain = m.features(n), m.rates[1]
+        arguments = {"features": features, "means": (retain.total / retain.n_tokens)[features].tolist()}
+    elif method == "dsg":
+        features = m.features(n, "dsg")
+        arguments = {"features": features, "clamp": one["clamp"] * m.clamp, "gate": gate_for(m, n)}
+    elif method == "refusal-clamp":  # Khoriaty et al.: threshold 0.05, latent 15,864 of Gemma Scope's layer 7 at -500
+        arguments = {"features": m.features(n), "threshold": 0.05, "refusal": m.s.refusal_latent,
+                     "refusal_value": one["refusal"] * m.s.refusal_value}  # fmt: skip
+    else:
+        most = max(grid_point["n_features"] for grid_point in GRIDS["random-features"])
+        features = m.control(n, most) if method == "random-features" else m.features(n)
+        arguments = {"features": features, "clamp": one["clamp"] * m.clamp if "clamp" in one else 0.0}
+    if method == "conditional-clamp":
+        forget = m.rates[0]
+        active = (forget.total / forget.fires)[features].mean().item()  # mean activation where active
+        arguments["threshold"] = one["threshold"] * active
+    numbers = {name: value for name, value in arguments.items() if isinstance(value, int | float)}
+    return edit_of(method, m.sae, {"layer": m.layer, **one, **numbers}, layers, **arguments)
