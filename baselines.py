@@ -26,7 +26,49 @@ SimNPO to 64.9 and NPO to 66.2% with MMLU at 94%. README has the table, and what
 """
 
 # %% [markdown]
-# Start a notebook in this folder, so that the helper files beside this one can be imported.
+# Start a notebook in this folder, beside the helper files. Flags come first: --help need not wait for other imports.
+
+# %%
+from flags import (
+    BY_FEATURES,
+    GRIDS,
+    NEEDS_A_LATENT,
+    answered,
+    command_line,
+    grid,
+    latent_flags,
+    parser,
+    quiz_flags,
+    settings,
+)
+
+# Eight settings a method, as flags.py has them for edits; learning rates are multiples of the model's.
+# The ranges lie between doing nothing and losing MMLU in a hundred trial runs on tiny, seen by its tuning half alone:
+# rates over a factor of 64, 3 to 240 steps, alpha 1 to 1,000, beta 0.02 to 1, gamma 0.125 to 1, delta 0 to 4; of CRISP
+# k 10 to 100, alpha 0.01 to 0.3, pull 1 to 30. The releases' own are among them: alpha 1 and beta 0.1; gamma 0.125 and
+# delta 0; alpha 0.01 and pull 5 (30 in CRISP's paper, with k 30)
+TRAINED = {
+    "gradient-ascent": grid(lr=(1, 1.5, 2, 3), steps=(10, 20)),
+    "grad-diff": grid(lr=(0.25, 0.5, 1, 2), alpha=(1, 1000)),
+    "npo": grid(lr=(0.25, 1.5), alpha=(1, 30), beta=(0.1, 1)),
+    "simnpo": grid(lr=(0.7, 1, 1.4, 2), gamma=(0.125, 0.25)),
+    "crisp": grid(lr=(0.5, 1), k=(30,), alpha=(0.01, 0.1), pull=(5, 30)),
+}
+STEPS, CRISP_STEPS = 120, 60
+flags = parser(__doc__, without=("--n-features", "--max-rows", "--device-map"))
+flags.add_argument("--method", choices=[*GRIDS, *TRAINED], default="clamp", help="(default: %(default)s)")
+flags.add_argument("--all", action="store_true", help="every method in turn, RMU too, then the figure and a table")
+flags.add_argument("--layer", type=int, default=3, help="of SAE, direction and RMU; early ones work (default: 3)")
+flags.add_argument("--steps", type=int, help=f"of training (default: {STEPS}, of CRISP {CRISP_STEPS}; gradient-ascent "
+                   "has its own)")  # fmt: skip
+flags.add_argument("--lr", type=float, help="learning rate that the grid multiplies (default: 1e-5; tiny has its own)")
+flags.add_argument("--loss-on", default="answer", choices=["answer", "text"], help="of gradient-ascent, grad-diff, npo "
+                   "and simnpo: of questions on the answer only, as in open-unlearning, or on all their text; a forget "
+                   "corpus and Wikitext have no answers and count whole (default: %(default)s)")  # fmt: skip
+flags.add_argument("--relearn", type=int, metavar="STEPS", help="then run robustness.py on what came out")
+latent_flags(flags)
+quiz_flags(flags)
+answered(flags, __name__)
 
 # %%
 import json
@@ -39,77 +81,30 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
 import processes
-from common import command_line, latent_flags, load_hf, load_model, load_sae, parser, quiz_flags, settings
-from data import HERE, UserError, load_benchmark, padded, special_ids, training_windows
+import show
+from common import Rates, load_hf, load_model, load_sae
+from data import HERE, UserError, load_benchmark, padded, special_ids
 from edits import NONE, Latents, decoder_layers, layer_of
 from evaluation import answers, best_setting, keep_robust, scores_of
-from hub import identity
-from methods import BY_FEATURES, GRIDS, NEEDS_A_LATENT, Measured, edit_for, grid, measure
-from picking import Rates
-from presets import model_source, sae_source
-from show import (
-    keeping,
-    make_record,
-    method_name,
-    outputs,
-    peak_gb,
-    piecewise,
-    plain,
-    print_chosen,
-    resumed,
-    save_model,
-    short_name,
-    write_record,
-    write_whole,
-)
-from training import Master, Nll, check_room, passes, text_nll, wide
+from hub import identity, model_source, sae_source
+from methods import Measured, edit_for, measure
+from training import Master, Nll, check_room, distance, linear_modules, passes, reach, text_nll, training_windows
 
+NLL_LOG = ("forget text, nats per token", "retain text, nats per token")  # what logs hold
+CRISP_LOG = ("active features on forget text, L_unl", "squared distance of retain text, L_ret")
 BATCH = 4  # forget and as many retain texts a step
-STEPS, CRISP_STEPS = 120, 60
 # Learning rate that a grid's `lr` multiplies. 1e-5: open-unlearning's; tiny's thin matrices need more
 LEARNING_RATE = {"tiny": 4e-4}
 LORA_RATE = {"tiny": 1.6e-2}  # of CRISP; elsewhere 4e-5, the paper's on Gemma-2-2B
 # Where CRISP reads features; Gemma-2's are the paper's. Elsewhere: --layer
 CRISP_LAYERS = {"tiny": (3, 5, 7, 9), "gemma-2-2b-it": (4, 6, 8, 10, 12, 14)}
-
-# %% [markdown]
-# ## Eight settings a method, as methods.py has them for edits; learning rates are multiples of the model's
-
-# %%
-# The ranges lie between doing nothing and losing MMLU in a hundred trial runs on tiny, seen by its tuning half alone:
-# rates over a factor of 64, 3 to 240 steps, alpha 1 to 1,000, beta 0.02 to 1, gamma 0.125 to 1, delta 0 to 4; of CRISP
-# k 10 to 100, alpha 0.01 to 0.3, pull 1 to 30. The releases' own are among them: alpha 1 and beta 0.1; gamma 0.125 and
-# delta 0; alpha 0.01 and pull 5 (30 in CRISP's paper, with k 30)
-TRAINED = {
-    "gradient-ascent": grid(lr=(1, 1.5, 2, 3), steps=(10, 20)),
-    "grad-diff": grid(lr=(0.25, 0.5, 1, 2), alpha=(1, 1000)),
-    "npo": grid(lr=(0.25, 1.5), alpha=(1, 30), beta=(0.1, 1)),
-    "simnpo": grid(lr=(0.7, 1, 1.4, 2), gamma=(0.125, 0.25)),
-    "crisp": grid(lr=(0.5, 1), k=(30,), alpha=(0.01, 0.1), pull=(5, 30)),
-}
-
-
-def crisp_layers(s) -> tuple[int, ...]:
-    """Those whose SAEs CRISP reads."""
-    return (s.layer,) if s.sae else CRISP_LAYERS.get(s.model, (s.layer,))
-
-
-@cache
-def read_by_crisp(m: Measured) -> tuple[dict, dict]:
-    """SAEs, and (forget, retain) rates, by the layer whose output they read."""
-    loaded = [load_sae(m.s.sae, layer, m.lm, m.s.model) for layer in crisp_layers(m.s)]
-    saes = {layer_of(sae): sae for sae in loaded}
-    return saes, {layer: replace(m, sae=sae, sanity={}).rates for layer, sae in saes.items()}
-
 
 # %% [markdown]
 # ## Training objectives on next-token losses
@@ -176,6 +171,19 @@ def by_nll(
 
 
 # %%
+def crisp_layers(s) -> tuple[int, ...]:
+    """Those whose SAEs CRISP reads."""
+    return (s.layer,) if s.sae else CRISP_LAYERS.get(s.model, (s.layer,))
+
+
+@cache
+def read_by_crisp(m: Measured) -> tuple[dict, dict]:
+    """SAEs, and (forget, retain) rates, by the layer whose output they read."""
+    loaded = [load_sae(m.s.sae, layer, m.lm, m.s.model) for layer in crisp_layers(m.s)]
+    saes = {layer_of(sae): sae for sae in loaded}
+    return saes, {layer: replace(m, sae=sae, sanity={}).rates for layer, sae in saes.items()}
+
+
 def salient(forget: Rates, retain: Rates, k: int, rho: float = 3.0) -> list[int]:
     """CRISP's k features: of the 10 k that are active on the most forget tokens beyond their number on as many retain
     tokens, the first whose activation summed over the forget tokens is at least rho times that over the retain tokens
@@ -205,24 +213,6 @@ def crisp_forget(sae, features: list[int], was, now, ordinary, pull: float) -> t
     threshold = sae.threshold[features] if sae.cfg.architecture() == "jumprelu" else 0.0
     active = (pre > threshold) & (pre > 0) & ordinary[..., None]
     return pre[active].mean() if active.any() else 0 * pre.sum()
-
-
-def distance(was: torch.Tensor, now: torch.Tensor, ordinary: torch.Tensor) -> torch.Tensor:
-    """Mean square of now - was, (..., batch, pos, d_model); special tokens count as 0, as in CRISP's release."""
-    return ((wide(now) - wide(was)) * ordinary[..., None]).square().mean()
-
-
-def linear_modules(model, layers: list[int]) -> list[str]:
-    """Names of all matrices of attention and MLP in these layers."""
-    inside = {id(module) for layer in layers for module in decoder_layers(model)[layer].modules()}
-    kinds = (torch.nn.Linear, Conv1D)
-    return [name for name, module in model.named_modules() if id(module) in inside and isinstance(module, kinds)]
-
-
-def reach(layers: list[int]) -> list[int]:
-    """The layers that CRISP adapts: from the one before the first SAE's to the middle of the SAEs' layers. These are
-    the release's 3 to 9 for SAEs of 4 to 14, the paper's on Gemma-2-2B's 26 layers."""
-    return list(range(max(0, min(layers) - 1), (min(layers) + max(layers)) // 2 + 1))
 
 
 def by_crisp(
@@ -277,7 +267,7 @@ def by_crisp(
 
 
 # %% [markdown]
-# ## Train and save
+# ## The run
 
 
 # %%
@@ -290,40 +280,8 @@ def forgetful(method: str, setting: dict, folder: Path, texts: dict, measured: M
         model, log = by_crisp(setting, model, tokenizer, forget, retain, s.seed, *read_by_crisp(measured))
     else:
         log = by_nll(method, setting, model, tokenizer, forget, retain, s.seed)
-    save_model(model, tokenizer, folder)
+    show.save_model(model, tokenizer, folder)
     return log
-
-
-def loss_figure(method: str, log: list, title: str):
-    """Figure: what training lowers or raises on forget text, and what it holds on retain text, a point a step."""
-    figure, both = plt.subplots(1, 2, figsize=(8.4, 3.2), layout="constrained")
-    names = (["active features on forget text, L_unl", "squared distance of retain text, L_ret"] if method == "crisp"
-             else ["forget text, nats per token", "retain text, nats per token"])  # fmt: skip
-    for axes, name, colour, values in zip(both, names, ("#c0392b", "#1f618d"), np.array(log).T):
-        axes.plot(np.arange(1, len(log) + 1), values, color=colour)
-        axes.set(title=name, xlabel="step")
-        axes.grid(alpha=0.3)
-    figure.suptitle(plain(title), size=10)
-    return figure
-
-
-# %% [markdown]
-# ## Flags, and the run
-
-# %%
-flags = parser(__doc__, without=("--n-features", "--max-rows", "--device-map"))
-flags.add_argument("--method", choices=[*GRIDS, *TRAINED], default="clamp", help="(default: %(default)s)")
-flags.add_argument("--all", action="store_true", help="every method in turn, RMU too, then the figure and a table")
-flags.add_argument("--layer", type=int, default=3, help="of SAE, direction and RMU; early ones work (default: 3)")
-flags.add_argument("--steps", type=int, help=f"of training (default: {STEPS}, of CRISP {CRISP_STEPS}; gradient-ascent "
-                   "has its own)")  # fmt: skip
-flags.add_argument("--lr", type=float, help="learning rate that the grid multiplies (default: 1e-5; tiny has its own)")
-flags.add_argument("--loss-on", default="answer", choices=["answer", "text"], help="of gradient-ascent, grad-diff, npo "
-                   "and simnpo: of questions on the answer only, as in open-unlearning, or on all their text; a forget "
-                   "corpus and Wikitext have no answers and count whole (default: %(default)s)")  # fmt: skip
-flags.add_argument("--relearn", type=int, metavar="STEPS", help="then run robustness.py on what came out")
-latent_flags(flags)
-quiz_flags(flags)
 
 
 def absolute(method: str, one: dict, s) -> dict:
@@ -343,7 +301,7 @@ def try_edits(method: str, folder: Path, texts: dict, measured: Measured, s) -> 
         started = time.time()
         edits.append(edit_for(method, one, measured))
         seconds.append(time.time() - started)
-    clean, *found = answers(measured.lm, texts, edits, s, piecewise(measured.lm, folder, s))
+    clean, *found = answers(measured.lm, texts, edits, s, show.piecewise(measured.lm, folder, s))
     return [clean, *({"point": edit.point(), "answers": one, "seconds": took}
                      for edit, one, took in zip(edits[1:], found, seconds))]  # fmt: skip
 
@@ -365,7 +323,7 @@ def tune(method: str, folder: Path, texts: dict, measured: Measured, s) -> list[
     for number, one in enumerate(TRAINED[method]):
         jobs[str(number)] = lambda one=one: try_training(method, one, passing, texts, measured, s)
     try:
-        return resumed(folder, jobs)
+        return show.resumed(folder, jobs)
     finally:
         shutil.rmtree(passing, ignore_errors=True)
 
@@ -379,22 +337,6 @@ def decides(s, method: str) -> list:
     return [method, settled, {**GRIDS, **TRAINED}.get(method), identity(model_source(s.model)), saes]
 
 
-def setting_text(setting: dict) -> str:
-    numbers = [f"{name} {value:g}" for name, value in setting.items() if type(value) in (int, float)]
-    numbers += [f"loss on {setting['loss_on']}"] if "loss_on" in setting else []
-    return ", ".join(numbers) + (", all layers from there on" if setting.get("behind") else "")
-
-
-def print_tuning(points: list[dict]) -> None:
-    """A line for each setting: accuracies on both halves in per cent, loss added."""
-    print("\n  WMDP-Bio tuning, reporting   MMLU tuning, reporting   loss added   setting")
-    for point in points[1:]:
-        score = point["scores"]
-        cells = [100 * score[name + half]["accuracy"] for name in ("wmdp_bio", "mmlu") for half in ("_tuning", "")]
-        print("  {:15.1f}{:11.1f}{:16.1f}{:11.1f}".format(*cells)
-              + f"{score['openwebtext']['loss_added']:+13.4f}   {setting_text(point['setting'])}")  # fmt: skip
-
-
 def run(**changes) -> dict:
     """run(method="npo"): any flag by name. Returns the record that it writes; raises UserError."""
     s, started = settings(flags, changes), time.time()
@@ -402,9 +344,7 @@ def run(**changes) -> dict:
         raise UserError("baselines.py is one process: start it without accelerate launch")
     if s.all:
         return run_all(s)
-    if s.method == NEEDS_A_LATENT and s.refusal_latent is None:
-        raise UserError("refusal-clamp needs --refusal-latent, a latent that is active when the model declines")
-    path = outputs(f"baselines_{s.method}.py", s, flags)
+    path = show.outputs(f"baselines_{s.method}.py", s, flags)
     lm = load_model(s.model, s.device, s.dtype, edit_special=s.edit_special)
     texts, sources = load_benchmark(s, lm.tokenizer)
     keep_robust(lm, texts, sources, s)
@@ -414,27 +354,29 @@ def run(**changes) -> dict:
     if s.method in LOSSES:
         check_room(s.method, s.model, s.device, s.dtype)
     measured = measure(lm, s.layer, sae, texts["forget"], texts["retain"], s.clamp, s)
-    with keeping(path, [decides(s, s.method), sources]) as folder:
+    with show.keeping(path, [decides(s, s.method), sources]) as folder:
         clean, *tried = tune(s.method, folder, texts, measured, s)
         scores = scores_of([clean, *(one["answers"] for one in tried)], texts, s.seed)
         points = [NONE.point(**scores[0])]
         points += [{**one["point"], "scores": score} for one, score in zip(tried, scores[1:])]
-        print_tuning(points)
+        show.print_tuning(points)
         best = best_setting(points[0], points[1:])
-        print(f"\nchosen on the tuning half: {setting_text(best['setting'])}")
+        print(f"\nchosen on the tuning half: {show.setting_text(best['setting'])}")
         extra = {"chosen": points.index(best), "decides": decides(s, s.method)}
         seconds, figures = np.mean([one["seconds"] for one in tried]), {}
         if s.method in TRAINED:
             seconds, log = train_chosen(best["setting"], path.with_suffix(".model"), texts, measured, s)
             extra |= {"folder": path.with_suffix(".model").name, "log": log}
-            title = f"{short_name(s.model)}: {s.method}, {setting_text(best['setting'])}"
-            figures["losses"] = lambda: loss_figure(s.method, log, title)
-        print_chosen([points[0], best], sources)
-        record = make_record("baselines.py", s, sae, sources, {}, points, time.time() - started)
+            title = f"{show.short_name(s.model)}: {s.method}, {show.setting_text(best['setting'])}"
+            names = CRISP_LOG if s.method == "crisp" else NLL_LOG
+            figures["losses"] = lambda: show.curves(dict(zip(names, zip(*log))), title)
+        show.print_chosen([points[0], best], sources)
+        saes = [] if sae is None else [sae]
+        record = show.make_record("baselines.py", s, saes, sources, {}, points, time.time() - started)
         if "folder" in extra:
             record["identity"]["folder"] = identity(str(path.with_name(extra["folder"])))
-        record |= extra | {"seconds_to_make": round(float(seconds), 2), "peak_gb": peak_gb()}
-        write_record(path, record, figures)
+        record |= extra | {"seconds_to_make": round(float(seconds), 2), "peak_gb": show.peak_gb()}
+        show.write_record(path, record, figures)
     return record
 
 
@@ -486,7 +428,7 @@ def is_there(path: Path, method: str, s, sources: dict) -> bool:
 
 def run_all(s) -> dict:
     """Tune every method; returns {"records": paths}."""
-    path = outputs("baselines.py", s, flags)
+    path = show.outputs("baselines.py", s, flags)
     _, sources = load_benchmark(s)
     methods = [name for name in (*GRIDS, *TRAINED) if name != NEEDS_A_LATENT or s.refusal_latent is not None]
     records = []
@@ -496,13 +438,12 @@ def run_all(s) -> dict:
             print(f"there already: {records[-1]}")
         else:
             call(command_of(method, records[-1], s))
-    call(
-        [sys.executable, str(HERE / "pareto.py"), "--model", s.model, "--plot", *map(str, records), "--out", str(path)]
-    )
+    drawn = ["--model", s.model, "--plot", *map(str, records), "--out", str(path)]
+    call([sys.executable, str(HERE / "pareto.py"), *drawn])
     text = cost_table([json.loads(record.read_text()) for record in records])
     print(f"\n{text}")
     costs = path.with_name(f"{path.stem}_costs.md")
-    write_whole(costs, lambda file: file.write_text(text + "\n"))
+    show.write_whole(costs, lambda file: file.write_text(text + "\n"))
     print(f"table: {costs}")
     if s.relearn:
         out = path.with_name(f"{path.stem}_robustness.json")
@@ -532,16 +473,16 @@ def cost_table(records: list[dict]) -> str:
     """Markdown: each method's chosen setting, its scores on the reporting half, and what it costs."""
     head = ["method", "chosen on the tuning half", "WMDP-Bio %, tuning", "reporting", "MMLU %, reporting", "loss added",
             "s to make", "peak GB"]  # fmt: skip
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for record in records:
         point = record["points"][record["chosen"]]
         score, setting = point["scores"], {k: v for k, v in point["setting"].items() if k not in ("training", "layer")}
         cells = [f"{100 * score[name]['accuracy']:.1f}" for name in ("wmdp_bio_tuning", "wmdp_bio", "mmlu")]
         cells += [f"{score['openwebtext']['loss_added']:+.3f}", f"{record['seconds_to_make']:.1f}"]
-        name = method_name(point["method"])
+        name = show.method_name(point["method"])
         peak = "" if record["peak_gb"] is None else f"{record['peak_gb']:.2f}"
-        lines.append([name, setting_text(setting), *cells, peak])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + RMU_NOTE
+        lines.append([name, show.setting_text(setting), *cells, peak])
+    return show.markdown(head, lines) + RMU_NOTE
 
 
 # %%

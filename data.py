@@ -12,7 +12,6 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 
 import processes
@@ -50,7 +49,6 @@ KNOWN = [*HUB, "wmdp_bio_reworded", "forget_corpus"]  # what files of --data may
 # SAEBench's utility subjects stand for MMLU in sweeps on real models; tiny's stand-in is small and scored whole
 SUBJECTS = "high_school_us_history,college_computer_science,high_school_geography,human_aging"
 RETAIN_TOKENS = 50_000  # of Wikitext, for rates and for training
-QUESTION_TOKENS = 512  # of a question that is trained on with its answer, open-unlearning's
 STREAMED = 2000  # documents of OpenWebText to take from the hub: the first in order, never a shuffled stream
 # Of a forget corpus: documents, and characters of each, about as many as the 512 tokens that RMU's reference takes
 CORPUS_DOCUMENTS, CORPUS_CHARACTERS = 1000, 2500
@@ -253,11 +251,6 @@ def as_prose(row: dict) -> str:
     return f"{row['question'].strip()} {row['choices'][row['answer']]}"
 
 
-def by_letter(row: dict) -> tuple[str, str]:
-    """The prompt and the letter that answers it."""
-    return prompt(row), LETTERS[row["answer"]]
-
-
 def picking_texts(questions: list[dict], picking: list[int], s, sources: dict) -> tuple[list[str], list[list[str]]]:
     """The forget texts and the retain sets that firing rates are counted on; notes in `sources` where they come from.
 
@@ -310,15 +303,11 @@ def load_benchmark(s, tokenizer=None) -> tuple[dict, dict]:
     forget, retain = picking_texts(wmdp, halves(wmdp, s.seed, s.pick_on)[0], s, sources)
     quizzes = {}
     for name, questions, some in (("wmdp_bio", wmdp, range(len(wmdp))), ("mmlu", mmlu, wanted)):
-        tuning, reporting = (
-            sample([i for i in half if i in some], s.limit, s.seed) for half in halves(questions, s.seed, s.pick_on)
-        )
+        both = [[i for i in half if i in some] for half in halves(questions, s.seed, s.pick_on)]
+        tuning, reporting = both = [sample(half, s.limit, s.seed) for half in both]
         if tokenizer:
-            asked = len(tuning) + len(reporting)
-            tuning, reporting = (
-                fitting(tokenizer, name, questions, part, s.skip_long, s.prompt) for part in (tuning, reporting)
-            )
-            sources[name]["skipped_long"] = asked - len(tuning) - len(reporting)
+            tuning, reporting = (fitting(tokenizer, name, questions, half, s.skip_long, s.prompt) for half in both)
+            sources[name]["skipped_long"] = sum(map(len, both)) - len(tuning) - len(reporting)
         if not tuning or not reporting:
             raise UserError(f"{name}: too few questions for a tuning and a reporting half")
         quizzes[name] = (questions, {"": reporting, "_tuning": tuning})
@@ -472,6 +461,12 @@ def token_windows(
     return windows, sources
 
 
+def picking_windows(tokenizer, forget: list[str], retain: list[list[str]], s) -> tuple[list, list[list]]:
+    """picking_texts' two results as windows of --context tokens."""
+    sets = [token_windows(tokenizer, texts, s.context, RETAIN_TOKENS)[0] for texts in retain]
+    return token_windows(tokenizer, forget, s.context)[0], sets
+
+
 def batches(rows: list[list[int]], batch_size: int, tokenizer, device, desc: str | None = None, shared: bool = True):
     """Yield (indices, (batch, pos) ids) over rows sorted by length, right-padded with a special token.
 
@@ -485,47 +480,13 @@ def batches(rows: list[list[int]], batch_size: int, tokenizer, device, desc: str
         yield picked, padded([rows[i] for i in picked], tokenizer, device)
 
 
-def padded(rows: list[list[int]], tokenizer, device) -> torch.Tensor:
+def padded(rows: list[list[int]], tokenizer, device):
     """(batch, pos) ids, right-padded with a special token."""
+    import torch
+
     pad, width = pad_id(tokenizer), max(map(len, rows))
     return torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
 
 
 def pad_id(tokenizer) -> int:
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None)
-
-
-def answer_window(tokenizer, asked: str, answer: str) -> tuple[list[int], int]:
-    """(ids, place of the answer's first token) of a question and its answer, cut at the front to QUESTION_TOKENS: at
-    the end, where open-unlearning cuts, is the answer. No EOS behind it: a prompt is no turn of a chat here."""
-    ids, alone = (tokenizer(text)["input_ids"] for text in (f"{asked} {answer}", asked))
-    start = next((i for i, (x, y) in enumerate(zip(ids, alone)) if x != y), len(alone))
-    bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []
-    dropped = max(0, len(ids) - QUESTION_TOKENS)
-    return (bos + ids[dropped + len(bos) :], start - dropped) if dropped else (ids, start)
-
-
-def training_windows(tokenizer, texts: dict, s, loss_on: str = "text") -> tuple[list, list[list]]:
-    """What methods train on that need next tokens to predict: (ids, start) windows, the tokens from `start` on to be
-    predicted; texts: load_benchmark's.
-
-    Forget: the user's corpus, or the picking half's questions as they are asked, with their answers, and as prose.
-    Retain sets: Wikitext, and MMLU's development questions with their answers. loss_on "answer": of a question only
-    the letter, or the answer in words, as open-unlearning labels its questions; a corpus and Wikitext have no
-    answers, and count whole, as its pretraining texts do. "text": everything counts.
-    """
-
-    def whole(part, max_tokens=None):
-        return [(ids, 1) for ids in token_windows(tokenizer, part, max_tokens=max_tokens)[0]]
-
-    def asked(pairs):
-        windows = [answer_window(tokenizer, *pair) for pair in pairs]
-        return windows if loss_on == "answer" else [(ids, 1) for ids, _ in windows]
-
-    corpus, _ = load_corpus(s)
-    questions, _ = texts["quizzes"]["wmdp_bio"]
-    picking = [questions[i] for i in halves(questions, s.seed, s.pick_on)[0]]
-    in_words = [(row["question"].strip(), row["choices"][row["answer"]]) for row in picking]
-    development = load_rows("mmlu_dev", s.model, s.data)[0]
-    forget = whole(corpus) if corpus else asked(map(by_letter, picking)) + asked(in_words)
-    return forget, [whole(texts["retain"][0], RETAIN_TOKENS), asked(map(by_letter, development))]

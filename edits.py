@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from sae_lens import SAE
 
-from data import UserError, batches, pad_id, special_ids
+from data import UserError, batches, first_line, pad_id, special_ids
 
 # ------------------------------------------------------------------------------------- layers and tokens
 
@@ -117,6 +117,63 @@ def residuals(lm, layer: int, windows: list, batch_size: int, desc: str | None =
         for _, ids in batches(windows, batch_size, lm.tokenizer, lm.cfg.device, desc, shared):
             h, ordinary = hidden(lm.original_model, ids, layer), seen["ordinary"]
             yield h[ordinary.to(h.device)], ids[ordinary.to(ids.device)]
+
+
+# ---------------------------------------------------------------------------- is it the model it should be
+
+CLOSE = 1e-3  # nats, at most, by which log-probabilities differ where float32 sums in another order
+ROUNDINGS = 4.0  # and else root mean squares, in those of what rounding every module's output otherwise does
+
+
+def random_ids(model, shape: tuple = (2, 12)) -> torch.Tensor:
+    """Token ids (batch, pos) that say nothing, the same ones each time. model: a Hugging Face model."""
+    table = model.get_input_embeddings().weight
+    noise = torch.Generator().manual_seed(0)
+    return torch.randint(len(table), shape, generator=noise).to(table.device if table.device.type != "meta" else "cpu")
+
+
+@torch.inference_mode()
+def log_probs(model, ids: torch.Tensor) -> torch.Tensor:
+    """(batch, pos, d_vocab) in fp32 on the CPU, from a plain pass of a Hugging Face model.
+
+    Raises UserError where they are no numbers, or the model does not run.
+    """
+    try:
+        found = model(ids, use_cache=False).logits.float().log_softmax(-1).cpu()
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{type(model).__name__} does not run here: {first_line(error)}") from error
+    if found.isnan().any():
+        raise UserError(f"{type(model).__name__} gives log-probabilities that are no numbers (NaN)")
+    return found
+
+
+def alike(found: torch.Tensor, wanted: torch.Tensor, model, run) -> bool:
+    """Do two sets of log-probabilities differ by no more than rounding explains?
+
+    How much that is in the model's dtype, run() tells: it computes `wanted` once more, while the output of every module
+    with weights is off by one unit in its last place, up or down. Measured on 27 families of random weights and on
+    tiny, in float32 and bfloat16, differences without a fault stayed below 0.9 of that.
+    """
+    gap = found - wanted
+    if gap.abs().max() <= CLOSE:
+        return True
+    noise = torch.Generator().manual_seed(0)
+
+    def round_otherwise(module, args, output):
+        if torch.is_tensor(output) and output.is_floating_point():
+            signs = torch.randint(2, output.shape, generator=noise).to(output.device) * 2 - 1
+            return output * (1 + torch.finfo(output.dtype).eps * signs).to(output.dtype)
+
+    weighty = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
+    handles = [module.register_forward_hook(round_otherwise) for module in weighty]
+    try:
+        rounding = run() - wanted
+    finally:
+        for handle in handles:
+            handle.remove()
+    return bool(gap.pow(2).mean() <= ROUNDINGS**2 * rounding.pow(2).mean())
 
 
 # ----------------------------------------------------------------------------------------------- latents

@@ -16,11 +16,9 @@ from functools import cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from scipy import stats
 from transformers.cache_utils import DynamicCache, DynamicLayer, KVSharingDict
 
-from common import alike, log_probs, random_ids
 from data import (
     LETTERS,
     UserError,
@@ -36,7 +34,7 @@ from data import (
     token_windows,
     words,
 )
-from edits import NONE, Edit, Latents, OfLatents, applied, edit_of, hidden, watch_tokens
+from edits import NONE, Edit, Latents, OfLatents, alike, applied, edit_of, hidden, log_probs, random_ids, watch_tokens
 from processes import count as count_processes
 from processes import total as over_processes
 
@@ -340,18 +338,14 @@ def for_rows(cache: DynamicCache, source: torch.Tensor, length: int, layer: int 
     return new
 
 
-def probe(model, layer: int, ids: torch.Tensor) -> SAE:
-    """An SAE at this layer whose four features are each active on some half of the tokens of ids."""
-    noise = torch.Generator().manual_seed(0)
-    h = hidden(model.original_model, ids, layer).float().flatten(0, 1)
-    sae = StandardSAE(StandardSAEConfig(d_in=h.shape[1], d_sae=4, apply_b_dec_to_input=False, device=str(h.device)))
-    sae.W_enc.copy_(F.normalize(torch.randn(sae.W_enc.shape, generator=noise), dim=0))
-    sae.W_dec.copy_(F.normalize(torch.randn(sae.W_dec.shape, generator=noise), dim=1))
-    between = (h @ sae.W_enc).sort(0).values[len(h) // 3 : -len(h) // 3]
-    widest = between.diff(dim=0).argmax(0, keepdim=True)  # far from any token, so that rounding turns none on or off
-    sae.b_enc.copy_(-(between.gather(0, widest) + between.gather(0, widest + 1))[0] / 2)
-    sae.hook_point, sae.size = f"blocks.{layer}.hook_resid_post", h.norm(dim=1).median().item()
-    return sae.requires_grad_(False)
+def pushed(direction: torch.Tensor, turn: int):
+    """An edit that adds the direction (d_model,) to every other ordinary token, from the turn-th on."""
+
+    def edit(h, ordinary):
+        every_other = ordinary & (ordinary.cumsum(1) % 2 == turn % 2) & (ordinary.cumsum(1) > turn)
+        return torch.where(every_other[..., None], h + direction, h).to(h.dtype)
+
+    return edit
 
 
 def check_engine(model, layers) -> None:
@@ -381,8 +375,10 @@ def try_engine(model, layer: int | None) -> None:
     real = torch.arange(20)[None] < torch.tensor([[20], [17], [12]])
     prompts, edits = [row[mask].tolist() for row, mask in zip(ids.cpu(), real)], [NONE]
     if layer is not None:
-        sae = probe(model, layer, ids)
-        edits += [edit_of("clamp", sae, features=pair, clamp=-sae.size) for pair in ([0, 1], [2, 3])]
+        h = hidden(plain, ids, layer)
+        noise = torch.randn(2, h.shape[-1], generator=torch.Generator().manual_seed(0))
+        directions = noise.to(h.device) * h.float().std()
+        edits += [Edit(f"pushed {k}", {layer: pushed(one, 3 * k)}) for k, one in enumerate(directions)]
 
     def one_by_one() -> torch.Tensor:  # (n_edits, tokens of all prompts, d_vocab)
         found = []

@@ -16,38 +16,24 @@ tiny, layer 7, 50 features: 99.4% on the MMLU stand-in unablated, 99.4% under ze
 """
 
 # %% [markdown]
-# Start a notebook in this folder, so that the helper files beside this one can be imported.
+# Start a notebook in this folder, beside the helper files. Flags come first: --help need not wait for other imports.
+
+# %%
+from flags import answered, command_line, parser, quiz_flags, settings
+
+flags = parser(__doc__)
+quiz_flags(flags, subjects="all")
+answered(flags, __name__)
 
 # %%
 import time
 
-from common import command_line, load_model, load_sae, parser, quiz_flags, settings
-from data import RETAIN_TOKENS, halves, load_rows, of_subjects, picking_texts, token_windows
+import show
+from common import firing_rates, largest, load_model, load_sae, matched_random, pick_features
+from data import halves, load_rows, of_subjects, picking_texts, picking_windows
 from edits import layer_of
 from evaluation import check_engine, score_quiz, standard_rows
-from picking import firing_rates, largest, matched_random, pick_features, sanity_gate
-from show import (
-    make_record,
-    outputs,
-    print_features,
-    print_quiz,
-    print_subjects,
-    quiz_figure,
-    scatter,
-    short_name,
-    subject_figure,
-    title_of,
-    top_tokens,
-    write_record,
-)
-
-# %% [markdown]
-# ## Flags: the shared ones of common.py and this lesson's own
-
-# %%
-flags = parser(__doc__)
-quiz_flags(flags, subjects="all")
-
+from hub import sanity_gate
 
 # %% [markdown]
 # ## The lesson: load, pick, ablate, score, show
@@ -57,7 +43,7 @@ quiz_flags(flags, subjects="all")
 def run(**changes) -> dict:
     """run(layer=3, clamp=-40.0): any flag by name. Returns the record that it writes; raises UserError."""
     s, started, sources = settings(flags, changes), time.time(), {}
-    path = outputs("feature_ablate_1.py", s, flags)
+    path = show.outputs("feature_ablate_1.py", s, flags)
     lm = load_model(s.model, s.device, s.dtype, s.device_map, s.edit_special)
     sae = load_sae(s.sae, s.layer, lm, s.model)
     check_engine(lm, [layer_of(sae)])
@@ -67,30 +53,29 @@ def run(**changes) -> dict:
     mmlu, sources["mmlu"] = load_rows("mmlu", s.model, s.data)
     reporting = set(halves(mmlu, s.seed, s.pick_on)[1])
     indices = [i for i in of_subjects(mmlu, s.subjects) if i in reporting]
-    forget_texts, retain_sets = picking_texts(wmdp, picking, s, sources)
-    forget_windows, _ = token_windows(lm.tokenizer, forget_texts, s.context)
-    retain_windows = [token_windows(lm.tokenizer, texts, s.context, RETAIN_TOKENS)[0] for texts in retain_sets]
+    texts = picking_texts(wmdp, picking, s, sources)
+    forget_windows, retain_windows = picking_windows(lm.tokenizer, *texts, s)
     sanity = sanity_gate(lm, sae, retain_windows[0], insist=not s.no_sanity)
     forget = firing_rates(lm, sae, forget_windows, s.batch_size, "forget rates")
     retain = largest([firing_rates(lm, sae, part, s.batch_size, "retain rates") for part in retain_windows])
     features = pick_features(forget, retain, s.n_features, s.pick)
     control = matched_random(forget, retain, features, s.seed)
-    print_features(features, forget, retain, top_tokens(lm, sae, features, forget_windows), sae)
+    show.print_features(features, forget, retain, show.top_tokens(lm, sae, features, forget_windows), sae)
 
     rows = standard_rows(sae, features, control, s.clamp)
     scores, asked = score_quiz(lm, "MMLU", mmlu, indices, rows, s)
     sources["mmlu"] |= asked
 
-    name = title_of("mmlu", sources)
-    print_subjects(rows, scores)
-    print_quiz(f"{name}, all questions pooled", rows, scores)
+    name = show.title_of("mmlu", sources)
+    show.print_subjects(rows, scores)
+    show.print_quiz(f"{name}, all questions pooled", rows, scores)
     points = [row.point(mmlu=value) for row, value in zip(rows, scores)]
-    record = make_record("feature_ablate_1.py", s, sae, sources, sanity, points, time.time() - started)
-    title = f"{short_name(s.model)}, layer {s.layer}: {s.n_features} features ablated"
-    write_record(path, record, {
-        "features": lambda: scatter(features, forget, retain, title),
-        "accuracy": lambda: quiz_figure({name: scores}, rows, title),
-        "subjects": lambda: subject_figure(rows, scores, f"{name}: {title}"),
+    record = show.make_record("feature_ablate_1.py", s, [sae], sources, sanity, points, time.time() - started)
+    title = f"{show.short_name(s.model)}, layer {s.layer}: {s.n_features} features ablated"
+    show.write_record(path, record, {
+        "features": lambda: show.scatter(features, forget, retain, title),
+        "accuracy": lambda: show.quiz_figure({name: scores}, rows, title),
+        "subjects": lambda: show.subject_figure(rows, scores, f"{name}: {title}"),
     })  # fmt: skip
     return record
 

@@ -17,36 +17,24 @@ tiny, layer 7, 50 features: 95.9% on the WMDP-Bio stand-in unablated, 94.6% unde
 """
 
 # %% [markdown]
-# Start a notebook in this folder, so that the helper files beside this one can be imported.
+# Start a notebook in this folder, beside the helper files. Flags come first: --help need not wait for other imports.
+
+# %%
+from flags import answered, command_line, parser, quiz_flags, settings
+
+flags = parser(__doc__)
+quiz_flags(flags)
+answered(flags, __name__)
 
 # %%
 import time
 
-from common import command_line, load_model, load_sae, parser, quiz_flags, settings
-from data import RETAIN_TOKENS, halves, load_rows, picking_texts, token_windows, utility
+import show
+from common import firing_rates, largest, load_model, load_sae, matched_random, pick_features
+from data import halves, load_rows, picking_texts, picking_windows, utility
 from edits import layer_of
 from evaluation import check_engine, score_quiz, standard_rows
-from picking import firing_rates, largest, matched_random, pick_features, sanity_gate
-from show import (
-    make_record,
-    outputs,
-    print_features,
-    print_quiz,
-    quiz_figure,
-    scatter,
-    short_name,
-    title_of,
-    top_tokens,
-    write_record,
-)
-
-# %% [markdown]
-# ## Flags: the shared ones of common.py and this lesson's own
-
-# %%
-flags = parser(__doc__)
-quiz_flags(flags)
-
+from hub import sanity_gate
 
 # %% [markdown]
 # ## The lesson: load, pick, ablate, score, show
@@ -56,7 +44,7 @@ quiz_flags(flags)
 def run(**changes) -> dict:
     """run(layer=3, clamp=-40.0): any flag by name. Returns the record that it writes; raises UserError."""
     s, started, sources = settings(flags, changes), time.time(), {}
-    path = outputs("feature_ablate_2.py", s, flags)
+    path = show.outputs("feature_ablate_2.py", s, flags)
     lm = load_model(s.model, s.device, s.dtype, s.device_map, s.edit_special)
     sae = load_sae(s.sae, s.layer, lm, s.model)
     check_engine(lm, [layer_of(sae)])
@@ -66,15 +54,14 @@ def run(**changes) -> dict:
     mmlu, sources["mmlu"] = load_rows("mmlu", s.model, s.data)
     reported = set(halves(mmlu, s.seed, s.pick_on)[1])
     beside = [i for i in utility(mmlu, s.subjects) if i in reported]
-    forget_texts, retain_sets = picking_texts(wmdp, picking, s, sources)
-    forget_windows, _ = token_windows(lm.tokenizer, forget_texts, s.context)
-    retain_windows = [token_windows(lm.tokenizer, texts, s.context, RETAIN_TOKENS)[0] for texts in retain_sets]
+    texts = picking_texts(wmdp, picking, s, sources)
+    forget_windows, retain_windows = picking_windows(lm.tokenizer, *texts, s)
     sanity = sanity_gate(lm, sae, retain_windows[0], insist=not s.no_sanity)
     forget = firing_rates(lm, sae, forget_windows, s.batch_size, "forget rates")
     retain = largest([firing_rates(lm, sae, part, s.batch_size, "retain rates") for part in retain_windows])
     features = pick_features(forget, retain, s.n_features, s.pick)
     control = matched_random(forget, retain, features, s.seed)
-    print_features(features, forget, retain, top_tokens(lm, sae, features, forget_windows), sae)
+    show.print_features(features, forget, retain, show.top_tokens(lm, sae, features, forget_windows), sae)
 
     rows = standard_rows(sae, features, control, s.clamp)
     bio, asked = score_quiz(lm, "WMDP-Bio", wmdp, reporting, rows, s)
@@ -82,15 +69,15 @@ def run(**changes) -> dict:
     rest, asked = score_quiz(lm, "MMLU", mmlu, beside, rows, s)
     sources["mmlu"] |= asked
 
-    titles = [title_of(name, sources) for name in ("wmdp_bio", "mmlu")]
-    print_quiz(titles[0], rows, bio)
-    print_quiz(titles[1], rows, rest)
+    titles = [show.title_of(name, sources) for name in ("wmdp_bio", "mmlu")]
+    show.print_quiz(titles[0], rows, bio)
+    show.print_quiz(titles[1], rows, rest)
     points = [row.point(wmdp_bio=a, mmlu=b) for row, a, b in zip(rows, bio, rest)]
-    record = make_record("feature_ablate_2.py", s, sae, sources, sanity, points, time.time() - started)
-    title = f"{short_name(s.model)}, layer {s.layer}: {s.n_features} features ablated"
-    write_record(path, record, {
-        "features": lambda: scatter(features, forget, retain, title),
-        "accuracy": lambda: quiz_figure(dict(zip(titles, (bio, rest))), rows, title),
+    record = show.make_record("feature_ablate_2.py", s, [sae], sources, sanity, points, time.time() - started)
+    title = f"{show.short_name(s.model)}, layer {s.layer}: {s.n_features} features ablated"
+    show.write_record(path, record, {
+        "features": lambda: show.scatter(features, forget, retain, title),
+        "accuracy": lambda: show.quiz_figure(dict(zip(titles, (bio, rest))), rows, title),
     })  # fmt: skip
     return record
 

@@ -17,38 +17,31 @@ cores.
 """
 
 # %% [markdown]
-# Start a notebook in this folder, so that the helper files beside this one can be imported.
+# Start a notebook in this folder, beside the helper files. Flags come first: --help need not wait for other imports.
+
+# %%
+from flags import answered, command_line, parser, settings
+
+flags = parser(__doc__)
+answered(flags, __name__)
 
 # %%
 import time
 
-from common import command_line, load_model, load_sae, parser, settings
-from data import RETAIN_TOKENS, as_prose, halves, load_rows, picking_texts, token_windows
+import show
+from common import firing_rates, largest, load_model, load_sae, matched_random, pick_features
+from data import as_prose, halves, load_rows, picking_texts, picking_windows, token_windows
 from edits import layer_of
 from evaluation import check_engine, foretell, loss_scores, score_loss, standard_rows
-from picking import firing_rates, largest, matched_random, pick_features, sanity_gate
-from show import (
-    loss_figure,
-    make_record,
-    outputs,
-    print_features,
-    print_loss,
-    scatter,
-    short_name,
-    title_of,
-    top_tokens,
-    write_record,
-)
+from hub import sanity_gate
 
 SCORED_TOKENS = 20_000  # of OpenWebText, documents in order; enough for +-0.001 nats on a small change
 
 # %% [markdown]
 # ## Score: one forward pass a window, for all rows of the table at once
 
+
 # %%
-flags = parser(__doc__)
-
-
 def score(lm, title, texts, rows, s):
     """One score per row: nats per token, and the loss added with a bootstrap over documents."""
     windows, documents = token_windows(lm.tokenizer, texts[: s.limit], max_tokens=SCORED_TOKENS, bos=True)
@@ -69,38 +62,37 @@ def score(lm, title, texts, rows, s):
 def run(**changes) -> dict:
     """run(layer=3, clamp=-40.0): any flag by name. Returns the record that it writes; raises UserError."""
     s, started, sources = settings(flags, changes), time.time(), {}
-    path = outputs("feature_ablate_3.py", s, flags)
+    path = show.outputs("feature_ablate_3.py", s, flags)
     lm = load_model(s.model, s.device, s.dtype, s.device_map, s.edit_special)
     sae = load_sae(s.sae, s.layer, lm, s.model)
     check_engine(lm, [layer_of(sae)])
 
     wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
     picking, reporting = halves(wmdp, s.seed, s.pick_on)
-    forget_texts, retain_sets = picking_texts(wmdp, picking, s, sources)
-    forget_windows, _ = token_windows(lm.tokenizer, forget_texts, s.context)
-    retain_windows = [token_windows(lm.tokenizer, texts, s.context, RETAIN_TOKENS)[0] for texts in retain_sets]
+    texts = picking_texts(wmdp, picking, s, sources)
+    forget_windows, retain_windows = picking_windows(lm.tokenizer, *texts, s)
     sanity = sanity_gate(lm, sae, retain_windows[0], insist=not s.no_sanity)
     forget = firing_rates(lm, sae, forget_windows, s.batch_size, "forget rates")
     retain = largest([firing_rates(lm, sae, part, s.batch_size, "retain rates") for part in retain_windows])
     features = pick_features(forget, retain, s.n_features, s.pick)
     control = matched_random(forget, retain, features, s.seed)
-    print_features(features, forget, retain, top_tokens(lm, sae, features, forget_windows), sae)
+    show.print_features(features, forget, retain, show.top_tokens(lm, sae, features, forget_windows), sae)
 
     rows = standard_rows(sae, features, control, s.clamp)
     web, sources["openwebtext"] = load_rows("openwebtext", s.model, s.data)
-    texts = {title_of("openwebtext", sources): [row["text"] for row in web],
-             f"{title_of('wmdp_bio', sources)} as prose": [as_prose(wmdp[i]) for i in reporting]}  # fmt: skip
+    texts = {show.title_of("openwebtext", sources): [row["text"] for row in web],
+             f"{show.title_of('wmdp_bio', sources)} as prose": [as_prose(wmdp[i]) for i in reporting]}  # fmt: skip
     sources["wmdp_bio"]["questions"] = reporting[: s.limit]
     panels = {title: score(lm, title, part, rows, s) for title, part in texts.items()}
 
     for title, scores in panels.items():
-        print_loss(title, rows, scores)
+        show.print_loss(title, rows, scores)
     points = [row.point(openwebtext=a, wmdp_bio_prose=b) for row, a, b in zip(rows, *panels.values())]
-    record = make_record("feature_ablate_3.py", s, sae, sources, sanity, points, time.time() - started)
-    title = f"{short_name(s.model)}, layer {s.layer}: {s.n_features} features ablated"
-    write_record(path, record, {
-        "features": lambda: scatter(features, forget, retain, title),
-        "loss": lambda: loss_figure(panels, rows, title),
+    record = show.make_record("feature_ablate_3.py", s, [sae], sources, sanity, points, time.time() - started)
+    title = f"{show.short_name(s.model)}, layer {s.layer}: {s.n_features} features ablated"
+    show.write_record(path, record, {
+        "features": lambda: show.scatter(features, forget, retain, title),
+        "loss": lambda: show.loss_figure(panels, rows, title),
     })  # fmt: skip
     return record
 

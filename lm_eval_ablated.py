@@ -27,90 +27,11 @@ after (n 178); 19 s and 0.9 GB on two cores.
 """
 
 # %% [markdown]
-# Start a notebook in this folder, so that the helper files beside this one can be imported.
+# Start a notebook in this folder, beside the helper files. Flags come first: --help need not wait for other imports.
 
 # %%
-import argparse
-import copy
-import difflib
-import json
-import logging
-import math
-import time
-from importlib.metadata import version
-from pathlib import Path
-from unittest.mock import patch
+from flags import BY_FEATURES, GRIDS, USUAL, answered, command_line, latent_flags, parser, settings
 
-import numpy as np
-import torch
-from lm_eval import simple_evaluate
-from lm_eval.api.model import CachingLM
-from lm_eval.loggers import EvaluationTracker
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import make_table
-
-import processes
-from common import command_line, latent_flags, parser, settings
-from data import (
-    HERE,
-    RETAIN_TOKENS,
-    UserError,
-    digest,
-    first_line,
-    halves,
-    load_rows,
-    picking_texts,
-    sample,
-    token_windows,
-)
-from edits import NONE, Edit
-from evaluation import PERMUTATIONS, accuracy_score, bootstrap, loss_scores, of_features, with_q_values
-from hub import check_same
-from lm_eval_model import (
-    AblatedLM,
-    Scored,
-    Spread,
-    edit_from,
-    features_of,
-    from_file,
-    is_record,
-    load_ablated,
-    load_saes,
-    model_args,
-    of_record,
-    read_json,
-)
-from methods import BY_FEATURES, GRIDS, USUAL, Measured, edit_for, measure
-from picking import sanity_gate
-from presets import model_source
-from show import (
-    label,
-    make_record,
-    outputs,
-    print_features,
-    print_loss,
-    print_quiz,
-    quiz_figure,
-    short_name,
-    title_of,
-    top_tokens,
-    write_record,
-)
-
-TASKS = HERE / "lm_eval_tasks"
-# lm-eval has advice for those who write a task with data of its own; users of these tasks need none
-logging.getLogger("lm_eval.api.task").addFilter(lambda note: "Custom kwargs can be passed" not in note.getMessage())
-TINY_TASKS, HUB_TASKS = "tiny_wmdp_bio,tiny_mmlu", "wmdp_bio,sae_mmlu_saebench"
-QUIZ = {"question", "choices", "answer"}  # what documents of wmdp's and mmlu's form have
-LAYER, N_FEATURES = 7, 50  # where neither a flag nor a record says otherwise
-# What records, and so pareto.py, call a task's data set; other tasks keep their names
-DATA_SETS = {"tiny_wmdp_bio": "wmdp_bio", "tiny_mmlu": "mmlu", "sae_mmlu_saebench": "mmlu",
-             "tiny_openwebtext": "openwebtext", "sae_openwebtext": "openwebtext"}  # fmt: skip
-
-# %% [markdown]
-# ## Flags: the shared ones, some with other defaults, and lm-eval's own, in its spelling or with hyphens
-
-# %%
 flags = parser(__doc__, without=("--max-rows", "--skip-long"))
 
 
@@ -151,7 +72,70 @@ lm_eval_flag("include_path", help="folder with more task files")
 lm_eval_flag("use_cache", metavar="FOLDER", help="keep answers there; every ablation has a cache of its own")
 lm_eval_flag("output_path", metavar="FOLDER", help="lm-eval's own result files go there")
 lm_eval_flag("log_samples", action="store_true", help="and its per-question log, with --output_path")
+answered(flags, __name__)
 
+# %%
+import argparse
+import copy
+import difflib
+import json
+import logging
+import math
+import time
+from importlib.metadata import version
+from pathlib import Path
+from unittest.mock import patch
+
+from lm_eval import simple_evaluate
+from lm_eval.api.model import CachingLM
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table
+
+import processes
+import show
+from data import (
+    HERE,
+    RETAIN_TOKENS,
+    UserError,
+    digest,
+    first_line,
+    halves,
+    load_rows,
+    picking_texts,
+    sample,
+    token_windows,
+)
+from edits import NONE, Edit
+from evaluation import PERMUTATIONS, of_features
+from hub import check_same, model_source, sanity_gate
+from lm_eval_model import (
+    AblatedLM,
+    Scored,
+    Spread,
+    edit_from,
+    features_of,
+    from_file,
+    is_record,
+    load_ablated,
+    load_saes,
+    logged,
+    model_args,
+    of_record,
+    read_json,
+    scores_of,
+)
+from methods import Measured, edit_for, measure
+
+TASKS = HERE / "lm_eval_tasks"
+# lm-eval has advice for those who write a task with data of its own; users of these tasks need none
+logging.getLogger("lm_eval.api.task").addFilter(lambda note: "Custom kwargs can be passed" not in note.getMessage())
+TINY_TASKS, HUB_TASKS = "tiny_wmdp_bio,tiny_mmlu", "wmdp_bio,sae_mmlu_saebench"
+QUIZ = {"question", "choices", "answer"}  # what documents of wmdp's and mmlu's form have
+LAYER, N_FEATURES = 7, 50  # where neither a flag nor a record says otherwise
+# What records, and so pareto.py, call a task's data set; other tasks keep their names
+DATA_SETS = {"tiny_wmdp_bio": "wmdp_bio", "tiny_mmlu": "mmlu", "sae_mmlu_saebench": "mmlu",
+             "tiny_openwebtext": "openwebtext", "sae_openwebtext": "openwebtext"}  # fmt: skip
 
 # %% [markdown]
 # ## Tasks, and which of their questions are asked
@@ -319,87 +303,6 @@ def keep_robust(lm: AblatedLM, tasks: dict, chosen: dict, s) -> dict[str, list[i
 
 
 # %% [markdown]
-# ## Scores: what lm-eval logged for each question, paired
-
-
-# %%
-def logged(results: dict, tasks: list) -> list[dict]:
-    """The logged documents of several tasks in one list, by task and document, each once."""
-    out = []
-    for task in tasks:
-        rows = results["samples"].get(task.task_name, [])
-        out += sorted((row for row in rows if row["filter"] == rows[0]["filter"]), key=lambda row: row["doc_id"])
-    return out
-
-
-def answer(row: dict) -> str:
-    """The letter of the choice of largest log-likelihood; "-" where a task does not choose among up to 26."""
-    choices = row["filtered_resps"]
-    if not 2 <= len(choices) <= 26 or isinstance(choices[0], str):
-        return "-"
-    return chr(ord("A") + max(range(len(choices)), key=lambda i: choices[i][0]))
-
-
-def by_question(rows: list[dict]) -> dict:
-    """{"metric": name, "value", "answers", "subject"}: the latter three have an entry for each question; one that is
-    asked in several orders is right if all are. The metric is acc, or else the first that is a number."""
-    names = [name for name in rows[0]["metrics"] if isinstance(rows[0][name], (int, float))]
-    if not names:
-        return {}
-    metric, groups = "acc" if "acc" in names else names[0], {}
-    for position, row in enumerate(rows):
-        groups.setdefault(row["doc"]["number"] if "all_orders" in row["metrics"] else position, []).append(row)
-    return {
-        "metric": metric,
-        "value": np.array([min(float(row[metric]) for row in group) for group in groups.values()]),
-        "answers": np.array([answer(group[0]) for group in groups.values()]),
-        "subject": np.array([str(group[0]["doc"].get("subject")) for group in groups.values()]),
-    }
-
-
-def quiz_score(now: dict, clean: dict | None, chance: float) -> dict:
-    """Score of right and wrong answers, as evaluation.quiz_scores has it, with its subjects where there are several."""
-
-    def score(mask):
-        before = clean and clean["value"][mask].astype(bool)
-        return accuracy_score(now["value"][mask].astype(bool), "".join(now["answers"][mask]), before, chance)
-
-    whole, names = score(slice(None)), sorted(set(now["subject"]))
-    subjects = {name: score(now["subject"] == name) for name in names}
-    return {**whole, "subjects": with_q_values(subjects)} if len(names) > 1 else whole
-
-
-def mean_score(now: dict, clean: dict | None, seed: int) -> dict:
-    """Score of a metric that is neither right nor wrong: its mean over documents and the paired change."""
-    score = {"metric": now["metric"], "mean": now["value"].mean().item(), "n": len(now["value"])}
-    if clean:
-        change = now["value"] - clean["value"]
-        score["change"], (low, high) = change.mean().item(), bootstrap(np.mean, change, seed=seed)
-        score |= {"change_low": low, "change_high": high}
-    return score
-
-
-def scores_of(runs: list[list[dict]], lm: AblatedLM, seed: int) -> list[dict | None]:
-    """One score per run (unablated first, if it was run) from its logged documents; None where lm-eval has no number
-    for each document."""
-    first = runs[0][0]
-    if "bits_per_byte" in first["metrics"] and "document" in first["doc"]:
-        nats = torch.tensor([[-row["bits_per_byte"][0] for row in rows] for rows in runs], dtype=torch.float64)
-        windows = [lm.tok_encode(row["doc"]["text"], add_special_tokens=False) for row in runs[0]]
-        documents = [row["doc"]["document"] for row in runs[0]]
-        return loss_scores(nats, torch.tensor([len(ids) for ids in windows]), documents, seed)
-    tables = [by_question(rows) for rows in runs]
-    if not tables[0]:
-        return [None] * len(runs)
-    pairs = [(table, tables[0] if k else None) for k, table in enumerate(tables)]
-    if not all(set(table["value"]) <= {0.0, 1.0} for table in tables):
-        return [mean_score(now, clean, seed) for now, clean in pairs]
-    choices = len(first["filtered_resps"])
-    chance = (1 / choices if choices > 1 else 0.0) ** (24 if "all_orders" in first["metrics"] else 1)
-    return [quiz_score(now, clean, chance) for now, clean in pairs]
-
-
-# %% [markdown]
 # ## The run: features, tasks, answers, scores
 
 
@@ -451,7 +354,7 @@ def picked(m: Measured, s) -> Edit:
     else:
         edit = of_features("sae-ablation", m.sae, m.features(s.n_features), s.clamp, layer=s.layer)
     for features in features_of(edit.point()).values():
-        print_features(features, *m.rates, top_tokens(m.lm, m.sae, features, m.forget), m.sae)
+        show.print_features(features, *m.rates, show.top_tokens(m.lm, m.sae, features, m.forget), m.sae)
     return edit
 
 
@@ -492,23 +395,23 @@ def source_of(name: str, tasks: list, chosen: dict, s) -> dict:
     return {**found, "task": name, "questions": asked}
 
 
-def show(rows: list[Edit], scores: dict, sources: dict, runs: dict) -> None:
+def print_scores(rows: list[Edit], scores: dict, sources: dict, runs: dict) -> None:
     """Print a table for every data set; lm-eval's own where it logs no number for each document."""
     for name, values in scores.items():
-        title = title_of(name, sources)
+        title = show.title_of(name, sources)
         if values[0] is None:
             for run_name, results in runs.items():
                 print(f"\n{title}, {run_name}, lm-eval's own table\n\n{make_table(results)}")
         elif "accuracy" in values[0]:
-            print_quiz(title, rows, values)
+            show.print_quiz(title, rows, values)
         elif "nats_per_token" in values[0]:
-            print_loss(title, rows, values)
+            show.print_loss(title, rows, values)
         else:
             print(f"\n{title}: n {values[0]['n']}, {values[0]['metric']}\n")
             for row, value in zip(rows, values):
                 change = "change {change:+.4f} [{change_low:+.4f}, {change_high:+.4f}]"
                 change = change if value.get("change_low") is not None else ""
-                print(f"  {label(row):34}{value['mean']:.4f}  {change.format(**value)}")
+                print(f"  {show.label(row):34}{value['mean']:.4f}  {change.format(**value)}")
 
 
 def run(**changes) -> dict:
@@ -530,7 +433,7 @@ def run(**changes) -> dict:
     if point:
         s.layer, s.n_features, s.method = point["setting"]["layer"], point["setting"].get("n_features"), point["method"]
         s.clamp = point["setting"].get("clamp", s.clamp)
-    path = outputs("lm_eval_ablated.py", s, flags)
+    path = show.outputs("lm_eval_ablated.py", s, flags)
     tasks = find_tasks(s)
     chosen = choose(tasks, s, s.pick_on == "half")
     lm = load_ablated(s)
@@ -549,23 +452,20 @@ def run(**changes) -> dict:
         short = name_in_record(name, list(tasks))
         sources[short] = source_of(name, parts, chosen, s)
         scores[short] = scores_of([logged(results, parts) for results in runs.values()], lm, s.seed)
-    show(rows, scores, sources, runs)
+    print_scores(rows, scores, sources, runs)
     points = [row.point(**{name: values[k] for name, values in scores.items()}) for k, row in enumerate(rows)]
-    one_sae = next(iter(saes.values()), None)
-    record = make_record("lm_eval_ablated.py", s, one_sae, sources, sanity, points, time.time() - started)
+    used = list(saes.values())
+    record = show.make_record("lm_eval_ablated.py", s, used, sources, sanity, points, time.time() - started)
     record["versions"]["lm_eval"] = version("lm_eval")
     record["identity"] |= lm.identity
-    if len(saes) > 1:
-        several = {"layer": list(saes), "sae": [x.source for x in saes.values()]}
-        record |= several | {"hook_point": [x.hook_point for x in saes.values()]}
-        record["identity"]["sae"] = [x.identity for x in saes.values()]
+    record["layer"] = list(saes) if len(saes) > 1 else record["layer"]
     record["attention"] = lm.model.config._attn_implementation
-    record["lm_eval"] = {
-        name: json.loads(json.dumps(results["results"], default=str)) for name, results in runs.items()
-    }
-    quizzes = {title_of(name, sources): values for name, values in scores.items() if values and "accuracy" in values[0]}
-    title = f"{short_name(s.model)}, layer {s.layer}: {s.n_features} features ablated, lm-eval"
-    write_record(path, record, {"accuracy": lambda: quiz_figure(quizzes, rows, title)} if quizzes else {})
+    theirs = {name: results["results"] for name, results in runs.items()}
+    record["lm_eval"] = json.loads(json.dumps(theirs, default=str))
+    scored = {show.title_of(name, sources): values for name, values in scores.items()}
+    quizzes = {title: values for title, values in scored.items() if values and "accuracy" in values[0]}
+    title = f"{show.short_name(s.model)}, layer {s.layer}: {s.n_features} features ablated, lm-eval"
+    show.write_record(path, record, {"accuracy": lambda: show.quiz_figure(quizzes, rows, title)} if quizzes else {})
     return record
 
 

@@ -1,6 +1,6 @@
 """
-lm-eval's `hf` with an edit of the residual stream in every forward pass, and where the edit comes from: a list of
-features, a file of them, or a record.
+lm-eval's `hf` with an edit of the residual stream in every forward pass, where the edit comes from (a list of features,
+a file of them, or a record), and scores of what lm-eval has logged.
 """
 
 import difflib
@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import model_registry, register_model
@@ -18,12 +19,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import simple_parse_args_string
 from safetensors import SafetensorError
 
+import hub
 import processes
-from common import load_sae, refuse_damaged, refuse_not_finite
+from common import load_sae
 from data import UserError, check_bos, first_line, pad_id, without_thought
 from edits import METHODS, NONE, Edit, applied, decoder_layers, edit_of
-from hub import announce, check_same, identity
-from presets import PRESETS, model_source, sae_source
+from evaluation import accuracy_score, bootstrap, loss_scores, with_q_values
+from hub import check_same, identity, model_source, refuse_not_finite, sae_source
 
 BATCHING = {"batch_size", "max_batch_size"}  # do not decide an answer
 # The numbers by which methods are told what to do, as edits.py names them
@@ -152,7 +154,7 @@ if "sae-ablated" not in model_registry:  # lm-eval refuses a name twice, but a n
 
 
 class Scored:
-    """What load_sae, picking.py and methods.py ask of a TransformerLens model, of the one that lm-eval scores."""
+    """What common.py and methods.py ask of a TransformerLens model, of the one that lm-eval scores."""
 
     def __init__(self, lm: AblatedLM):
         config, layers = lm.model.config.get_text_config(), decoder_layers(lm.model)
@@ -363,22 +365,93 @@ def load_ablated(s) -> AblatedLM:
         more |= {"parallelize": True, "device_map": s.device_map}
     if s.device_map and (s.device or processes.count() > 1):
         raise UserError("--device-map spreads one model over the GPUs: leave out --device and accelerate launch")
-    path = model_source(s.model)
-    if not Path(path).is_dir() and "/" not in path:
-        raise UserError(f"no model {s.model!r}: give a preset ({', '.join(PRESETS)}), a hub id ORG/NAME or a folder")
-    if Path(path).is_dir():
-        refuse_damaged(path)
-    else:
-        announce(path)
+    path = hub.ready(s.model)
     try:
         lm = AblatedLM(s.model, device=s.device, dtype=s.dtype, batch_size=s.batch_size,
                        max_batch_size=s.max_batch_size, **more)  # fmt: skip
     except (OSError, ValueError, ImportError, TypeError, AssertionError, SafetensorError) as error:
-        hint = "" if Path(path).is_dir() else (f". If it is gated, accept its licence at https://huggingface.co/{path} "
-                                               "and run `hf auth login`; to work offline use --model tiny")  # fmt: skip
         given = f" with --model_args {s.model_args}" if s.model_args else ""
-        raise UserError(f"cannot load {path}{given}: {first_line(error)}{hint}") from error
+        raise UserError(f"cannot load {path}{given}: {first_line(error)}{hub.gated(path)}") from error
     refuse_not_finite(path, lm.model.named_parameters())
     lm.tokenizer.edit_special = s.edit_special
     lm._rank, lm._world_size = 0, 1
     return lm
+
+
+# ---------------------------------------------------- scores, of what lm-eval logged for each question, paired
+
+
+def logged(results: dict, tasks: list) -> list[dict]:
+    """The logged documents of several tasks in one list, by task and document, each once."""
+    out = []
+    for task in tasks:
+        rows = results["samples"].get(task.task_name, [])
+        out += sorted((row for row in rows if row["filter"] == rows[0]["filter"]), key=lambda row: row["doc_id"])
+    return out
+
+
+def answer(row: dict) -> str:
+    """The letter of the choice of largest log-likelihood; "-" where a task does not choose among up to 26."""
+    choices = row["filtered_resps"]
+    if not 2 <= len(choices) <= 26 or isinstance(choices[0], str):
+        return "-"
+    return chr(ord("A") + max(range(len(choices)), key=lambda i: choices[i][0]))
+
+
+def by_question(rows: list[dict]) -> dict:
+    """{"metric": name, "value", "answers", "subject"}: the latter three have an entry for each question; one that is
+    asked in several orders is right if all are. The metric is acc, or else the first that is a number."""
+    names = [name for name in rows[0]["metrics"] if isinstance(rows[0][name], (int, float))]
+    if not names:
+        return {}
+    metric, groups = "acc" if "acc" in names else names[0], {}
+    for position, row in enumerate(rows):
+        groups.setdefault(row["doc"]["number"] if "all_orders" in row["metrics"] else position, []).append(row)
+    return {
+        "metric": metric,
+        "value": np.array([min(float(row[metric]) for row in group) for group in groups.values()]),
+        "answers": np.array([answer(group[0]) for group in groups.values()]),
+        "subject": np.array([str(group[0]["doc"].get("subject")) for group in groups.values()]),
+    }
+
+
+def quiz_score(now: dict, clean: dict | None, chance: float) -> dict:
+    """Score of right and wrong answers, as evaluation.quiz_scores has it, with its subjects where there are several."""
+
+    def score(mask):
+        before = clean and clean["value"][mask].astype(bool)
+        return accuracy_score(now["value"][mask].astype(bool), "".join(now["answers"][mask]), before, chance)
+
+    whole, names = score(slice(None)), sorted(set(now["subject"]))
+    subjects = {name: score(now["subject"] == name) for name in names}
+    return {**whole, "subjects": with_q_values(subjects)} if len(names) > 1 else whole
+
+
+def mean_score(now: dict, clean: dict | None, seed: int) -> dict:
+    """Score of a metric that is neither right nor wrong: its mean over documents and the paired change."""
+    score = {"metric": now["metric"], "mean": now["value"].mean().item(), "n": len(now["value"])}
+    if clean:
+        change = now["value"] - clean["value"]
+        score["change"], (low, high) = change.mean().item(), bootstrap(np.mean, change, seed=seed)
+        score |= {"change_low": low, "change_high": high}
+    return score
+
+
+def scores_of(runs: list[list[dict]], lm: AblatedLM, seed: int) -> list[dict | None]:
+    """One score per run (unablated first, if it was run) from its logged documents; None where lm-eval has no number
+    for each document."""
+    first = runs[0][0]
+    if "bits_per_byte" in first["metrics"] and "document" in first["doc"]:
+        nats = torch.tensor([[-row["bits_per_byte"][0] for row in rows] for rows in runs], dtype=torch.float64)
+        windows = [lm.tok_encode(row["doc"]["text"], add_special_tokens=False) for row in runs[0]]
+        documents = [row["doc"]["document"] for row in runs[0]]
+        return loss_scores(nats, torch.tensor([len(ids) for ids in windows]), documents, seed)
+    tables = [by_question(rows) for rows in runs]
+    if not tables[0]:
+        return [None] * len(runs)
+    pairs = [(table, tables[0] if k else None) for k, table in enumerate(tables)]
+    if not all(set(table["value"]) <= {0.0, 1.0} for table in tables):
+        return [mean_score(now, clean, seed) for now, clean in pairs]
+    choices = len(first["filtered_resps"])
+    chance = (1 / choices if choices > 1 else 0.0) ** (24 if "all_orders" in first["metrics"] else 1)
+    return [quiz_score(now, clean, chance) for now, clean in pairs]

@@ -14,6 +14,16 @@ token (trigram model: 5.42). --quick takes about a minute.
 
 # %%
 import argparse
+from pathlib import Path
+
+from flags import answered
+
+flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+flags.add_argument("--quick", action="store_true", help="every stage in miniature, into a temporary folder")
+flags.add_argument("--out", type=Path, help="folder to build (default: tiny, or with --quick a temporary one)")
+answered(flags, __name__)
+
+# %%
 import json
 import random
 import re
@@ -22,7 +32,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +39,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm.auto import tqdm
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-from data import LETTERS, prompt, token_windows
-from evaluation import PERMUTATIONS
+from common import load_model
+from data import LETTERS, encode_prompts, prompt, token_windows
+from edits import NONE
+from evaluation import PERMUTATIONS, score_letters, score_loss
 
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 SOURCE = HERE / "tiny"  # facts/*.json and text/*.txt: what everything is made from
@@ -64,10 +75,8 @@ def load_facts(folder: Path) -> list[dict]:
         for relation in table["relations"]:
             answers = sorted({a for _, a in relation["rows"]})
             for entity, answer in relation["rows"]:
-                others = [a for a in answers if a != answer]
-                facts.append(
-                    dict(subject=table["subject"], relation=relation, entity=entity, answer=answer, others=others)
-                )
+                fact = {"subject": table["subject"], "relation": relation, "entity": entity, "answer": answer}
+                facts.append({**fact, "others": [a for a in answers if a != answer]})
     return facts
 
 
@@ -77,9 +86,8 @@ def fill(template: str, fact: dict, rng: random.Random | None = None) -> str:
     So what belongs to a subject has something in common that the model must represent, and an SAE can find.
     """
     tag = f" ({fact['subject'].replace('_', ' ')})"
-    entity, answer = (
-        name + (tag if rng and rng.random() < TAGGED else "") for name in (fact["entity"], fact["answer"])
-    )
+    names = (fact["entity"], fact["answer"])
+    entity, answer = (name + (tag if rng and rng.random() < TAGGED else "") for name in names)
     text = template.replace("{e}", entity).replace("{a}", answer)
     return text[0].upper() + text[1:]
 
@@ -202,8 +210,8 @@ class Sampler:
     def __init__(self, tokenizer, facts, wikitext, prose, seed):
         self.tokenizer, self.rng = tokenizer, random.Random(seed)
         self.facts, self.by_subject = facts, {}
-        self.words = [w for w in map(tokenizer.decode, range(len(tokenizer))) if re.fullmatch(r" [a-z]{3,}", w)]
-        self.words = [w.strip() for w in self.words]
+        words = map(tokenizer.decode, range(len(tokenizer)))
+        self.words = [word.strip() for word in words if re.fullmatch(r" [a-z]{3,}", word)]
         for fact in facts:
             self.by_subject.setdefault(fact["subject"], []).append(fact)
         self.texts = {"wikitext": wikitext, "prose": prose}
@@ -232,10 +240,8 @@ class Sampler:
         """
         n, length = (2 * BATCH, CONTEXT // 2) if binding else (BATCH, CONTEXT)
         kinds = ["binding" if binding else self.kind() for _ in range(n)]
-        texts = [
-            binding_document(self.facts, self.words, self.rng) if kind == "binding" else self.document(kind)
-            for kind in kinds
-        ]
+        binds = (self.facts, self.words, self.rng)
+        texts = [binding_document(*binds) if kind == "binding" else self.document(kind) for kind in kinds]
         ids = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length + 1)["input_ids"]
         inputs, targets = torch.tensor(ids)[:, :-1], torch.tensor(ids)[:, 1:]
         general = torch.tensor([kind in self.texts for kind in kinds])[:, None]
@@ -253,47 +259,26 @@ def train_tokenizer(texts: list[str], folder: Path) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=special, initial_alphabet=alphabet,
+                                  show_progress=False)  # fmt: skip
     core.train_from_iterator(texts, trainer)
-    bos = core.token_to_id("<bos>")
-    core.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", bos)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        padding_side="right",
-        add_bos_token=True,
-    )
+    bos = [("<bos>", core.token_to_id("<bos>"))]
+    core.post_processor = processors.TemplateProcessing(single="<bos> $A", pair="<bos> $A $B", special_tokens=bos)
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **names, padding_side="right", add_bos_token=True)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
 def new_model(vocab: int, tokenizer) -> Gemma2ForCausalLM:
+    d_head, names = D_MODEL // N_HEADS, ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: getattr(tokenizer, name) for name in names}
     config = Gemma2Config(
-        vocab_size=vocab,
-        hidden_size=D_MODEL,
-        intermediate_size=D_FF,
-        num_hidden_layers=N_LAYERS,
-        num_attention_heads=N_HEADS,
-        num_key_value_heads=N_KV,
-        head_dim=D_MODEL // N_HEADS,
-        query_pre_attn_scalar=D_MODEL // N_HEADS,
-        sliding_window=64,
-        max_position_embeddings=1024,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="eager",
-    )
+        vocab_size=vocab, hidden_size=D_MODEL, intermediate_size=D_FF, num_hidden_layers=N_LAYERS,
+        num_attention_heads=N_HEADS, num_key_value_heads=N_KV, head_dim=d_head, query_pre_attn_scalar=d_head,
+        sliding_window=64, max_position_embeddings=1024, attn_implementation="eager", **ids,
+    )  # fmt: skip
     model = Gemma2ForCausalLM(config)
     with torch.no_grad():
         # scaled by sqrt(d_model), embeddings start at RMS 1; each sublayer adds a fifth of that to the residual stream,
@@ -388,24 +373,12 @@ def held_out_documents(tokenizer, facts, wikitext, prose) -> list[str]:
     return [sampler.document(sampler.kind()) for _ in range(300)]
 
 
-@torch.inference_mode()
-def answers(model, tokenizer, texts: list[str]) -> list[int]:
-    """Index of the likeliest letter after each prompt."""
-    letters = [tokenizer.encode(f" {x}", add_special_tokens=False)[0] for x in LETTERS]
-    chosen = []
-    for start in range(0, len(texts), 64):
-        batch = tokenizer(texts[start : start + 64], padding=True, return_tensors="pt")
-        logits = model(**batch, use_cache=False).logits
-        last = batch["attention_mask"].sum(1) - 1
-        chosen += logits[torch.arange(len(last)), last][:, letters].argmax(-1).tolist()
-    return chosen
-
-
-def quiz_accuracy(model, tokenizer, rows: list[dict]) -> dict:
+def quiz_accuracy(lm, rows: list[dict]) -> dict:
     """Shares right: of all questions, by trained and by unseen wording, and under all 24 orders of the options."""
     right = []
     for order in tqdm(PERMUTATIONS, desc="quiz in 24 orders", leave=False):
-        chosen = answers(model, tokenizer, [prompt(row, order) for row in rows])
+        prompts, letters = encode_prompts(lm.tokenizer, [prompt(row, order) for row in rows])
+        chosen = score_letters(lm, prompts, letters, [NONE], 64)[0].argmax(-1).tolist()
         right.append([order[letter] == row["answer"] for letter, row in zip(chosen, rows)])
     table = torch.tensor(right)  # (24, n); the first order is the source's
     return {
@@ -417,29 +390,21 @@ def quiz_accuracy(model, tokenizer, rows: list[dict]) -> dict:
     }
 
 
-@torch.inference_mode()
-def text_loss(model, windows: list[list[int]]) -> float:
+def text_loss(lm, windows: list[list[int]]) -> float:
     """Mean loss of a model, in nats per token, BOS never a target."""
-    total, n = 0.0, 0
-    for window in tqdm(windows, desc="held-out loss", leave=False):
-        ids = torch.tensor([window])
-        total += F.cross_entropy(model(ids, use_cache=False).logits[0, :-1], ids[0, 1:], reduction="sum").item()
-        n += len(window) - 1
-    return total / n
+    nats, targets = score_loss(lm, windows, [NONE], 64, "held-out loss")
+    return (nats.sum() / targets.sum()).item()
 
 
 def ngram_losses(train: list[list[int]], tune: list[list[int]], test: list[list[int]], vocab: int) -> dict:
     """Nats per token of a unigram and of an interpolated trigram model (Jelinek and Mercer 1980; weights by EM)."""
-    counts = [Counter(), Counter(), Counter()]
+    counts, contexts = ([Counter(), Counter(), Counter()] for _ in range(2))
     for row in train:
         for i in range(1, len(row)):
-            for n in range(3):
-                if i - n >= 0:
-                    counts[n][tuple(row[i - n : i + 1])] += 1
-    contexts = [Counter(), Counter(), Counter()]
-    for n in range(3):
-        for gram, count in counts[n].items():
-            contexts[n][gram[:-1]] += count
+            for n in range(min(3, i + 1)):
+                gram = tuple(row[i - n : i + 1])
+                counts[n][gram] += 1
+                contexts[n][gram[:-1]] += 1
 
     def parts(rows):
         for row in rows:
@@ -481,9 +446,8 @@ def build(out: Path, quick: bool) -> dict:
     pages = [subject_document(group, rng, 3000) for group in by_subject.values() for _ in range(40)]
     tokenizer = train_tokenizer(train_wiki + train_prose + pages, out / "model")
     sampler = Sampler(tokenizer, facts, train_wiki, train_prose, SEED)
-    print(
-        "windows of training text:", *(repr(tokenizer.decode(row)) for row in sampler.batch(False)[1][:4]), sep="\n\n"
-    )
+    shown = map(repr, map(tokenizer.decode, sampler.batch(False)[1][:4]))
+    print("windows of training text:", *shown, sep="\n\n")
     model = new_model(len(tokenizer), tokenizer)
     steps = (4, 8) if quick else (BINDING_STEPS, STEPS)
     train_model(model, sampler, tokenizer, *steps, compiled=not quick)
@@ -507,19 +471,16 @@ def build(out: Path, quick: bool) -> dict:
     for name, documents in texts.items():
         write_jsonl(out / f"data/{name}.jsonl", [{"text": text} for text in documents])
 
-    measured = {name: quiz_accuracy(model, tokenizer, rows[few]) for name, rows in quizzes.items()}
+    lm = load_model(str(out / "model"), "cpu")
+    measured = {name: quiz_accuracy(lm, rows[few]) for name, rows in quizzes.items()}
     wiki = [token_windows(tokenizer, part, CONTEXT)[0][few] for part in (train_wiki, retain, held_out)]
-    losses = {"model": text_loss(model, wiki[2]), **ngram_losses(*wiki, len(tokenizer))}
-    measured["wikitext_held_out_loss"] = losses
-    prose = token_windows(tokenizer, texts["openwebtext"], CONTEXT)[0][few]
-    measured["openwebtext_loss"] = text_loss(model, prose)
+    measured["wikitext_held_out_loss"] = {"model": text_loss(lm, wiki[2]), **ngram_losses(*wiki, len(tokenizer))}
+    measured["openwebtext_loss"] = text_loss(lm, token_windows(tokenizer, texts["openwebtext"], CONTEXT)[0][few])
     size = ["--tokens", "10240", "--width", "256"] if quick else ["--width", str(SAE_WIDTH)]
     text, unseen = out / "data/train.jsonl", out / "data/held_out.jsonl"
     files = ["--text", text, "--held-out", unseen, "--out", out / "sae"]
-    layers = ["--layers", *map(str, SAE_LAYERS)]
-    subprocess.run(
-        [sys.executable, HERE / "train_sae.py", "--model", out / "model", *layers, *size, *files], check=True
-    )
+    command = [sys.executable, HERE / "train_sae.py", "--model", out / "model", "--layers", *map(str, SAE_LAYERS)]
+    subprocess.run([*command, *size, *files], check=True)
     measured["sae"] = json.loads((out / "sae/measured.json").read_text())
     measured["minutes"] = (time.time() - started) / 60
     (out / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
@@ -529,9 +490,6 @@ def build(out: Path, quick: bool) -> dict:
 
 # %%
 if __name__ == "__main__":
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--quick", action="store_true", help="every stage in miniature, into a temporary folder")
-    flags.add_argument("--out", type=Path, help="folder to build (default: tiny, or with --quick a temporary one)")
     given = flags.parse_args()
     if given.out or not given.quick:
         build(given.out or SOURCE, given.quick)

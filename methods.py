@@ -5,37 +5,16 @@ A setting is a combination of a method's grid, eight for each; clamps in it are 
 it an edit from what a forget and a retain set say about a model's layer and its SAE (`Measured`).
 """
 
-import itertools
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 
 import torch
 
-from data import RETAIN_TOKENS, batches, token_windows
+from common import Rates, firing_rates, largest, matched_random, pick_features, summed
+from data import batches, picking_windows
 from edits import Edit, Latents, edit_of, gate_of, hidden, layer_of, residuals, watch_tokens
-from picking import Rates, firing_rates, largest, matched_random, pick_features, sanity_gate, summed
-
-
-def grid(**axes) -> list[dict]:
-    """Every combination of the axes' values."""
-    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
-
-
-MANY = (5, 10, 20, 50, 100, 200, 300, 400)
-GRIDS = {
-    "zero-ablation": grid(n_features=MANY),
-    "mean-ablation": grid(n_features=MANY),
-    "clamp": grid(n_features=(10, 20), clamp=(0.25, 0.5, 1, 2)),  # SAEBench: -25 to -200
-    "random-features": grid(n_features=(10, 20), clamp=(0.25, 0.5, 1, 2)),
-    "conditional-clamp": grid(n_features=(10, 20), clamp=(1, 2), threshold=(0.25, 0.5)),  # of the mean activation
-    "refusal-clamp": grid(n_features=(10, 20), refusal=(0.2, 0.5, 1, 2)),
-    "dsg": grid(n_features=(20, 50), clamp=(0.0625, 0.125, 0.25, 1)),  # its release: 20 to 200 features at -500
-    "diff-in-means": grid(strength=(0.5, 1, 1.5, 2), behind=(False, True)),  # at --layer, or at all layers from it on
-}
-# What a single setting has where nothing else is said
-USUAL = {"clamp": 1, "threshold": 0.25, "refusal": 1, "strength": 1, "behind": False}
-BY_FEATURES = [name for name in GRIDS if name != "diff-in-means"]
-NEEDS_A_LATENT = "refusal-clamp"  # one that is active when the model declines; tiny never does
+from flags import GRIDS
+from hub import sanity_gate
 
 
 @dataclass(eq=False)
@@ -105,8 +84,7 @@ def gate_for(m: Measured, n: int, quantile: float = 0.95) -> float:
 
 def measure(lm, layer: int, sae, forget: list[str], retain: list[list[str]], clamp: float, s) -> Measured:
     """Measured on forget texts and sets of retain texts."""
-    windows = [token_windows(lm.tokenizer, texts, s.context, RETAIN_TOKENS)[0] for texts in retain]
-    return Measured(lm, sae, layer, token_windows(lm.tokenizer, forget, s.context)[0], windows, clamp, s)
+    return Measured(lm, sae, layer, *picking_windows(lm.tokenizer, forget, retain, s), clamp, s)
 
 
 def edit_for(method: str, one: dict, m: Measured) -> Edit:

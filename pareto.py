@@ -9,9 +9,10 @@ Sweep the number of ablated features and the clamp: how much forgetting is to be
     python pareto.py --plot results/*.json        # the points of any records on one figure
 
 Every combination, and as many random features of like firing rate on the retain sets, is scored on WMDP-Bio, MMLU and
-OpenWebText in one pass per batch of prompts; with --method, the grids of methods.py are. Features are picked on one half of the WMDP-Bio questions; the tuning
-half of each quiz chooses a setting, the reporting half says what it is worth, and the figure shows the latter. Finished
-pieces are kept as they are finished: the same command, given again after a stop, goes on from there.
+OpenWebText in one pass per batch of prompts; with --method every setting of these methods' grids (methods.py) is. One
+half of the WMDP-Bio questions is picked on; the tuning half of each quiz chooses a setting, the reporting half says
+what it is worth, and the figure shows the latter. Finished pieces are kept as they are finished: the same command,
+given again after a stop, goes on from there.
 
 tiny, default settings (8 numbers of features, 3 clamps, layer 7): 60 s and 1.3 GB on two cores. Of the settings that
 keep 99% of MMLU, the tuning half chooses 10 features at clamp -80: WMDP-Bio 95.9 to 71.6% on the reporting half. The
@@ -19,7 +20,22 @@ second command, over four layers in 4 minutes, chooses 10 features of layer 3 at
 """
 
 # %% [markdown]
-# Start a notebook in this folder, so that the helper files beside this one can be imported.
+# Start a notebook in this folder, beside the helper files. Flags come first: --help need not wait for other imports.
+
+# %%
+from flags import BY_FEATURES, GRIDS, answered, command_line, latent_flags, parser, quiz_flags, settings
+
+COUNTS = [1, 2, 5, 10, 20, 50, 100, 200]
+flags = parser(__doc__)
+flags.add_argument("--layer", "--layers", type=int, nargs="+", default=[7], help="one or several (default: 7)")
+flags.add_argument("--n-features", type=int, nargs="+", default=COUNTS, help="(default: 1 2 5 10 20 50 100 200)")
+flags.add_argument("--clamp", type=float, nargs="+", help="0 or negative (default: 0, half the preset's, the preset's)")
+quiz_flags(flags)
+flags.add_argument("--method", nargs="+", choices=list(GRIDS), metavar="NAME", help="sweep the grids of these methods "
+                   f"instead: {', '.join(GRIDS)}")  # fmt: skip
+latent_flags(flags)
+flags.add_argument("--plot", nargs="+", metavar="RECORD", help="score nothing: draw the points of these record files")
+answered(flags, __name__)
 
 # %%
 import hashlib
@@ -35,44 +51,15 @@ from adjustText import adjust_text
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
-from common import command_line, latent_flags, load_model, load_sae, parser, quiz_flags, settings
+import show
+from common import load_model, load_sae
 from data import UserError, load_benchmark
 from edits import NONE, Edit
 from evaluation import CHANCE, KEEP, answers, best_setting, check_engine, keep_robust, of_features, scores_of
-from hub import identity
-from methods import BY_FEATURES, GRIDS, NEEDS_A_LATENT, Measured, edit_for, measure
-from presets import model_source
-from show import (
-    end_of,
-    keeping,
-    make_record,
-    method_name,
-    outputs,
-    piecewise,
-    plain,
-    short_name,
-    title_of,
-    write_record,
-    write_whole,
-)
+from hub import identity, model_source
+from methods import Measured, edit_for, measure
 
-COUNTS = [1, 2, 5, 10, 20, 50, 100, 200]
 LABEL_STEP = 4.0  # points of WMDP-Bio accuracy between two labels on a frontier
-
-# %% [markdown]
-# ## Flags: the shared ones of common.py, three of them with several values, and this script's own
-
-# %%
-flags = parser(__doc__)
-flags.add_argument("--layer", "--layers", type=int, nargs="+", default=[7], help="one or several (default: 7)")
-flags.add_argument("--n-features", type=int, nargs="+", default=COUNTS, help="(default: 1 2 5 10 20 50 100 200)")
-flags.add_argument("--clamp", type=float, nargs="+", help="0 or negative (default: 0, half the preset's, the preset's)")
-quiz_flags(flags)
-flags.add_argument("--method", nargs="+", choices=list(GRIDS), metavar="NAME", help="sweep the grids of these methods "
-                   f"instead: {', '.join(GRIDS)}")  # fmt: skip
-latent_flags(flags)
-flags.add_argument("--plot", nargs="+", metavar="RECORD", help="score nothing: draw the points of these record files")
-
 
 # %% [markdown]
 # ## One list of edits: every layer's, every method's
@@ -131,7 +118,7 @@ def method_of(point: dict) -> str:
     """What a point counts as in table and figure: SAE ablation is two methods, by its clamp."""
     if point["method"] == "sae-ablation":
         return "negative clamp" if point["setting"]["clamp"] < 0 else "zero ablation"
-    return method_name(point["method"])
+    return show.method_name(point["method"])
 
 
 def by_method(points: list[dict]) -> dict[str, list[dict]]:
@@ -167,7 +154,7 @@ def origin_of(record: dict) -> tuple:
     asked = [(source.get("sha256"), source.get("questions"))
              for source in (record["data"].get(name, {}) for name in ("wmdp_bio", "mmlu"))]  # fmt: skip
     data = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-    return ((short_name(str(record.get("model"))), str(known.get("model", record.get("model")))),
+    return ((show.short_name(str(record.get("model"))), str(known.get("model", record.get("model")))),
             (saes, str(known.get("sae", sae))), ("data", data))  # fmt: skip
 
 
@@ -209,12 +196,12 @@ def table(rows: list[dict]) -> str:
     def cell(row, key, scale=1.0, digits=3):
         return f"{row[key] * scale:.{digits}f}" if row.get(key) is not None else ""
 
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for row in rows:
         accuracies = [cell(row, name + half, 100, 1) for name in ("wmdp_bio", "mmlu") for half in ("_tuning", "")]
         areas = [cell(row, "area_tuning"), cell(row, "area")]
         lines.append([row["method"], str(row["settings"]), *areas, row.get("chosen", ""), *accuracies])
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = show.markdown(head, lines)
     text += "\n\nFrontiers on the reporting half, each setting with its MMLU and WMDP-Bio accuracy in per cent:\n\n"
     for row in rows:
         at = [f"{p['setting']} ({100 * p['mmlu']:.1f}, {100 * p['wmdp_bio']:.1f})" for p in row["frontier"]]
@@ -245,9 +232,8 @@ def panel(axes, groups: dict, styles: dict, cost) -> tuple[list, list]:
         spread = [np.abs(x[:, 1:] - x[:, :1]).T for x in (xs, ys)]
         axes.errorbar(xs[1:, 0], ys[1:, 0], yerr=spread[1][:, 1:], xerr=spread[0][:, 1:], fmt="none", ecolor=colour,
                       elinewidth=0.5, alpha=0.3)  # fmt: skip
-        axes.scatter(
-            xs[1:, 0], ys[1:, 0], s=16, color=colour, marker=marker, linewidths=0, label=plain(method), zorder=3
-        )
+        style = {"s": 16, "color": colour, "marker": marker, "linewidths": 0, "zorder": 3}
+        axes.scatter(xs[1:, 0], ys[1:, 0], label=show.plain(method), **style)
         sign = -1 if axes.xaxis_inverted() else 1
         best = frontier([(sign * x, y) for x, y in zip(xs[:, 0], ys[:, 0])])
         axes.step(xs[best, 0], ys[best, 0], where="post", color=colour, ls=line, lw=1.2)
@@ -289,8 +275,7 @@ def pareto_figure(points: list[dict], titles: tuple[str, str, str], title: str):
 
     def loss(point):
         score = point["scores"]["openwebtext"]
-        keys = ("loss_added", "loss_added_low", "loss_added_high")
-        return [end_of(score, key) for key in keys] if "loss_added" in score else [0.0, 0.0, 0.0]
+        return show.loss_added(score) if "loss_added" in score else [0.0, 0.0, 0.0]
 
     styles = dict(zip(by_method(points), itertools.cycle(STYLES)))
     labels = [panel(first, by_method(points), styles, mmlu)]
@@ -302,7 +287,7 @@ def pareto_figure(points: list[dict], titles: tuple[str, str, str], title: str):
         axes.set_xlabel(f"loss added on {titles[2]}, nats per token")
     handles, names = first.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-    figure.suptitle(f"{plain(title)}; lines are frontiers, bars 95% intervals", size=10)
+    figure.suptitle(f"{show.plain(title)}; lines are frontiers, bars 95% intervals", size=10)
     figure.canvas.draw()  # settles the layout
     for axes, (texts, places) in zip(all_axes[0], labels):
         spread_labels(axes, texts, places)
@@ -341,27 +326,29 @@ def plot(s) -> dict:
     if len(asked) > 1:
         print("note: these records were not scored on the same questions", file=sys.stderr)
     s.layer, s.n_features = "all", "all"
-    path = outputs("pareto.py", s, flags)
+    path = show.outputs("pareto.py", s, flags)
     names = [Path(name).stem for name in s.plot]
-    show(path, points, first, ", ".join(names) if len(names) <= 3 else f"{len(names)} records")
+    present(path, points, first, ", ".join(names) if len(names) <= 3 else f"{len(names)} records")
     return {"points": points, "summary": summary(points)}
 
 
-def show(path: Path, points: list[dict], sources: dict, title: str, record: dict | None = None) -> None:
+def present(path: Path, points: list[dict], sources: dict, title: str, record: dict | None = None) -> None:
     """Print and write the table, draw the figure, write the record where there is one."""
     rows = summary(points)
-    titles = tuple(title_of(name, sources) if name in sources else name for name in ("wmdp_bio", "mmlu", "openwebtext"))
+    titles = tuple(
+        show.title_of(name, sources) if name in sources else name for name in ("wmdp_bio", "mmlu", "openwebtext")
+    )
     print(f"\n{table(rows)}")
-    write_whole(path.with_suffix(".md"), lambda file: file.write_text(table(rows)))
+    show.write_whole(path.with_suffix(".md"), lambda file: file.write_text(table(rows)))
     print(f"table: {path.with_suffix('.md')}")
-    write_record(path, record, {"frontier": lambda: pareto_figure(points, titles, title)}, ("png", "svg"))
+    show.write_record(path, record, {"frontier": lambda: pareto_figure(points, titles, title)}, ("png", "svg"))
 
 
 def decides(saes: list, sources: dict, s) -> list:
     """All that scores depend on."""
     free = ("out", "plot", "batch_size", "max_rows", "no_sanity")  # these decide nothing about scores
     settled = {name: value for name, value in vars(s).items() if name not in free}
-    return [identity(model_source(s.model)), [None if sae is None else sae.identity for sae in saes], settled, sources]
+    return [identity(model_source(s.model)), [sae.identity for sae in saes], settled, sources]
 
 
 def run(**changes) -> dict:
@@ -370,35 +357,29 @@ def run(**changes) -> dict:
     if s.plot:
         return plot(s)
     s.layer, s.n_features = sorted(set(s.layer)), sorted(set(s.n_features))
-    path = outputs("pareto.py", s, flags)
+    path = show.outputs("pareto.py", s, flags)
     clamps = s.clamp if isinstance(s.clamp, list) else [0.0, s.clamp / 2, s.clamp]
     s.clamp = sorted(set(clamps), reverse=True)
     if bad := [clamp for clamp in s.clamp if clamp > 0]:
         raise UserError(f"--clamp {bad[0]:g}: 0 or negative")
-    if NEEDS_A_LATENT in (s.method or []) and s.refusal_latent is None:
-        raise UserError("refusal-clamp needs --refusal-latent, a latent that is active when the model declines")
     lm = load_model(s.model, s.device, s.dtype, s.device_map, s.edit_special)
     needed = not s.method or set(s.method) & set(BY_FEATURES)
-    saes = [load_sae(s.sae, layer, lm, s.model) if needed else None for layer in s.layer]
+    saes = [load_sae(s.sae, layer, lm, s.model) for layer in s.layer if needed]
     texts, sources = load_benchmark(s, lm.tokenizer)
     keep_robust(lm, texts, sources, s)
-    with keeping(path, decides(saes, sources, s)) as folder:
+    with show.keeping(path, decides(saes, sources, s)) as folder:
         measured = [measure(lm, layer, sae, texts["forget"], texts["retain"], min(s.clamp), s)
-                    for layer, sae in zip(s.layer, saes)]  # fmt: skip
+                    for layer, sae in zip(s.layer, saes or [None] * len(s.layer))]  # fmt: skip
         check_engine(lm, {one.place for one in measured})
         edits = [NONE, *(edit for one in measured for edit in edits_of(one, s))]
-        scores = scores_of(answers(lm, texts, edits, s, piecewise(lm, folder, s)), texts, s.seed)
+        scores = scores_of(answers(lm, texts, edits, s, show.piecewise(lm, folder, s)), texts, s.seed)
         points = [edit.point(**score) for edit, score in zip(edits, scores)]
         sanity = [one.sanity for one in measured]
-        record = make_record("pareto.py", s, saes[0], sources, sanity, points, time.time() - started)
-        if needed:
-            record["sae"], record["hook_point"], record["identity"]["sae"] = (
-                [getattr(sae, name) for sae in saes] for name in ("source", "hook_point", "identity")
-            )
+        record = show.make_record("pareto.py", s, saes, sources, sanity, points, time.time() - started)
         with_clean = [{**point, "clean": points[0]} for point in points]
         record["summary"] = summary(with_clean)
-        layers = ", ".join(map(str, s.layer))
-        show(path, with_clean, sources, f"{short_name(s.model)}, layer {layers}: {len(points) - 1} settings", record)
+        title = f"{show.short_name(s.model)}, layer {', '.join(map(str, s.layer))}: {len(points) - 1} settings"
+        present(path, with_clean, sources, title, record)
     return record
 
 

@@ -12,10 +12,6 @@ import time
 import traceback
 from contextlib import contextmanager
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, reduce
-
 PATIENCE = 10  # seconds that the other processes leave to the first to report a mistake that all of them met
 
 
@@ -23,8 +19,12 @@ class LostProcess(Exception):
     """Another process of this run is gone, and with it what it scored."""
 
 
-def state() -> PartialState:
-    """accelerate's own record of the processes; the first call connects them."""
+def state():
+    """accelerate's own record of the processes, a PartialState; the first call connects them."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
@@ -56,22 +56,28 @@ def together():
         raise LostProcess("another process of this run ended before its part was done") from error
 
 
-def total(part: torch.Tensor) -> torch.Tensor:
+def total(part):
     """Elementwise sum of all processes' tensors; exact where one process has the entry and the others 0."""
     if count() == 1:
         return part
+    from accelerate.utils import reduce
+
     with together():
         return reduce(part.to(state().device), "sum").to(part.device)
 
 
 def from_first(value):
     """The first process's value, on all of them. value: anything that pickles."""
+    from accelerate.utils import broadcast_object_list
+
     with together():
         return broadcast_object_list([value])[0]
 
 
 def from_all(values: list) -> list:
     """All processes' lists in one, the first process's first."""
+    from accelerate.utils import gather_object
+
     with together():
         return gather_object(values)
 

@@ -31,7 +31,23 @@ this one on the tuning half, and takes under two minutes; stopped, it goes on wh
 """
 
 # %% [markdown]
-# Start a notebook in this folder, so that the helper files beside this one can be imported.
+# Start a notebook in this folder, beside the helper files. Flags come first: --help need not wait for other imports.
+
+# %%
+from flags import answered, command_line, parser, quiz_flags, settings
+
+WITHOUT = ("--sae", "--n-features", "--clamp", "--pick", "--max-rows", "--no-sanity", "--device-map", "--edit-special")
+flags = parser(__doc__, without=WITHOUT)
+flags.add_argument("--layer", type=int, help="whose residual stream is steered (default: the model's setting)")
+flags.add_argument("--multiple", type=float, help="how far, in norms of forget text (default: the model's setting)")
+flags.add_argument("--alpha", type=float, help="weight of the retain loss (default: the model's setting)")
+flags.add_argument("--steps", "--max-batches", type=int, help="of training (default: the model's setting)")
+flags.add_argument("--lr", type=float, help="learning rate of AdamW (default: the model's setting)")
+flags.add_argument("--adaptive", action="store_true", help="Adaptive RMU by its paper: each token by its own norm "
+                   "before training, not all by the first batch's mean norm")  # fmt: skip
+flags.add_argument("--sweep", action="store_true", help="train with every multiple and alpha of a grid, and choose")
+quiz_flags(flags)
+answered(flags, __name__)
 
 # %%
 import random
@@ -41,32 +57,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 import processes
-from common import command_line, load_hf, load_model, parser, quiz_flags, settings
-from data import RETAIN_TOKENS, UserError, load_benchmark, padded, token_windows
+import show
+from common import load_hf, load_model
+from data import UserError, load_benchmark, padded, picking_windows
 from edits import NONE, decoder_layers, hidden, watch_tokens
 from evaluation import answers, best_setting, keep_robust, scores_of
-from hub import identity
-from presets import model_source
-from show import (
-    keeping,
-    make_record,
-    outputs,
-    peak_gb,
-    plain,
-    print_chosen,
-    resumed,
-    save_model,
-    short_name,
-    write_record,
-)
+from hub import identity, model_source
 from training import Master, passes, wide
 
+# What a log holds; the first two are mean squared distances
+LOG = ("forget text: to the control vector", "retain sets: to what it was, times alpha", "forget text: cosine to it")
 MULTIPLES, ALPHAS = (2.0, 4.0, 8.0, 16.0), (10.0, 30.0)  # of --sweep
 
 
@@ -191,43 +195,11 @@ def train(
     return log, u, coefficient, list(matrices)
 
 
-def loss_figure(log: list, title: str):
-    """Figure: forget loss, weighted retain loss and cosine to the control vector, a point a step."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.2), layout="constrained")
-    away, back, cosine = np.array(log).T
-    steps = np.arange(1, len(log) + 1)
-    left.plot(steps, away, color="#c0392b", label="forget: to the control vector")
-    left.plot(steps, back, color="#1f618d", ls="--", label="retain (two sets in turn): to what it was, times alpha")
-    left.set(yscale="log", xlabel="step", ylabel="mean squared distance", ylim=(1e-2, None))
-    right.plot(steps, cosine, color="#c0392b")
-    right.set(xlabel="step", ylabel="cosine to the control vector", ylim=(-0.1, 1.02))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    left.legend(frameon=False, fontsize=8)
-    figure.suptitle(plain(title), size=10)
-    return figure
-
-
 # %% [markdown]
-# ## Flags, and the run
+# ## The run
 
 
 # %%
-WITHOUT = ("--sae", "--n-features", "--clamp", "--pick", "--max-rows", "--no-sanity", "--device-map", "--edit-special")
-flags = parser(__doc__, without=WITHOUT)
-flags.add_argument("--layer", type=int, help="whose residual stream is steered (default: the model's setting)")
-flags.add_argument(
-    "--multiple", type=float, help="how far, in norms of forget text there (default: the model's setting)"
-)
-flags.add_argument("--alpha", type=float, help="weight of the retain loss (default: the model's setting)")
-flags.add_argument("--steps", "--max-batches", type=int, help="of training (default: the model's setting)")
-flags.add_argument("--lr", type=float, help="learning rate of AdamW (default: the model's setting)")
-flags.add_argument("--adaptive", action="store_true", help="Adaptive RMU by its paper: each token by its own norm "
-                   "before training, not all by the first batch's mean norm")  # fmt: skip
-flags.add_argument("--sweep", action="store_true", help="train with every multiple and alpha of a grid, and choose")
-quiz_flags(flags)
-
-
 def points_of(tried: list[Setting], scores: list[dict], s) -> list[dict]:
     """The record's points: the untrained model's, then a point for each setting."""
     points = [NONE.point(**scores[0])]
@@ -236,16 +208,6 @@ def points_of(tried: list[Setting], scores: list[dict], s) -> list[dict]:
         setting = {name: rest.pop(name) for name in ("layer", "multiple", "alpha")} | {"training": rest}
         points.append({"method": "adaptive-rmu" if s.adaptive else "rmu", "setting": setting, "scores": score})
     return points
-
-
-def print_sweep(tried: list[Setting], points: list[dict]) -> None:
-    """A line for each setting: accuracies on both halves in per cent, loss added."""
-    print(f"\n  {'multiple':>8}{'alpha':>7}   WMDP-Bio tuning, reporting   MMLU tuning, reporting   loss added")
-    for one, point in zip(tried, points[1:]):
-        score = point["scores"]
-        cells = [100 * score[name + half]["accuracy"] for name in ("wmdp_bio", "mmlu") for half in ("_tuning", "")]
-        print("  {:8g}{:7g}{:18.1f}{:11.1f}{:14.1f}{:11.1f}".format(one.multiple, one.alpha, *cells)
-              + f"{score['openwebtext']['loss_added']:+13.4f}")  # fmt: skip
 
 
 def setting_of(s) -> Setting:
@@ -260,10 +222,9 @@ def forgetful(setting: Setting, folder: Path, texts: dict, s) -> tuple:
     model, tokenizer = load_hf(s.model, s.device, s.dtype)
     if not 0 <= setting.layer < len(decoder_layers(model)):
         raise UserError(f"--layer {setting.layer}: the model has layers 0 to {len(decoder_layers(model)) - 1}")
-    forget, _ = token_windows(tokenizer, texts["forget"], s.context)
-    retain = [token_windows(tokenizer, part, s.context, RETAIN_TOKENS)[0] for part in texts["retain"]]
+    forget, retain = picking_windows(tokenizer, texts["forget"], texts["retain"], s)
     result = train(model, tokenizer, forget, retain, setting, s.adaptive, s.seed)
-    save_model(model, tokenizer, folder)
+    show.save_model(model, tokenizer, folder)
     return result
 
 
@@ -283,7 +244,7 @@ def sweep(setting: Setting, folder: Path, texts: dict, s) -> tuple[list[Setting]
 
     try:
         jobs = {f"m{one.multiple:g}_a{one.alpha:g}": lambda one=one: make(one) for one in tried}
-        return tried, resumed(folder, jobs)
+        return tried, show.resumed(folder, jobs)
     finally:
         shutil.rmtree(passing, ignore_errors=True)
 
@@ -301,18 +262,18 @@ def run(**changes) -> dict:
         raise UserError("RMU is trained by one process: start rmu.py without accelerate launch")
     setting = setting_of(s)
     s.layer = setting.layer
-    path = outputs("rmu.py", s, flags)
+    path = show.outputs("rmu.py", s, flags)
     lm = load_model(s.model, s.device, s.dtype)
     texts, sources = load_benchmark(s, lm.tokenizer)
     keep_robust(lm, texts, sources, s)
     clean = answers(lm, texts, [NONE], s)[0]
     del lm
     tried, folder = [setting], path.with_suffix(".model")
-    with keeping(path, decides(setting, sources, s)) as pieces:
+    with show.keeping(path, decides(setting, sources, s)) as pieces:
         if s.sweep:
             tried, found = sweep(setting, pieces, texts, s)
             points = points_of(tried, scores_of([clean, *found], texts, s.seed), s)
-            print_sweep(tried, points)
+            show.print_tuning(points)
             setting = tried[points.index(best_setting(points[0], points[1:])) - 1]
             print(f"chosen: multiple {setting.multiple:g}, alpha {setting.alpha:g}, which is trained again and saved")
         begun = time.time()
@@ -322,15 +283,20 @@ def run(**changes) -> dict:
         if not s.sweep:
             points = points_of(tried, scores_of([clean, scored(folder, texts, s)], texts, s.seed), s)
         chosen = 1 + tried.index(setting)
-        print_chosen([points[0], points[chosen]], sources)
-        record = make_record("rmu.py", s, None, sources, {}, points, time.time() - started)
+        show.print_chosen([points[0], points[chosen]], sources)
+        record = show.make_record("rmu.py", s, [], sources, {}, points, time.time() - started)
         print(f"model: {folder}")
         record["identity"]["folder"] = identity(str(folder))
         record |= {"chosen": chosen, "folder": folder.name, "matrices": matrices, "coefficient": coefficient}
-        record |= {"seconds_to_make": round(seconds, 2), "peak_gb": peak_gb(), "control_vector": u.tolist(), "log": log}
+        record |= {
+            "seconds_to_make": round(seconds, 2),
+            "peak_gb": show.peak_gb(),
+            "control_vector": u.tolist(),
+            "log": log,
+        }
         how = f"layer {setting.layer}, {setting.multiple:g} norms, alpha {setting.alpha:g}"
-        title = f"{short_name(s.model)}: {points[chosen]['method']}, {how}"
-        write_record(path, record, {"losses": lambda: loss_figure(log, title)})
+        title = f"{show.short_name(s.model)}: {points[chosen]['method']}, {how}"
+        show.write_record(path, record, {"losses": lambda: show.curves(dict(zip(LOG, zip(*log))), title, LOG[:2])})
     return record
 
 

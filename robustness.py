@@ -18,7 +18,20 @@ of the answers in words; RMU 24.3 and 41.9%, and after a hundred steps on retain
 """
 
 # %% [markdown]
-# Start a notebook in this folder, so that the helper files beside this one can be imported.
+# Start a notebook in this folder, beside the helper files. Flags come first: --help need not wait for other imports.
+
+# %%
+from flags import answered, command_line, parser, settings
+
+WITHOUT = ("--model", "--sae", "--layer", "--n-features", "--clamp", "--pick", "--pick-on", "--pick-text", "--data",
+           "--forget-corpus", "--device-map", "--max-rows", "--seed", "--limit", "--no-sanity", "--context",
+           "--edit-special")  # fmt: skip
+flags = parser(__doc__, without=WITHOUT)
+flags.add_argument("records", nargs="*", metavar="RECORD", help="of baselines.py or rmu.py")
+flags.add_argument("--relearn", type=int, default=0, metavar="STEPS", help="steps of fine-tuning (default: none)")
+flags.add_argument("--lr", type=float, help="its learning rate (default: 2e-5; tiny 1e-3)")
+flags.add_argument("--shots", type=int, default=5, help="solved questions before one (default: %(default)s)")
+answered(flags, __name__)
 
 # %%
 import json
@@ -34,41 +47,16 @@ import torch
 from tqdm.auto import tqdm
 
 import processes
-from common import command_line, load_hf, load_model, load_sae, load_tokenizer, parser, settings
-from data import (
-    HERE,
-    LETTERS,
-    UserError,
-    encode_prompts,
-    halves,
-    load_benchmark,
-    load_rows,
-    prompt,
-    special_ids,
-    training_windows,
-)
+import show
+from common import load_hf, load_model, load_sae
+from data import HERE, LETTERS, UserError, encode_prompts, halves, load_benchmark, load_rows, prompt, special_ids
 from edits import NONE, Edit, applied, edit_of
 from evaluation import accuracy_score, score_letters, score_loss
-from hub import check_same, identity
-from presets import model_source
-from show import (
-    accuracy_cell,
-    keeping,
-    label,
-    make_record,
-    outputs,
-    plain,
-    resumed,
-    save_model,
-    short_name,
-    write_record,
-    write_whole,
-)
-from training import Master, check_room, passes, text_nll
+from hub import check_same, identity, load_tokenizer, model_source
+from training import Master, check_room, passes, text_nll, training_windows
 
 BATCH = 8  # texts a step of fine-tuning
 LEARNING_RATE = {"tiny": 1e-3}  # elsewhere 2e-5, usual for fine-tuning whole models
-SHOTS = 5
 
 # %% [markdown]
 # ## The questions in other forms
@@ -153,7 +141,7 @@ def relearned(subject: Subject, sets: list[list], texts: dict, passing: Path, s)
     tokenizer.edit_special = subject.edit_special
     with applied(model, tokenizer, subject.edit):
         fine_tune(model, tokenizer, sets, s.relearn, s.lr or LEARNING_RATE.get(s.model, 2e-5), s.seed)
-    save_model(model, tokenizer, passing)
+    show.save_model(model, tokenizer, passing)
     return examine(replace(subject, model=str(passing)), texts, s)
 
 
@@ -238,16 +226,11 @@ def scores_of(found: dict, texts: dict, before: dict | None = None) -> dict:
 
 
 # %%
-def names_of(points: list[dict]) -> list[str]:
-    return [label(Edit(point["method"], setting=point["setting"])) for point in points]
-
-
 def table(names: list[str], points: list[dict]) -> str:
     """Markdown: accuracy on every form; the letters' shares; what fine-tuning brings back, with 95% intervals."""
 
     def lines_of(head, cells):
-        rows = [["", *head], ["---"] * (len(head) + 1), *([name, *row] for name, row in zip(names, cells))]
-        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        return show.markdown(["", *head], [[name, *row] for name, row in zip(names, cells)])
 
     asked = list(points[0]["scores"])
     forms_table = [[f"{100 * point['scores'][name]['accuracy']:.1f}" for name in asked] for point in points]
@@ -261,7 +244,7 @@ def table(names: list[str], points: list[dict]) -> str:
     cells = []
     for point in points:
         stages = [point["scores"], *point["relearned"].values()]
-        cells.append([accuracy_cell(stage[name]) for name in ("as tuned", "MMLU") for stage in stages])
+        cells.append([show.accuracy_cell(stage[name]) for name in ("as tuned", "MMLU") for stage in stages])
     return f"{text}\n\nRelearning, accuracy and 95% interval:\n\n{lines_of(head, cells)}"
 
 
@@ -291,25 +274,16 @@ def figure_of(names: list[str], points: list[dict], title: str):
     axes.axvline(25, color="0.4", ls="--", lw=1)
     axes.set(xlabel="WMDP-Bio accuracy on the reporting half, %; dashed: chance", xlim=(0, 103))
     axes.grid(axis="x", alpha=0.3)
-    axes.set_title(plain(title), size=10)
+    axes.set_title(show.plain(title), size=10)
     figure.legend(loc="outside lower center", ncols=len(series), frameon=False, fontsize=8)
     return figure
 
 
 # %% [markdown]
-# ## Flags, and the run
+# ## The run
+
 
 # %%
-WITHOUT = ("--model", "--sae", "--layer", "--n-features", "--clamp", "--pick", "--pick-on", "--pick-text", "--data",
-           "--forget-corpus", "--device-map", "--max-rows", "--seed", "--limit", "--no-sanity", "--context",
-           "--edit-special")  # fmt: skip
-flags = parser(__doc__, without=WITHOUT)
-flags.add_argument("records", nargs="*", metavar="RECORD", help="of baselines.py or rmu.py")
-flags.add_argument("--relearn", type=int, default=0, metavar="STEPS", help="steps of fine-tuning (default: none)")
-flags.add_argument("--lr", type=float, help="its learning rate (default: 2e-5; tiny 1e-3)")
-flags.add_argument("--shots", type=int, default=SHOTS, help="solved questions before one (default: %(default)s)")
-
-
 def try_subject(subject: Subject, texts: dict, passing: Path, s) -> dict:
     """What a subject answers as it is, and, with --relearn, after each fine-tuning."""
     found = {"before": examine(subject, texts, s)}
@@ -326,7 +300,7 @@ def try_all(subjects: list[Subject], texts: dict, folder: Path, s) -> list[dict]
     for number, one in enumerate(subjects):
         jobs[f"{number}_{one.edit.method}"] = lambda one=one: try_subject(one, texts, passing, s)
     try:
-        return resumed(folder, jobs)
+        return show.resumed(folder, jobs)
     finally:
         shutil.rmtree(passing, ignore_errors=True)
 
@@ -357,20 +331,20 @@ def run(**changes) -> dict:
     texts, sources = load_texts(records, s)
     if s.relearn:
         check_room("--relearn", s.model, s.device, s.dtype)
-    path = outputs("robustness.py", s, flags)
+    path = show.outputs("robustness.py", s, flags)
     subjects = [Subject(s.model), *(subject for subject, _ in pairs)]
     known = [[one.edit.method, one.edit.setting, identity(model_source(one.model))] for one in subjects]
     settled = {name: value for name, value in vars(s).items() if name not in ("out", "batch_size", "records")}
-    with keeping(path, [known, settled, sources]) as folder:
+    with show.keeping(path, [known, settled, sources]) as folder:
         points = points_of(subjects, try_all(subjects, texts, folder, s), texts, s)
-        names = names_of(points)
+        names = [show.label(Edit(point["method"], setting=point["setting"])) for point in points]
         text = table(names, points)
         print(f"\n{text}")
-        write_whole(path.with_suffix(".md"), lambda file: file.write_text(text + "\n"))
-        record = make_record("robustness.py", s, None, sources, {}, points, time.time() - started)
-        title = f"{short_name(s.model)}: n {len(texts['rows'])}, bars 95% intervals"
+        show.write_whole(path.with_suffix(".md"), lambda file: file.write_text(text + "\n"))
+        record = show.make_record("robustness.py", s, [], sources, {}, points, time.time() - started)
+        title = f"{show.short_name(s.model)}: n {len(texts['rows'])}, bars 95% intervals"
         title += f", {s.relearn} steps" if s.relearn else ""
-        write_record(path, record, {"rows": lambda: figure_of(names, points, title)})
+        show.write_record(path, record, {"rows": lambda: figure_of(names, points, title)})
     return record
 
 

@@ -19,13 +19,12 @@ import torch
 from tqdm.auto import tqdm
 
 import processes
-from common import settings
+from common import Rates, activation_ratio
 from data import UserError, digest
 from edits import Edit, Latents, layer_of, residuals
 from evaluation import foretell
-from hub import identity
-from picking import Rates, activation_ratio
-from presets import model_source
+from flags import settings
+from hub import identity, model_source
 
 try:
     import resource
@@ -200,18 +199,24 @@ def peak_gb() -> float | None:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
 
-def make_record(script: str, s, sae, sources: dict, sanity: dict, points: list, seconds: float) -> dict:
-    """What was run, on what, and one point per edit with its scores; README describes the fields."""
+def make_record(script: str, s, saes: list, sources: dict, sanity, points: list, seconds: float) -> dict:
+    """What was run, on what, and one point per edit with its scores; README describes the fields. Of several SAEs, or
+    where --layer takes several, what is said of the SAE is a list."""
     packages = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
+
+    def of_saes(name):
+        values = [getattr(sae, name) for sae in saes]
+        return values if len(values) > 1 or isinstance(s.layer, list) else next(iter(values), None)
+
     return {
         "script": script,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seconds": round(seconds, 1),
         "model": s.model,
-        "identity": {"model": identity(model_source(s.model)), "sae": None if sae is None else sae.identity},
-        "sae": None if sae is None else sae.source,
+        "identity": {"model": identity(model_source(s.model)), "sae": of_saes("identity")},
+        "sae": of_saes("source"),
         "layer": s.layer,
-        "hook_point": None if sae is None else sae.hook_point,
+        "hook_point": of_saes("hook_point"),
         "seed": s.seed,
         "dtype": s.dtype,
         "attention": "eager",
@@ -306,12 +311,9 @@ def print_subjects(edits: list[Edit], scores: list[dict]) -> None:
     print(f"\n  {'':36}{'n':>5}" + "".join(f"{f'({k})':>8}" for k in range(1, len(edits) + 1)))
     for name in scores[0]["subjects"]:
         cells = [score["subjects"][name] for score in scores]
-        print(
-            f"  {name:36}{cells[0]['n']:5}"
-            + "".join(
-                f"{100 * cell['accuracy']:7.1f}{'*' if cell.get('q_value', 1) < 0.05 else ' '}" for cell in cells
-            ).rstrip()
-        )
+        stars = ["*" if cell.get("q_value", 1) < 0.05 else " " for cell in cells]
+        shown = "".join(f"{100 * cell['accuracy']:7.1f}{star}" for cell, star in zip(cells, stars))
+        print(f"  {name:36}{cells[0]['n']:5}{shown.rstrip()}")
 
 
 def print_loss(title: str, edits: list[Edit], scores: list[dict]) -> None:
@@ -327,12 +329,33 @@ def print_loss(title: str, edits: list[Edit], scores: list[dict]) -> None:
         print(f"  {label(edit):34}{score['nats_per_token']:<12.4f}{added}")
 
 
+def setting_text(setting: dict) -> str:
+    numbers = [f"{name} {value:g}" for name, value in setting.items() if type(value) in (int, float)]
+    numbers += [f"loss on {setting['loss_on']}"] if "loss_on" in setting else []
+    return ", ".join(numbers) + (", all layers from there on" if setting.get("behind") else "")
+
+
+def print_tuning(points: list[dict]) -> None:
+    """A line for each setting: accuracies on both halves in per cent, loss added."""
+    print("\n  WMDP-Bio tuning, reporting   MMLU tuning, reporting   loss added   setting")
+    for point in points[1:]:
+        score = point["scores"]
+        cells = [100 * score[name + half]["accuracy"] for name in ("wmdp_bio", "mmlu") for half in ("_tuning", "")]
+        print("  {:15.1f}{:11.1f}{:16.1f}{:11.1f}".format(*cells)
+              + f"{score['openwebtext']['loss_added']:+13.4f}   {setting_text(point['setting'])}")  # fmt: skip
+
+
 def print_chosen(points: list[dict], sources: dict) -> None:
     """The tables of a tuned method on the reporting halves, by the unablated model's point and the chosen one."""
     rows = [Edit(point["method"], setting=point["setting"]) for point in points]
     for name in ("wmdp_bio", "mmlu"):
         print_quiz(title_of(name, sources), rows, [point["scores"][name] for point in points])
     print_loss(title_of("openwebtext", sources), rows, [point["scores"]["openwebtext"] for point in points])
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 @torch.inference_mode()
@@ -382,38 +405,12 @@ def scatter(features: list[int], forget: Rates, retain: Rates, title: str):
     return figure
 
 
-def interval_rows(axes, labels: list[str], values, lows, highs, colours) -> None:
-    """Points with horizontal intervals, one row each, first row on top."""
-    for row, (value, low, high, colour) in enumerate(zip(values, lows, highs, colours)):
-        axes.errorbar(
-            value, row, xerr=[[max(0, value - low)], [max(0, high - value)]], fmt="o", color=colour, capsize=3
-        )
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.grid(axis="x", alpha=0.3)
-
-
 COLOURS = {"none": "0.2", "sae-patched": "0.45", "sae-reconstruction": "0.65", "sae-ablation": "#c0392b",
            "random-features": "#2471a3"}  # fmt: skip
 
 
 def colour_of(edit: Edit) -> str:
     return COLOURS.get(edit.method, COLOURS["sae-ablation"])
-
-
-def quiz_figure(panels: dict[str, list[dict]], edits: list[Edit], title: str):
-    """Figure: one panel per data set {title: scores}, accuracy with 95% intervals, chance dashed."""
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(4.6 + 2.9 * (len(panels) - 1), 3.2), sharey=True,
-                                    squeeze=False, layout="constrained")  # fmt: skip
-    for axes, (name, scores) in zip(all_axes[0], panels.items()):
-        columns = [[100 * score[key] for score in scores] for key in ("accuracy", "low", "high")]
-        interval_rows(axes, [label(edit) for edit in edits], *columns, [colour_of(edit) for edit in edits])
-        chance = 100 * scores[0]["chance"]
-        axes.axvline(chance, color="0.4", ls="--", lw=1)
-        axes.annotate("chance", (chance, len(edits) - 0.55), xytext=(3, 0), textcoords="offset points", size=8)
-        axes.set(title=f"{name} (n {scores[0]['n']})", xlabel="accuracy, %", xlim=(0, 103))
-    figure.suptitle(plain(title), size=10)
-    return figure
 
 
 def subject_figure(edits: list[Edit], scores: list[dict], title: str):
@@ -440,22 +437,57 @@ def subject_figure(edits: list[Edit], scores: list[dict], title: str):
     return figure
 
 
-def end_of(score: dict, key: str) -> float:
-    """An end of the interval of the loss added: of a single document there is none, and the loss itself stands in."""
-    return score["loss_added"] if score[key] is None else score[key]
+def panels_of_rows(panels: dict[str, list[dict]], edits: list[Edit], columns, title: str):
+    """Figure: a panel a data set {title: scores}, a row an edit; columns(score) -> value, low, high. And its axes."""
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(4.6 + 2.9 * (len(panels) - 1), 3.2), sharey=True,
+                                    squeeze=False, layout="constrained")  # fmt: skip
+    for axes, scores in zip(all_axes[0], panels.values()):
+        for row, (edit, score) in enumerate(zip(edits, scores)):
+            value, low, high = columns(score)
+            spread = [[max(0, value - low)], [max(0, high - value)]]
+            axes.errorbar(value, row, xerr=spread, fmt="o", color=colour_of(edit), capsize=3)
+        axes.set_yticks(range(len(edits)), map(label, edits))
+        axes.set_ylim(len(edits) - 0.5, -0.5)
+        axes.grid(axis="x", alpha=0.3)
+    figure.suptitle(plain(title), size=10)
+    return figure, all_axes[0]
+
+
+def quiz_figure(panels: dict[str, list[dict]], edits: list[Edit], title: str):
+    """Figure: one panel per data set {title: scores}, accuracy with 95% intervals, chance dashed."""
+    columns = lambda score: [100 * score[key] for key in ("accuracy", "low", "high")]  # noqa: E731
+    figure, all_axes = panels_of_rows(panels, edits, columns, title)
+    for axes, (name, scores) in zip(all_axes, panels.items()):
+        chance = 100 * scores[0]["chance"]
+        axes.axvline(chance, color="0.4", ls="--", lw=1)
+        axes.annotate("chance", (chance, len(edits) - 0.55), xytext=(3, 0), textcoords="offset points", size=8)
+        axes.set(title=f"{name} (n {scores[0]['n']})", xlabel="accuracy, %", xlim=(0, 103))
+    return figure
+
+
+def loss_added(score: dict) -> list[float]:
+    """The loss added and its interval; of a single document there is none, and the loss itself stands in for it."""
+    ends = [score["loss_added_low"], score["loss_added_high"]]
+    return [score["loss_added"], *(score["loss_added"] if end is None else end for end in ends)]
 
 
 def loss_figure(panels: dict[str, list[dict]], edits: list[Edit], title: str):
     """Figure: one panel per text {title: scores}, loss added with 95% intervals."""
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(4.6 + 2.9 * (len(panels) - 1), 3.2), sharey=True,
-                                    squeeze=False, layout="constrained")  # fmt: skip
-    for axes, (name, scores) in zip(all_axes[0], panels.items()):
-        keys = ("loss_added", "loss_added_low", "loss_added_high")
-        columns = [[end_of(score, key) for score in scores[1:]] for key in keys]
-        interval_rows(axes, [label(edit) for edit in edits[1:]], *columns, [colour_of(edit) for edit in edits[1:]])
+    behind = {name: scores[1:] for name, scores in panels.items()}
+    figure, all_axes = panels_of_rows(behind, edits[1:], loss_added, title)
+    for axes, (name, scores) in zip(all_axes, panels.items()):
         axes.axvline(0, color="0.4", ls="--", lw=1)
-        axes.set(
-            title=f"{name}\n{scores[0]['nats_per_token']:.2f} nats/token unablated", xlabel="loss added, nats/token"
-        )
+        unablated = f"{scores[0]['nats_per_token']:.2f} nats/token unablated"
+        axes.set(title=f"{name}\n{unablated}", xlabel="loss added, nats/token")
+    return figure
+
+
+def curves(series: dict[str, list[float]], title: str, logarithmic: tuple[str, ...] = ()):
+    """Figure: what training did, a panel for each {name: values}, a point a step."""
+    figure, all_axes = plt.subplots(1, len(series), figsize=(4.2 * len(series), 3.2), layout="constrained")
+    for axes, (name, values), colour in zip(all_axes, series.items(), ("#c0392b", "#1f618d", "0.3")):
+        axes.plot(range(1, len(values) + 1), values, color=colour)
+        axes.set(title=name, xlabel="step", yscale="log" if name in logarithmic else "linear")
+        axes.grid(alpha=0.3)
     figure.suptitle(plain(title), size=10)
     return figure

@@ -5,10 +5,10 @@ Train SAEs for a model that has none, at several layers in one run, with SAELens
     python train_sae.py --layers 3 5 7 9 --width 2048 --text tiny/data/train.jsonl --out my_saes
     python train_sae.py --model gpt2 --layers 7 --text Skylion007/openwebtext --width 16384 --tokens 200000000
 
-Works for any model that TransformerLens's TransformerBridge loads. The text is a hub data set, a text file (documents
-separated by blank lines) or a JSONL file with a "text" in each line; one document in twenty is held out and measured
-on. Trained as BatchTopK (Bussmann, Leask and Nanda, arXiv 2412.06410), which SAELens saves as a JumpReLU SAE; each
-folder OUT/layer_L is what --sae takes.
+Works for any model that the other scripts do. The text is a hub data set, a text file (documents separated by blank
+lines) or a JSONL file with a "text" in each line; one document in twenty is held out and measured on. Trained as
+BatchTopK (Bussmann, Leask and Nanda, arXiv 2412.06410), which SAELens saves as a JumpReLU SAE; each folder OUT/layer_L
+is what --sae takes.
 
 The first command takes about 9 minutes on two cores. tiny, layer 7: variance explained 0.949, loss recovered 0.998,
 L0 40.7 of 2,048 features, 1.7% of them dead.
@@ -16,6 +16,29 @@ L0 40.7 of 2,048 features, 1.7% of them dead.
 
 # %%
 import argparse
+
+from data import HERE
+from flags import answered, command_line, settings
+
+flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+flags.add_argument("--model", default="tiny", help="preset, hub id or folder (default: %(default)s)")
+flags.add_argument("--layers", type=int, nargs="+", default=[7], help="one SAE each (default: %(default)s)")
+flags.add_argument("--text", default=str(HERE / "tiny/data/train.jsonl"), help="hub id, .txt or .jsonl (default: "
+                   "tiny/data/train.jsonl)")  # fmt: skip
+flags.add_argument("--held-out", help="text to measure on (default: every 20th document of --text)")
+flags.add_argument("--width", type=int, help="number of features (default: 8 times the model's width)")
+flags.add_argument("--k", type=int, default=40, help="features active per token, on average (default: %(default)s)")
+flags.add_argument("--tokens", type=int, default=1_500_000, help="training tokens (default: %(default)s)")
+flags.add_argument("--lr", type=float, default=2e-3, help="learning rate of Adam (default: %(default)s)")
+flags.add_argument("--context", type=int, default=128, help="tokens per window (default: %(default)s)")
+flags.add_argument("--batch-size", type=int, default=32, help="windows per forward pass (default: %(default)s)")
+flags.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+flags.add_argument("--device", help="cuda, mps or cpu (default: cuda if there is one)")
+flags.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model, not of SAEs")
+flags.add_argument("--out", default="my_saes", help="folder to write to (default: %(default)s)")
+answered(flags, __name__)
+
+# %%
 import json
 import random
 from functools import partial
@@ -23,7 +46,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata
@@ -31,10 +53,11 @@ from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 import processes
-from common import check_sae, command_line, load_model, settings
-from data import HERE, UserError, batches, first_line, read_jsonl, token_windows
-from edits import NONE, Edit, applied, edit_of, layer_of, watch_tokens
-from picking import firing_rates, sanity_gate
+from common import firing_rates, load_model
+from data import UserError, batches, first_line, read_jsonl, token_windows
+from edits import NONE, Edit, edit_of, layer_of, watch_tokens
+from evaluation import check_engine, score_loss
+from hub import check_sae, sanity_gate
 
 TRAINING_BATCH = 1024  # tokens per optimiser step
 BUFFER = 2**16  # tokens that are mixed before they are served, so that a step does not see one document only
@@ -103,9 +126,8 @@ def train(model, windows, s) -> dict[int, BatchTopKTrainingSAE]:
     steps = s.tokens // TRAINING_BATCH
     config = SAETrainerConfig(
         total_training_samples=steps * TRAINING_BATCH, train_batch_size_samples=TRAINING_BATCH, lr=s.lr,
-        lr_end=s.lr / 10,
-        lr_warm_up_steps=min(100, steps // 10), lr_decay_steps=steps // 3, device=str(model.cfg.device),
-        dead_feature_window=200, n_batches_for_norm_estimate=20,
+        lr_end=s.lr / 10, lr_warm_up_steps=min(100, steps // 10), lr_decay_steps=steps // 3,
+        device=str(model.cfg.device), dead_feature_window=200, n_batches_for_norm_estimate=20,
     )  # fmt: skip
     stream = activations(model, windows, s.layers, s.batch_size, s.seed)
     names = {str(layer): hook_name(layer) for layer in s.layers}
@@ -114,26 +136,14 @@ def train(model, windows, s) -> dict[int, BatchTopKTrainingSAE]:
     return {layer: saes[str(layer)] for layer in s.layers}
 
 
-@torch.inference_mode()
-def mean_loss(model, windows, batch_size: int, edit: Edit) -> float:
-    """Next-token loss under an edit, in nats per target."""
-    total, n = 0.0, 0
-    with watch_tokens(model.original_model, model.tokenizer) as seen, applied(model, model.tokenizer, edit):
-        for _, ids in batches(windows, batch_size, model.tokenizer, model.cfg.device):
-            logits = model(ids, use_cache=False)[:, :-1].float()
-            real = seen["ordinary"][:, 1:]
-            total += F.cross_entropy(logits[real], ids[:, 1:][real], reduction="sum").item()
-            n += real.sum().item()
-    return total / n
-
-
 def measure(model, sae: SAE, held_out, training, batch_size: int) -> dict:
     """Held-out variance explained, L0 and loss recovered (0 for a zeroed, 1 for the true residual stream), and the
     share of features that never fire on the training windows."""
     found = sanity_gate(model, sae, held_out, insist=False)
     zero = Edit("zeroed", {layer_of(sae): lambda h, ordinary: torch.where(ordinary[..., None], 0, h)})
-    edits = (NONE, edit_of("sae-reconstruction", sae), zero)
-    clean, patched, zeroed = (mean_loss(model, held_out, batch_size, edit) for edit in edits)
+    edits = [NONE, edit_of("sae-reconstruction", sae), zero]
+    nats, targets = score_loss(model, held_out, edits, batch_size)
+    clean, patched, zeroed = (nats.sum(1) / targets.sum()).tolist()
     found["loss_recovered"] = round((zeroed - patched) / (zeroed - clean), 4)
     found["loss_added"] = round(patched - clean, 4)
     found["l0_share"] = round(found["l0"] / sae.cfg.d_sae, 4)
@@ -160,6 +170,7 @@ def run(**changes) -> dict:
         raise UserError("SAEs are trained by one process: start train_sae.py without accelerate launch")
     torch.manual_seed(s.seed)
     model = load_model(s.model, s.device, s.dtype)
+    check_engine(model, [])
     s.width = s.width or 8 * model.cfg.d_model
     if s.k > s.width:
         raise UserError(f"--k {s.k}: of --width {s.width} features no more can be active")
@@ -184,29 +195,6 @@ def run(**changes) -> dict:
     (Path(s.out) / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
     return measured
 
-
-# %% [markdown]
-# ## Flags
-
-# %%
-flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-flags.add_argument("--model", default="tiny", help="preset, hub id or folder (default: %(default)s)")
-flags.add_argument("--layers", type=int, nargs="+", default=[7], help="one SAE each (default: %(default)s)")
-flags.add_argument("--text", default=str(HERE / "tiny/data/train.jsonl"), help="hub id, .txt or .jsonl (default: "
-                   "tiny/data/train.jsonl)")  # fmt: skip
-flags.add_argument("--held-out", help="text to measure on (default: every 20th document of --text)")
-flags.add_argument("--width", type=int, help="number of features (default: 8 times the model's width)")
-flags.add_argument("--k", type=int, default=40, help="features active per token, on average (default: %(default)s)")
-flags.add_argument("--tokens", type=int, default=1_500_000, help="training tokens (default: %(default)s)")
-flags.add_argument("--lr", type=float, default=2e-3, help="learning rate of Adam (default: %(default)s)")
-flags.add_argument("--context", type=int, default=128, help="tokens per window (default: %(default)s)")
-flags.add_argument("--batch-size", type=int, default=32, help="windows per forward pass (default: %(default)s)")
-flags.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-flags.add_argument("--device", help="cuda, mps or cpu (default: cuda if there is one)")
-flags.add_argument(
-    "--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model; SAEs stay in float32"
-)
-flags.add_argument("--out", default="my_saes", help="folder to write to (default: %(default)s)")
 
 # %%
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-What scripts that train share: batches of texts, next-token losses, AdamW in fp32, and whether it fits the memory.
+What scripts that train share: texts and batches of them, next-token losses, AdamW in fp32, and is there memory enough.
 """
 
 import random
@@ -10,10 +10,14 @@ import psutil
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from common import best_device
-from data import UserError, padded
-from presets import model_source
+from data import LETTERS, RETAIN_TOKENS, UserError, halves, load_corpus, load_rows, padded, prompt, token_windows
+from edits import decoder_layers
+from hub import model_source
+
+QUESTION_TOKENS = 512  # of a question that is trained on with its answer, open-unlearning's
 
 
 def passes(texts: list, n: int, rng: random.Random) -> Iterator[list]:
@@ -120,3 +124,68 @@ def check_room(what: str, model: str, device: str | None, dtype: str) -> None:
         raise UserError(f"{text}; {free:.2f} GB are free. rmu.py and `baselines.py --method crisp` train few weights, "
                         "the edits of baselines.py none")  # fmt: skip
     print(f"{text}; {free:.2f} GB are free")
+
+
+# --------------------------------------------------------------------------------------- what is trained on
+
+
+def by_letter(row: dict) -> tuple[str, str]:
+    """The prompt and the letter that answers it."""
+    return prompt(row), LETTERS[row["answer"]]
+
+
+def answer_window(tokenizer, asked: str, answer: str) -> tuple[list[int], int]:
+    """(ids, place of the answer's first token) of a question and its answer, cut at the front to QUESTION_TOKENS: at
+    the end, where open-unlearning cuts, is the answer. No EOS behind it: a prompt is no turn of a chat here."""
+    ids, alone = (tokenizer(text)["input_ids"] for text in (f"{asked} {answer}", asked))
+    start = next((i for i, (x, y) in enumerate(zip(ids, alone)) if x != y), len(alone))
+    bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+    dropped = max(0, len(ids) - QUESTION_TOKENS)
+    return (bos + ids[dropped + len(bos) :], start - dropped) if dropped else (ids, start)
+
+
+def training_windows(tokenizer, texts: dict, s, loss_on: str = "text") -> tuple[list, list[list]]:
+    """What methods train on that need next tokens to predict: (ids, start) windows, the tokens from `start` on to be
+    predicted; texts: load_benchmark's.
+
+    Forget: the user's corpus, or the picking half's questions as they are asked, with their answers, and as prose.
+    Retain sets: Wikitext, and MMLU's development questions with their answers. loss_on "answer": of a question only
+    the letter, or the answer in words, as open-unlearning labels its questions; a corpus and Wikitext have no
+    answers, and count whole, as its pretraining texts do. "text": everything counts.
+    """
+
+    def whole(part, max_tokens=None):
+        return [(ids, 1) for ids in token_windows(tokenizer, part, max_tokens=max_tokens)[0]]
+
+    def asked(pairs):
+        windows = [answer_window(tokenizer, *pair) for pair in pairs]
+        return windows if loss_on == "answer" else [(ids, 1) for ids, _ in windows]
+
+    corpus, _ = load_corpus(s)
+    questions, _ = texts["quizzes"]["wmdp_bio"]
+    picking = [questions[i] for i in halves(questions, s.seed, s.pick_on)[0]]
+    in_words = [(row["question"].strip(), row["choices"][row["answer"]]) for row in picking]
+    development = load_rows("mmlu_dev", s.model, s.data)[0]
+    forget = whole(corpus) if corpus else asked(map(by_letter, picking)) + asked(in_words)
+    return forget, [whole(texts["retain"][0], RETAIN_TOKENS), asked(map(by_letter, development))]
+
+
+# ---------------------------------------------------------------------------------------------- CRISP's
+
+
+def distance(was: torch.Tensor, now: torch.Tensor, ordinary: torch.Tensor) -> torch.Tensor:
+    """Mean square of now - was, (..., batch, pos, d_model); special tokens count as 0, as in CRISP's release."""
+    return ((wide(now) - wide(was)) * ordinary[..., None]).square().mean()
+
+
+def linear_modules(model, layers: list[int]) -> list[str]:
+    """Names of all matrices of attention and MLP in these layers."""
+    inside = {id(module) for layer in layers for module in decoder_layers(model)[layer].modules()}
+    kinds = (torch.nn.Linear, Conv1D)
+    return [name for name, module in model.named_modules() if id(module) in inside and isinstance(module, kinds)]
+
+
+def reach(layers: list[int]) -> list[int]:
+    """The layers that CRISP adapts: from the one before the first SAE's to the middle of the SAEs' layers. These are
+    the release's 3 to 9 for SAEs of 4 to 14, the paper's on Gemma-2-2B's 26 layers."""
+    return list(range(max(0, min(layers) - 1), (min(layers) + max(layers)) // 2 + 1))

@@ -21,12 +21,13 @@ import methods
 import pareto
 import rmu
 import robustness
-from common import load_model, settings
-from data import QUESTION_TOKENS, UserError, load_benchmark, special_ids, training_windows
+import training
+from common import Rates, load_model
+from data import UserError, load_benchmark, special_ids
 from edits import decoder_layers
-from picking import Rates
+from flags import settings
 from show import method_name
-from training import nll
+from training import QUESTION_TOKENS, nll, training_windows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -110,7 +111,7 @@ def test_of_a_question_only_the_answer_is_a_target_or_all_of_it(loss_on):
         assert {start for _, start in forget + development} == {1}
     assert {start for _, start in wikitext} == {1}
     text = f"{'Once more. ' * QUESTION_TOKENS}Which?"
-    ids, start = data.answer_window(tokenizer, text, "This one")
+    ids, start = training.answer_window(tokenizer, text, "This one")
     assert len(ids) == QUESTION_TOKENS and ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(ids[start:]) == " This one" and tokenizer.decode(ids[:start]).endswith("Which?")
 
@@ -173,13 +174,13 @@ def test_crisp_distance_by_hand():
     was, now = torch.randn(2, 4, 3, 7, 32, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     ordinary = torch.rand(3, 7, generator=torch.Generator().manual_seed(5)) > 0.3
     expected = np.square((now - was).numpy() * ordinary.numpy()[..., None]).mean()
-    assert baselines.distance(was, now, ordinary).item() == pytest.approx(expected, abs=1e-8)
+    assert training.distance(was, now, ordinary).item() == pytest.approx(expected, abs=1e-8)
 
 
 def test_crisp_adapts_the_layers_of_the_release():
-    assert baselines.reach(baselines.CRISP_LAYERS["gemma-2-2b-it"]) == list(range(3, 10))
-    assert baselines.reach(baselines.CRISP_LAYERS["tiny"]) == [2, 3, 4, 5, 6]
-    assert baselines.reach([0]) == [0] and baselines.reach([5]) == [4, 5]
+    assert training.reach(baselines.CRISP_LAYERS["gemma-2-2b-it"]) == list(range(3, 10))
+    assert training.reach(baselines.CRISP_LAYERS["tiny"]) == [2, 3, 4, 5, 6]
+    assert training.reach([0]) == [0] and training.reach([5]) == [4, 5]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -205,16 +206,17 @@ def test_crisp_refuses_other_saes(gemma, make_sae):
 @pytest.mark.parametrize("family", ["gemma2", "gpt2"])
 def test_crisp_adapts_attention_and_mlp_of_its_layers_only(model_folder, family):
     model, _ = hf(model_folder(family))
-    names = baselines.linear_modules(model, [1, 2])
+    names = training.linear_modules(model, [1, 2])
     blocks = decoder_layers(model)
-    assert len(names) == 2 * sum(isinstance(m, (torch.nn.Linear, baselines.Conv1D)) for m in blocks[1].modules())
+    assert len(names) == 2 * sum(isinstance(m, (torch.nn.Linear, training.Conv1D)) for m in blocks[1].modules())
     assert all(".1." in name or ".2." in name for name in names)
 
 
 @pytest.fixture
 def two_settings(monkeypatch):
     """Two settings a method, short training, little text."""
-    monkeypatch.setattr(methods, "RETAIN_TOKENS", 3000)
+    monkeypatch.setattr(data, "RETAIN_TOKENS", 3000)
+    monkeypatch.setattr(training, "RETAIN_TOKENS", 3000)
     monkeypatch.setattr(evaluation, "SCORED_TOKENS", 1000)
     for grids in (baselines.GRIDS, baselines.TRAINED):
         for method, grid in grids.items():

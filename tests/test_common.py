@@ -32,11 +32,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import common
 import edits
 import evaluation
-import picking
-from common import ablate
+import hub
+from common import Rates, ablate, matched_random
 from data import UserError, batches, special_ids, token_windows
 from edits import Latents
-from picking import Rates, matched_random
+from flags import parser, settings
 
 CANONICAL = "blocks.1.hook_out"
 FEATURES = list(range(0, D_SAE, 3))
@@ -492,7 +492,7 @@ def test_firing_rates_by_hand(model, sae):
         ids = torch.tensor([row])
         acts = sae.encode(residual(model, ids))[ordinary(model, ids)]
         fires, total, n = fires + (acts > 0).sum(0), total + acts.double().sum(0), n + len(acts)
-    found = picking.firing_rates(model, sae, windows)
+    found = common.firing_rates(model, sae, windows)
     same_rates(found, Rates(fires, total, n))
     torch.testing.assert_close(found.rate, fires / float(n), check_dtype=False)
 
@@ -512,32 +512,32 @@ def test_firing_rates_at_the_last_layer(model, make_sae):
     with model.hooks(fwd_hooks=[(sae.hook_point, lambda h, hook: seen.update(h=h))]), torch.inference_mode():
         model(ids)
     fires = (sae.encode(seen["h"].float()) > 0) & ordinary(model, ids)[..., None]
-    assert torch.equal(picking.firing_rates(model, sae, ids.tolist()).fires, fires.sum((0, 1)))
+    assert torch.equal(common.firing_rates(model, sae, ids.tolist()).fires, fires.sum((0, 1)))
 
 
 def test_firing_rates_do_not_depend_on_the_batch_size(model, sae):
     windows = some_windows(model)
-    wanted = picking.firing_rates(model, sae, windows, batch_size=16)
+    wanted = common.firing_rates(model, sae, windows, batch_size=16)
     for size in (1, 4):
-        same_rates(picking.firing_rates(model, sae, windows, batch_size=size), wanted)
+        same_rates(common.firing_rates(model, sae, windows, batch_size=size), wanted)
 
 
 def test_firing_rates_leave_out_special_tokens(model, sae):
     windows = some_windows(model)
     marker = model.tokenizer.convert_tokens_to_ids(MARKER)
     longer = [row + [2, 0, 1, marker, 0] for row in windows]
-    same_rates(picking.firing_rates(model, sae, longer), picking.firing_rates(model, sae, windows))
+    same_rates(common.firing_rates(model, sae, longer), common.firing_rates(model, sae, windows))
 
 
 def test_firing_rates_add_up_over_shards(gemma, make_sae):
     sae, windows = make_sae(gemma, "topk_rescaled", "layer_norm"), some_windows(gemma)
-    parts = [picking.firing_rates(gemma, sae, part) for part in (windows[:4], windows[4:])]
+    parts = [common.firing_rates(gemma, sae, part) for part in (windows[:4], windows[4:])]
     whole = Rates(sum(p.fires for p in parts), sum(p.total for p in parts), sum(p.n_tokens for p in parts))
-    same_rates(picking.firing_rates(gemma, sae, windows), whole)
+    same_rates(common.firing_rates(gemma, sae, windows), whole)
 
 
 def test_activation_ratio_by_hand():
-    found = picking.activation_ratio(rates([9, 0, 2], 99), rates([3, 0, 0], 199))
+    found = common.activation_ratio(rates([9, 0, 2], 99), rates([3, 0, 0], 199))
     torch.testing.assert_close(found, torch.tensor([0.1 / 0.02, 0.01 / 0.005, 0.03 / 0.005]))
 
 
@@ -546,17 +546,17 @@ FORGET, RETAIN = rates([9, 0, 5, 5, 1], 100), rates([0, 0, 4, 4, 50], 200)
 
 def test_pick_by_ratio():
     # feature 1, dead on both, has the ratio 2, above that of feature 4: it is left out for being dead
-    assert picking.pick_features(FORGET, RETAIN, 4) == [0, 2, 3, 4]
-    assert picking.pick_features(FORGET, RETAIN, 2) == [0, 2]
+    assert common.pick_features(FORGET, RETAIN, 4) == [0, 2, 3, 4]
+    assert common.pick_features(FORGET, RETAIN, 2) == [0, 2]
     with pytest.raises(UserError, match="leaves only 4"):
-        picking.pick_features(FORGET, RETAIN, 5)
+        common.pick_features(FORGET, RETAIN, 5)
 
 
 def test_pick_by_retain_threshold():
-    assert picking.pick_features(FORGET, RETAIN, 3, "retain-threshold", tau=0.03) == [0, 2, 3]
-    assert picking.pick_features(FORGET, RETAIN, 1, "retain-threshold", tau=0.02) == [0]  # 4/200 is not below
+    assert common.pick_features(FORGET, RETAIN, 3, "retain-threshold", tau=0.03) == [0, 2, 3]
+    assert common.pick_features(FORGET, RETAIN, 1, "retain-threshold", tau=0.02) == [0]  # 4/200 is not below
     with pytest.raises(UserError, match="leaves only 1"):
-        picking.pick_features(FORGET, RETAIN, 2, "retain-threshold", tau=0.02)
+        common.pick_features(FORGET, RETAIN, 2, "retain-threshold", tau=0.02)
 
 
 def test_pick_by_dsg():
@@ -564,28 +564,28 @@ def test_pick_by_dsg():
     mine = [float(i + 1) for i in range(41)]
     other = [0.01 if i in (0, 17, 30) else 100.0 for i in range(41)]
     forget, retain = rates([5] * 41, 100, mine), rates([5] * 41, 100, other)
-    assert picking.pick_features(forget, retain, 2, "dsg") == [30, 17]  # feature 0 is too weak
+    assert common.pick_features(forget, retain, 2, "dsg") == [30, 17]  # feature 0 is too weak
     with pytest.raises(UserError, match="leaves only 2"):
-        picking.pick_features(forget, retain, 3, "dsg")
+        common.pick_features(forget, retain, 3, "dsg")
 
 
 def test_dsg_squares_the_mean_activation():
     forget, retain = rates([5] * 3, 10, [3.0, 2.0, 1.0]), rates([5] * 3, 20, [2.0, 1.0, 4.0])
     # ratios (0.3/0.1)^2 = 9, (0.2/0.05)^2 = 16, (0.1/0.2)^2 = 0.25: only feature 1 is in the top 5 per cent
-    assert picking.pick_features(forget, retain, 1, "dsg") == [1]
+    assert common.pick_features(forget, retain, 1, "dsg") == [1]
 
 
 @pytest.mark.parametrize("rule", ["ratio", "retain-threshold"])
 def test_ties_go_to_the_lower_index_and_dead_features_are_never_picked(rule):
     forget, retain = rates([0, *[7] * 60, 0], 100), rates([0] * 62, 100)
-    assert picking.pick_features(forget, retain, 60, rule) == list(range(1, 61))
+    assert common.pick_features(forget, retain, 60, rule) == list(range(1, 61))
     with pytest.raises(UserError):
-        picking.pick_features(forget, retain, 61, rule)
+        common.pick_features(forget, retain, 61, rule)
 
 
 def test_unknown_rule_is_refused():
     with pytest.raises(UserError, match="nonsense"):
-        picking.pick_features(FORGET, RETAIN, 1, "nonsense")
+        common.pick_features(FORGET, RETAIN, 1, "nonsense")
 
 
 def test_matched_random():
@@ -631,7 +631,7 @@ def broken(sae):
 
 def test_sanity_gate_passes_a_fitting_sae(model, tmp_path, capsys):
     sae = common.load_sae(str(write_sae(tmp_path, "x", spoil=perfect, l0=31.0)), 1, model)
-    found = picking.sanity_gate(model, sae, some_windows(model))
+    found = hub.sanity_gate(model, sae, some_windows(model))
     assert found["l0"] == pytest.approx(32, abs=0.1) and found["variance_explained"] > 0.999
     assert found["promised_l0"] == 31.0
     assert found["n_tokens"] == sum(int(ordinary(model, torch.tensor(row)).sum()) for row in some_windows(model))
@@ -642,8 +642,8 @@ def test_sanity_gate_passes_a_fitting_sae(model, tmp_path, capsys):
 def test_sanity_gate_stops_a_broken_sae(gemma, tmp_path, spoil, promised):
     sae = common.load_sae(str(write_sae(tmp_path, "gemma2", spoil=spoil, l0=promised)), 1, gemma)
     with pytest.raises(UserError, match="does not fit"):
-        picking.sanity_gate(gemma, sae, some_windows(gemma))
-    assert picking.sanity_gate(gemma, sae, some_windows(gemma), insist=False)["n_tokens"] > 50
+        hub.sanity_gate(gemma, sae, some_windows(gemma))
+    assert hub.sanity_gate(gemma, sae, some_windows(gemma), insist=False)["n_tokens"] > 50
 
 
 def lopsided(sae):
@@ -660,8 +660,8 @@ def too_large(sae):
 def gate_on(monkeypatch, sae, h):
     """The gate on a residual stream h (n, 32) that comes in windows of 100, longest, if any, first."""
     chunks = [(part, None) for part in h.split(100)]
-    monkeypatch.setattr(picking, "residuals", lambda *args, **kwargs: chunks)
-    return picking.sanity_gate(None, sae, [[0] * len(part) for part, _ in chunks])
+    monkeypatch.setattr(edits, "residuals", lambda *args, **kwargs: chunks)
+    return hub.sanity_gate(None, sae, [[0] * len(part) for part, _ in chunks])
 
 
 def test_a_few_sink_tokens_do_not_decide_the_variance_explained(gemma, make_sae, monkeypatch, capsys):
@@ -692,9 +692,9 @@ def test_a_residual_stream_that_is_not_finite_passes_no_gate(gemma, make_sae, mo
     h = torch.randn(300, 32)
     h[120, 5] = value
     chunks = [(part, None) for part in h.split(100)]
-    monkeypatch.setattr(picking, "residuals", lambda *args, **kwargs: chunks)
+    monkeypatch.setattr(edits, "residuals", lambda *args, **kwargs: chunks)
     with pytest.raises(UserError, match="not finite"):
-        picking.sanity_gate(None, make_sae(gemma, spoil=lopsided), [[0] * 100] * 3, insist=False)
+        hub.sanity_gate(None, make_sae(gemma, spoil=lopsided), [[0] * 100] * 3, insist=False)
 
 
 def test_sanity_gate_stops_a_sae_read_with_the_wrong_architecture(gemma, tmp_path):
@@ -707,7 +707,7 @@ def test_sanity_gate_stops_a_sae_read_with_the_wrong_architecture(gemma, tmp_pat
     except UserError:  # SAELens may already refuse the unknown weight
         return
     with pytest.raises(UserError, match="does not fit"):
-        picking.sanity_gate(gemma, sae, some_windows(gemma))
+        hub.sanity_gate(gemma, sae, some_windows(gemma))
 
 
 def test_offline_loading(model_folder, monkeypatch):
@@ -840,7 +840,7 @@ def test_sae_file_that_cannot_be_read_is_refused_in_a_line(gemma, tmp_path, chan
 @pytest.mark.parametrize("flags", [dict(clamp=math.nan), dict(clamp=-math.inf), dict(clamp=[-1.0, math.nan])])
 def test_a_flag_that_is_not_finite_is_refused(flags):
     with pytest.raises(UserError, match=r"--clamp .*: a finite number is wanted"):
-        common.settings(common.parser("a script"), flags)
+        settings(parser("a script"), flags)
 
 
 # ------------------------------------------------------------------------- is the bridge its own model
@@ -860,12 +860,12 @@ def test_a_family_that_transformerlens_cannot_run_is_refused_in_a_line(model_fol
 
 
 def test_alike_allows_rounding_in_the_models_dtype_and_no_more(half_model):
-    plain, ids = half_model.original_model, common.random_ids(half_model.original_model)
-    wanted = common.log_probs(plain, ids)
+    plain, ids = half_model.original_model, edits.random_ids(half_model.original_model)
+    wanted = edits.log_probs(plain, ids)
     noise = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
-    assert common.alike(wanted + 0.01 * noise, wanted, plain, lambda: common.log_probs(plain, ids))
-    assert not common.alike(wanted + noise, wanted, plain, lambda: common.log_probs(plain, ids))
-    assert torch.equal(common.log_probs(plain, ids), wanted)  # the roundings are gone again
+    assert edits.alike(wanted + 0.01 * noise, wanted, plain, lambda: edits.log_probs(plain, ids))
+    assert not edits.alike(wanted + noise, wanted, plain, lambda: edits.log_probs(plain, ids))
+    assert torch.equal(edits.log_probs(plain, ids), wanted)  # the roundings are gone again
 
 
 # ------------------------------------------------------------------------------------ the first token
@@ -891,7 +891,7 @@ def test_a_sequences_first_token_is_neither_counted_nor_edited(wordy, make_sae):
         found = next_layer_input(wordy, ids)
     kept = torch.tensor([[False, True, True, True, True], [False, True, False, True, True]])
     assert torch.equal((found != h).any(-1), kept)
-    counted = picking.firing_rates(wordy, sae, ids.tolist())
+    counted = common.firing_rates(wordy, sae, ids.tolist())
     assert counted.n_tokens == 7 and torch.equal(counted.fires, (sae.encode(h)[kept] > 0).sum(0))
 
 

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import data
+from common import Rates, largest
 from data import UserError
-from picking import Rates, largest
 
 
 def line(**changes):

@@ -6,7 +6,8 @@ from conftest import some_ids
 from two_devices import two_devices
 
 import common
-import picking
+import hub
+from data import UserError
 from edits import edit_of
 from evaluation import score_letters, score_loss, standard_rows
 from show import top_tokens
@@ -40,14 +41,14 @@ def test_the_pretence_is_strict():
 def everything(model, sae) -> dict:
     """What the lessons compute of a model, as numbers on the CPU."""
     windows = some_ids(model, (6, 20)).tolist()
-    rates = picking.firing_rates(model, sae, windows)
+    rates = common.firing_rates(model, sae, windows)
     rows = [*standard_rows(sae, FEATURES, [2, 4], -30.0), edit_of("sae-ablation", sae, features=[3], clamp=-5.0)]
     prompts = [[2, *range(5, 17), 30 + i] for i in range(5)]  # twelve tokens in common: a stage of their own
     with common.ablate(model, sae, FEATURES, -30.0):
         logits = model(some_ids(model).to(model.cfg.device))
     return {
         "fires": rates.fires,
-        "sanity": picking.sanity_gate(model, sae, windows, insist=False),
+        "sanity": hub.sanity_gate(model, sae, windows, insist=False),
         "letters": score_letters(model, prompts, [5, 6, 7, 8], rows),
         "loss": score_loss(model, windows, rows)[0],
         "logits": logits.cpu(),
@@ -78,5 +79,5 @@ def test_a_model_on_two_devices_gives_what_it_gives_on_one(family, layer, get_mo
 def test_an_automatic_device_map_needs_neither_a_device_nor_a_gpu(model_folder):
     folder = str(model_folder("gemma2"))
     assert common.load_model(folder, device_map="auto").cfg.device
-    with pytest.raises(common.UserError, match="--device-map spreads"):
+    with pytest.raises(UserError, match="--device-map spreads"):
         common.load_model(folder, "cpu", device_map="auto")

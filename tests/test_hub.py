@@ -26,7 +26,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 import common
 import edits
 import hub as hub_of_project
-from data import special_ids
+from data import UserError, special_ids
 
 ROOT = Path(__file__).resolve().parent.parent
 SAEBENCH = ["high_school_us_history", "college_computer_science", "high_school_geography", "human_aging"]
@@ -313,7 +313,7 @@ def test_a_download_is_announced_once(hub, tmp_path):
 def test_a_full_disk_is_noticed_before_the_download(monkeypatch):
     monkeypatch.setattr(hub_of_project, "weights_in", lambda repo, folder: [("model.safetensors", 5 * 10**9)])
     monkeypatch.setattr(hub_of_project.shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 10**9))
-    with pytest.raises(common.UserError, match=r"some/model needs 5\.0 GB of disk.* has 3\.0 GB.*HF_HOME"):
+    with pytest.raises(UserError, match=r"some/model needs 5\.0 GB of disk.* has 3\.0 GB.*HF_HOME"):
         hub_of_project.announce("some/model")
 
 
@@ -478,7 +478,16 @@ def test_an_edit_with_gemma_scope_is_saelens_attached_sae_with_its_error_term(ge
 def test_presets_have_an_sae_for_every_layer():
     table = get_pretrained_saes_directory()
     layers = {"gemma-2-2b-it": 26, "gemma-3-1b-it": 26, "gemma-3-4b-it": 34, "gpt2": 12}
-    assert set(layers) | {"tiny"} == set(common.PRESETS)
+    assert set(layers) | {"tiny"} == set(hub_of_project.PRESETS)
     for name, n in layers.items():
-        release, sae_id = common.PRESETS[name].sae.split(":", 1)
+        release, sae_id = hub_of_project.PRESETS[name].sae.split(":", 1)
         assert all(sae_id.format(layer=layer) in table[release].saes_map for layer in range(n))
+
+
+def test_the_table_of_saes_is_saelenss():
+    """Read release by release, without the seconds that SAELens takes to import and read it."""
+    table = get_pretrained_saes_directory()
+    assert len(table) > 100 and hub_of_project.release_of("no-such-release") is None
+    for name, entry in table.items():
+        ours = hub_of_project.release_of(name)
+        assert (ours.repo_id, ours.saes_map, ours.expected_l0) == (entry.repo_id, entry.saes_map, entry.expected_l0)

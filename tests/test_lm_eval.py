@@ -35,15 +35,13 @@ import feature_ablate_2
 import lm_eval_ablated
 import lm_eval_model
 import pareto
-from common import load_model, load_sae
+from common import firing_rates, load_model, load_sae
 from data import LETTERS, UserError, encode_prompts, halves, prompt, special_ids
 from edits import NONE, Edit, decoder_layers, edit_of
 from evaluation import score_letters, score_loss
+from flags import GRIDS
 from hub import identity
-from lm_eval_ablated import by_question
-from lm_eval_model import AblatedLM, Scored, Spread
-from methods import GRIDS
-from picking import firing_rates
+from lm_eval_model import AblatedLM, Scored, Spread, by_question
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
@@ -793,11 +791,11 @@ def test_means_are_compared_in_pairs():
         return {"metrics": ["f1"], "f1": value, "doc": {}, "doc_id": 0, "filtered_resps": ["text"]}
 
     runs = [[row(v) for v in (0.5, 0.25, 1.0)], [row(v) for v in (0.25, 0.25, 0.5)]]
-    clean, ablated = lm_eval_ablated.scores_of(runs, None, 0)
+    clean, ablated = lm_eval_model.scores_of(runs, None, 0)
     assert clean["mean"] == pytest.approx(1.75 / 3) and ablated["change"] == pytest.approx(-0.25)
     assert ablated["change_low"] <= -0.25 <= ablated["change_high"]
     assert np.array_equal(by_question(runs[1])["value"], [0.25, 0.25, 0.5])
-    assert lm_eval_ablated.scores_of([[{**row(1.0), "f1": (1.0, 2)}]], None, 0) == [None]
+    assert lm_eval_model.scores_of([[{**row(1.0), "f1": (1.0, 2)}]], None, 0) == [None]
 
 
 # ----------------------------------------------------------------------- the commands that we tell users

@@ -20,8 +20,9 @@ import baselines
 import evaluation
 import pareto
 import show
-from common import command_line, load_model, load_sae
+from common import load_model, load_sae
 from data import UserError
+from flags import command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import accelerate.utils
 import pytest
 import torch
 
@@ -139,7 +140,7 @@ def test_a_lost_process_is_told_as_that(monkeypatch):
 
     monkeypatch.setattr(processes, "count", lambda: 2)
     for name in ("reduce", "broadcast_object_list", "gather_object"):
-        monkeypatch.setattr(processes, name, gone)
+        monkeypatch.setattr(accelerate.utils, name, gone)
     for call in (
         lambda: processes.total(torch.ones(1)),
         lambda: processes.from_first(1),

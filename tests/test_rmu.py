@@ -13,6 +13,7 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
+import data
 import edits
 import evaluation
 import rmu
@@ -146,7 +147,7 @@ def test_the_control_vector_is_seeded_positive_and_of_length_1():
 @pytest.fixture(scope="module", autouse=True)
 def little_text():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rmu, "RETAIN_TOKENS", 5000)
+        patch.setattr(data, "RETAIN_TOKENS", 5000)
         patch.setattr(evaluation, "SCORED_TOKENS", 1000)
         yield
 

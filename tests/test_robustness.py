@@ -15,6 +15,7 @@ import common
 import edits
 import robustness
 from data import LETTERS, UserError, prompt
+from flags import settings
 from hub import check_same, identity
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
@@ -102,7 +103,7 @@ def test_identity_is_content_whatever_the_path_and_the_time_say(tmp_path, name):
 
 
 def test_a_repositorys_identity_is_its_commit(monkeypatch, tmp_path):
-    monkeypatch.setattr("hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     refs = tmp_path / "models--google--gemma-scope-2b-pt-res/refs"
     refs.mkdir(parents=True)
     (refs / "main").write_text("abc")
@@ -121,7 +122,7 @@ def test_a_record_of_what_has_been_trained_again_is_not_taken_up(monkeypatch, tm
     flags = dict(method="clamp", limit=6, layer=3, sae=str(folder))
     record = baselines.run(**flags, out=str(path))
     assert record["identity"] == {"model": identity(str(TINY / "model")), "sae": identity(str(folder))}
-    s, sources = common.settings(baselines.flags, flags), record["data"]
+    s, sources = settings(baselines.flags, flags), record["data"]
     assert baselines.is_there(path, "clamp", s, sources)
     check_same(str(path), record, "sae", str(folder))
     weights = folder / "sae_weights.safetensors"

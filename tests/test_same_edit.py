@@ -9,15 +9,17 @@ import torch
 
 import baselines
 import common
+import data
 import evaluation
 import feature_ablate_2
 import lm_eval_ablated
 import methods
 import pareto
 import robustness
-from common import load_model, load_sae, settings
+from common import load_model, load_sae
 from data import load_benchmark
 from edits import layer_of
+from flags import settings
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 N, CLAMP = 10, -160.0
@@ -83,7 +85,7 @@ def test_lm_eval(renamed, tmp_path):
 
 def test_what_reads_the_stream_reads_it_there_too(renamed, monkeypatch):
     """DSG's gate, CRISP's layers, and the layers from which a direction is taken out."""
-    monkeypatch.setattr(methods, "RETAIN_TOKENS", 3000)
+    monkeypatch.setattr(data, "RETAIN_TOKENS", 3000)
     s, lm = settings(baselines.flags, dict(sae=renamed, layer=4, limit=6)), load_model("tiny")
     texts = load_benchmark(s)[0]
     texts["retain"] = [part[:30] for part in texts["retain"]]

@@ -1,5 +1,6 @@
 """The three lessons as a user meets them: defaults, bad input, notebooks, the same numbers every time."""
 
+import ast
 import json
 import os
 import runpy
@@ -179,6 +180,46 @@ def test_the_notebook_form_runs_to_the_end(script, tmp_path, monkeypatch):
         notebook.cells[-1].source = "record = run(limit=8)"
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert list((tmp_path / "results").glob("*.json"))
+
+
+# Each module imports of lines above its own, and of its own line; of the last line, the scripts, none another
+HOUSE = [["processes"], ["data"], ["edits", "hub"], ["flags", "common"], ["evaluation"],
+         ["methods", "training", "show"], ["lm_eval_model"],
+         [script.removesuffix(".py") for script in SCRIPTS]]  # fmt: skip
+
+
+def imported(source: str) -> set[str]:
+    """Modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found
+
+
+def test_imports_go_one_way():
+    ours = [name for line in HOUSE for name in line]
+    assert sorted(ours) == sorted(path.stem for path in ROOT.glob("*.py"))
+    below = set()
+    for line in HOUSE:
+        for name in line:
+            allowed = below | (set() if line is HOUSE[-1] else set(line))  # no script imports another
+            assert (imported((ROOT / f"{name}.py").read_text()) & set(ours)) - {name} <= allowed, name
+        below |= set(line)
+
+
+def test_flags_answer_before_the_slow_imports():
+    """Nothing that --help and --list need takes long to import: no torch, no SAELens, no transformers."""
+    slow = "torch", "sae_lens", "transformers", "transformer_lens", "datasets", "accelerate", "matplotlib", "lm_eval"
+    code = f"import sys, flags; flags.listed(); print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr
+    for script in SCRIPTS:
+        source = (ROOT / script).read_text()
+        before = source[: source.index("answered(flags, __name__)")]
+        assert imported(before) <= {"argparse", "pathlib", "data", "flags"}, script
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -12,12 +12,11 @@ import torch
 from conftest import some_ids
 
 import common
-import picking
 import show
 import train_sae
-from common import command_line, parser, settings
 from data import UserError
 from edits import NONE, Edit
+from flags import command_line, parser, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,8 +106,8 @@ def test_a_consoles_arguments_are_not_ours(monkeypatch, console):
 
 
 def test_a_console_that_lacks_a_character_is_no_traceback():
-    code = "import sys; sys.argv = ['x']; import common; common.command_line(lambda **_: print('\u2581\u4e2d'), "
-    code += "common.parser(''))"
+    code = "import sys; sys.argv = ['x']; import flags; flags.command_line(lambda **_: print('\u2581\u4e2d'), "
+    code += "flags.parser(''))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout.strip()) == (0, "\\u2581\\u4e2d"), done.stderr[-500:]
@@ -117,7 +116,7 @@ def test_a_console_that_lacks_a_character_is_no_traceback():
 def test_sums_need_no_doubles_where_the_device_has_none(monkeypatch, gemma, gemma_sae):
     """`summed` is asked for fp32 there; rates are the same to what fp32 holds of a batch's sum."""
     windows = some_ids(gemma).tolist()
-    usual = picking.firing_rates(gemma, gemma_sae, windows)
+    usual = common.firing_rates(gemma, gemma_sae, windows)
     asked = []
 
     class OnApple:
@@ -128,9 +127,9 @@ def test_sums_need_no_doubles_where_the_device_has_none(monkeypatch, gemma, gemm
             asked.append(dtype)
             return self.x.sum(dim, dtype=dtype)
 
-    real = picking.summed
-    monkeypatch.setattr(picking, "summed", lambda x: real(OnApple(x)))
-    again = picking.firing_rates(gemma, gemma_sae, windows)
+    real = common.summed
+    monkeypatch.setattr(common, "summed", lambda x: real(OnApple(x)))
+    again = common.firing_rates(gemma, gemma_sae, windows)
     assert set(asked) == {torch.float32} and torch.equal(usual.fires, again.fires)
     torch.testing.assert_close(usual.total, again.total, rtol=1e-5, atol=1e-5)
     assert usual.total.dtype == again.total.dtype == torch.float64
@@ -139,7 +138,7 @@ def test_sums_need_no_doubles_where_the_device_has_none(monkeypatch, gemma, gemm
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (dict(seed=-1), "--seed -1: 0 or more"),
+        (dict(seed=-1), "--seed -1: at least 0"),
         (dict(subjects=""), "--subjects: nothing is given"),
         (dict(clamp=float("nan")), "--clamp nan"),
     ],
@@ -177,4 +176,4 @@ def test_paths_lead_to_the_same_from_any_folder(monkeypatch, tmp_path):
     s = settings(parser("a script"), {"data": "mine", "sae": "mine"})
     assert (s.data, s.sae, s.model) == (str(tmp_path / "mine"), str(tmp_path / "mine"), "tiny")
     assert Path(train_sae.flags.get_default("text")).is_file()
-    assert common.parser("").get_default("out") is None
+    assert parser("").get_default("out") is None

@@ -1,0 +1,169 @@
+"""
+The shared command line: flags, the settings they come to, the grids that methods are tuned by, and how a run ends.
+
+Nothing here takes long to import: a script reads its flags before it imports the rest, so --help answers at once.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import sys
+from pathlib import Path
+
+from data import UserError, check_folder
+from hub import PRESETS, listed
+from processes import LostProcess, one_voice
+
+
+def grid(**axes) -> list[dict]:
+    """Every combination of the axes' values."""
+    return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+
+
+MANY = (5, 10, 20, 50, 100, 200, 300, 400)
+GRIDS = {
+    "zero-ablation": grid(n_features=MANY),
+    "mean-ablation": grid(n_features=MANY),
+    "clamp": grid(n_features=(10, 20), clamp=(0.25, 0.5, 1, 2)),  # SAEBench: -25 to -200
+    "random-features": grid(n_features=(10, 20), clamp=(0.25, 0.5, 1, 2)),
+    "conditional-clamp": grid(n_features=(10, 20), clamp=(1, 2), threshold=(0.25, 0.5)),  # of the mean activation
+    "refusal-clamp": grid(n_features=(10, 20), refusal=(0.2, 0.5, 1, 2)),
+    "dsg": grid(n_features=(20, 50), clamp=(0.0625, 0.125, 0.25, 1)),  # its release: 20 to 200 features at -500
+    "diff-in-means": grid(strength=(0.5, 1, 1.5, 2), behind=(False, True)),  # at --layer, or at all layers from it on
+}
+# What a single setting has where nothing else is said
+USUAL = {"clamp": 1, "threshold": 0.25, "refusal": 1, "strength": 1, "behind": False}
+BY_FEATURES = [name for name in GRIDS if name != "diff-in-means"]
+NEEDS_A_LATENT = "refusal-clamp"  # one that is active when the model declines; tiny never does
+
+
+class ListPresets(argparse.Action):
+    def __call__(self, parser, *_):
+        print(listed())
+        parser.exit()
+
+
+def parser(doc: str, without: tuple[str, ...] = ()) -> argparse.ArgumentParser:
+    """The flags that every script has, but for those `without`; a script adds its own, or one in place of ours."""
+    shape = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=doc, formatter_class=shape, allow_abbrev=False, conflict_handler="resolve")
+
+    def add(name, **options):
+        if name not in without:
+            p.add_argument(name, **options)
+
+    add("--model", default="tiny", help=f"preset ({', '.join(PRESETS)}), hub id or folder (default: %(default)s)")
+    add("--list", nargs=0, action=ListPresets, default=argparse.SUPPRESS,
+        help="show the presets with the layers, widths and L0s of their SAEs")  # fmt: skip
+    add("--sae", help="RELEASE:ID of SAELens's table, or a folder (default: the preset's SAE of --layer)")
+    add("--layer", type=int, default=7, help="layer of the SAE; tiny has 3, 5, 7, 9 (default: %(default)s)")
+    add("--n-features", type=int, default=50, help="how many features to ablate (default: %(default)s)")
+    add("--clamp", type=float, help="negative value that active features are set to (default: the preset's)")
+    add("--pick", default="ratio", help="rule: ratio, retain-threshold or dsg (default: %(default)s)")
+    add("--pick-on", default="half", choices=["half", "all"], help="half: pick on one half of the WMDP-Bio questions "
+        "and score the other; all: pick and score on all, the old leaky number (default: %(default)s)")  # fmt: skip
+    add("--pick-text", default="prompt", choices=["prompt", "prose"], help="prompt: pick on the questions as they are "
+        "asked, and a feature must be rare in MMLU's development questions too; prose: on question and answer without "
+        "the template, against Wikitext alone, which picks features of any quiz (default: %(default)s)")  # fmt: skip
+    add("--data", help="folder with any of wmdp_bio, mmlu, mmlu_dev, wikitext, openwebtext, forget_corpus .jsonl")
+    add("--forget-corpus", metavar="FILE", help="your copy of the WMDP-Bio forget corpus, JSONL with a text in each "
+        "line, or its hub id: picked and trained on in the questions' place")  # fmt: skip
+    add("--context", type=int, default=128, help="tokens of a text that rates are counted on at a time; SAEBench and "
+        "Farrell et al.: 1024 (default: %(default)s)")  # fmt: skip
+    add("--edit-special", default="never", choices=["never", "all-but-bos"], help="special tokens, chat markers among "
+        "them, are never edited, or as in SAEBench all are but the first token (default: %(default)s)")  # fmt: skip
+    add("--skip-long", action="store_true", help="leave out, and count, questions longer than the model's positions")
+    add("--limit", type=int, help="score only that many questions (a seeded sample) or documents of each data set")
+    add("--batch-size", type=int, default=16, help="prompts per pass; changes memory, not results (default: 16)")
+    add("--max-rows", type=int, default=64, help="edited copies per pass; changes memory, not results (default: 64)")
+    add("--seed", type=int, default=0, help="seed of split, control features and bootstrap (default: %(default)s)")
+    add("--device", help="cuda, cuda:1, mps or cpu (default: cuda if there is one; accelerate launch decides "
+        "for each process)")  # fmt: skip
+    add("--device-map", choices=["auto", "balanced", "sequential"], help="spread a model that is larger than one GPU "
+        "over all of them")  # fmt: skip
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model; SAEs stay in float32")
+    add("--no-sanity", action="store_true", help="go on even if the SAE does not fit the model")
+    add("--out", help="record file; figures get the same name (default: results/<script>_<settings>.json)")
+    return p
+
+
+def quiz_flags(p: argparse.ArgumentParser, subjects: str = "SAEBench's four where they are, else all") -> None:
+    """The flags of scripts that score quizzes: how they are asked, and which questions are."""
+    p.add_argument("--prompt", default="plain", choices=["plain", "chat", "saebench"], help="lm-eval's template; in a "
+                   "chat turn; or SAEBench's chat turn, answered after 'Answer: ('")  # fmt: skip
+    p.add_argument("--robust", action="store_true", help="score only questions right under all 24 orders of options")
+    p.add_argument("--subjects", help=f"MMLU subjects, comma-separated (default: {subjects})")
+
+
+def latent_flags(p: argparse.ArgumentParser) -> None:
+    """The flags of scripts that run refusal-clamp."""
+    p.add_argument("--refusal-latent", type=int, help="for refusal-clamp: a latent active when the model declines")
+    p.add_argument("--refusal-value", type=float, default=-500.0, help="what it is set to (default: %(default)s)")
+
+
+def answered(p: argparse.ArgumentParser, name: str) -> None:
+    """Answer --help and --list of a script that runs as `name`, before it imports what takes seconds."""
+    if name == "__main__" and {"-h", "--help", "--list"} & set(sys.argv[1:]):
+        p.parse_args()
+
+
+def settings(p: argparse.ArgumentParser, flags: dict) -> argparse.Namespace:
+    """The parser's defaults with `flags` over them, for `run(layer=3)` in a notebook; TypeError for unknown ones."""
+    known = vars(p.parse_args([]))
+    if unknown := set(flags) - set(known):
+        raise TypeError(f"no such setting: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    s = argparse.Namespace(**{**known, **flags})
+    refuse_bad_numbers(s)
+    # it would be taken for a flag that is not there
+    if empty := [name for name, value in vars(s).items() if value in ("", []) and value != known[name]]:
+        raise UserError(f"--{empty[0].replace('_', '-')}: nothing is given; leave it out, or say what")
+    # from whatever folder a record is read, it must lead to them
+    for name in ("model", "sae", "data", "forget_corpus"):
+        if (place := getattr(s, name, None)) and place not in PRESETS and Path(place).exists():
+            setattr(s, name, os.path.abspath(place))
+    check_folder(getattr(s, "data", None))
+    if NEEDS_A_LATENT in (getattr(s, "method", None) or ()) and s.refusal_latent is None:
+        raise UserError("refusal-clamp needs --refusal-latent, a latent that is active when the model declines")
+    if "clamp" not in known:
+        return s
+    if s.clamp is None:
+        s.clamp = PRESETS[s.model].clamp if s.model in PRESETS else -100.0
+    if not isinstance(s.clamp, list) and s.clamp >= 0:
+        raise UserError(f"--clamp {s.clamp:g}: a negative number; zero ablation has a row of its own")
+    return s
+
+
+def refuse_bad_numbers(s: argparse.Namespace) -> None:
+    """Raises UserError if a number of the settings, or one in a list of them, is NaN, infinite, or too small."""
+    least = {"seed": 0, "n_features": 1, "batch_size": 1, "max_rows": 1, "limit": 1, "context": 1}
+    for name, value in vars(s).items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            flag = f"--{name.replace('_', '-')} {number}"
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{flag}: a finite number is wanted")
+            if name in least and isinstance(number, int) and number < least[name]:
+                raise UserError(f"{flag}: at least {least[name]}")
+
+
+def command_line(run, p: argparse.ArgumentParser) -> None:
+    """Call run(**flags); a user's mistake ends in one line and exit code 2, Ctrl-C in 130, a lost process in 1.
+
+    In a notebook or a console of PyCharm sys.argv is not ours, and the defaults are taken.
+    """
+
+    def mistake(message):
+        raise UserError(f"{message} (see --help)")
+
+    p.error = mistake
+    with one_voice() as say:
+        try:
+            others = any(name in sys.argv[0] for name in ("kernel_launcher", "pydevconsole"))
+            flags = p.parse_args([] if others else None)
+            run(**vars(flags))
+        except (UserError, LostProcess) as error:
+            say(f"error: {error}")
+            sys.exit(2 if isinstance(error, UserError) else 1)
+        except KeyboardInterrupt as stop:
+            print(f"\nstopped: {str(stop) or 'nothing was written'}", file=sys.stderr)
+            sys.exit(130)
