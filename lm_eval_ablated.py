@@ -94,18 +94,7 @@ from lm_eval.utils import make_table
 
 import processes
 import show
-from data import (
-    HERE,
-    RETAIN_TOKENS,
-    UserError,
-    digest,
-    first_line,
-    halves,
-    load_rows,
-    picking_texts,
-    sample,
-    token_windows,
-)
+from data import HERE, UserError, digest, first_line, halves, load_rows, picking_texts, picking_windows, sample
 from edits import NONE, Edit
 from evaluation import PERMUTATIONS, of_features
 from hub import check_same, model_source, sanity_gate
@@ -370,7 +359,7 @@ def prepare(lm: AblatedLM, s, point: dict | None, sources: dict) -> tuple[Edit, 
         measured = measure(view, s.layer, saes.get(s.layer), forget, retain, s.clamp, s)
         edit = picked(measured, s)
         return edit, {s.layer: measured.sanity} if measured.sanity else {}, saes
-    windows = token_windows(lm.tokenizer, retain[0], s.context, RETAIN_TOKENS)[0]
+    _, (windows, *_) = picking_windows(lm.tokenizer, forget, retain, s)
     sanity = {number: sanity_gate(view, sae, windows, not s.no_sanity) for number, sae in saes.items()}
     return edit_from(point, saes), sanity, saes
 

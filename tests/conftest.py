@@ -58,6 +58,9 @@ from transformers import (
 )
 
 import common
+import data
+import evaluation
+import training
 
 FAMILIES = ("gemma2", "gemma3", "llama", "qwen3", "gpt2", "gpt_neox")
 KINDS = ("standard", "jumprelu", "gated", "topk", "topk_rescaled", "batchtopk")
@@ -155,6 +158,16 @@ def random_model(family: str, vocab_size: int):
     if family == "gpt_neox":
         return GPTNeoXForCausalLM(GPTNeoXConfig(**ids, **std, **sizes))
     return AutoModelForCausalLM.from_config(other_config(family, **ids))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def little_text():
+    """Few tokens of Wikitext and OpenWebText, for rates, training and loss; processes of their own see all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "RETAIN_TOKENS", 3000)
+        patch.setattr(training, "RETAIN_TOKENS", 3000)
+        patch.setattr(evaluation, "SCORED_TOKENS", 1000)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import baselines
-import data
 import evaluation
 import methods
 import pareto
@@ -215,9 +214,6 @@ def test_crisp_adapts_attention_and_mlp_of_its_layers_only(model_folder, family)
 @pytest.fixture
 def two_settings(monkeypatch):
     """Two settings a method, short training, little text."""
-    monkeypatch.setattr(data, "RETAIN_TOKENS", 3000)
-    monkeypatch.setattr(training, "RETAIN_TOKENS", 3000)
-    monkeypatch.setattr(evaluation, "SCORED_TOKENS", 1000)
     for grids in (baselines.GRIDS, baselines.TRAINED):
         for method, grid in grids.items():
             monkeypatch.setitem(grids, method, grid[:2])

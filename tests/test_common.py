@@ -959,6 +959,7 @@ print(after - before, torch.nn.utils.parameters_to_vector(model.original_model.p
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells how much memory is a process's own")
+@pytest.mark.slow
 def test_a_bfloat16_model_is_loaded_without_a_copy_of_it(tokenizer, tmp_path):
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=1024, intermediate_size=4096, num_hidden_layers=4,
                          num_attention_heads=8, num_key_value_heads=8, bos_token_id=2, eos_token_id=1)  # fmt: skip

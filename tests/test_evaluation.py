@@ -141,7 +141,7 @@ def test_loss_in_one_pass_equals_one_run_per_ablation(model, sae):
         torch.testing.assert_close(again / targets, nats / targets, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("shared", [9, 13])
+@pytest.mark.parametrize("shared", [9, pytest.param(13, marks=pytest.mark.slow)])
 def test_what_all_prompts_begin_with_is_run_once(model, sae, shared):
     """Longer than the sliding window, with special tokens and edited ones inside."""
     rows = [row[: 15 + 2 * k] for k, row in enumerate(some_ids(model, (8, 30), seed=5).tolist())]

@@ -253,7 +253,8 @@ def first_run(online, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=[pytest.mark.slow] * (f != "gpt2")) for f in FAMILIES])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_script_runs_to_the_end(first_run, family):
     for script in SCRIPTS:
         printed, record = first_run(family, script)
@@ -264,9 +265,10 @@ def test_every_script_runs_to_the_end(first_run, family):
         assert "stand-in" not in printed
 
 
-def test_a_second_run_needs_no_network(first_run, hub, home, tmp_path):
+@pytest.mark.parametrize("families", [["gpt2"], pytest.param([*FAMILIES], marks=pytest.mark.slow)])
+def test_a_second_run_needs_no_network(first_run, hub, home, tmp_path, families):
     """All that lesson 2 loads for each family, and the first documents of OpenWebText, which are streamed once."""
-    runs = [(family, "feature_ablate_2.py", "%") for family in FAMILIES]
+    runs = [(family, "feature_ablate_2.py", "%") for family in families]
     runs.append(("gemma-3-1b-it", "feature_ablate_3.py", "["))
     printed = [first_run(family, script)[0] for family, script, _ in runs]
     found = first_run("gemma-3-1b-it", "feature_ablate_3.py")[1]["data"]["openwebtext"]
@@ -282,31 +284,34 @@ def test_a_second_run_needs_no_network(first_run, hub, home, tmp_path):
     assert len(hub.asked) == asked
 
 
-def test_where_openwebtext_fails_its_sample_serves(hub, tmp_path):
-    worker = Worker(tmp_path, hub.address)
+@pytest.fixture(scope="module")
+def lost(hub, tmp_path_factory):
+    """A fresh cache, and a hub that has lost OpenWebText: two runs of lesson 3, and where."""
+    folder = tmp_path_factory.mktemp("fresh")
+    worker, flags = Worker(folder, hub.address), flags_of("gemma-3-1b-it", "feature_ablate_3.py", folder)
     hub.lost.add("Skylion007/openwebtext")
-    try:
-        code, _, errors = worker("feature_ablate_3.py", *flags_of("gemma-3-1b-it", "feature_ablate_3.py", tmp_path))
-    finally:
-        hub.lost.clear()
-        worker.process.kill()
+    runs = [worker("feature_ablate_3.py", *flags) for _ in range(2)]
+    hub.lost.clear()
+    worker.process.kill()
+    return runs, folder
+
+
+def test_where_openwebtext_fails_its_sample_serves(lost):
+    ((code, _, errors), _), folder = lost
     assert code == 0, errors[-2000:]
     assert "data: openwebtext is 20 rows of stas/openwebtext-10k train, as Skylion007/openwebtext failed: " in errors
-    record = json.loads((tmp_path / "r.json").read_text())
+    record = json.loads((folder / "r.json").read_text())
     assert record["data"]["openwebtext"]["source"] == "stas/openwebtext-10k train"
 
 
-def test_a_download_is_announced_once(hub, tmp_path):
-    worker = Worker(tmp_path, hub.address)
-    flags = flags_of("gemma-3-1b-it", "feature_ablate_3.py", tmp_path)
-    said = [[line for line in worker("feature_ablate_3.py", *flags)[2].splitlines() if line.startswith("download: ")]
-            for _ in range(2)]  # fmt: skip
-    worker.process.kill()
+def test_a_download_is_announced_once(lost, hub):
+    runs, folder = lost
+    said = [[line for line in errors.splitlines() if line.startswith("download: ")] for _, _, errors in runs]
     size = sum(file.stat().st_size for file in (hub.root / "models/google/gemma-3-1b-it").glob("*.safetensors"))
     assert [line.split(",")[0] for line in said[0]] == [
         "download: google/gemma-3-1b-it", "download: google/gemma-scope-2-1b-it"
     ]  # fmt: skip
-    assert f"{size / 1e6:.1f} MB to {tmp_path}" in said[0][0] and " free)" in said[0][0]
+    assert f"{size / 1e6:.1f} MB to {folder}" in said[0][0] and " free)" in said[0][0]
     assert not said[1]
 
 
@@ -355,7 +360,8 @@ def fails(worker: Worker, *flags, **env) -> str:
     return said[0]
 
 
-def test_each_failure_has_one_line_and_leaves_the_cache_usable(hub, tmp_path):
+@pytest.mark.parametrize("what", ["model", pytest.param("model, SAE and data", marks=pytest.mark.slow)])
+def test_each_failure_has_one_line_and_leaves_the_cache_usable(hub, tmp_path, what):
     worker = Worker(tmp_path, hub.address)
     flags = ["--model", "gemma-3-1b-it", "--layer", 1, "--n-features", 4, "--limit", 8, "--out", tmp_path / "r.json"]
     try:
@@ -372,6 +378,8 @@ def test_each_failure_has_one_line_and_leaves_the_cache_usable(hub, tmp_path):
         hub.broken.add("google/gemma-3-1b-it")
         assert "google/gemma-3-1b-it" in fails(worker, *flags)
         hub.broken.clear()
+        if what == "model":
+            return
         hub.gated.add("google/gemma-scope-2-1b-it")
         assert "gemma-scope-2-1b-it-res-all:layer_1_width_16k_l0_small" in fails(worker, *flags)
         hub.gated.clear()

@@ -29,7 +29,6 @@ from transformers import AutoModelForCausalLM
 
 import baselines
 import edits
-import evaluation
 import feature_ablate_1
 import feature_ablate_2
 import lm_eval_ablated
@@ -120,15 +119,14 @@ def test_scores_and_letters_are_the_lessons_on_every_question(tmp_path):
 
 METHODS = ["zero-ablation", "mean-ablation", "clamp", "random-features", "conditional-clamp", "refusal-clamp", "dsg",
            "diff-in-means"]  # fmt: skip
-FAST = ("dsg", "diff-in-means")  # one whose gate looks at the whole prompt, one at many layers and without an SAE
+FAST = ("dsg",)  # whose gate looks at the whole prompt
 
 
 @pytest.mark.parametrize("method", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_every_method_gives_the_letters_of_baselines(method, monkeypatch, tmp_path):
     """On every question of the reporting half: a record's edit as it is, and for DSG a setting given by flags."""
     assert set(METHODS) == set(GRIDS)
-    monkeypatch.setattr(evaluation, "SCORED_TOKENS", 300)
-    monkeypatch.setitem(GRIDS, method, GRIDS[method][1:6:2])
+    monkeypatch.setitem(GRIDS, method, GRIDS[method][1:6:4])
     latent = dict(refusal_latent=11, refusal_value=-300.0) if method == "refusal-clamp" else {}
     path = str(tmp_path / "tuned.json")
     tuned = baselines.run(method=method, out=path, **latent)
@@ -715,6 +713,7 @@ def manager():
     return TaskManager(include_path=str(ROOT / "lm_eval_tasks"), include_defaults=False)
 
 
+@pytest.mark.slow
 def test_our_tasks_take_no_name_of_lm_evals_and_group_tasks_that_it_has(manager):
     ours, theirs = {path.stem for path in (ROOT / "lm_eval_tasks").glob("*.yaml")}, TaskManager()
     assert ours == set(manager.all_tasks) and not ours & set(theirs.all_tasks)
@@ -830,7 +829,8 @@ def test_the_readme_and_help_name_the_same_commands():
     assert any(line.startswith("ACCELERATE_USE_CPU=1 accelerate launch") for line in README)
 
 
-@pytest.mark.parametrize("command", [*README[:1], *(pytest.param(c, marks=pytest.mark.slow) for c in README[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", README)
 def test_commands_run_as_written(clone, monkeypatch, capsys, command):
     monkeypatch.chdir(clone)
     if "baselines_dsg" in command:

@@ -164,7 +164,6 @@ def test_a_sweep_writes_record_table_and_figures_and_no_piece(undisturbed):
 
 def test_methods_and_layers_are_swept_in_one_pass(monkeypatch, tmp_path):
     """What baselines.py finds of each, at each layer, and a figure of all."""
-    monkeypatch.setattr(evaluation, "SCORED_TOKENS", 1000)
     for method in ("dsg", "diff-in-means"):
         monkeypatch.setitem(baselines.GRIDS, method, baselines.GRIDS[method][2:4])
     same = dict(limit=6, layer=3)

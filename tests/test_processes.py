@@ -97,7 +97,8 @@ def test_a_mistake_is_told_once(tmp_path):
     assert not list(tmp_path.glob("**/*.json"))
 
 
-@pytest.mark.parametrize("victim", ["0", pytest.param("1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["0", "1"])
 def test_a_killed_process_ends_the_run(tmp_path, victim):
     command = [*TWO, str(ROOT / "feature_ablate_3.py"), "--out", str(tmp_path / "record.json")]
     with (tmp_path / "said").open("w") as said:

@@ -13,9 +13,7 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
-import data
 import edits
-import evaluation
 import rmu
 from data import UserError, padded
 from edits import decoder_layers, watch_tokens
@@ -144,14 +142,6 @@ def test_the_control_vector_is_seeded_positive_and_of_length_1():
     assert u.min() >= 0 and u.norm().item() == pytest.approx(1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def little_text():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "RETAIN_TOKENS", 5000)
-        patch.setattr(evaluation, "SCORED_TOKENS", 1000)
-        yield
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A short training of tiny: its record, and the folder that it was written to."""
@@ -172,6 +162,7 @@ def test_the_record_has_everything_and_the_folder_three_other_matrices(trained):
     assert {path.name for path in folder.iterdir()} == {"r.json", "r.model", "r_losses.png"}
 
 
+@pytest.mark.slow
 def test_the_same_seed_trains_the_same_weights_and_another_does_not(trained, tmp_path):
     _, folder = trained
     for seed, equal in ((0, True), (1, False)):
@@ -199,6 +190,7 @@ def test_the_saved_folder_gives_the_same_letters_through_lm_eval(trained):
         assert "".join(letters) == record["points"][1]["scores"][name]["letters"]
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_goes_on_and_ends_with_the_same_record(monkeypatch, tmp_path):
     monkeypatch.setattr(rmu, "MULTIPLES", (2.0, 4.0))
     monkeypatch.setattr(rmu, "ALPHAS", (10.0,))

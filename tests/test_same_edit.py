@@ -9,8 +9,6 @@ import torch
 
 import baselines
 import common
-import data
-import evaluation
 import feature_ablate_2
 import lm_eval_ablated
 import methods
@@ -22,8 +20,8 @@ from edits import layer_of
 from flags import settings
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
-N, CLAMP = 10, -160.0
-RIGHT = (0.284, 0.994)  # WMDP-Bio and MMLU stand-ins, reporting halves; an edit one layer late: 0.392, 0.961
+N, CLAMP, LIMIT = 10, -160.0, 40
+RIGHT = (0.275, 1.0)  # WMDP-Bio and MMLU stand-ins, 40 of each reporting half; one layer late: 0.3, 0.9
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +36,8 @@ def renamed(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def little_text():
-    """Only quizzes are compared here."""
+def one_setting():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "SCORED_TOKENS", 1000)
         patch.setitem(baselines.GRIDS, "clamp", [{"n_features": N, "clamp": 1}])
         yield
 
@@ -54,17 +50,19 @@ def accuracies(point) -> tuple:
 def tuned(renamed, tmp_path_factory):
     """The record of baselines.py."""
     path = tmp_path_factory.mktemp("records") / "clamp.json"
-    baselines.run(method="clamp", sae=renamed, layer=4, clamp=CLAMP, out=str(path))
+    baselines.run(method="clamp", sae=renamed, layer=4, clamp=CLAMP, limit=LIMIT, out=str(path))
     return path
 
 
 def test_lesson_2(renamed, tmp_path):
-    record = feature_ablate_2.run(sae=renamed, layer=4, n_features=N, clamp=CLAMP, out=str(tmp_path / "r.json"))
+    record = feature_ablate_2.run(
+        sae=renamed, layer=4, n_features=N, clamp=CLAMP, limit=LIMIT, out=str(tmp_path / "r.json")
+    )
     assert accuracies(record["points"][4]) == RIGHT
 
 
 def test_pareto(renamed, tmp_path):
-    flags = dict(sae=renamed, layer=[4], n_features=[N], clamp=[CLAMP], out=str(tmp_path / "r.json"))
+    flags = dict(sae=renamed, layer=[4], n_features=[N], clamp=[CLAMP], limit=LIMIT, out=str(tmp_path / "r.json"))
     assert accuracies(pareto.run(**flags)["points"][1]) == RIGHT
 
 
@@ -79,13 +77,12 @@ def test_robustness(tuned, tmp_path):
 
 
 def test_lm_eval(renamed, tmp_path):
-    flags = dict(sae=renamed, layer=4, n_features=N, clamp=CLAMP, out=str(tmp_path / "r.json"))
+    flags = dict(sae=renamed, layer=4, n_features=N, clamp=CLAMP, limit=LIMIT, out=str(tmp_path / "r.json"))
     assert accuracies(lm_eval_ablated.run(**flags)["points"][0]) == RIGHT
 
 
 def test_what_reads_the_stream_reads_it_there_too(renamed, monkeypatch):
     """DSG's gate, CRISP's layers, and the layers from which a direction is taken out."""
-    monkeypatch.setattr(data, "RETAIN_TOKENS", 3000)
     s, lm = settings(baselines.flags, dict(sae=renamed, layer=4, limit=6)), load_model("tiny")
     texts = load_benchmark(s)[0]
     texts["retain"] = [part[:30] for part in texts["retain"]]

@@ -88,6 +88,7 @@ def test_a_subject_that_changed_has_a_star(capsys):
     assert law.endswith("50.0    50.0*") and art.endswith("50.0    50.0")
 
 
+@pytest.mark.slow
 def test_what_windows_lacks_is_not_needed():
     # other packages take what Linux has: they come first
     program = "import sys, evaluation; sys.modules['resource'] = None; import show; print(show.peak_gb())"
