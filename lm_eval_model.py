@@ -113,7 +113,8 @@ class AblatedLM(HFLM):
         model = [self.identity, self.arguments, self.model.config._attn_implementation, str(self.model.dtype)]
         edit, saes = (self.edit, self.saes) if self.ablated and self.edit.at else (NONE, {})
         saes = {number: sae.identity for number, sae in saes.items()}
-        whole = [model, edit.method, list(edit.at), edit.setting, edit.arguments, saes]
+        special = getattr(self.tokenizer, "edit_special", None) if edit.at else None
+        whole = [model, edit.method, list(edit.at), edit.setting, edit.arguments, saes, special]
         return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
 
     def set_cache_hook(self, cache_hook) -> None:
@@ -171,9 +172,6 @@ def load_saes(lm: AblatedLM, sae: str | None, layers: list[int], model: str) -> 
     view = Scored(lm)
     return {number: load_sae(sae and sae.replace("{layer}", str(number)), number, view, model) for number in layers}
 
-
-if "sae-ablated" not in model_registry:  # lm-eval refuses a name twice, but a notebook's cell is run again
-    register_model("sae-ablated")(AblatedLM)
 
 # ------------------------------------------------------------------------------------- edits from a file
 

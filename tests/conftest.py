@@ -1,6 +1,8 @@
 """Random-weight models of six families and SAEs of every kind, saved and loaded as users' own would be."""
 
+import json
 import os
+import shutil
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes: a thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import pytest
 import torch
 from sae_lens import (
@@ -28,6 +31,7 @@ from sae_lens.saes.sae import SAEMetadata
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BloomConfig,
     CohereConfig,
     FalconConfig,
@@ -61,11 +65,14 @@ import common
 import data
 import evaluation
 import training
+from data import special_ids
 
 FAMILIES = ("gemma2", "gemma3", "llama", "qwen3", "gpt2", "gpt_neox")
 KINDS = ("standard", "jumprelu", "gated", "topk", "topk_rescaled", "batchtopk")
 NORMS = ("none", "constant_norm_rescale", "layer_norm")
 D_MODEL, N_LAYERS, WINDOW, D_SAE = 32, 4, 8, 64
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "tiny"
 HOOK = "blocks.1.hook_resid_post"
 BOS, EOS, PAD, MARKER = "<bos>", "<eos>", "<pad>", "<start_of_turn>"
 
@@ -312,3 +319,73 @@ def sae(model, make_sae):
 @pytest.fixture(scope="session")
 def gemma_sae(gemma, make_sae):
     return make_sae(gemma)
+
+
+def ordinary_mask(model, ids):
+    special = [model.tokenizer.convert_tokens_to_ids(token) for token in (BOS, EOS, PAD, MARKER)]
+    return ~torch.isin(ids, torch.tensor(special))
+
+
+def dead_features(sae):
+    sae.threshold[:8] = 1e9
+
+
+def some_windows(model, seed=0):
+    ids = some_ids(model, (9, 20), seed).tolist()
+    return [row[: 5 + 2 * k] for k, row in enumerate(ids)]
+
+
+QUESTIONS = [
+    dict(question="Which of these is an organ?", choices=["the heart", "the moon", "the sea", "a stone"], answer=0),
+    dict(question=" Where do rivers flow to? \n", choices=["up", "the sea and the deep", "A", "B"], answer=1),
+    dict(question="What is it?", choices=["cat", "mat", "moon", "blood"], answer=3),
+]
+
+
+def hf(folder, dtype=torch.float64):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def nats_by_hand(model, ids, targets):
+    """Summed next-token losses and number of targets of each row, from the logits in numpy."""
+    with torch.no_grad():
+        logits = model(ids).logits.numpy()[:, :-1]
+    top = logits.max(-1, keepdims=True)
+    log_probs = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+    real = targets.numpy()[:, 1:]
+    losses = -np.take_along_axis(log_probs, ids.numpy()[:, 1:, None], -1)[..., 0] * real
+    return losses.sum(1), real.sum(1)
+
+
+def target_mask(ids, tokenizer, starts):
+    return ~torch.isin(ids, torch.tensor(special_ids(tokenizer))) & (torch.arange(ids.shape[1]) >= starts[:, None])
+
+
+def listing(tmp_path, name, value) -> str:
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps(value))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def renamed(tmp_path_factory):
+    """tiny's SAE of layer 3, under the other name of its hook point: what goes into layer 4."""
+    folder = tmp_path_factory.mktemp("saes") / "renamed"
+    shutil.copytree(TINY / "sae/layer_3", folder)
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"]["hook_name"] = "blocks.4.hook_resid_pre"
+    (folder / "cfg.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def wordy(model_folder, tmp_path_factory):
+    """A GPT-2 whose tokenizer adds no BOS."""
+    tokenizer, folder = train_tokenizer(), tmp_path_factory.mktemp("wordy") / "gpt2"
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    shutil.copytree(model_folder("gpt2"), folder)
+    tokenizer.save_pretrained(folder)
+    model = common.load_model(str(folder), "cpu")
+    assert model.tokenizer("a")["input_ids"][0] != 2
+    return model

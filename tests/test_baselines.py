@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, fill, some_ids
+from conftest import FAMILIES, fill, hf, nats_by_hand, some_ids, target_mask
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import baselines
 import evaluation
@@ -20,35 +19,14 @@ import methods
 import pareto
 import rmu
 import robustness
-import training
 from common import Rates, load_model
-from data import UserError, load_benchmark, special_ids
+from data import UserError, load_benchmark
 from edits import decoder_layers
 from flags import settings
 from show import method_name
-from training import QUESTION_TOKENS, nll, training_windows
+from training import nll
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def hf(folder, dtype=torch.float64):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
-
-
-def nats_by_hand(model, ids, targets):
-    """Summed next-token losses and number of targets of each row, from the logits in numpy."""
-    with torch.no_grad():
-        logits = model(ids).logits.numpy()[:, :-1]
-    top = logits.max(-1, keepdims=True)
-    log_probs = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
-    real = targets.numpy()[:, 1:]
-    losses = -np.take_along_axis(log_probs, ids.numpy()[:, 1:, None], -1)[..., 0] * real
-    return losses.sum(1), real.sum(1)
-
-
-def target_mask(ids, tokenizer, starts):
-    return ~torch.isin(ids, torch.tensor(special_ids(tokenizer))) & (torch.arange(ids.shape[1]) >= starts[:, None])
 
 
 def log_sigmoid(x):
@@ -91,36 +69,6 @@ def test_a_small_beta_makes_npo_gradient_ascent(model_folder, get_model):
     found, wanted = (torch.autograd.grad(loss, matrix, retain_graph=True)[0]
                      for loss in (away, -forget.nats.mean()))  # fmt: skip
     assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-12)
-
-
-@pytest.mark.parametrize("loss_on", ["answer", "text"])
-def test_of_a_question_only_the_answer_is_a_target_or_all_of_it(loss_on):
-    s = settings(baselines.flags, {})
-    benchmark, tokenizer = load_benchmark(s)[0], load_model("tiny").tokenizer
-    forget, (wikitext, development) = training_windows(tokenizer, benchmark, s, loss_on)
-    said = {tokenizer.decode(ids[start:]) for ids, start in development}
-    if loss_on == "answer":
-        assert said == {" A", " B", " C", " D"}
-        letters, words = forget[: len(forget) // 2], forget[len(forget) // 2 :]
-        assert {tokenizer.decode(ids[start:]) for ids, start in letters} == said
-        questions, parts = benchmark["quizzes"]["wmdp_bio"]
-        choices = [f" {questions[i]['choices'][questions[i]['answer']]}" for i in parts["_tuning"]]
-        assert [tokenizer.decode(ids[start:]) for ids, start in words] == choices
-    else:
-        assert {start for _, start in forget + development} == {1}
-    assert {start for _, start in wikitext} == {1}
-    text = f"{'Once more. ' * QUESTION_TOKENS}Which?"
-    ids, start = training.answer_window(tokenizer, text, "This one")
-    assert len(ids) == QUESTION_TOKENS and ids[0] == tokenizer.bos_token_id
-    assert tokenizer.decode(ids[start:]) == " This one" and tokenizer.decode(ids[:start]).endswith("Which?")
-
-
-def test_a_forget_corpus_counts_whole(tmp_path):
-    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "Blood carries oxygen. " * 40}) + "\n")
-    s = settings(baselines.flags, dict(forget_corpus=str(tmp_path / "corpus.jsonl")))
-    forget, (_, development) = training_windows(load_model("tiny").tokenizer, load_benchmark(s)[0], s, "answer")
-    assert len(forget) > 1 and {start for _, start in forget} == {1}
-    assert min(start for _, start in development) > 10
 
 
 def rates(fires, total, n):
@@ -169,19 +117,6 @@ def test_crisp_forgetting_term_by_hand(sae64, pull):
     assert silent == 0  # and never below: a feature that is off is let alone
 
 
-def test_crisp_distance_by_hand():
-    was, now = torch.randn(2, 4, 3, 7, 32, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    ordinary = torch.rand(3, 7, generator=torch.Generator().manual_seed(5)) > 0.3
-    expected = np.square((now - was).numpy() * ordinary.numpy()[..., None]).mean()
-    assert training.distance(was, now, ordinary).item() == pytest.approx(expected, abs=1e-8)
-
-
-def test_crisp_adapts_the_layers_of_the_release():
-    assert training.reach(baselines.CRISP_LAYERS["gemma-2-2b-it"]) == list(range(3, 10))
-    assert training.reach(baselines.CRISP_LAYERS["tiny"]) == [2, 3, 4, 5, 6]
-    assert training.reach([0]) == [0] and training.reach([5]) == [4, 5]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_crisp_reads_behind_a_layer_and_behind_the_final_norm(model_folder, get_model, family):
     model, _ = hf(model_folder(family), torch.float32)
@@ -200,15 +135,6 @@ def test_crisp_refuses_other_saes(gemma, make_sae):
     with pytest.raises(UserError, match="standard or JumpReLU"):
         h = torch.zeros(1, 1, 32)
         baselines.crisp_forget(make_sae(gemma, "topk"), [0], h, h, torch.ones(1, 1, dtype=torch.bool), 5.0)
-
-
-@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
-def test_crisp_adapts_attention_and_mlp_of_its_layers_only(model_folder, family):
-    model, _ = hf(model_folder(family))
-    names = training.linear_modules(model, [1, 2])
-    blocks = decoder_layers(model)
-    assert len(names) == 2 * sum(isinstance(m, (torch.nn.Linear, training.Conv1D)) for m in blocks[1].modules())
-    assert all(".1." in name or ".2." in name for name in names)
 
 
 @pytest.fixture

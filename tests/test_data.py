@@ -1,18 +1,21 @@
 """Questions, texts and retain sets."""
 
 import argparse
+import copy
 import json
+from importlib.util import find_spec
+from pathlib import Path
 
 import datasets
+import jinja2
 import pytest
-import torch
-from conftest import BOS, MARKER, train_tokenizer
+import yaml
+from conftest import BOS, MARKER, QUESTIONS, train_tokenizer
 from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import data
-from common import Rates, largest
-from data import UserError
+from data import UserError, batches, encode_prompts, halves, load_rows, prompt, special_ids, token_windows
 
 
 def line(**changes):
@@ -107,15 +110,6 @@ def test_without_a_forget_corpus_the_line_names_the_form(tmp_path, monkeypatch):
 
 def test_every_hub_id_has_an_owner():
     assert all("/" in source[0] for sources in data.HUB.values() for source in sources)
-
-
-def test_a_feature_must_be_rare_in_every_retain_set():
-    first = Rates(torch.tensor([5, 0, 1]), torch.tensor([1.0, 0, 2.0]).double(), 100)
-    second = Rates(torch.tensor([0, 2, 3]), torch.tensor([0.0, 1.0, 0.5]).double(), 50)
-    both = largest([first, second])
-    assert both.fires.tolist() == [5, 4, 6] and both.n_tokens == 100
-    assert both.total.tolist() == [1.0, 2.0, 2.0]
-    assert largest([first]) is first
 
 
 def test_picking_texts_are_prompts_on_both_sides_or_prose(tmp_path):
@@ -245,3 +239,207 @@ def test_a_subject_may_be_missing_or_null_where_there_is_one_only(tmp_path):
     for row in ({**QUESTION, "subject": None}, QUESTION):
         with pytest.raises(UserError, match=r"line 1: .*subject"):
             data.load_rows("mmlu", "tiny", folder_of(tmp_path, mmlu=[row]))
+
+
+def test_special_ids_know_the_added_marker(gemma):
+    marker = gemma.tokenizer.convert_tokens_to_ids(MARKER)
+    assert marker not in gemma.tokenizer.all_special_ids
+    assert special_ids(gemma.tokenizer) == [0, 1, 2, marker]
+
+
+def test_token_windows(tokenizer):
+    texts = ["The cat sat on the mat and looked at the moon over the sea. " * 2, "A", "Rivers flow to the sea."]
+    windows, sources = token_windows(tokenizer, texts, context=10)
+    assert all(row[0] == 2 and row.count(2) == 1 and 3 <= len(row) <= 10 for row in windows)
+    assert sorted(set(sources)) == [0, 2]
+    for index in (0, 2):
+        joined = [i for row, source in zip(windows, sources) if source == index for i in row[1:]]
+        whole = tokenizer(texts[index], add_special_tokens=False)["input_ids"]
+        assert joined == whole[: len(joined)] and len(whole) - len(joined) <= 1
+
+
+def test_token_windows_stop_at_the_budget(tokenizer):
+    texts = ["The cat sat on the mat.", "The moon is over the sea and the sea is deep."]
+    first = len(tokenizer(texts[0])["input_ids"]) - 1
+    windows, sources = token_windows(tokenizer, texts, context=64, max_tokens=first + 4)
+    assert [len(row) for row in windows] == [first + 1, 5] and sources == [0, 1]
+    assert token_windows(tokenizer, texts, context=64, max_tokens=first)[1] == [0]
+
+
+def test_batches_hold_each_row_once(tokenizer):
+    rows = [[2, *range(5, 5 + n)] for n in (3, 9, 1, 4, 9, 2, 7)]
+    seen = []
+    for picked, ids in batches(rows, 3, tokenizer, "cpu"):
+        seen += picked
+        for index, row in zip(picked, ids.tolist()):
+            assert row == rows[index] + [0] * (len(row) - len(rows[index]))
+    assert sorted(seen) == list(range(len(rows)))
+
+
+def test_windows_begin_as_scored_prompts_do(tokenizer, wordy):
+    texts = ["The cat sat on the mat."]
+    for one, asked in ((tokenizer, True), (wordy.tokenizer, False)):
+        window = token_windows(one, texts)[0][0]
+        assert window == one(texts[0])["input_ids"] and (window[0] == 2) == asked
+        assert token_windows(one, texts, bos=True)[0] == [[2, *window[asked:]]]
+
+
+def test_windows_are_no_longer_than_the_models_positions(wordy):
+    one = copy.copy(wordy.tokenizer)
+    assert one.model_max_length == 512
+    one.model_max_length = 5
+    assert max(map(len, token_windows(one, ["The cat sat on the mat and looked at the moon."])[0])) == 5
+
+
+def test_halves_are_disjoint_complete_and_do_not_depend_on_the_order():
+    questions = [dict(question=f"question {k}") for k in range(200)]
+    picking, reporting = halves(questions, 0)
+    assert sorted(picking + reporting) == list(range(200)) and not set(picking) & set(reporting)
+    assert 70 < len(picking) < 130
+    turned = halves(questions[::-1], 0)
+    assert sorted(199 - k for k in turned[0]) == picking
+    fewer = halves(questions[50:], 0)
+    assert [k + 50 for k in fewer[0]] == [k for k in picking if k >= 50]
+    assert halves(questions, 0) == (picking, reporting) and halves(questions, 1) != (picking, reporting)
+
+
+def lm_eval_tasks(folder):
+    place = find_spec("lm_eval")
+    return Path(place.submodule_search_locations[0]) / "tasks" / folder if place else None
+
+
+def lm_eval_prompt(path, doc):
+    config = yaml.safe_load(path.read_text())
+    config = {**yaml.safe_load((path.parent / config["include"]).read_text()), **config}
+    template = jinja2.Environment(keep_trailing_newline=True).from_string(config["doc_to_text"])
+    assert config["doc_to_choice"] == list("ABCD")
+    return config["description"] + template.render(**doc), config
+
+
+@pytest.mark.skipif(lm_eval_tasks("") is None, reason="lm_eval is not installed")
+def test_prompt_is_lm_evals():
+    paths = sorted(lm_eval_tasks("mmlu/default").glob("mmlu_*.yaml"))
+    assert len(paths) == 57
+    for row in QUESTIONS:
+        for path in paths:
+            wanted, config = lm_eval_prompt(path, row)
+            assert prompt({**row, "subject": config["dataset_name"]}) == wanted
+        assert prompt(row) == lm_eval_prompt(lm_eval_tasks("wmdp") / "wmdp_bio.yaml", row)[0]
+
+
+def test_prompt_in_another_order():
+    row = dict(question="Q", choices=["w", "x", "y", "z"], answer=0)
+    assert prompt(row, (2, 0, 3, 1)).endswith("\n\nQ\nA. y\nB. w\nC. z\nD. x\nAnswer:")
+
+
+def test_encode_prompts(tokenizer):
+    rows, letters = encode_prompts(tokenizer, [prompt(row) for row in QUESTIONS])
+    assert tokenizer.convert_ids_to_tokens(letters) == ["ĠA", "ĠB", "ĠC", "ĠD"]
+    for row, ids in zip(QUESTIONS, rows):
+        assert ids[0] == 2 and ids.count(2) == 1
+        assert tokenizer.decode(ids[1:]) == prompt(row)
+
+
+def test_encode_chat_prompts(tokenizer):
+    with pytest.raises(UserError, match="chat template"):
+        encode_prompts(tokenizer, ["x"], "chat")
+    chat = train_tokenizer()
+    chat.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>\n{% endif %}"
+    )
+    rows, letters = encode_prompts(chat, ["Answer:", "The sea"], "chat")
+    assert chat.convert_ids_to_tokens(letters) == list("ABCD")
+    assert all(ids[0] == 2 and ids.count(2) == 1 and ids.count(chat.convert_tokens_to_ids(MARKER)) == 2 for ids in rows)
+
+
+GEMMA_TURN = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+def test_saebench_prompts():
+    """To the byte what sae_bench/evals/unlearning/utils/metrics.py makes of a question; to_tokens may put a second BOS
+    in front of it there."""
+    chat, row = train_tokenizer(), dict(question="Which?", choices=["a cat", "mat", "sea", "sky"], answer=0)
+    chat.chat_template = GEMMA_TURN
+    rows, letters = encode_prompts(chat, [prompt(row, (1, 0, 2, 3), "saebench")], "saebench")
+    assert chat.decode(rows[0][1:]) == (
+        "<start_of_turn>user\nThe following are multiple choice questions (with answers) about biology.\nWhich?\n"
+        "A. mat\nB. a cat\nC. sea\nD. sky<end_of_turn>\n<start_of_turn>model\nAnswer: ("
+    )
+    assert rows[0].count(chat.bos_token_id) == 1
+    assert [chat.convert_ids_to_tokens(list(pair)) for pair in letters] == [[x, f"Ġ{x}"] for x in "ABCD"]
+
+
+def test_tokenizer_that_splits_letters_is_refused():
+    split = train_tokenizer(vocab_size=259)
+    with pytest.raises(UserError, match="one token"):
+        encode_prompts(split, ["Answer:"])
+
+
+def test_doubled_bos_is_refused(tokenizer):
+    with pytest.raises(UserError, match="more than one BOS"):
+        encode_prompts(tokenizer, [f"{BOS}{BOS}Answer:"])
+
+
+def write_rows(folder, name, rows):
+    (folder / f"{name}.jsonl").write_text(
+        "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
+    )
+
+
+GOOD = dict(question="Q", choices=list("wxyz"), answer=2, subject="law")
+
+
+BROKEN = {
+    "not json": '{"question": ',
+    "not a row": "7",
+    "no question": {**GOOD, "question": None},
+    "three choices": {**GOOD, "choices": list("wxy")},
+    "no choices": {key: value for key, value in GOOD.items() if key != "choices"},
+    "answer 4": {**GOOD, "answer": 4},
+    "letter as answer": {**GOOD, "answer": "C"},
+}
+
+
+@pytest.mark.parametrize("name", ["wmdp_bio", "mmlu"])
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_line_is_named(tmp_path, name, case):
+    rows = [dict(GOOD, question=f"Q{k}") for k in range(20)]
+    write_rows(tmp_path, name, rows[:16] + [BROKEN[case]] + rows[17:])
+    with pytest.raises(UserError, match=rf"{name}\.jsonl, line 17: ") as caught:
+        load_rows(name, "gpt2", str(tmp_path))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_mmlu_needs_subjects_and_texts_need_text(tmp_path):
+    row = {key: value for key, value in GOOD.items() if key != "subject"}
+    write_rows(tmp_path, "mmlu", [GOOD, row])
+    write_rows(tmp_path, "wmdp_bio", [GOOD, row])
+    write_rows(tmp_path, "wikitext", [dict(text="a"), dict(txt="b")])
+    assert load_rows("wmdp_bio", "gpt2", str(tmp_path))[0] == [GOOD, row]
+    for name in ("mmlu", "wikitext"):
+        with pytest.raises(UserError, match=rf"{name}\.jsonl, line 2: "):
+            load_rows(name, "gpt2", str(tmp_path))
+
+
+def test_load_rows_says_where_rows_come_from(tmp_path):
+    write_rows(tmp_path, "wikitext", [dict(text="über a"), dict(text="b")])
+    rows, found = load_rows("wikitext", "gpt2", str(tmp_path))
+    assert rows == [dict(text="über a"), dict(text="b")]
+    assert found["source"] == str(tmp_path / "wikitext.jsonl") and not found["stand_in"]
+    write_rows(tmp_path, "wikitext", [dict(text="über a"), dict(text="c")])
+    assert load_rows("wikitext", "gpt2", str(tmp_path))[1]["sha256"] != found["sha256"]
+    assert load_rows("forget_corpus", "gpt2", str(tmp_path))[0] == []
+    with pytest.raises(UserError, match="no such folder"):
+        load_rows("wikitext", "gpt2", str(tmp_path / "absent"))
+
+
+def test_sample_is_seeded_and_sorted():
+    found = data.sample(list(range(0, 100, 2)), 10, seed=3)
+    assert found == sorted(found) == data.sample(list(range(0, 100, 2)), 10, seed=3)
+    assert len(set(found)) == 10 and all(i % 2 == 0 for i in found)
+    assert found != data.sample(list(range(0, 100, 2)), 10, seed=4)
+    assert data.sample([4, 5], 10, 0) == data.sample([4, 5], None, 0) == [4, 5]

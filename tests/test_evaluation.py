@@ -1,25 +1,20 @@
 import argparse
 import itertools
-import json
 import math
 import time
 from dataclasses import replace
-from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
-import jinja2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
-from conftest import BOS, D_SAE, EOS, FAMILIES, MARKER, PAD, WINDOW, some_ids, train_tokenizer
+from conftest import BOS, D_SAE, EOS, FAMILIES, MARKER, PAD, QUESTIONS, WINDOW, some_ids
 
 import data
 import edits
 import evaluation
-from data import UserError, encode_prompts, halves, load_rows, prompt
+from data import UserError, encode_prompts, prompt
 from edits import METHODS, NONE, Edit, applied, edit_of
 from evaluation import (
     OnePass,
@@ -54,13 +49,6 @@ def ablations(sae) -> list[Edit]:
         row("dead", sae, DEAD, -5.0),
         edit_of("sae-reconstruction", sae),
     ]
-
-
-QUESTIONS = [
-    dict(question="Which of these is an organ?", choices=["the heart", "the moon", "the sea", "a stone"], answer=0),
-    dict(question=" Where do rivers flow to? \n", choices=["up", "the sea and the deep", "A", "B"], answer=1),
-    dict(question="What is it?", choices=["cat", "mat", "moon", "blood"], answer=3),
-]
 
 
 def dead(sae):
@@ -744,163 +732,8 @@ def test_a_long_run_is_foretold_from_one_batch(gemma, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------- halves and prompts
 
 
-def test_halves_are_disjoint_complete_and_do_not_depend_on_the_order():
-    questions = [dict(question=f"question {k}") for k in range(200)]
-    picking, reporting = halves(questions, 0)
-    assert sorted(picking + reporting) == list(range(200)) and not set(picking) & set(reporting)
-    assert 70 < len(picking) < 130
-    turned = halves(questions[::-1], 0)
-    assert sorted(199 - k for k in turned[0]) == picking
-    fewer = halves(questions[50:], 0)
-    assert [k + 50 for k in fewer[0]] == [k for k in picking if k >= 50]
-    assert halves(questions, 0) == (picking, reporting) and halves(questions, 1) != (picking, reporting)
-
-
-def lm_eval_tasks(folder):
-    place = find_spec("lm_eval")
-    return Path(place.submodule_search_locations[0]) / "tasks" / folder if place else None
-
-
-def lm_eval_prompt(path, doc):
-    config = yaml.safe_load(path.read_text())
-    config = {**yaml.safe_load((path.parent / config["include"]).read_text()), **config}
-    template = jinja2.Environment(keep_trailing_newline=True).from_string(config["doc_to_text"])
-    assert config["doc_to_choice"] == list("ABCD")
-    return config["description"] + template.render(**doc), config
-
-
-@pytest.mark.skipif(lm_eval_tasks("") is None, reason="lm_eval is not installed")
-def test_prompt_is_lm_evals():
-    paths = sorted(lm_eval_tasks("mmlu/default").glob("mmlu_*.yaml"))
-    assert len(paths) == 57
-    for row in QUESTIONS:
-        for path in paths:
-            wanted, config = lm_eval_prompt(path, row)
-            assert prompt({**row, "subject": config["dataset_name"]}) == wanted
-        assert prompt(row) == lm_eval_prompt(lm_eval_tasks("wmdp") / "wmdp_bio.yaml", row)[0]
-
-
-def test_prompt_in_another_order():
-    row = dict(question="Q", choices=["w", "x", "y", "z"], answer=0)
-    assert prompt(row, (2, 0, 3, 1)).endswith("\n\nQ\nA. y\nB. w\nC. z\nD. x\nAnswer:")
-
-
-def test_encode_prompts(tokenizer):
-    rows, letters = encode_prompts(tokenizer, [prompt(row) for row in QUESTIONS])
-    assert tokenizer.convert_ids_to_tokens(letters) == ["ĠA", "ĠB", "ĠC", "ĠD"]
-    for row, ids in zip(QUESTIONS, rows):
-        assert ids[0] == 2 and ids.count(2) == 1
-        assert tokenizer.decode(ids[1:]) == prompt(row)
-
-
-def test_encode_chat_prompts(tokenizer):
-    with pytest.raises(UserError, match="chat template"):
-        encode_prompts(tokenizer, ["x"], "chat")
-    chat = train_tokenizer()
-    chat.chat_template = (
-        "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}<start_of_turn>\n{% endif %}"
-    )
-    rows, letters = encode_prompts(chat, ["Answer:", "The sea"], "chat")
-    assert chat.convert_ids_to_tokens(letters) == list("ABCD")
-    assert all(ids[0] == 2 and ids.count(2) == 1 and ids.count(chat.convert_tokens_to_ids(MARKER)) == 2 for ids in rows)
-
-
-GEMMA_TURN = (
-    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n"
-    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-
-
-def test_saebench_prompts():
-    """To the byte what sae_bench/evals/unlearning/utils/metrics.py makes of a question; to_tokens may put a second BOS
-    in front of it there."""
-    chat, row = train_tokenizer(), dict(question="Which?", choices=["a cat", "mat", "sea", "sky"], answer=0)
-    chat.chat_template = GEMMA_TURN
-    rows, letters = encode_prompts(chat, [prompt(row, (1, 0, 2, 3), "saebench")], "saebench")
-    assert chat.decode(rows[0][1:]) == (
-        "<start_of_turn>user\nThe following are multiple choice questions (with answers) about biology.\nWhich?\n"
-        "A. mat\nB. a cat\nC. sea\nD. sky<end_of_turn>\n<start_of_turn>model\nAnswer: ("
-    )
-    assert rows[0].count(chat.bos_token_id) == 1
-    assert [chat.convert_ids_to_tokens(list(pair)) for pair in letters] == [[x, f"Ġ{x}"] for x in "ABCD"]
-
-
 def test_the_likelier_of_a_letters_two_forms_counts(gemma, make_sae):
     prompts, rows = some_ids(gemma, (3, 12)).tolist(), [NONE]
     both = score_letters(gemma, prompts, [(10, 20), (11, 21), (12, 22), (13, 23)], rows)
     forms = [score_letters(gemma, prompts, letters, rows) for letters in ([10, 11, 12, 13], [20, 21, 22, 23])]
     assert torch.equal(both, torch.maximum(*forms)) and not torch.equal(both, forms[0])
-
-
-def test_tokenizer_that_splits_letters_is_refused():
-    split = train_tokenizer(vocab_size=259)
-    with pytest.raises(UserError, match="one token"):
-        encode_prompts(split, ["Answer:"])
-
-
-def test_doubled_bos_is_refused(tokenizer):
-    with pytest.raises(UserError, match="more than one BOS"):
-        encode_prompts(tokenizer, [f"{BOS}{BOS}Answer:"])
-
-
-# ------------------------------------------------------------------------------------------ data files
-
-
-def write_rows(folder, name, rows):
-    (folder / f"{name}.jsonl").write_text(
-        "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
-    )
-
-
-GOOD = dict(question="Q", choices=list("wxyz"), answer=2, subject="law")
-BROKEN = {
-    "not json": '{"question": ',
-    "not a row": "7",
-    "no question": {**GOOD, "question": None},
-    "three choices": {**GOOD, "choices": list("wxy")},
-    "no choices": {key: value for key, value in GOOD.items() if key != "choices"},
-    "answer 4": {**GOOD, "answer": 4},
-    "letter as answer": {**GOOD, "answer": "C"},
-}
-
-
-@pytest.mark.parametrize("name", ["wmdp_bio", "mmlu"])
-@pytest.mark.parametrize("case", BROKEN)
-def test_broken_line_is_named(tmp_path, name, case):
-    rows = [dict(GOOD, question=f"Q{k}") for k in range(20)]
-    write_rows(tmp_path, name, rows[:16] + [BROKEN[case]] + rows[17:])
-    with pytest.raises(UserError, match=rf"{name}\.jsonl, line 17: ") as caught:
-        load_rows(name, "gpt2", str(tmp_path))
-    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_mmlu_needs_subjects_and_texts_need_text(tmp_path):
-    row = {key: value for key, value in GOOD.items() if key != "subject"}
-    write_rows(tmp_path, "mmlu", [GOOD, row])
-    write_rows(tmp_path, "wmdp_bio", [GOOD, row])
-    write_rows(tmp_path, "wikitext", [dict(text="a"), dict(txt="b")])
-    assert load_rows("wmdp_bio", "gpt2", str(tmp_path))[0] == [GOOD, row]
-    for name in ("mmlu", "wikitext"):
-        with pytest.raises(UserError, match=rf"{name}\.jsonl, line 2: "):
-            load_rows(name, "gpt2", str(tmp_path))
-
-
-def test_load_rows_says_where_rows_come_from(tmp_path):
-    write_rows(tmp_path, "wikitext", [dict(text="über a"), dict(text="b")])
-    rows, found = load_rows("wikitext", "gpt2", str(tmp_path))
-    assert rows == [dict(text="über a"), dict(text="b")]
-    assert found["source"] == str(tmp_path / "wikitext.jsonl") and not found["stand_in"]
-    write_rows(tmp_path, "wikitext", [dict(text="über a"), dict(text="c")])
-    assert load_rows("wikitext", "gpt2", str(tmp_path))[1]["sha256"] != found["sha256"]
-    assert load_rows("forget_corpus", "gpt2", str(tmp_path))[0] == []
-    with pytest.raises(UserError, match="no such folder"):
-        load_rows("wikitext", "gpt2", str(tmp_path / "absent"))
-
-
-def test_sample_is_seeded_and_sorted():
-    found = data.sample(list(range(0, 100, 2)), 10, seed=3)
-    assert found == sorted(found) == data.sample(list(range(0, 100, 2)), 10, seed=3)
-    assert len(set(found)) == 10 and all(i % 2 == 0 for i in found)
-    assert found != data.sample(list(range(0, 100, 2)), 10, seed=4)
-    assert data.sample([4, 5], 10, 0) == data.sample([4, 5], None, 0) == [4, 5]

@@ -1,501 +1,160 @@
-"""The scripts with their real default ids against a stand-in hub on the loopback: real layouts, invented rows."""
+"""What models and SAEs are, and whether an SAE fits."""
 
 import json
 import os
-import re
-import subprocess
-import sys
-from functools import lru_cache
-from pathlib import Path
+import shutil
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from conftest import random_model, train_tokenizer
-from datasets import ClassLabel, Dataset, Features, Sequence, Value
-from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
-from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
-from sae_lens.loading import pretrained_sae_loaders
+from conftest import ordinary_mask, some_windows, write_sae
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-from sae_lens.saes.sae import SAEMetadata
-from safetensors.torch import save_file
-from stand_in_hub import serving
-from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import common
 import edits
-import hub as hub_of_project
-from data import UserError, special_ids
-
-ROOT = Path(__file__).resolve().parent.parent
-SAEBENCH = ["high_school_us_history", "college_computer_science", "high_school_geography", "human_aging"]
-CHAT = """{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message['role'] }}
-{{ message['content'] }}
-{% endfor %}{% if add_generation_prompt %}<start_of_turn>model
-{% endif %}"""
-WORDS = ["cat", "mat", "moon", "sea", "river", "heart", "organ", "stone"]
+import hub
+from data import UserError
+from hub import identity
 
 
-# ------------------------------------------------------------------------------------------- repositories
+def perfect(sae):
+    """Two features per dimension, its positive and its negative part: exact, and 32 are active on each token."""
+    eye = torch.eye(32)
+    sae.W_enc.copy_(torch.cat([eye, -eye], 1))
+    sae.W_dec.copy_(torch.cat([eye, -eye]))
+    sae.b_enc.zero_(), sae.b_dec.zero_(), sae.threshold.zero_()
 
 
-def write_models(root: Path) -> None:
-    tokenizer = train_tokenizer()
-    tokenizer.chat_template = CHAT
-    names = {"gemma3": "google/gemma-3-1b-it", "gpt2": "openai-community/gpt2", "qwen3": "Qwen/Qwen3-0.6B"}
-    models = {name: random_model(family, len(tokenizer)) for family, name in names.items()}
-    # Gemma Scope's width is fixed in SAELens, so this one is as wide as the real one
-    wide = Gemma2Config(
-        vocab_size=len(tokenizer), hidden_size=2304, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, sliding_window=8, pad_token_id=0, eos_token_id=1,
-        bos_token_id=2, max_position_embeddings=512,
-    )  # fmt: skip
-    models["google/gemma-2-2b-it"] = Gemma2ForCausalLM(wide)
-    for name, model in models.items():
-        size = {"max_shard_size": "1MB"} if "gemma-2" in name else {}
-        model.to(torch.bfloat16).save_pretrained(root / "models" / name, **size)
-        tokenizer.save_pretrained(root / "models" / name)
-    assert (root / "models/google/gemma-2-2b-it/model.safetensors.index.json").is_file()
+def broken(sae):
+    perfect(sae)
+    sae.threshold.fill_(1e3)
 
 
-def mirror(d_in: int, d_sae: int) -> dict[str, torch.Tensor]:
-    """Weights of a JumpReLU SAE that explains everything: a feature for each sign of each dimension, others dead."""
-    eye = torch.eye(d_in)
-    W_enc, W_dec = torch.zeros(d_in, d_sae), torch.zeros(d_sae, d_in)
-    W_enc[:, : 2 * d_in], W_dec[: 2 * d_in] = torch.cat([eye, -eye], 1), torch.cat([eye, -eye], 0)
-    threshold = torch.zeros(d_sae)
-    threshold[2 * d_in :] = 1.0
-    return {"W_enc": W_enc, "W_dec": W_dec, "b_enc": torch.zeros(d_sae), "b_dec": torch.zeros(d_in),
-            "threshold": threshold}  # fmt: skip
+def test_sanity_gate_passes_a_fitting_sae(model, tmp_path, capsys):
+    sae = common.load_sae(str(write_sae(tmp_path, "x", spoil=perfect, l0=31.0)), 1, model)
+    found = hub.sanity_gate(model, sae, some_windows(model))
+    assert found["l0"] == pytest.approx(32, abs=0.1) and found["variance_explained"] > 0.999
+    assert found["promised_l0"] == 31.0
+    assert found["n_tokens"] == sum(int(ordinary_mask(model, torch.tensor(row)).sum()) for row in some_windows(model))
+    assert "L0 32.0 (promised 31.0)" in capsys.readouterr().out
 
 
-def write_saes(root: Path) -> None:
-    folder = root / "models/google/gemma-scope-2b-pt-res/layer_1/width_16k/average_l0_102"
-    folder.mkdir(parents=True)
-    weights = mirror(2304, 16384)
-    np.savez_compressed(folder / "params.npz", **{name: value.numpy() for name, value in weights.items()})
-
-    folder = root / "models/google/gemma-scope-2-1b-it/resid_post_all/layer_1_width_16k_l0_small"
-    folder.mkdir(parents=True)
-    save_file({name.lower(): value for name, value in mirror(32, 128).items()}, folder / "params.safetensors")
-    config = {"architecture": "jump_relu", "model_name": "google/gemma-3-1b-it", "l0": 10, "width": 16384,
-              "hf_hook_point_in": "model.layers.1.output", "affine_connection": False, "type": "sae"}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-
-    folder = root / "models/jbloom/GPT2-Small-SAEs-Reformatted/blocks.2.hook_resid_pre"
-    folder.mkdir(parents=True)
-    weights = mirror(32, 128)
-    del weights["threshold"]
-    save_file(weights, folder / "sae_weights.safetensors")
-    save_file({"sparsity": torch.zeros(128)}, folder / "sparsity.safetensors")
-    config = {"model_name": "gpt2-small", "hook_point": "blocks.2.hook_resid_pre", "hook_point_layer": 2, "d_in": 32,
-              "d_sae": 128, "context_size": 128, "dataset_path": "Skylion007/openwebtext", "dtype": "torch.float32",
-              "use_cached_activations": False, "b_dec_init_method": "mean", "prepend_bos": True}  # fmt: skip
-    (folder / "cfg.json").write_text(json.dumps(config))
+@pytest.mark.parametrize("spoil,promised", [(broken, None), (perfect, 200.0), (perfect, 5.0)])
+def test_sanity_gate_stops_a_broken_sae(gemma, tmp_path, spoil, promised):
+    sae = common.load_sae(str(write_sae(tmp_path, "gemma2", spoil=spoil, l0=promised)), 1, gemma)
+    with pytest.raises(UserError, match="does not fit"):
+        hub.sanity_gate(gemma, sae, some_windows(gemma))
+    assert hub.sanity_gate(gemma, sae, some_windows(gemma), insist=False)["n_tokens"] > 50
 
 
-def local_sae(folder: Path) -> Path:
-    metadata = SAEMetadata(hook_name="blocks.1.hook_resid_post", model_name="Qwen3-0.6B")
-    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=32, d_sae=128, apply_b_dec_to_input=False, metadata=metadata))
-    sae.load_state_dict(mirror(32, 128))
-    sae.save_model(folder)
-    return folder
+def lopsided(sae):
+    """As `perfect`, but nothing of the first dimension is written back."""
+    perfect(sae)
+    sae.W_dec[:, 0] = 0
 
 
-def question(number: int) -> dict:
-    choices = [WORDS[(number + step) % 8] for step in range(4)]
-    return {
-        "question": f"Which of these {number} is the {choices[number % 4]}?",
-        "choices": choices,
-        "answer": number % 4,
-    }
+def too_large(sae):
+    lopsided(sae)
+    sae.W_dec.mul_(2.5)
 
 
-def write_datasets(root: Path) -> None:
-    letters = ClassLabel(names=list("ABCD"))
-    quiz = {"question": Value("string"), "choices": Sequence(Value("string")), "answer": letters}
-    wmdp = Dataset.from_list([question(i) for i in range(24)], Features({"answer": letters, **quiz}))
-    put(root, "cais/wmdp", "wmdp-bio", {"test": wmdp})
-    rows = [{**question(i), "subject": SAEBENCH[i % 4]} for i in range(40)]
-    mmlu = Dataset.from_list(rows, Features({"subject": Value("string"), **quiz}))
-    put(root, "cais/mmlu", "all", {"test": mmlu.select(range(32)), "dev": mmlu.select(range(32, 40))})
-    lines = [
-        "",
-        " = Rivers = \n",
-        *(f" The {a} by the {b} is wide , and the {b} is deep . \n" for a in WORDS for b in WORDS[:3]),
-    ]
-    texts = Features({"text": Value("string")})
-    put(
-        root,
-        "Salesforce/wikitext",
-        "wikitext-2-raw-v1",
-        {"test": Dataset.from_list([{"text": x} for x in lines], texts)},
-    )
-    pages = [{"text": f"The {a} looked at the {b}. " * 6} for a in WORDS for b in WORDS[:4]]
-    put(root, "Skylion007/openwebtext", "plain_text", {"train": Dataset.from_list(pages, texts)})
-    put(root, "stas/openwebtext-10k", "plain_text", {"train": Dataset.from_list(pages[:20], texts)})
+def gate_on(monkeypatch, sae, h):
+    """The gate on a residual stream h (n, 32) that comes in windows of 100, longest, if any, first."""
+    chunks = [(part, None) for part in h.split(100)]
+    monkeypatch.setattr(edits, "residuals", lambda *args, **kwargs: chunks)
+    return hub.sanity_gate(None, sae, [[0] * len(part) for part, _ in chunks])
 
 
-def put(root: Path, repo: str, config: str, parts: dict) -> None:
-    """Parquet files and a card with the configuration, as the hub has them."""
-    folder = root / "datasets" / repo
-    (folder / config).mkdir(parents=True)
-    files = []
-    for split, rows in parts.items():
-        rows.to_parquet(folder / config / f"{split}-00000-of-00001.parquet")
-        files.append(f"  - split: {split}\n    path: {config}/{split}-*")
-    card = f"---\nconfigs:\n- config_name: {config}\n  data_files:\n" + "\n".join(files) + "\n---\n"
-    (folder / "README.md").write_text(card)
+def test_a_few_sink_tokens_do_not_decide_the_variance_explained(gemma, make_sae, monkeypatch, capsys):
+    h = torch.randn(6096, 32, generator=torch.Generator().manual_seed(0)) + 3
+    fits = make_sae(gemma, spoil=lopsided)
+    plain = gate_on(monkeypatch, fits, h)
+    by_hand = 1 - h[:, 0].square().sum() / (h - h.mean(0)).square().sum()
+    assert plain["variance_explained"] == pytest.approx(by_hand.item(), abs=3e-3) and plain["n_tokens"] == 6096
+    sinks = h.clone()
+    sinks[[7, 2222, 6000]] = torch.eye(32)[0] * 50 * h.norm(dim=1).mean()
+    found = gate_on(monkeypatch, fits, sinks)
+    assert found["variance_explained"] == pytest.approx(plain["variance_explained"], abs=3e-3)
+    assert "the thousandth of largest norm left out" in capsys.readouterr().out
+    for spoil in (broken, too_large):
+        with pytest.raises(UserError, match="does not fit"):
+            gate_on(monkeypatch, make_sae(gemma, spoil=spoil), sinks)
 
 
-# ------------------------------------------------------------------------------------------------ worker
-
-WORKER = """
-import contextlib, io, json, os, runpy, sys
-sys.path.insert(0, {root!r})
-for line in sys.stdin:
-    argv, env = json.loads(line)
-    os.environ.update(env)
-    sys.argv, errors, printed, code = [{root!r} + "/" + argv[0], *argv[1:]], io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(printed):
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        except BaseException as error:
-            code = repr(error)
-    print(json.dumps([code, printed.getvalue(), errors.getvalue()]), flush=True)
-"""
+def test_the_gate_looks_at_all_windows(gemma, make_sae, monkeypatch):
+    h = torch.randn(6096, 32, generator=torch.Generator().manual_seed(0))
+    h[4096:, 0] *= 20  # the shorter windows, which come last
+    with pytest.raises(UserError, match="does not fit"):
+        gate_on(monkeypatch, make_sae(gemma, spoil=lopsided), h)
 
 
-class Worker:
-    """A process that runs scripts one after another: imports take longer than these models."""
-
-    def __init__(self, home: Path, address: str, **env):
-        everything = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", **env}
-        command = [sys.executable, "-c", WORKER.format(root=str(ROOT))]
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.process = subprocess.Popen(command, env=everything, cwd=home, **pipes)
-
-    def __call__(self, *argv, **env) -> tuple[int, str, str]:
-        """Exit code, standard output and error output of a script; env: variables that are set from then on."""
-        self.process.stdin.write(json.dumps([[str(x) for x in argv], env]) + "\n")
-        self.process.stdin.flush()
-        return tuple(json.loads(self.process.stdout.readline()))
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_residual_stream_that_is_not_finite_passes_no_gate(gemma, make_sae, monkeypatch, value):
+    h = torch.randn(300, 32)
+    h[120, 5] = value
+    chunks = [(part, None) for part in h.split(100)]
+    monkeypatch.setattr(edits, "residuals", lambda *args, **kwargs: chunks)
+    with pytest.raises(UserError, match="not finite"):
+        hub.sanity_gate(None, make_sae(gemma, spoil=lopsided), [[0] * 100] * 3, insist=False)
 
 
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    root = tmp_path_factory.mktemp("hub")
-    write_models(root)
-    write_saes(root)
-    write_datasets(root)
-    papers = [{"title": f"{a}", "text": f"The {a} in the {b} of the heart. " * 9} for a in WORDS for b in WORDS[:3]]
-    put(root, "cais/wmdp-bio-forget-corpus", "default", {"train": Dataset.from_list(papers)})
-    with serving(root) as served:
-        served.gated.add("cais/wmdp-bio-forget-corpus")
-        yield served
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def online(hub, home):
-    worker = Worker(home, hub.address)
-    yield worker
-    worker.process.kill()
-
-
-# ------------------------------------------------------------------------------------------------- tests
-
-FAMILIES = {
-    "gemma-2-2b-it": ["--model", "gemma-2-2b-it", "--layer", 1],
-    "gemma-3-1b-it": ["--model", "gemma-3-1b-it", "--layer", 1],
-    "gpt2": ["--model", "gpt2", "--layer", 2],
-    "qwen3": ["--model", "Qwen/Qwen3-0.6B", "--layer", 1, "--sae", "SAE"],
-}
-SCRIPTS = {
-    "feature_ablate_1.py": ["--n-features", 4],
-    "feature_ablate_2.py": ["--n-features", 4],
-    "feature_ablate_3.py": ["--n-features", 4],
-    "pareto.py": ["--n-features", 2, 4],
-    "rmu.py": ["--max-batches", 2],
-    "lm_eval_ablated.py": ["--n-features", 4, "--tasks", "wmdp_bio"],
-}
-
-
-def flags_of(family: str, script: str, tmp_path: Path) -> list:
-    flags = FAMILIES[family] + SCRIPTS[script] + ["--limit", 8, "--out", tmp_path / "r.json"]
-    if "SAE" in flags:
-        at = flags.index("SAE")
-        if script == "rmu.py":
-            del flags[at - 1 : at + 1]
-        else:
-            flags[at] = str(local_sae(tmp_path / "sae"))
-    return flags
-
-
-@pytest.fixture(scope="module")
-def first_run(online, tmp_path_factory):
-    """(family, script) -> what its first run printed, and its record."""
-
-    @lru_cache(None)
-    def run(family: str, script: str) -> tuple[str, dict]:
-        folder = tmp_path_factory.mktemp("first")
-        code, printed, errors = online(script, *flags_of(family, script, folder))
-        assert code == 0, (script, errors[-2000:])
-        return printed, json.loads((folder / "r.json").read_text())
-
-    return run
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_script_runs_to_the_end(first_run, family):
-    for script in SCRIPTS:
-        printed, record = first_run(family, script)
-        assert record["points"][0]["scores"]
-        assert re.search(r"@[0-9a-f]{40}$", record["identity"]["model"])
-        if family != "qwen3" and script != "rmu.py":
-            assert re.search(r"@[0-9a-f]{40}:", str(record["identity"]["sae"]))
-        assert "stand-in" not in printed
-
-
-@pytest.mark.parametrize("families", [["gpt2"], pytest.param([*FAMILIES], marks=pytest.mark.slow)])
-def test_a_second_run_needs_no_network(first_run, hub, home, tmp_path, families):
-    """All that lesson 2 loads for each family, and the first documents of OpenWebText, which are streamed once."""
-    runs = [(family, "feature_ablate_2.py", "%") for family in families]
-    runs.append(("gemma-3-1b-it", "feature_ablate_3.py", "["))
-    printed = [first_run(family, script)[0] for family, script, _ in runs]
-    found = first_run("gemma-3-1b-it", "feature_ablate_3.py")[1]["data"]["openwebtext"]
-    assert found["source"] == "Skylion007/openwebtext train"
-    asked = len(hub.asked)
-    offline = Worker(home, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
-    for (family, script, mark), first in zip(runs, printed):
-        code, again, errors = offline(script, *flags_of(family, script, tmp_path))
-        assert code == 0, (family, errors[-2000:])
-        results = [line for line in again.splitlines() if mark in line]
-        assert results and results == [line for line in first.splitlines() if mark in line]
-    offline.process.kill()
-    assert len(hub.asked) == asked
-
-
-@pytest.fixture(scope="module")
-def lost(hub, tmp_path_factory):
-    """A fresh cache, and a hub that has lost OpenWebText: two runs of lesson 3, and where."""
-    folder = tmp_path_factory.mktemp("fresh")
-    worker, flags = Worker(folder, hub.address), flags_of("gemma-3-1b-it", "feature_ablate_3.py", folder)
-    hub.lost.add("Skylion007/openwebtext")
-    runs = [worker("feature_ablate_3.py", *flags) for _ in range(2)]
-    hub.lost.clear()
-    worker.process.kill()
-    return runs, folder
-
-
-def test_where_openwebtext_fails_its_sample_serves(lost):
-    ((code, _, errors), _), folder = lost
-    assert code == 0, errors[-2000:]
-    assert "data: openwebtext is 20 rows of stas/openwebtext-10k train, as Skylion007/openwebtext failed: " in errors
-    record = json.loads((folder / "r.json").read_text())
-    assert record["data"]["openwebtext"]["source"] == "stas/openwebtext-10k train"
-
-
-def test_a_download_is_announced_once(lost, hub):
-    runs, folder = lost
-    said = [[line for line in errors.splitlines() if line.startswith("download: ")] for _, _, errors in runs]
-    size = sum(file.stat().st_size for file in (hub.root / "models/google/gemma-3-1b-it").glob("*.safetensors"))
-    assert [line.split(",")[0] for line in said[0]] == [
-        "download: google/gemma-3-1b-it", "download: google/gemma-scope-2-1b-it"
-    ]  # fmt: skip
-    assert f"{size / 1e6:.1f} MB to {folder}" in said[0][0] and " free)" in said[0][0]
-    assert not said[1]
+def test_sanity_gate_stops_a_sae_read_with_the_wrong_architecture(gemma, tmp_path):
+    # a JumpReLU SAE whose cfg.json calls it standard loses its thresholds: far too many features fire
+    write_sae(tmp_path, "gemma2", spoil=lambda sae: sae.threshold.fill_(2.5), l0=1.0)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps({**cfg, "architecture": "standard"}))
+    try:
+        sae = common.load_sae(str(tmp_path), 1, gemma)
+    except UserError:  # SAELens may already refuse the unknown weight
+        return
+    with pytest.raises(UserError, match="does not fit"):
+        hub.sanity_gate(gemma, sae, some_windows(gemma))
 
 
 def test_a_full_disk_is_noticed_before_the_download(monkeypatch):
-    monkeypatch.setattr(hub_of_project, "weights_in", lambda repo, folder: [("model.safetensors", 5 * 10**9)])
-    monkeypatch.setattr(hub_of_project.shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 10**9))
+    monkeypatch.setattr(hub, "weights_in", lambda repo, folder: [("model.safetensors", 5 * 10**9)])
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 10**9))
     with pytest.raises(UserError, match=r"some/model needs 5\.0 GB of disk.* has 3\.0 GB.*HF_HOME"):
-        hub_of_project.announce("some/model")
-
-
-def test_ones_own_forget_corpus_and_the_form_that_asks_for_it(online, hub, tmp_path):
-    name = "cais/wmdp-bio-forget-corpus"
-    flags = [*flags_of("gemma-3-1b-it", "feature_ablate_2.py", tmp_path), "--forget-corpus"]
-    said = fails(online, *flags, name)
-    assert f"cannot load {name}" in said and f"form at https://huggingface.co/datasets/{name}" in said
-    hub.gated.discard(name)
-    try:
-        code, _, errors = online("feature_ablate_2.py", *flags, name)
-    finally:
-        hub.gated.add(name)
-    assert code == 0, errors[-2000:]
-    assert json.loads((tmp_path / "r.json").read_text())["data"]["forget_corpus"]["documents"] == 24
-    rmu = flags_of("gemma-3-1b-it", "rmu.py", tmp_path)
-    (tmp_path / "mine.jsonl").write_text('{"text": "The heart is an organ of the cat."}\n' * 9)
-    code, _, errors = online("rmu.py", *rmu, "--forget-corpus", tmp_path / "mine.jsonl")
-    assert code == 0, errors[-2000:]
-    record = json.loads((tmp_path / "r.json").read_text())
-    assert record["data"]["forget_corpus"]["source"] == str(tmp_path / "mine.jsonl")
-
-
-@pytest.mark.parametrize("style", ["chat", "saebench"])
-def test_questions_in_the_models_own_chat_format(online, style, tmp_path):
-    for script in ("feature_ablate_1.py", "feature_ablate_2.py"):
-        code, _, errors = online(script, *flags_of("gemma-3-1b-it", script, tmp_path), "--prompt", style)
-        assert code == 0, errors[-2000:]
-        assert json.loads((tmp_path / "r.json").read_text())["settings"]["prompt"] == style
-
-
-def fails(worker: Worker, *flags, **env) -> str:
-    """The one line that a failing run says."""
-    code, _, errors = worker("feature_ablate_2.py", *flags, **env)
-    lines = [line for line in errors.splitlines() if line.strip()]
-    assert code == 2 and "Traceback" not in errors, errors[-2000:]
-    said = [line for line in lines if line.startswith("error: ")]
-    assert len(said) == 1
-    return said[0]
-
-
-@pytest.mark.parametrize("what", ["model", pytest.param("model, SAE and data", marks=pytest.mark.slow)])
-def test_each_failure_has_one_line_and_leaves_the_cache_usable(hub, tmp_path, what):
-    worker = Worker(tmp_path, hub.address)
-    flags = ["--model", "gemma-3-1b-it", "--layer", 1, "--n-features", 4, "--limit", 8, "--out", tmp_path / "r.json"]
-    try:
-        hub.lost.add("google/gemma-3-1b-it")
-        assert "google/gemma-3-1b-it" in fails(worker, *flags)
-        hub.lost.clear()
-        hub.gated.add("google/gemma-3-1b-it")
-        for env in ({}, {"HF_TOKEN": "hf_of_someone"}):  # not logged in: 401; no access: 403
-            said = fails(worker, *flags, **env)
-            assert (
-                "accept its licence at https://huggingface.co/google/gemma-3-1b-it" in said and "hf auth login" in said
-            )
-        hub.gated.clear()
-        hub.broken.add("google/gemma-3-1b-it")
-        assert "google/gemma-3-1b-it" in fails(worker, *flags)
-        hub.broken.clear()
-        if what == "model":
-            return
-        hub.gated.add("google/gemma-scope-2-1b-it")
-        assert "gemma-scope-2-1b-it-res-all:layer_1_width_16k_l0_small" in fails(worker, *flags)
-        hub.gated.clear()
-        hub.gated.add("cais/wmdp")
-        said = fails(worker, *flags)
-        assert "cais/wmdp" in said and "--data FOLDER with wmdp_bio.jsonl" in said
-        hub.gated.clear()
-        hub.broken.add("cais/mmlu")
-        assert "cais/mmlu" in fails(worker, *flags)
-        hub.broken.clear()
-        code, _, errors = worker("feature_ablate_2.py", *flags)
-        assert code == 0, errors[-2000:]
-    finally:
-        worker.process.kill()
-        for some in (hub.lost, hub.gated, hub.broken):
-            some.clear()
-        hub.gated.add("cais/wmdp-bio-forget-corpus")
-
-
-@pytest.mark.slow
-def test_without_a_network_the_line_says_what_to_do(tmp_path):
-    worker = Worker(tmp_path, "http://127.0.0.1:9")
-    said = fails(worker, "--model", "gemma-3-1b-it", "--layer", 1, "--out", tmp_path / "r.json")
-    assert "google/gemma-3-1b-it" in said and "--model tiny" in said
-    worker.process.kill()
-
-
-# ------------------------------------------------------------------------- Gemma Scope's own file format
-
-
-@pytest.fixture(scope="module")
-def gemma_scope(hub, tmp_path_factory):
-    """The Gemma-2 stand-in, an SAE with random weights that was read from a params.npz, the file's arrays, some ids."""
-    folder = hub.root / "models/google/gemma-2-2b-it"
-    model = common.load_model(str(folder), "cpu")
-    ids = torch.randint(3, model.cfg.d_vocab, (4, 24), generator=torch.Generator().manual_seed(0))
-    ids[:, 0], ids[1, 9] = model.tokenizer.bos_token_id, model.tokenizer.eos_token_id
-    size = residual(model, ids).square().mean().sqrt().item()
-    rng, (d_in, d_sae) = np.random.default_rng(0), (2304, 16384)
-    weights = {"W_enc": rng.standard_normal((d_in, d_sae), np.float32) / d_in**0.5,
-               "W_dec": rng.standard_normal((d_sae, d_in), np.float32) / d_in**0.5,
-               "b_enc": 0.1 * size * rng.standard_normal(d_sae, np.float32),
-               "b_dec": size * rng.standard_normal(d_in, np.float32),
-               "threshold": size * (2.4 + 0.2 * rng.random(d_sae, np.float32))}  # fmt: skip
-    table = get_pretrained_saes_directory()["gemma-scope-2b-pt-res-canonical"]
-    path = tmp_path_factory.mktemp("scope") / table.saes_map["layer_2/width_16k/canonical"] / "params.npz"
-    path.parent.mkdir(parents=True)
-    np.savez(path, **weights)
-
-    def from_disk(repo_id, filename, **options):
-        assert repo_id == "google/gemma-scope-2b-pt-res" and str(path).endswith(filename)
-        return str(path)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrained_sae_loaders, "hf_hub_download", from_disk)
-        sae = common.load_sae(None, 2, model, "gemma-2-2b-it")
-    return model, sae, weights, ids
-
-
-def residual(model, ids) -> torch.Tensor:
-    seen = {}
-    with model.hooks(fwd_hooks=[("blocks.2.hook_resid_post", lambda h, hook: seen.update(h=h))]), torch.no_grad():
-        model(ids, use_cache=False)
-    return seen["h"]
-
-
-def test_gemma_scope_encodes_by_its_own_formula(gemma_scope):
-    model, sae, weights, ids = gemma_scope
-    h = residual(model, ids)
-    pre = h.double().numpy() @ weights["W_enc"] + weights["b_enc"]
-    by_hand = np.maximum(pre, 0) * (pre > weights["threshold"])
-    features = list(range(0, 16384, 7))
-    found, scale = edits.Latents(sae, features).encode(h)
-    assert scale == 1.0 and 0.001 < (by_hand[..., features] > 0).mean() < 0.05
-    assert abs(pre - weights["threshold"])[..., features].min() > 1e-7  # else rounding decides what fires
-    np.testing.assert_allclose(found.numpy(), by_hand[..., features], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("clamp", [0.0, -20.0])
-def test_an_edit_with_gemma_scope_is_saelens_attached_sae_with_its_error_term(gemma_scope, hub, clamp):
-    model, sae, _, ids = gemma_scope
-    features = list(range(0, 16384, 50))
-    with torch.inference_mode(), common.ablate(model, sae, features, clamp):
-        ours = model(ids, use_cache=False)
-    theirs = SAETransformerBridge.boot_transformers(str(hub.root / "models/google/gemma-2-2b-it"), device="cpu").eval()
-    theirs.add_sae(sae, use_error_term=True)
-    ordinary = ~torch.isin(ids, torch.tensor(special_ids(model.tokenizer)))[..., None]
-
-    def edit(acts, hook):
-        some = acts[..., features]
-        acts[..., features] = torch.where((some > 0) & ordinary, clamp, some)
-        return acts
-
-    with torch.inference_mode():
-        wanted = theirs.run_with_hooks(ids, fwd_hooks=[(theirs.get_sae_hook_name(sae), edit)], use_cache=False)
-        clean = model(ids, use_cache=False)
-    assert (wanted - clean).abs().max() > 0.1
-    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------- presets
+        hub.announce("some/model")
 
 
 def test_presets_have_an_sae_for_every_layer():
     table = get_pretrained_saes_directory()
     layers = {"gemma-2-2b-it": 26, "gemma-3-1b-it": 26, "gemma-3-4b-it": 34, "gpt2": 12}
-    assert set(layers) | {"tiny"} == set(hub_of_project.PRESETS)
+    assert set(layers) | {"tiny"} == set(hub.PRESETS)
     for name, n in layers.items():
-        release, sae_id = hub_of_project.PRESETS[name].sae.split(":", 1)
+        release, sae_id = hub.PRESETS[name].sae.split(":", 1)
         assert all(sae_id.format(layer=layer) in table[release].saes_map for layer in range(n))
 
 
 def test_the_table_of_saes_is_saelenss():
     """Read release by release, without the seconds that SAELens takes to import and read it."""
     table = get_pretrained_saes_directory()
-    assert len(table) > 100 and hub_of_project.release_of("no-such-release") is None
+    assert len(table) > 100 and hub.release_of("no-such-release") is None
     for name, entry in table.items():
-        ours = hub_of_project.release_of(name)
+        ours = hub.release_of(name)
         assert (ours.repo_id, ours.saes_map, ours.expected_l0) == (entry.repo_id, entry.saes_map, entry.expected_l0)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "adapter_config.json"])
+def test_identity_is_content_whatever_the_path_and_the_time_say(tmp_path, name):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / name).write_bytes(b"1234")
+    os.utime(tmp_path / "a" / name, (1, 1))
+    first = identity(str(tmp_path / "a"))
+    assert identity(shutil.copytree(tmp_path / "a", tmp_path / "b")) == first
+    (tmp_path / "a" / name).write_bytes(b"1235")  # of the same length
+    os.utime(tmp_path / "a" / name, (1, 1))
+    assert identity(str(tmp_path / "a")) != first
+
+
+def test_a_repositorys_identity_is_its_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    refs = tmp_path / "models--google--gemma-scope-2b-pt-res/refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("abc")
+    sae = "gemma-scope-2b-pt-res-canonical:layer_{}/width_16k/canonical"
+    assert identity(sae.format(7)).startswith("google/gemma-scope-2b-pt-res@abc:layer_7/")
+    assert identity(sae.format(7)) != identity(sae.format(8))
+    (refs / "main").write_text("def")
+    assert identity("google/gemma-scope-2b-pt-res") == "google/gemma-scope-2b-pt-res@def"

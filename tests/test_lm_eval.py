@@ -1,46 +1,32 @@
 """lm-eval's own numbers, with nothing ablated and with features ablated: letters, log-probabilities, generated text."""
 
 import json
-import math
 import os
 import re
 import runpy
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import lm_eval
-import numpy as np
 import pytest
-import torch
 import yaml
-from conftest import BOS, FAMILIES, MARKER, some_ids, write_sae
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import CachingLM
+from conftest import listing
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 import baselines
-import edits
 import feature_ablate_1
 import feature_ablate_2
 import lm_eval_ablated
-import lm_eval_model
 import pareto
-from common import firing_rates, load_model, load_sae
-from data import LETTERS, UserError, encode_prompts, halves, prompt, special_ids
-from edits import NONE, Edit, decoder_layers, edit_of
+from common import load_model, load_sae
+from data import LETTERS, UserError, encode_prompts, halves, prompt
+from edits import NONE, edit_of
 from evaluation import score_letters, score_loss
 from flags import GRIDS
-from hub import identity
-from lm_eval_model import AblatedLM, Scored, Spread, by_question
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
@@ -145,17 +131,6 @@ def test_every_method_gives_the_letters_of_baselines(method, monkeypatch, tmp_pa
         assert picked["scores"]["mmlu"]["letters"] == point["scores"]["mmlu"]["letters"]
 
 
-def test_a_gate_is_no_way_to_write_an_answer(model_folder, get_model, make_sae):
-    sae = make_sae(get_model("llama"))
-    lm = AblatedLM(str(model_folder("llama")), sae={1: sae}, features={1: [3, 17]}, method="dsg", gate=0.1, clamp=-4.0,
-                   device="cpu", dtype="float32")  # fmt: skip
-    assert lm.edit.whole and lm.loglikelihood(requests(SENTENCES, [" sea"]))
-    with pytest.raises(UserError, match="leave out tasks that generate"):
-        lm.generate_until([Instance("generate_until", {}, ("The cat", {"max_gen_toks": 4, "until": []}), 0)])
-    with pytest.raises(UserError, match=r"missing .* .gate."):
-        AblatedLM(str(model_folder("llama")), sae={1: sae}, features={1: [3]}, method="dsg", clamp=-4.0, device="cpu")
-
-
 def test_loss_is_our_own_scorers(tmp_path):
     """One BOS in front of every window, every token of it a target."""
     flags = dict(layer=3, n_features=10, tasks="tiny_openwebtext", limit=12, unablated=True)
@@ -176,320 +151,7 @@ def test_loss_is_our_own_scorers(tmp_path):
     assert ablated["loss_added"] == pytest.approx(mean[1] - mean[0], abs=1e-5)
 
 
-# --------------------------------------------------------------------------------- the model class
-
-
-def requests(contexts: list[str], continuations: list[str], kind: str = "loglikelihood") -> list[Instance]:
-    pairs = [(context, continuation) for context in contexts for continuation in continuations]
-    return [Instance(kind, {}, pair, i) for i, pair in enumerate(pairs)]
-
-
-SENTENCES = ["The cat sat on the", "Rivers of Europe flow to the sea, and the", "Answer:"]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_with_no_feature_it_is_hf_to_the_last_bit(dtype):
-    questions = [json.loads(line) for line in (TINY / "data/wmdp_bio.jsonl").open()][:40]
-    asked = requests([prompt(row) for row in questions], [" A", " B", " C", " D", " Vibrio cholerae"])
-    same = dict(device="cpu", dtype=dtype, batch_size=8)
-    theirs = HFLM(str(TINY / "model"), **same).loglikelihood(asked)
-    ours = AblatedLM(str(TINY / "model"), sae=str(TINY / "sae/layer_7"), features={7: []}, **same)
-    assert list(ours.edit.at) == [7]
-    assert ours.loglikelihood(asked) == theirs
-    other = AblatedLM("tiny", features={7: list(range(300))}, clamp=-80.0, **same)
-    assert other.loglikelihood(asked) != theirs
-    other.ablated = False
-    assert other.loglikelihood(asked) == theirs
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return request.param
-
-
-def test_a_layers_output_is_transformer_lenss_residual(family, get_model, model_folder):
-    """blocks.L.hook_resid_post is the output of decoder layer L, not hidden_states, whose last has the final norm."""
-    model = get_model(family)
-    hf = HFLM(str(model_folder(family)), device="cpu", dtype="float32", attn_implementation="eager").model
-    ids, seen, theirs = some_ids(model), {}, {}
-    ids = ids.where(ids != 0, 3)  # no padding: the two treat it differently
-    for number, layer in enumerate(decoder_layers(hf)):
-        layer.register_forward_hook(
-            lambda module, args, out, number=number: seen.update({number: out[0] if isinstance(out, tuple) else out})
-        )
-    hooks = [(f"blocks.{i}.hook_resid_post", lambda h, hook, i=i: theirs.update({i: h.clone()})) for i in range(4)]
-    with torch.inference_mode(), model.hooks(fwd_hooks=hooks):
-        hf(ids), model(ids)
-    for number in range(4):
-        assert torch.allclose(seen[number], theirs[number], atol=1e-5)
-    assert not torch.allclose(seen[2], seen[3], atol=1e-2)
-
-
-@torch.no_grad()
-def reference_logits(hf, ids: torch.Tensor, edits: dict, ordinary: torch.Tensor) -> torch.Tensor:
-    """Logits of a plain forward pass whose layers' outputs become decode(a') plus the SAE's error, all in full.
-
-    edits: {layer: (sae, features, clamp)}.
-    """
-    handles = []
-    for number, (sae, features, clamp) in edits.items():
-
-        def hook(module, args, out, sae=sae, features=features, clamp=clamp):
-            h = out[0] if isinstance(out, tuple) else out
-            acts = sae.encode(h)
-            new = acts.clone()
-            new[..., features] = torch.where(acts[..., features] > 0, clamp, 0.0)
-            h = torch.where(ordinary[..., None], h - sae.decode(acts) + sae.decode(new), h)
-            return (h, *out[1:]) if isinstance(out, tuple) else h
-
-        handles.append(decoder_layers(hf)[number].register_forward_hook(hook))
-    logits = hf(ids, use_cache=False).logits
-    for handle in handles:
-        handle.remove()
-    return logits
-
-
-def edits_of(request_name: str, model, make_sae) -> dict:
-    """{layer: (sae, features, clamp)} for each case of the tests below."""
-    one = make_sae(model)
-    other = make_sae(model, layer=2, hook_name="blocks.2.hook_resid_post", seed=1)
-    topk = make_sae(model, "topk")
-    return {
-        "two features": {1: (one, [3, 17], -4.0)},
-        "zero ablation": {1: (one, list(range(0, 64, 2)), 0.0)},
-        "two layers": {1: (one, [3, 17, 40], -4.0), 2: (other, [5, 6], -4.0)},
-        "topk": {1: (topk, list(range(0, 64, 3)), -4.0)},
-    }[request_name]
-
-
-CASES = ["two features", "zero ablation", "two layers", "topk"]
-
-
-def ablated_lm(folder: Path, edits: dict, **options) -> AblatedLM:
-    saes = {number: sae for number, (sae, _, _) in edits.items()}
-    features = {number: ids for number, (_, ids, _) in edits.items()}
-    (clamp,) = {clamp for _, _, clamp in edits.values()}
-    same = dict(device="cpu", dtype="float32", batch_size=2, attn_implementation="eager")
-    return AblatedLM(str(folder), sae=saes, features=features, clamp=clamp, **same, **options)
-
-
-def ordinary_of(lm: AblatedLM, ids: torch.Tensor) -> torch.Tensor:
-    return ~torch.isin(ids, torch.tensor(special_ids(lm.tokenizer)))
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_log_likelihoods_are_a_plain_references(family, case, get_model, model_folder, make_sae):
-    edits = edits_of(case, get_model(family), make_sae)
-    lm = ablated_lm(model_folder(family), edits)
-    moved = 0
-    asked = requests([*SENTENCES, f"The cat {MARKER} sat on the"], [" mat and the moon", " sea", "A"])
-    for request, (found, _) in zip(asked, lm.loglikelihood(asked), strict=True):
-        context, continuation = lm._encode_pair(*request.args)
-        ids = torch.tensor([context + continuation])
-        values = []
-        for some in (edits, {}):
-            logits = reference_logits(lm.model, ids, some, ordinary_of(lm, ids))[0].log_softmax(-1)
-            picked = logits[len(context) - 1 : -1].gather(1, torch.tensor(continuation)[:, None])
-            values.append(picked.sum().item())
-        assert found == pytest.approx(values[0], abs=2e-3)
-        moved += abs(values[0] - values[1]) > 0.1
-    assert moved > 4  # the test would pass without any edit otherwise
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_generated_text_is_a_plain_references(family, case, get_model, model_folder, make_sae):
-    """20 tokens with the key-value cache: prompt tokens are edited once, generated ones as they come."""
-    edits = edits_of(case, get_model(family), make_sae)
-    lm = ablated_lm(model_folder(family), edits)
-    options = {"max_gen_toks": 20, "until": [], "do_sample": False}
-    asked = [Instance("generate_until", {}, (text, dict(options)), i) for i, text in enumerate(SENTENCES)]
-    assert lm.batch_size == 2  # so that a shorter prompt is padded on the left
-    differs = 0
-    for request, found in zip(asked, lm.generate_until(asked), strict=True):
-        texts = []
-        for some in (edits, {}):
-            ids = torch.tensor([lm.tok_encode(request.args[0])])
-            start = ids.shape[1]
-            while ids.shape[1] < start + 20 and ids[0, -1] != lm.eot_token_id:
-                logits = reference_logits(lm.model, ids, some, ordinary_of(lm, ids))
-                ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], 1)
-            texts.append(lm.tok_decode(ids[0, start:]))
-        assert found == texts[0].split(lm.tok_decode(lm.eot_token_id, skip_special_tokens=False))[0]
-        differs += texts[0] != texts[1]
-    assert differs or case == "two features"
-
-
-def test_a_layer_may_return_a_tuple(model_folder, get_model, make_sae, monkeypatch):
-    """As transformers did before version 5: the first entry is edited, for every row of the batch, the rest kept."""
-    lm = ablated_lm(model_folder("gemma2"), edits_of("zero ablation", get_model("gemma2"), make_sae))
-    ids = some_ids(get_model("gemma2"))
-    seen = {}
-    handle = decoder_layers(lm.model)[1].register_forward_pre_hook(lambda module, args: seen.update(h=args[0]))
-    lm.model(ids)
-    handle.remove()
-
-    class Layer(torch.nn.Module):
-        def forward(self, h):
-            return h, "weights"
-
-    whole, pair = torch.nn.Identity(), Layer()
-    (edit,) = lm.edit.at.values()
-    lm.set_edit(Edit("both", {0: edit, 1: edit}))
-    monkeypatch.setattr(edits, "decoder_layers", lambda model: [whole, pair])
-    with torch.no_grad(), lm.patched():
-        lm.model(ids)
-        alone, (first, second) = whole(seen["h"]), pair(seen["h"])
-    assert second == "weights" and torch.equal(first, alone)
-    assert (first != seen["h"]).any(-1).any(-1).all()
-
-
-def test_a_layer_that_never_runs_is_an_error(model_folder, get_model, make_sae, monkeypatch):
-    lm = ablated_lm(model_folder("gemma2"), edits_of("two features", get_model("gemma2"), make_sae))
-    monkeypatch.setattr(edits, "decoder_layers", lambda model: [torch.nn.Identity()] * 4)
-    with pytest.raises(RuntimeError, match="never ran"):
-        lm.loglikelihood(requests(SENTENCES, [" sea"]))
-
-
-@pytest.mark.parametrize("options", [dict(batch_size="auto", max_batch_size=4), dict(parallelize=True)])
-def test_lm_evals_options_do_not_move_a_number(options, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # without a GPU parallelize=True keeps weights in a folder
-    questions = [json.loads(line) for line in (TINY / "data/wmdp_bio.jsonl").open()][:10]
-    asked = requests([prompt(row) for row in questions], [" A", " B"])
-    same = dict(features={3: [45, 78, 286]}, clamp=-80.0, device="cpu", dtype="float32")
-    plain = AblatedLM("tiny", batch_size=4, **same).loglikelihood(asked)
-    other = AblatedLM("tiny", **{"batch_size": 4, **options}, **same).loglikelihood(asked)
-    assert [value for value, _ in other] == pytest.approx([value for value, _ in plain], abs=1e-4)
-
-
-# -------------------------------------------------------------------------- special tokens and letters
-
-
-@pytest.fixture
-def chat_folder(tmp_path, model_folder, tokenizer):
-    """A model whose chat template writes the BOS itself, as Gemma's does."""
-    shutil.copytree(model_folder("gemma2"), tmp_path / "chat")
-    template = "{{ bos_token }}{% for m in messages %}" + MARKER + "{{ m['content'] }}\n{% endfor %}"
-    path = tmp_path / "chat/tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
-    return tmp_path / "chat"
-
-
-class Listener(AblatedLM):
-    """Keeps what it is asked, as text and as tokens."""
-
-    def loglikelihood(self, requests, **kwargs):
-        self.asked = [request.args for request in requests]
-        return super().loglikelihood(requests, **kwargs)
-
-    def _loglikelihood_tokens(self, requests, **kwargs):
-        self.encoded = [(context, continuation) for _, context, continuation in requests]
-        return super()._loglikelihood_tokens(requests, **kwargs)
-
-
-@pytest.mark.parametrize("chat", [False, True])
-def test_one_bos_and_the_letter_as_it_continues(chat_folder, chat):
-    lm = Listener(str(chat_folder), device="cpu", dtype="float32", batch_size=4)
-    manager = TaskManager(include_path=str(ROOT / "lm_eval_tasks"), include_defaults=False)
-    chosen = {"tiny_wmdp_bio": [0, 1, 2]}
-    simple_evaluate(lm, tasks=["tiny_wmdp_bio"], samples=chosen, task_manager=manager, apply_chat_template=chat)
-    assert [continuation for _, continuation in lm.asked[:4]] == [("" if chat else " ") + letter for letter in LETTERS]
-    assert all((BOS in context) == chat for context, _ in lm.asked)
-    bos = lm.tokenizer.bos_token_id
-    for context, continuation in lm.encoded:
-        assert context[0] == bos and (context + continuation).count(bos) == 1
-        assert len(continuation) == 1 + chat  # lm-eval counts the line break at a template's end to the answer
-    questions = [json.loads(line) for line in (TINY / "data/wmdp_bio.jsonl").open()][:3]
-    if not chat:
-        ids, letters = encode_prompts(lm.tokenizer, [prompt(row) for row in questions])
-        assert [(context, letter[0]) for context, letter in lm.encoded] == [(row, i) for row in ids for i in letters]
-
-
-def test_a_doubled_bos_is_refused(chat_folder):
-    lm = AblatedLM(str(chat_folder), device="cpu", dtype="float32", add_bos_token=True)
-    with pytest.raises(UserError, match="more than one BOS"):
-        lm.loglikelihood(requests([f"{BOS}{BOS}The cat sat on the"], [" sea"]))
-
-
-def test_pads_and_special_tokens_are_not_edited(get_model, model_folder, make_sae):
-    """The same question alone and beside a longer one, which pads it, with every feature clamped."""
-    edits = {1: (make_sae(get_model("gemma2")), list(range(64)), -4.0)}
-    lm = ablated_lm(model_folder("gemma2"), edits)
-    seen = []
-    handle = decoder_layers(lm.model)[2].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    clean = []
-    ids = some_ids(get_model("gemma2"))
-    first = decoder_layers(lm.model)[1].register_forward_hook(lambda module, args, out: clean.append(out))
-    lm._model_call(ids)
-    handle.remove(), first.remove()
-    same = (seen[0] == clean[0]).all(-1)
-    assert torch.equal(same, ~ordinary_of(lm, ids) | same)  # special tokens are the model's own to the last bit
-    assert (~same).sum() > 40
-    alone = lm.loglikelihood(requests(SENTENCES[:1], [" sea"]))
-    beside = lm.loglikelihood(requests(SENTENCES[:2], [" sea"]))
-    assert alone[0][0] == pytest.approx(beside[0][0], abs=1e-4)
-
-
 # -------------------------------------------------------------------------- several processes, caches
-
-
-class Echo:
-    """Answers a request by what it was asked, and keeps count."""
-
-    def __init__(self):
-        self.answered = 0
-
-    def loglikelihood(self, requests):
-        self.answered += len(requests)
-        return [(float(len(request.args[0])), False) for request in requests]
-
-
-class Collected(Exception):
-    pass
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 16])
-def test_requests_are_dealt_out_whole_and_come_back_in_order(monkeypatch, n):
-    asked = requests([text * 2 for text in "abcdefg"] + [""], [" A", " B", " C"])  # 8 contexts, the last one empty
-    parts = []
-
-    def collect(part):
-        parts.append(part)
-        raise Collected
-
-    monkeypatch.setattr(lm_eval_ablated.processes, "from_all", collect)
-    for index in range(n):
-        monkeypatch.setattr(lm_eval_ablated.processes, "own", lambda items, i=index: items[i::n])
-        echo = Echo()
-        with pytest.raises(Collected):
-            Spread(echo).loglikelihood(asked)
-        assert echo.answered == len(parts[-1]) <= 3 * math.ceil(10 / n)
-    positions = sorted(i for part in parts for i, _ in part)
-    assert positions == list(range(len(asked)))  # none lost, none twice
-    where = {i: number for number, part in enumerate(parts) for i, _ in part}
-    assert all(where[i] == where[i + 1] == where[i + 2] for i in range(0, 21, 3))  # a question's letters stay together
-    monkeypatch.setattr(lm_eval_ablated.processes, "from_all", lambda part: [pair for one in parts for pair in one])
-    found = Spread(Echo()).loglikelihood(asked)
-    assert [value for value, _ in found] == [len(request.args[0]) for request in asked]
-
-
-def test_a_cache_is_one_ablations_own(tmp_path):
-    asked = requests([prompt(json.loads(line)) for line in list((TINY / "data/mmlu.jsonl").open())[:3]], [" A", " B"])
-    same = dict(device="cpu", dtype="float32", batch_size=8)
-    first = AblatedLM("tiny", features={3: list(range(200))}, clamp=-80.0, **same)
-    cached = CachingLM(first, str(tmp_path / "cache.db"))
-    answers = cached.loglikelihood(asked)
-    again = CachingLM(
-        AblatedLM("tiny", features={3: list(range(200))}, clamp=-80.0, **same), str(tmp_path / "cache.db")
-    )
-    again.lm._model_call = None  # nothing is left to ask the model
-    assert again.loglikelihood(asked) == answers
-    for features, clamp in (({3: list(range(200))}, -40.0), ({3: list(range(199))}, -80.0), ({}, 0.0)):
-        other = AblatedLM("tiny", features=features, clamp=clamp, **same)
-        assert other.fingerprint() != first.fingerprint()
-        with pytest.raises(UserError, match="another ablation's"):
-            CachingLM(other, str(tmp_path / "cache.db"))
-    first.ablated = False
-    assert first.fingerprint() == other.fingerprint()
 
 
 def test_the_command_line_keeps_caches_apart(tmp_path):
@@ -506,103 +168,7 @@ def test_the_command_line_keeps_caches_apart(tmp_path):
     assert other["points"][1]["scores"] != first["points"][1]["scores"]
 
 
-def changed(folder: Path, name: str, to: Path) -> Path:
-    """A copy of a model folder, its weights in a pickled file."""
-    shutil.copytree(folder, to)
-    weights = load_file(to / "model.safetensors")
-    (to / "model.safetensors").unlink()
-    torch.save(weights, to / name)
-    return to
-
-
-def test_weights_written_again_into_the_same_folder_are_another_model(tmp_path, model_folder):
-    folder = changed(model_folder("llama"), "pytorch_model.bin", tmp_path / "model")
-    same = dict(device="cpu", dtype="float32")
-    first = AblatedLM(str(folder), **same)
-    CachingLM(first, str(tmp_path / "cache.db")).loglikelihood(requests(SENTENCES, [" sea"]))
-    path = folder / "pytorch_model.bin"
-    time = path.stat()
-    weights = torch.load(path)
-    torch.save({name: weight * 0.5 for name, weight in weights.items()}, path)
-    os.utime(path, ns=(time.st_atime_ns, time.st_mtime_ns))
-    with pytest.raises(UserError, match="another model's"):
-        CachingLM(AblatedLM(str(folder), **same), str(tmp_path / "cache.db"))
-
-
-def adapter(folder: Path, to: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    get_peft_model(model, config).save_pretrained(to)
-    return to
-
-
-def test_an_adapter_is_picked_checked_and_cached_as_scored(tmp_path, model_folder, make_sae, get_model):
-    """Picking and the SAE check see the adapter, as they see the model that it was merged into."""
-    folder, same = model_folder("llama"), dict(device="cpu", dtype="float32", attn_implementation="eager")
-    first = AblatedLM(str(folder), peft=str(adapter(folder, tmp_path / "adapter", 0)), **same)
-    first.model.merge_and_unload().save_pretrained(tmp_path / "merged")
-    lm = AblatedLM(str(folder), peft=str(tmp_path / "adapter"), **same)
-    shutil.copy(folder / "tokenizer.json", tmp_path / "merged")
-    shutil.copy(folder / "tokenizer_config.json", tmp_path / "merged")
-    sae, windows = make_sae(get_model("llama")), [some_ids(get_model("llama"))[1].tolist()]
-    merged = firing_rates(load_model(str(tmp_path / "merged"), "cpu"), sae, windows)
-    assert torch.equal(firing_rates(Scored(lm), sae, windows).fires, merged.fires)
-    assert not torch.equal(firing_rates(get_model("llama"), sae, windows).fires, merged.fires)
-    adapter(folder, tmp_path / "adapter", 1)
-    assert AblatedLM(str(folder), peft=str(tmp_path / "adapter"), **same).fingerprint() != lm.fingerprint()
-
-
-def test_an_sae_trained_again_refuses_a_records_features(tmp_path, gemma, scale_of):
-    folder = write_sae(tmp_path / "sae", gemma.cfg.model_name, scale_of(gemma))
-    point = {"method": "sae-ablation", "setting": {"n_features": 2, "clamp": -4.0, "features": [3, 17]}}
-    record = {"layer": 1, "points": [point], "identity": {"sae": identity(str(folder))}}
-    path = listing(tmp_path, "record", record)
-    read = lambda: lm_eval_model.from_file(path, 1, {}, str(folder), "some/model")  # noqa: E731
-    assert lm_eval_model.features_of(read()) == {1: [3, 17]}
-    write_sae(folder, gemma.cfg.model_name, scale_of(gemma), seed=1)
-    with pytest.raises(UserError, match="another SAE"):
-        read()
-    point["setting"]["features"] = []
-    with pytest.raises(UserError, match="no features"):
-        lm_eval_model.from_file(listing(tmp_path, "empty", record), 1, {}, str(folder), "some/model")
-
-
-def test_logits_that_are_not_finite_are_no_answer(model_folder, tmp_path):
-    lm = AblatedLM(str(model_folder("llama")), device="cpu", dtype="float32")
-    with torch.no_grad():
-        decoder_layers(lm.model)[2].mlp.down_proj.weight[0, 0] = math.nan
-    cached = CachingLM(lm, str(tmp_path / "cache.db"))
-    for _ in range(2):  # nor do they go into the cache
-        with pytest.raises(UserError, match="not finite"):
-            cached.loglikelihood(requests(SENTENCES, [" sea"]))
-    with pytest.raises(UserError, match="not finite"):
-        lm.generate_until([Instance("generate_until", {}, ("The cat", {"max_gen_toks": 4, "until": []}), 0)])
-
-
-def test_a_prompt_beyond_the_context_is_refused_not_cut(model_folder):
-    lm = AblatedLM(str(model_folder("llama")), device="cpu", dtype="float32", max_length=12)
-    assert lm.loglikelihood(requests(["The cat sat"], [" sea"]))
-    with pytest.raises(UserError, match=r"'The cat.* tokens, and there is room for 12"):
-        lm.loglikelihood(requests(["The cat sat on the mat " * 4], [" sea"]))
-    with pytest.raises(UserError, match="there is room for 8"):
-        text = "The cat sat on the mat " * 4
-        lm.generate_until([Instance("generate_until", {}, (text, {"max_gen_toks": 4, "until": []}), 0)])
-
-
-def test_a_thought_is_no_place_for_a_letter(model_folder):
-    lm = AblatedLM(str(model_folder("llama")), device="cpu", dtype="float32")
-    with pytest.raises(UserError, match="opens a thought"):
-        lm.loglikelihood(requests(["Answer: <think>\n"], ["A"]))
-
-
 # ------------------------------------------------------------------------ features, tasks, subsets
-
-
-def listing(tmp_path, name, value) -> str:
-    path = tmp_path / f"{name}.json"
-    path.write_text(json.dumps(value))
-    return str(path)
 
 
 def test_features_come_from_picking_a_list_layers_or_a_record(tmp_path):
@@ -624,23 +190,6 @@ def test_features_come_from_picking_a_list_layers_or_a_record(tmp_path):
     assert set(both["sanity"]) == {3, 7}
     drawn = pareto.run(plot=[str(tmp_path / "c.json")], out=str(tmp_path / "plot.json"))
     assert "L3+7 n12 c-80" in [at["setting"] for at in drawn["summary"][0]["frontier"]]
-
-
-def test_a_sweeps_setting_is_chosen_by_flags():
-    def point(n, clamp):
-        return {
-            "method": "sae-ablation",
-            "setting": {"n_features": n, "clamp": clamp, "features": [*range(n)], "layer": 3},
-        }
-
-    record = {"layer": [3, 5], "points": [point(n, clamp) for n in (1, 5) for clamp in (0.0, -40.0, -80.0)]}
-    choose = lm_eval_model.of_record
-    assert choose("r", record, layer=3, n_features=5, clamp=-40.0) == record["points"][4]
-    assert choose("r", record, layer=None, n_features=5, clamp=None)["setting"]["clamp"] == -80.0
-    with pytest.raises(UserError, match="--layer 3 --n-features 1 --clamp -40"):
-        choose("r", record, layer=None, n_features=None, clamp=-40.0)
-    with pytest.raises(UserError, match="--n-features 5"):
-        choose("r", record, layer=7, n_features=None, clamp=None)
 
 
 @pytest.mark.parametrize(
@@ -783,18 +332,6 @@ def test_other_tasks_are_scored_too(tmp_path):
         files = [path.name for path in (tmp_path / "logs" / kind).rglob("*.json*")]
         assert sum(name.startswith("results_") for name in files) == 1
         assert sum(name.startswith("samples_") for name in files) == 2
-
-
-def test_means_are_compared_in_pairs():
-    def row(value):
-        return {"metrics": ["f1"], "f1": value, "doc": {}, "doc_id": 0, "filtered_resps": ["text"]}
-
-    runs = [[row(v) for v in (0.5, 0.25, 1.0)], [row(v) for v in (0.25, 0.25, 0.5)]]
-    clean, ablated = lm_eval_model.scores_of(runs, None, 0)
-    assert clean["mean"] == pytest.approx(1.75 / 3) and ablated["change"] == pytest.approx(-0.25)
-    assert ablated["change_low"] <= -0.25 <= ablated["change_high"]
-    assert np.array_equal(by_question(runs[1])["value"], [0.25, 0.25, 0.5])
-    assert lm_eval_model.scores_of([[{**row(1.0), "f1": (1.0, 2)}]], None, 0) == [None]
 
 
 # ----------------------------------------------------------------------- the commands that we tell users

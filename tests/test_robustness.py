@@ -90,30 +90,6 @@ def test_fine_tuning_goes_through_an_edit_that_stays(model_folder, make_sae, get
 # ------------------------------------------------------------------------- what is kept knows what it is of
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "adapter_config.json"])
-def test_identity_is_content_whatever_the_path_and_the_time_say(tmp_path, name):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / name).write_bytes(b"1234")
-    os.utime(tmp_path / "a" / name, (1, 1))
-    first = identity(str(tmp_path / "a"))
-    assert identity(shutil.copytree(tmp_path / "a", tmp_path / "b")) == first
-    (tmp_path / "a" / name).write_bytes(b"1235")  # of the same length
-    os.utime(tmp_path / "a" / name, (1, 1))
-    assert identity(str(tmp_path / "a")) != first
-
-
-def test_a_repositorys_identity_is_its_commit(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    refs = tmp_path / "models--google--gemma-scope-2b-pt-res/refs"
-    refs.mkdir(parents=True)
-    (refs / "main").write_text("abc")
-    sae = "gemma-scope-2b-pt-res-canonical:layer_{}/width_16k/canonical"
-    assert identity(sae.format(7)).startswith("google/gemma-scope-2b-pt-res@abc:layer_7/")
-    assert identity(sae.format(7)) != identity(sae.format(8))
-    (refs / "main").write_text("def")
-    assert identity("google/gemma-scope-2b-pt-res") == "google/gemma-scope-2b-pt-res@def"
-
-
 def test_a_record_of_what_has_been_trained_again_is_not_taken_up(monkeypatch, tmp_path):
     """The SAE in the same folder, of the same size and time, is another one: neither script goes by the record."""
     monkeypatch.setitem(baselines.GRIDS, "clamp", [{"n_features": 10, "clamp": 1}])

@@ -8,15 +8,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
-import torch
-from conftest import some_ids
 
-import common
 import show
 import train_sae
 from data import UserError
 from edits import NONE, Edit
-from flags import command_line, parser, settings
+from flags import parser, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -97,60 +94,6 @@ def test_what_windows_lacks_is_not_needed():
     assert done.stdout == "None\n", done.stderr
 
 
-@pytest.mark.parametrize("console", ["ipykernel_launcher.py -f kernel.json", "colab_kernel_launcher.py -f x",
-                                     "pydevconsole.py --mode=client --port=9"])  # fmt: skip
-def test_a_consoles_arguments_are_not_ours(monkeypatch, console):
-    monkeypatch.setattr(sys, "argv", console.split())
-    flags, taken = parser("a script"), []
-    command_line(lambda **given: taken.append(given), flags)
-    assert taken == [vars(flags.parse_args([]))]
-
-
-def test_a_console_that_lacks_a_character_is_no_traceback():
-    code = "import sys; sys.argv = ['x']; import flags; flags.command_line(lambda **_: print('\u2581\u4e2d'), "
-    code += "flags.parser(''))"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stdout.strip()) == (0, "\\u2581\\u4e2d"), done.stderr[-500:]
-
-
-def test_sums_need_no_doubles_where_the_device_has_none(monkeypatch, gemma, gemma_sae):
-    """`summed` is asked for fp32 there; rates are the same to what fp32 holds of a batch's sum."""
-    windows = some_ids(gemma).tolist()
-    usual = common.firing_rates(gemma, gemma_sae, windows)
-    asked = []
-
-    class OnApple:
-        def __init__(self, x):
-            self.x, self.device = x, torch.device("mps")
-
-        def sum(self, dim, dtype):
-            asked.append(dtype)
-            return self.x.sum(dim, dtype=dtype)
-
-    real = common.summed
-    monkeypatch.setattr(common, "summed", lambda x: real(OnApple(x)))
-    again = common.firing_rates(gemma, gemma_sae, windows)
-    assert set(asked) == {torch.float32} and torch.equal(usual.fires, again.fires)
-    torch.testing.assert_close(usual.total, again.total, rtol=1e-5, atol=1e-5)
-    assert usual.total.dtype == again.total.dtype == torch.float64
-
-
-@pytest.mark.parametrize(
-    "flags, said",
-    [
-        (dict(seed=-1), "--seed -1: at least 0"),
-        (dict(subjects=""), "--subjects: nothing is given"),
-        (dict(clamp=float("nan")), "--clamp nan"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(flags, said):
-    p = parser("a script")
-    p.add_argument("--subjects")
-    with pytest.raises(UserError, match=said):
-        settings(p, flags)
-
-
 @pytest.mark.parametrize(
     "flags, said",
     [
@@ -167,14 +110,3 @@ def test_an_sae_that_cannot_be_trained_is_refused_before_the_work(monkeypatch, t
     monkeypatch.setattr(train_sae, "read_texts", None)  # the work
     with pytest.raises(UserError, match=said):
         train_sae.run(**flags, out=str(tmp_path))
-
-
-def test_paths_lead_to_the_same_from_any_folder(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/mmlu.jsonl").touch()
-    (tmp_path / "tiny").mkdir()  # of a preset's name, and not what --model tiny means
-    s = settings(parser("a script"), {"data": "mine", "sae": "mine"})
-    assert (s.data, s.sae, s.model) == (str(tmp_path / "mine"), str(tmp_path / "mine"), "tiny")
-    assert Path(train_sae.flags.get_default("text")).is_file()
-    assert parser("").get_default("out") is None

@@ -1,15 +1,22 @@
 """Batches, the optimiser in fp32 under a model in bfloat16, and whether training fits the memory."""
 
+import json
 import random
 
+import numpy as np
 import pytest
 import torch
+from conftest import hf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import baselines
 import robustness
 import training
-from data import UserError, special_ids
-from training import Master
+from common import load_model
+from data import UserError, load_benchmark, special_ids
+from edits import decoder_layers
+from flags import settings
+from training import QUESTION_TOKENS, Master, training_windows
 
 TEXTS = ["The cat sat on the mat and looked at the moon.", "Rivers of Europe flow to the sea.",
          "Blood carries oxygen from the lungs to the heart."]  # fmt: skip
@@ -95,3 +102,55 @@ def test_room_is_counted_by_hand_and_refused(model_folder, monkeypatch, capsys, 
     monkeypatch.setattr(training, "free_bytes", lambda device: n * size - 1)
     with pytest.raises(UserError, match=r"GB are free\. rmu\.py and .* train few weights"):
         training.check_room("npo", folder, "cpu", dtype)
+
+
+@pytest.mark.parametrize("loss_on", ["answer", "text"])
+def test_of_a_question_only_the_answer_is_a_target_or_all_of_it(loss_on):
+    s = settings(baselines.flags, {})
+    benchmark, tokenizer = load_benchmark(s)[0], load_model("tiny").tokenizer
+    forget, (wikitext, development) = training_windows(tokenizer, benchmark, s, loss_on)
+    said = {tokenizer.decode(ids[start:]) for ids, start in development}
+    if loss_on == "answer":
+        assert said == {" A", " B", " C", " D"}
+        letters, words = forget[: len(forget) // 2], forget[len(forget) // 2 :]
+        assert {tokenizer.decode(ids[start:]) for ids, start in letters} == said
+        questions, parts = benchmark["quizzes"]["wmdp_bio"]
+        choices = [f" {questions[i]['choices'][questions[i]['answer']]}" for i in parts["_tuning"]]
+        assert [tokenizer.decode(ids[start:]) for ids, start in words] == choices
+    else:
+        assert {start for _, start in forget + development} == {1}
+    assert {start for _, start in wikitext} == {1}
+    text = f"{'Once more. ' * QUESTION_TOKENS}Which?"
+    ids, start = training.answer_window(tokenizer, text, "This one")
+    assert len(ids) == QUESTION_TOKENS and ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids[start:]) == " This one" and tokenizer.decode(ids[:start]).endswith("Which?")
+
+
+def test_a_forget_corpus_counts_whole(tmp_path):
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "Blood carries oxygen. " * 40}) + "\n")
+    s = settings(baselines.flags, dict(forget_corpus=str(tmp_path / "corpus.jsonl")))
+    forget, (_, development) = training_windows(load_model("tiny").tokenizer, load_benchmark(s)[0], s, "answer")
+    assert len(forget) > 1 and {start for _, start in forget} == {1}
+    assert min(start for _, start in development) > 10
+
+
+def test_crisp_distance_by_hand():
+    was, now = torch.randn(2, 4, 3, 7, 32, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    ordinary = torch.rand(3, 7, generator=torch.Generator().manual_seed(5)) > 0.3
+    expected = np.square((now - was).numpy() * ordinary.numpy()[..., None]).mean()
+    assert training.distance(was, now, ordinary).item() == pytest.approx(expected, abs=1e-8)
+
+
+def test_crisp_adapts_the_layers_of_the_release():
+    assert training.reach(baselines.CRISP_LAYERS["gemma-2-2b-it"]) == list(range(3, 10))
+    assert training.reach(baselines.CRISP_LAYERS["tiny"]) == [2, 3, 4, 5, 6]
+    assert training.reach([0]) == [0] and training.reach([5]) == [4, 5]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+def test_crisp_adapts_attention_and_mlp_of_its_layers_only(model_folder, family):
+    model, _ = hf(model_folder(family))
+    names = training.linear_modules(model, [1, 2])
+    blocks = decoder_layers(model)
+    assert len(names) == 2 * sum(isinstance(m, (torch.nn.Linear, training.Conv1D)) for m in blocks[1].modules())
+    assert all(".1." in name or ".2." in name for name in names)

@@ -1,0 +1,63 @@
+"""The command line: settings that cannot be, paths, consoles."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import train_sae
+from data import UserError
+from flags import command_line, parser, settings
+
+
+@pytest.mark.parametrize("flags", [dict(clamp=math.nan), dict(clamp=-math.inf), dict(clamp=[-1.0, math.nan])])
+def test_a_flag_that_is_not_finite_is_refused(flags):
+    with pytest.raises(UserError, match=r"--clamp .*: a finite number is wanted"):
+        settings(parser("a script"), flags)
+
+
+@pytest.mark.parametrize("console", ["ipykernel_launcher.py -f kernel.json", "colab_kernel_launcher.py -f x",
+                                     "pydevconsole.py --mode=client --port=9"])  # fmt: skip
+def test_a_consoles_arguments_are_not_ours(monkeypatch, console):
+    monkeypatch.setattr(sys, "argv", console.split())
+    flags, taken = parser("a script"), []
+    command_line(lambda **given: taken.append(given), flags)
+    assert taken == [vars(flags.parse_args([]))]
+
+
+def test_a_console_that_lacks_a_character_is_no_traceback():
+    code = "import sys; sys.argv = ['x']; import flags; flags.command_line(lambda **_: print('\u2581\u4e2d'), "
+    code += "flags.parser(''))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout.strip()) == (0, "\\u2581\\u4e2d"), done.stderr[-500:]
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (dict(seed=-1), "--seed -1: at least 0"),
+        (dict(subjects=""), "--subjects: nothing is given"),
+        (dict(clamp=float("nan")), "--clamp nan"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(flags, said):
+    p = parser("a script")
+    p.add_argument("--subjects")
+    with pytest.raises(UserError, match=said):
+        settings(p, flags)
+
+
+def test_paths_lead_to_the_same_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/mmlu.jsonl").touch()
+    (tmp_path / "tiny").mkdir()  # of a preset's name, and not what --model tiny means
+    s = settings(parser("a script"), {"data": "mine", "sae": "mine"})
+    assert (s.data, s.sae, s.model) == (str(tmp_path / "mine"), str(tmp_path / "mine"), "tiny")
+    assert Path(train_sae.flags.get_default("text")).is_file()
+    assert parser("").get_default("out") is None
