@@ -20,7 +20,7 @@ half, it unlearnt questions, not what they ask for.
 The edits are in edits.py. ELM (arXiv 2410.02760) is not here: it needs a model that answers differently as a novice and
 as an expert, and tiny does not (README); on real models use its authors' code, and --model with the folder it saves.
 
-tiny, two cores, 1.3 GB: an edit 49 to 72 s, a trained method 2 to 6 minutes. On the reporting half RMU takes the
+tiny, two cores, 1.4 GB: an edit 23 to 46 s, a trained method 2 to 6 minutes. On the reporting half RMU takes the
 WMDP-Bio stand-in from 95.9 to 24.3%, ten clamped features to 28.4%, CRISP to 35.1%, all with MMLU at 98.9% or more,
 SimNPO to 64.9 and NPO to 66.2% with MMLU at 94%. README has the table, and what robustness.py makes of it.
 """
@@ -92,7 +92,7 @@ import show
 from common import Rates, load_hf, load_model, load_sae
 from data import HERE, UserError, load_benchmark, padded, special_ids
 from edits import NONE, Latents, decoder_layers, layer_of
-from evaluation import answers, best_setting, keep_robust, scores_of
+from evaluation import answers, best_setting, check_engine, keep_robust, scores_of
 from hub import identity, model_source, sae_source
 from methods import Measured, edit_for, measure
 from training import Master, Nll, check_room, distance, linear_modules, passes, reach, text_nll, training_windows
@@ -354,6 +354,7 @@ def run(**changes) -> dict:
     if s.method in LOSSES:
         check_room(s.method, s.model, s.device, s.dtype)
     measured = measure(lm, s.layer, sae, texts["forget"], texts["retain"], s.clamp, s)
+    check_engine(lm, [measured.place] if s.method in GRIDS else [])
     with show.keeping(path, [decides(s, s.method), sources]) as folder:
         clean, *tried = tune(s.method, folder, texts, measured, s)
         scores = scores_of([clean, *(one["answers"] for one in tried)], texts, s.seed)

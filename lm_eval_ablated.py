@@ -54,7 +54,7 @@ flags.add_argument("--features", "--record", metavar="FILE", help="JSON list of 
                    "edit is taken as it is (default: pick them)")  # fmt: skip
 flags.add_argument("--method", choices=list(GRIDS), help="what to do with the features (default: zero or clamp them)")
 flags.add_argument("--setting", nargs="+", metavar="NAME=NUMBER", help="what else the method is told, as threshold=0.5 "
-                   "(times the mean activation), strength=1.5, behind=1")  # fmt: skip
+                   "(of picked features, times the mean activation), strength=1.5, behind=1")  # fmt: skip
 latent_flags(flags)
 flags.add_argument("--unablated", action="store_true", help="score the model without ablation too, and compare")
 flags.add_argument("--subjects", help="comma-separated: only the questions on these")
@@ -340,6 +340,8 @@ def picked(m: Measured, s) -> Edit:
         if strange := set(numbers) - set(one):
             raise UserError(f"--setting {min(strange)}: {s.method} has {', '.join(one)}")
         edit = edit_for(s.method, {**one, **numbers}, m)
+    elif numbers:
+        raise UserError(f"--setting {min(numbers)}: of which --method?")
     else:
         edit = of_features("sae-ablation", m.sae, m.features(s.n_features), s.clamp, layer=s.layer)
     for features in features_of(edit.point()).values():

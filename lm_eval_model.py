@@ -184,10 +184,13 @@ def read_json(path: str):
 
 
 def point_of(features: dict, method: str | None, clamp: float | None, numbers: dict) -> dict:
-    """{layer: ids} in the form of a record's point."""
+    """{layer: ids} in the form of a record's point. Raises UserError for a number that the method does not take."""
+    method = method or "sae-ablation"
+    if strange := set(numbers) - set(inspect.signature(METHODS[method]).parameters):
+        raise UserError(f"{method} takes no {min(strange)}")
     layer, ids = next(iter(features.items())) if len(features) == 1 else ("+".join(map(str, features)), features)
     setting = {"n_features": sum(map(len, features.values())), "clamp": clamp or 0.0, "features": ids, "layer": layer}
-    return {"method": method or "sae-ablation", "setting": {**setting, **numbers}}
+    return {"method": method, "setting": {**setting, **numbers}}
 
 
 def from_file(path: str, layer: int, wanted: dict, sae: str | None = None, model: str = "tiny") -> dict:
@@ -208,7 +211,7 @@ def from_file(path: str, layer: int, wanted: dict, sae: str | None = None, model
         features = {int(number): ids for number, ids in found.items()}
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path}: a list of feature ids, {{layer: ids}} or a record is wanted") from error
-    numbers = {name: value for name, value in wanted.items() if name in NUMBERS}
+    numbers = {name: value for name, value in wanted.items() if name not in ("method", "layer", "n_features", "clamp")}
     return point_of(filled(path, features), wanted.get("method"), wanted.get("clamp"), numbers)
 
 
@@ -272,7 +275,7 @@ def as_flags(point: dict) -> str:
 
 def edit_from(point: dict, saes: dict) -> Edit:
     """The edit of a record's point; saes: {layer: SAE} of its features. Raises UserError for features that an SAE
-    lacks, and for numbers that the method wants or does not take."""
+    lacks, and for a number that the method wants."""
     method, setting, at = point["method"], point["setting"], {}
     if edit := point.get("edit"):
         return edit_of(method, next(iter(saes.values()), None), setting, edit["layers"], **edit["arguments"])

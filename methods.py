@@ -1,8 +1,8 @@
 """
-The grids of the methods that edit at inference time, and what their edits are made of: features, means, gates.
+What the edits of methods that work at inference time are made of: features, means, gates, directions.
 
-A setting is a combination of a method's grid, eight for each; clamps in it are multiples of --clamp. `edit_for` makes
-it an edit from what a forget and a retain set say about a model's layer and its SAE (`Measured`).
+In a setting of a method's grid (flags.GRIDS) clamps are multiples of --clamp, thresholds of the mean activation.
+`edit_for` makes it an edit from what a forget and a retain set say about a model's layer and its SAE (`Measured`).
 """
 
 from dataclasses import dataclass, field

@@ -348,7 +348,8 @@ def decides(saes: list, sources: dict, s) -> list:
     """All that scores depend on."""
     free = ("out", "plot", "batch_size", "max_rows", "no_sanity")  # these decide nothing about scores
     settled = {name: value for name, value in vars(s).items() if name not in free}
-    return [identity(model_source(s.model)), [sae.identity for sae in saes], settled, sources]
+    grids = [GRIDS[method] for method in s.method or ()]
+    return [identity(model_source(s.model)), [sae.identity for sae in saes], settled, grids, sources]
 
 
 def run(**changes) -> dict:

@@ -279,7 +279,7 @@ def test_a_damaged_piece_ends_the_run_in_one_line(monkeypatch, capfd, tmp_path):
 
 def test_another_model_sae_data_or_setting_has_another_fingerprint(tmp_path):
     model = shutil.copytree(TINY / "model", tmp_path / "model")
-    s = argparse.Namespace(model=str(model), layer=[7], clamp=[0.0], out="a", batch_size=16)
+    s = argparse.Namespace(model=str(model), layer=[7], clamp=[0.0], out="a", batch_size=16, method=None)
     sae, sources = load_sae(None, 7, load_model("tiny", "cpu")), {"mmlu": {"sha256": "x"}}
 
     def known(sources=sources, **changes):
