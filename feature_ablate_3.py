@@ -32,10 +32,8 @@ import show
 from common import firing_rates, largest, load_model, load_sae, matched_random, pick_features
 from data import as_prose, halves, load_rows, picking_texts, picking_windows, token_windows
 from edits import layer_of
-from evaluation import check_engine, foretell, loss_scores, score_loss, standard_rows
+from evaluation import SCORED_TOKENS, check_engine, foretell, loss_scores, score_loss, standard_rows
 from hub import sanity_gate
-
-SCORED_TOKENS = 20_000  # of OpenWebText, documents in order; enough for +-0.001 nats on a small change
 
 # %% [markdown]
 # ## Score: one forward pass a window, for all rows of the table at once

@@ -14,9 +14,9 @@ half of the WMDP-Bio questions is picked on; the tuning half of each quiz choose
 what it is worth, and the figure shows the latter. Finished pieces are kept as they are finished: the same command,
 given again after a stop, goes on from there.
 
-tiny, default settings (8 numbers of features, 3 clamps, layer 7): 60 s and 1.3 GB on two cores. Of the settings that
+tiny, default settings (8 numbers of features, 3 clamps, layer 7): 50 s and 1.3 GB on two cores. Of the settings that
 keep 99% of MMLU, the tuning half chooses 10 features at clamp -80: WMDP-Bio 95.9 to 71.6% on the reporting half. The
-second command, over four layers in 4 minutes, chooses 10 features of layer 3 at clamp -80, which leave 31.1%.
+second command, over four layers in 5 minutes, chooses 10 features of layer 3 at clamp -80, which leave 31.1%.
 """
 
 # %% [markdown]

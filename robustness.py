@@ -318,6 +318,14 @@ def points_of(subjects: list[Subject], found: list[dict], texts: dict, s) -> lis
     return points
 
 
+def decides(subjects: list[Subject], records: list[dict], sources: dict, s) -> list:
+    """All that the subjects' answers depend on: two edits of one setting may have other features."""
+    edits = [[one.edit.method, one.edit.setting, one.edit.arguments, list(one.edit.at)] for one in subjects]
+    known = [identity(model_source(one.model)) for one in subjects] + [record.get("identity") for record in records]
+    settled = {name: value for name, value in vars(s).items() if name not in ("out", "batch_size", "records")}
+    return [edits, known, settled, sources]
+
+
 def run(**changes) -> dict:
     """run(records=["results/rmu_tiny_L3.json"], relearn=100). Returns the record that it writes; raises UserError."""
     s, started = settings(flags, changes), time.time()
@@ -333,9 +341,7 @@ def run(**changes) -> dict:
         check_room("--relearn", s.model, s.device, s.dtype)
     path = show.outputs("robustness.py", s, flags)
     subjects = [Subject(s.model), *(subject for subject, _ in pairs)]
-    known = [[one.edit.method, one.edit.setting, identity(model_source(one.model))] for one in subjects]
-    settled = {name: value for name, value in vars(s).items() if name not in ("out", "batch_size", "records")}
-    with show.keeping(path, [known, settled, sources]) as folder:
+    with show.keeping(path, decides(subjects, records, sources, s)) as folder:
         points = points_of(subjects, try_all(subjects, texts, folder, s), texts, s)
         names = [show.label(Edit(point["method"], setting=point["setting"])) for point in points]
         text = table(names, points)

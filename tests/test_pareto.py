@@ -196,9 +196,11 @@ def test_the_sweep_scores_what_the_lessons_score(undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_ends_with_the_same_record(undisturbed, tmp_path):
-    out = tmp_path / "sweep.json"
-    command = [sys.executable, str(ROOT / "pareto.py"), *SMALL, "--out", str(out)]
+def test_killed_at_random_moments_it_ends_with_the_same_record(tmp_path_factory, tmp_path):
+    out, undisturbed = tmp_path / "sweep.json", tmp_path_factory.mktemp("undisturbed") / "sweep.json"
+    command = [sys.executable, str(ROOT / "pareto.py"), *SMALL, "--out"]
+    assert subprocess.run([*command, str(undisturbed)], capture_output=True).returncode == 0
+    command.append(str(out))
     for _ in range(2):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not list(tmp_path.rglob("*.json")):

@@ -15,8 +15,10 @@ import common
 import edits
 import robustness
 from data import LETTERS, UserError, prompt
+from edits import Edit
 from flags import settings
 from hub import check_same, identity
+from robustness import Subject
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 
@@ -112,3 +114,13 @@ def test_a_record_of_what_has_been_trained_again_is_not_taken_up(monkeypatch, tm
     path.write_text(json.dumps({**record, "identity": {**record["identity"], "model": "another"}}))
     with pytest.raises(UserError, match="of another model"):
         robustness.run(records=[str(path)], out=str(tmp_path / "o.json"))
+
+
+def test_an_edit_of_other_features_has_other_pieces():
+    s = SimpleNamespace(relearn=0, out=None)
+    made = [Subject("tiny", Edit("clamp", {}, {"n_features": 2}, {"features": ids})) for ids in ([1, 2], [1, 3])]
+    one, other = (json.dumps(robustness.decides([subject], [{}], {}, s)) for subject in made)
+    saes = [json.dumps(robustness.decides([made[0]], [{"identity": {"sae": sae}}], {}, s)) for sae in "ab"]
+    assert len({one, other, *saes}) == 4
+    s.out = "elsewhere"
+    assert json.dumps(robustness.decides([made[0]], [{}], {}, s)) == one
