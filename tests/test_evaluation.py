@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import BOS, D_SAE, EOS, FAMILIES, MARKER, PAD, QUESTIONS, WINDOW, some_ids
 
+import common
 import data
 import edits
 import evaluation
@@ -351,6 +352,20 @@ def test_every_method_in_one_pass_equals_a_plain_pass(model, make_sae, scale_of,
             assert abs(nats[k, j].item() - losses.double().sum().item()) < 1e-5 * targets[j]
     moved = (found - found[0]).abs().amax((1, 2))
     assert all((m > 1e-3) == (edit.method not in ("none", "sae-patched")) for m, edit in zip(moved, rows))
+
+
+def test_every_method_on_tiny():
+    """Questions as they are asked, edits behind layers 3 and 7 and both."""
+    model = common.load_model("tiny", "cpu")
+    low, high = (common.load_sae(None, layer, model) for layer in (3, 7))
+    low.scale = 4.0
+    asked = [prompt(row) for name in ("wmdp_bio", "mmlu") for row in data.load_rows(name)[0][::60]]
+    prompts, letters = encode_prompts(model.tokenizer, asked)
+    rows = every_method(low, high, [0.3, 0.3])
+    wanted = torch.stack([torch.stack([plain_pass(model, edit, ids)[-1, letters] for ids in prompts]) for edit in rows])
+    found = score_letters(model, prompts, letters, rows)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-6)  # fp32 rounds a log-probability of -12 by as much
+    assert torch.equal(found.argmax(-1), wanted.argmax(-1)) and (found[1:] - found[0]).abs().amax() > 0.1
 
 
 def test_gates_part_the_prompts(gemma, make_sae):
