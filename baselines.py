@@ -29,18 +29,7 @@ SimNPO to 64.9 and NPO to 66.2% with MMLU at 94%. README has the table, and what
 # Start a notebook in this folder, beside the helper files. Flags come first: --help need not wait for other imports.
 
 # %%
-from flags import (
-    BY_FEATURES,
-    GRIDS,
-    NEEDS_A_LATENT,
-    answered,
-    command_line,
-    grid,
-    latent_flags,
-    parser,
-    quiz_flags,
-    settings,
-)
+from flags import BY_FEATURES, GRIDS, answered, command_line, grid, latent_flags, parser, quiz_flags, settings
 
 # Eight settings a method, as flags.py has them for edits; learning rates are multiples of the model's.
 # The ranges lie between doing nothing and losing MMLU in a hundred trial runs on tiny, seen by its tuning half alone:
@@ -344,7 +333,7 @@ def run(**changes) -> dict:
         raise UserError("baselines.py is one process: start it without accelerate launch")
     if s.all:
         return run_all(s)
-    path = show.outputs(f"baselines_{s.method}.py", s, flags)
+    path = show.outputs(f"baselines_{s.method}.py", s, flags, without=("method",))
     lm = load_model(s.model, s.device, s.dtype, edit_special=s.edit_special)
     texts, sources = load_benchmark(s, lm.tokenizer)
     keep_robust(lm, texts, sources, s)
@@ -431,7 +420,7 @@ def run_all(s) -> dict:
     """Tune every method; returns {"records": paths}."""
     path = show.outputs("baselines.py", s, flags)
     _, sources = load_benchmark(s)
-    methods = [name for name in (*GRIDS, *TRAINED) if name != NEEDS_A_LATENT or s.refusal_latent is not None]
+    methods = [name for name in (*GRIDS, *TRAINED) if name != "refusal-clamp" or s.refusal_latent is not None]
     records = []
     for method in tqdm([*methods, "rmu", "adaptive-rmu"], desc="methods", unit="method"):
         records.append(path.with_name(f"{path.stem}_{method}.json"))

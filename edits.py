@@ -252,10 +252,16 @@ def passed(sae: SAE, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(eq=False)
 class OfLatents:
-    """An edit that sets latents: `wanted` (acts, ordinary) -> a', both (batch, pos, n), on ordinary tokens."""
+    """An edit that sets latents: `wanted` (acts, ordinary) -> a', both (batch, pos, n), on ordinary tokens.
+
+    whole: it looks at a whole prompt before it edits the first token. always: it is run on prompts too on which it
+    changes nothing.
+    """
 
     latents: Latents
     wanted: Callable
+    whole: bool = False
+    always: bool = False
 
     def change(self, acts: torch.Tensor, ordinary: torch.Tensor) -> torch.Tensor:
         """a' - a (batch, pos, n), 0 where nothing is edited."""
@@ -269,7 +275,11 @@ class OfLatents:
 def clamp(sae, features: list[int], clamp: float = 0.0, threshold: float = 0.0) -> OfLatents:
     """a'_i = clamp where a_i > threshold: 0 ablates, a negative clamp overshoots (Farrell et al., arXiv 2410.19278;
     SAEBench, arXiv 2503.09532). A positive threshold is the conditional clamp of Khoriaty et al., arXiv 2503.11127.
-    Raises ValueError for a clamp that is not finite or positive."""
+
+    features: ids, (n,); clamp and threshold in units of the SAE's activations. Not so: SAEBench edits all tokens but
+    the first (watch_tokens' "all-but-bos"), and methods.py makes Khoriaty et al.'s threshold, one number there, a share
+    of the features' mean activation. Raises ValueError for a clamp that is not finite or positive.
+    """
     if not -math.inf < clamp <= 0:
         raise ValueError(f"clamp must be 0 (zero ablation) or negative, not {clamp}")
     return OfLatents(Latents(sae, features), lambda acts, ordinary: torch.where(acts > threshold, clamp, acts))
@@ -277,7 +287,7 @@ def clamp(sae, features: list[int], clamp: float = 0.0, threshold: float = 0.0) 
 
 def nothing(sae, features: list[int]) -> OfLatents:
     """a'_i = a_i: goes all the way of an edit, and must change nothing."""
-    return OfLatents(Latents(sae, features), lambda acts, ordinary: acts)
+    return OfLatents(Latents(sae, features), lambda acts, ordinary: acts, always=True)
 
 
 def refusal_clamp(sae, features: list[int], threshold: float, refusal: int, refusal_value: float) -> OfLatents:
@@ -286,6 +296,7 @@ def refusal_clamp(sae, features: list[int], threshold: float, refusal: int, refu
 
     So the released code of Khoriaty et al., arXiv 2503.11127 (clamp_refusal in github.com/AMindToThink/
     sae_jailbreak_unlearning), with threshold 0.05 and refusal_value -500; a third party's port clamps the features too.
+    features: ids, (n,); refusal: one id. Nothing differs but that special tokens are left alone.
     """
 
     def wanted(acts, ordinary):
@@ -296,7 +307,10 @@ def refusal_clamp(sae, features: list[int], threshold: float, refusal: int, refu
 
 
 def mean_ablation(sae, features: list[int], means: list[float]) -> OfLatents:
-    """a'_i = its mean over retain tokens, on every token: what it carries is gone, its average effect is not."""
+    """a'_i = its mean over retain tokens, on every token: what it carries is gone, its average effect is not.
+
+    features: ids, (n,); means: (n,), inactive tokens counted as 0. No release: the usual control of ablation studies.
+    """
     values = torch.tensor(means)
     return OfLatents(Latents(sae, features), lambda acts, ordinary: values.to(acts).expand_as(acts))
 
@@ -311,19 +325,26 @@ def dsg(sae, features: list[int], clamp: float, gate: float) -> OfLatents:
     """Dynamic SAE Guardrails (Muhamed et al., arXiv 2504.08192): a sequence whose rho exceeds the gate has ALL features
     set to `clamp` on every token on which any of them is active; other sequences are left alone.
 
-    It looks at a whole sequence before it edits the first token, so it is for scoring, not for generating with a cache.
+    features: ids, (n,); gate: a share of tokens, 0 to 1. Not so: the release (github.com/aashiqmuhamed/
+    DynamicSAEGuardrails) counts BOS among the tokens that rho is a share of, and clamps to -500; selection and tau, the
+    95th percentile of rho over retain sequences, are its own. It looks at a whole sequence before it edits the first
+    token, so it is for scoring, not for generating with a cache.
     """
 
     def wanted(acts, ordinary):
         blocked = (gate_of(acts, ordinary) > gate)[:, None, None] & (acts > 0).any(-1, keepdim=True)
         return torch.where(blocked, clamp, acts)
 
-    return OfLatents(Latents(sae, features), wanted)
+    return OfLatents(Latents(sae, features), wanted, whole=True)
 
 
 def diff_in_means(sae, direction: list[float], strength: float = 1.0) -> Callable:
     """h' = h - strength * (u . h) u, u the unit vector along mean(forget tokens) - mean(retain tokens); strength 1
-    projects it out (Arditi et al., arXiv 2406.11717). Needs no SAE."""
+    projects it out (Arditi et al., arXiv 2406.11717). Needs no SAE.
+
+    direction: (d_model,), of any length. Not so: Arditi et al. take the difference of harmful and harmless instructions,
+    and project it out at every layer (in methods.py a choice of the grid, `behind`).
+    """
     u = torch.tensor(direction, dtype=torch.float64)
     u = u / u.norm()
 
@@ -364,16 +385,17 @@ class Edit:
     """One row of a table: a method's name, and {layer: function (h, ordinary) -> h'}, empty for the model as it is.
 
     setting: what sets it apart from others of its method, for tables and records; arguments: what METHODS makes the
-    functions from. whole: it looks at a whole prompt before it edits its first token. always: it is run on prompts
-    too on which it changes nothing.
+    functions from.
     """
 
     method: str
     at: dict[int, Callable] = field(default_factory=dict)
     setting: dict = field(default_factory=dict)
     arguments: dict = field(default_factory=dict)
-    whole: bool = False
-    always: bool = False
+
+    @property
+    def whole(self) -> bool:
+        return any(getattr(function, "whole", False) for function in self.at.values())
 
     def point(self, **scores) -> dict:
         """The record's entry for this row: method, setting, {"layers", "arguments"} of the edit, scores by data set."""
@@ -389,7 +411,7 @@ def edit_of(method: str, sae, setting: dict | None = None, layers: list[int] | N
     that the SAE lacks, one named twice, and a clamp that is not finite or positive."""
     function = METHODS[method](sae, **arguments)
     at = dict.fromkeys([layer_of(sae)] if layers is None else layers, function)
-    return Edit(method, at, setting or {}, arguments, whole=method == "dsg", always=method == "sae-patched")
+    return Edit(method, at, setting or {}, arguments)
 
 
 @contextmanager

@@ -194,7 +194,7 @@ class OnePass:
                 start = 0 if edit.whole and len(edit.at) > 1 else min(touched.values())
                 _, space, hashes = looks[layer]
                 # what is to come behind further layers is the edit's own
-                own = k if edit.always or layer < max(edit.at) else None
+                own = k if layer < max(edit.at) or getattr(edit.at[layer], "always", False) else None
                 key = (b, layer, space, hashes[b], own)
                 if key not in known:
                     known[key] = batch + len(self.copies)
@@ -215,7 +215,7 @@ class OnePass:
             acts, weights = acts[..., places], weights.to(h.device)[places]
             change = self.changed[layer, function] = function.change(acts, editable)
             touched = change != 0
-            if edit.always:
+            if function.always:
                 touched = touched | ((acts > 0) & editable[..., None])
         else:
             space, weights = None, odd_numbers(h.shape[-1]).to(h.device)

@@ -35,7 +35,6 @@ GRIDS = {
 # What a single setting has where nothing else is said
 USUAL = {"clamp": 1, "threshold": 0.25, "refusal": 1, "strength": 1, "behind": False}
 BY_FEATURES = [name for name in GRIDS if name != "diff-in-means"]
-NEEDS_A_LATENT = "refusal-clamp"  # one that is active when the model declines; tiny never does
 
 
 class ListPresets(argparse.Action):
@@ -123,7 +122,8 @@ def settings(p: argparse.ArgumentParser, flags: dict) -> argparse.Namespace:
         if (place := getattr(s, name, None)) and place not in PRESETS and Path(place).exists():
             setattr(s, name, os.path.abspath(place))
     check_folder(getattr(s, "data", None))
-    if NEEDS_A_LATENT in (getattr(s, "method", None) or ()) and s.refusal_latent is None:
+    given = getattr(s, "features", None)  # a record has its latent
+    if "refusal-clamp" in (getattr(s, "method", None) or ()) and s.refusal_latent is None and not given:
         raise UserError("refusal-clamp needs --refusal-latent, a latent that is active when the model declines")
     if "clamp" not in known:
         return s

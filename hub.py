@@ -34,17 +34,14 @@ class Preset:
 # Farrell et al.'s middle setting (arXiv 2410.19278). Gemma-3 residuals are far larger, so -100 may do nothing.
 PRESETS = {
     "tiny": Preset(str(HERE / "tiny/model"), str(HERE / "tiny/sae/layer_{layer}"), -80.0),
-    "gemma-2-2b-it": Preset(
-        "google/gemma-2-2b-it", "gemma-scope-2b-pt-res-canonical:layer_{layer}/width_16k/canonical", -100.0
-    ),
-    "gemma-3-1b-it": Preset(
-        "google/gemma-3-1b-it", "gemma-scope-2-1b-it-res-all:layer_{layer}_width_16k_l0_small", -100.0
-    ),
-    "gemma-3-4b-it": Preset(
-        "google/gemma-3-4b-it", "gemma-scope-2-4b-it-res-all:layer_{layer}_width_16k_l0_small", -100.0
-    ),
+    "gemma-2-2b-it": Preset("google/gemma-2-2b-it",
+                            "gemma-scope-2b-pt-res-canonical:layer_{layer}/width_16k/canonical", -100.0),
+    "gemma-3-1b-it": Preset("google/gemma-3-1b-it",
+                            "gemma-scope-2-1b-it-res-all:layer_{layer}_width_16k_l0_small", -100.0),
+    "gemma-3-4b-it": Preset("google/gemma-3-4b-it",
+                            "gemma-scope-2-4b-it-res-all:layer_{layer}_width_16k_l0_small", -100.0),
     "gpt2": Preset("openai-community/gpt2", "gpt2-small-res-jb:blocks.{layer}.hook_resid_pre", -10.0),
-}
+}  # fmt: skip
 
 
 def model_source(name: str) -> str:

@@ -337,8 +337,9 @@ def picked(m: Measured, s) -> Edit:
     numbers = numbers_of(s)
     if s.method:
         one = {axis: s.n_features if axis == "n_features" else USUAL[axis] for axis in GRIDS[s.method][0]}
-        if strange := set(numbers) - set(one):
-            raise UserError(f"--setting {min(strange)}: {s.method} has {', '.join(one)}")
+        takes = [axis for axis in one if axis not in ("n_features", "clamp")]  # which have flags of their own
+        if strange := set(numbers) - set(takes):
+            raise UserError(f"--setting {min(strange)}: {s.method} takes {', '.join(takes) or 'none'}")
         edit = edit_for(s.method, {**one, **numbers}, m)
     elif numbers:
         raise UserError(f"--setting {min(numbers)}: of which --method?")
@@ -422,8 +423,9 @@ def run(**changes) -> dict:
     s.tasks = s.tasks or (TINY_TASKS if s.model == "tiny" or s.data else HUB_TASKS)
     point = given_edit(s, given)
     if point:
-        s.layer, s.n_features, s.method = point["setting"]["layer"], point["setting"].get("n_features"), point["method"]
-        s.clamp = point["setting"].get("clamp", s.clamp)
+        s.layer, s.clamp = point["setting"]["layer"], point["setting"].get("clamp", s.clamp)
+    if point or s.method not in (None, *BY_FEATURES):
+        s.n_features = point["setting"].get("n_features") if point else None
     path = show.outputs("lm_eval_ablated.py", s, flags)
     tasks = find_tasks(s)
     chosen = choose(tasks, s, s.pick_on == "half")
@@ -455,7 +457,8 @@ def run(**changes) -> dict:
     record["lm_eval"] = json.loads(json.dumps(theirs, default=str))
     scored = {show.title_of(name, sources): values for name, values in scores.items()}
     quizzes = {title: values for title, values in scored.items() if values and "accuracy" in values[0]}
-    title = f"{show.short_name(s.model)}, layer {s.layer}: {s.n_features} features ablated, lm-eval"
+    what = f"{s.n_features} features ablated" if edit.method == "sae-ablation" else show.method_name(edit.method)
+    title = f"{show.short_name(s.model)}, layer {s.layer}: {what}, lm-eval"
     show.write_record(path, record, {"accuracy": lambda: show.quiz_figure(quizzes, rows, title)} if quizzes else {})
     return record
 

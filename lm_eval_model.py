@@ -7,9 +7,10 @@ import difflib
 import hashlib
 import inspect
 import json
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -126,14 +127,15 @@ class AblatedLM(HFLM):
         super().set_cache_hook(cache_hook)
 
     def _loglikelihood_tokens(self, requests, **kwargs):
-        if self.ablated and self.edit.whole and pad_id(self.tokenizer) != 0:
-            kwargs["override_bs"] = 1  # lm-eval pads with token 0, which a share of tokens must not count
         asked = [(key, context, answer) for key, context, answer in requests if key is not None]  # None: rolling, which
         check_bos(self.tokenizer, [context for _, context, _ in asked])  # lm-eval cuts in windows, with two BOS itself
         for (text, _), context, answer in asked:
             without_thought(text)
             self.refuse_long(text, len(context) + len(answer) - 1)
-        return super()._loglikelihood_tokens(requests, **kwargs)
+        alone = self.ablated and self.edit.whole and pad_id(self.tokenizer) != 0
+        # lm-eval pads with token 0, which a share of tokens must not count
+        with patch.object(self, "batch_size_per_gpu", 1) if alone else nullcontext():
+            return super()._loglikelihood_tokens(requests, **kwargs)
 
     def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
         ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
@@ -286,7 +288,7 @@ def edit_from(point: dict, saes: dict) -> Edit:
             at |= edit_of(method, saes[number], features=ids, **numbers).at
         except (TypeError, ValueError) as error:
             raise UserError(f"layer {number}: {error}") from error
-    return Edit(method, at, setting, whole=method == "dsg")
+    return Edit(method, at, setting)
 
 
 # ------------------------------------------------------------------------------------ several processes

@@ -260,7 +260,7 @@ def spread_labels(axes, texts: list, places: list) -> None:
         adjust_text(texts, objects=boxes, ax=axes, iter_lim=300, force_static=(0.3, 0.5), arrowprops=line)
 
 
-def pareto_figure(points: list[dict], titles: tuple[str, str, str], title: str):
+def pareto_figure(points: list[dict], titles: list[str], title: str):
     """Figure: forget accuracy against MMLU accuracy, and against loss added where it was measured."""
     with_loss = [p for p in points if "openwebtext" in p["scores"]]
     wide = any(p["method"] != "none" for p in with_loss)
@@ -335,9 +335,8 @@ def plot(s) -> dict:
 def present(path: Path, points: list[dict], sources: dict, title: str, record: dict | None = None) -> None:
     """Print and write the table, draw the figure, write the record where there is one."""
     rows = summary(points)
-    titles = tuple(
-        show.title_of(name, sources) if name in sources else name for name in ("wmdp_bio", "mmlu", "openwebtext")
-    )
+    names = ("wmdp_bio", "mmlu", "openwebtext")
+    titles = [show.title_of(name, sources) if name in sources else name for name in names]
     print(f"\n{table(rows)}")
     show.write_whole(path.with_suffix(".md"), lambda file: file.write_text(table(rows)))
     print(f"table: {path.with_suffix('.md')}")

@@ -35,22 +35,24 @@ PIECE = 64  # prompts or windows that are scored and kept together: what a stop 
 LONGEST_NAME = 120  # characters of a record's name; figures add to it, and file systems end at 255 bytes
 
 
-SHORT = {"layer": "L", "n_features": "n", "clamp": "c"}
-NOT_IN_NAMES = ("model", "out", "plot", "all", "method", "relearn", "batch_size", "max_rows", "device", "device_map",
+SHORT = {"layer": "L", "n_features": "n", "clamp": "c", "method": ""}
+NOT_IN_NAMES = ("model", "out", "plot", "all", "relearn", "batch_size", "max_rows", "device", "device_map",
                 "no_sanity", "max_batch_size", "use_cache", "output_path", "log_samples")  # fmt: skip
 
 
-def outputs(script: str, s, flags) -> Path:
+def outputs(script: str, s, flags, without: tuple[str, ...] = ()) -> Path:
     """Path of the record, its folder made and known to be writable before any work is done. Raises UserError.
 
     Its default name has a part for the layer, for the number of features and for all else that decides about results
-    and differs from the default of the parser `flags`, so that no run overwrites what another one found.
+    and differs from the default of the parser `flags`, so that no run overwrites what another one found. without: what
+    `script` says already.
     """
     own = vars(flags.parse_args([]))  # not every script has --model
     usual = vars(settings(flags, {"model": s.model} if "model" in own else {}))
     always = ("layer", "n_features")
-    parts = [part(name, vars(s)[name]) for name in usual
-             if name in always or (name not in NOT_IN_NAMES and vars(s)[name] != usual[name])]  # fmt: skip
+    said = {name: vars(s)[name] for name in usual if name not in (*NOT_IN_NAMES, *without)}
+    parts = [part(name, value) for name, value in said.items()
+             if value is not None and (name in always or value != usual[name])]  # fmt: skip
     name = "_".join([Path(script).stem, short_name(s.model), *parts])
     if len(name) > LONGEST_NAME:
         name = name[:LONGEST_NAME] + "_" + hashlib.sha256(name.encode()).hexdigest()[:8]

@@ -316,7 +316,7 @@ def every_method(low, high, gates) -> list[Edit]:
     both = [edit_of("diff-in-means", None, layers=[1, 2, 3], **arguments["diff-in-means"])]
     for method in ("clamp", "dsg"):
         parts = [edit_of(method, sae, **arguments[method]) for sae in (low, high)]
-        both.append(Edit(method, parts[0].at | parts[1].at, whole=method == "dsg"))
+        both.append(Edit(method, parts[0].at | parts[1].at))
     zeroed = Edit("zeroed", {2: lambda h, ordinary: torch.where(ordinary[..., None], 0.0, h)})
     return [NONE, *at_low, *at_high, *both, zeroed, Edit("both zeroed", {1: zeroed.at[2], 3: zeroed.at[2]})]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+import lm_eval_ablated
 import train_sae
 from data import UserError
 from flags import command_line, parser, settings
@@ -61,3 +62,9 @@ def test_paths_lead_to_the_same_from_any_folder(monkeypatch, tmp_path):
     assert (s.data, s.sae, s.model) == (str(tmp_path / "mine"), str(tmp_path / "mine"), "tiny")
     assert Path(train_sae.flags.get_default("text")).is_file()
     assert parser("").get_default("out") is None
+
+
+def test_a_record_of_a_refusal_clamp_has_its_latent():
+    with pytest.raises(UserError, match="needs --refusal-latent"):
+        settings(lm_eval_ablated.flags, {"method": "refusal-clamp", "clamp": -1.0})
+    settings(lm_eval_ablated.flags, {"method": "refusal-clamp", "clamp": -1.0, "features": "record.json"})

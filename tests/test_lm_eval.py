@@ -204,7 +204,7 @@ def test_features_come_from_picking_a_list_layers_or_a_record(tmp_path):
         (dict(features="FILE", file=[1], setting=["gate=0.1"]), "sae-ablation takes no gate"),
         (dict(features="FILE", file=[1], setting=["gate"]), "NAME=NUMBER"),
         (dict(setting=["gate=0.1"]), "of which --method"),
-        (dict(method="dsg", setting=["strength=1"]), "dsg has n_features, clamp"),
+        (dict(method="dsg", setting=["clamp=0.5"]), "dsg takes none"),
         (dict(method="refusal-clamp"), "needs --refusal-latent"),
         (dict(features="FILE", file=[5000]), "0..2047"),
         (dict(features="FILE", file={"4": [1]}), "layer_3, layer_5"),

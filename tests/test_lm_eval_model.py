@@ -40,6 +40,36 @@ def test_a_gate_is_no_way_to_write_an_answer(model_folder, get_model, make_sae):
         AblatedLM(str(model_folder("llama")), sae={1: sae}, features={1: [3]}, method="dsg", clamp=-4.0, device="cpu")
 
 
+@pytest.mark.parametrize("pad", [0, 1])
+def test_a_gates_share_of_tokens_leaves_lm_evals_padding_out(model_folder, get_model, make_sae, monkeypatch, pad):
+    """lm-eval pads with token 0, which some tokenizers have as a word."""
+    monkeypatch.setattr(lm_eval_model, "pad_id", lambda tokenizer: pad)
+    monkeypatch.setattr(edits, "special_ids", lambda tokenizer: [2] if pad else [0, 2])
+    asked = requests([*SENTENCES, "Blood carries oxygen from the lungs to the heart"], [" sea"])
+    sae, found = make_sae(get_model("llama")), {}
+    for size in (1, 4):
+        values = []
+        for gate in (0.1, 0.2, 0.3, 0.4, 0.5):
+            lm = AblatedLM(str(model_folder("llama")), sae={1: sae}, features={1: [3, 17]}, method="dsg", gate=gate,
+                           clamp=-9.0, device="cpu", dtype="float32", batch_size=size)  # fmt: skip
+            values.append([value for value, _ in lm.loglikelihood(asked)])
+        found[size] = np.array(values)
+    assert np.abs(found[1] - found[1][0]).max() > 0.1  # the gates part them
+    assert np.allclose(found[4], found[1], atol=1e-4)
+
+
+def test_an_answer_under_other_special_tokens_is_another(model_folder, get_model, make_sae):
+    sae = make_sae(get_model("llama"))
+    lm = AblatedLM(str(model_folder("llama")), sae={1: sae}, features={1: [3]}, device="cpu", dtype="float32")
+    known = [lm.fingerprint()]
+    lm.tokenizer.edit_special = "all-but-bos"
+    known.append(lm.fingerprint())
+    lm.ablated = False
+    known.append(lm.fingerprint())
+    lm.tokenizer.edit_special = "never"
+    assert len(set(known)) == 3 and lm.fingerprint() == known[2]  # with nothing edited it does not matter
+
+
 def requests(contexts: list[str], continuations: list[str], kind: str = "loglikelihood") -> list[Instance]:
     pairs = [(context, continuation) for context in contexts for continuation in continuations]
     return [Instance(kind, {}, pair, i) for i, pair in enumerate(pairs)]

@@ -9,6 +9,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 
+import baselines
+import lm_eval_ablated
+import pareto
 import show
 import train_sae
 from data import UserError
@@ -39,6 +42,23 @@ def test_a_record_of_other_settings_has_another_name(tmp_path, monkeypatch):
     names = {name(), *(name(**other) for other in others)}
     assert len(names) == 1 + len(others) and max(map(len, names)) < 140
     assert not any(set(text) & set('/:\\"$ ') for text in names)
+
+
+def test_a_sweep_or_an_evaluation_of_another_method_has_another_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def name(script, **changes):
+        return show.outputs(f"{script.__name__}.py", settings(script.flags, changes), script.flags).name
+
+    swept = [name(pareto), name(pareto, method=["dsg"]), name(pareto, method=["dsg", "clamp"])]
+    assert len(set(swept)) == 3 and swept[1].endswith("_dsg.json")
+    rest = {"layer": 3, "n_features": 10, "clamp": -80.0}
+    scored = [name(lm_eval_ablated, **rest, **more) for more in ({}, {"method": "dsg"}, {"setting": ["gate=1"]})]
+    assert len(set(scored)) == 3
+    assert "None" not in name(lm_eval_ablated, **rest | {"n_features": None}, method="diff-in-means")
+    s = settings(baselines.flags, {"method": "dsg"})
+    tuned = show.outputs("baselines_dsg.py", s, baselines.flags, without=("method",)).name
+    assert tuned == "baselines_dsg_tiny_L3.json"
 
 
 def test_a_record_is_written_before_a_figure_that_fails(tmp_path, capsys):
