@@ -342,8 +342,8 @@ def diff_in_means(sae, direction: list[float], strength: float = 1.0) -> Callabl
     """h' = h - strength * (u . h) u, u the unit vector along mean(forget tokens) - mean(retain tokens); strength 1
     projects it out (Arditi et al., arXiv 2406.11717). Needs no SAE.
 
-    direction: (d_model,), of any length. Not so: Arditi et al. take the difference of harmful and harmless instructions,
-    and project it out at every layer (in methods.py a choice of the grid, `behind`).
+    direction: (d_model,), of any length. Not so: Arditi et al. take harmful less harmless instructions, and project the
+    difference out at every layer (in methods.py a choice of the grid, `behind`).
     """
     u = torch.tensor(direction, dtype=torch.float64)
     u = u / u.norm()
