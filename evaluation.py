@@ -194,7 +194,7 @@ class OnePass:
                 start = 0 if edit.whole and len(edit.at) > 1 else min(touched.values())
                 _, space, hashes = looks[layer]
                 # what is to come behind further layers is the edit's own
-                own = k if layer < max(edit.at) or getattr(edit.at[layer], "always", False) else None
+                own = k if layer < max(edit.at) else None
                 key = (b, layer, space, hashes[b], own)
                 if key not in known:
                     known[key] = batch + len(self.copies)

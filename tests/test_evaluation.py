@@ -354,6 +354,42 @@ def test_every_method_in_one_pass_equals_a_plain_pass(model, make_sae, scale_of,
     assert all((m > 1e-3) == (edit.method not in ("none", "sae-patched")) for m, edit in zip(moved, rows))
 
 
+def test_a_copy_begins_with_the_first_token_that_any_of_its_layers_changes(gemma, make_sae):
+    """A later layer's edit may begin before that of an earlier one."""
+    low, high = make_sae(gemma, spoil=dead), make_sae(gemma, layer=2, hook_name="blocks.2.hook_resid_post", seed=1)
+    ids = some_ids(gemma, (1, 24), seed=5)
+    fires = edits.Latents(low, range(D_SAE)).encode(edits.hidden(gemma.original_model, ids, 1))[0][0] > 0
+    fires[~torch.isin(ids[0], special(gemma), invert=True)] = False
+    late = max((int(fires[:, i].nonzero()[0]), i) for i in range(D_SAE) if fires[:, i].any())
+    parts = [edit_of("clamp", low, features=[late[1]], clamp=-4.0), edit_of("clamp", high, features=list(FIRST))]
+    both = Edit("both", parts[0].at | parts[1].at)
+    run = OnePass(gemma, [both])
+    run(ids)
+    assert run.copies[0].layer == 1 and run.copies[0].start < late[0]
+    found = score_letters(gemma, ids.tolist(), [20, 21, 22, 23], [both])[0, 0]
+    torch.testing.assert_close(found, plain_pass(gemma, both, ids[0].tolist())[-1, [20, 21, 22, 23]], atol=1e-5, rtol=0)
+
+
+def test_equal_changes_behind_other_layers_are_no_equal_copies(gemma):
+    huge = lambda h, ordinary: torch.where(ordinary[..., None], h + 2.0**30, h)  # noqa: E731 (rounds h away)
+    rows = [Edit("one", {1: huge}), Edit("other", {2: huge})]
+    run = OnePass(gemma, rows)
+    run(some_ids(gemma))
+    assert not set(run.rows[0].tolist()) & set(run.rows[1].tolist())
+
+
+def test_a_changes_hash_knows_its_places():
+    change, weights = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)), evaluation.odd_numbers(9)
+    known = evaluation.hashes_of(change, weights[:5])
+    assert len({*known, *evaluation.hashes_of(change.flip(1), weights[:5]), *evaluation.hashes_of(-change, weights[:5]),
+                *evaluation.hashes_of(change.flip(2), weights[:5])}) == 8  # fmt: skip
+    wider = torch.zeros(2, 6, 9)  # the same entries among others that nothing happens to, in another order
+    wider[..., [4, 1, 0, 3, 2]] = change[..., [4, 1, 0, 3, 2]]
+    assert evaluation.hashes_of(wider, weights) == known
+    order = torch.tensor([3, 0, 4, 1, 2])
+    assert evaluation.hashes_of(change[..., order], weights[order]) == known
+
+
 def test_every_method_on_tiny():
     """Questions as they are asked, edits behind layers 3 and 7 and both."""
     model = common.load_model("tiny", "cpu")

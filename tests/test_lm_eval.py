@@ -26,7 +26,7 @@ from common import load_model, load_sae
 from data import LETTERS, UserError, encode_prompts, halves, prompt
 from edits import NONE, edit_of
 from evaluation import score_letters, score_loss
-from flags import GRIDS
+from flags import GRIDS, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
@@ -190,6 +190,18 @@ def test_features_come_from_picking_a_list_layers_or_a_record(tmp_path):
     assert set(both["sanity"]) == {3, 7}
     drawn = pareto.run(plot=[str(tmp_path / "c.json")], out=str(tmp_path / "plot.json"))
     assert "L3+7 n12 c-80" in [at["setting"] for at in drawn["summary"][0]["frontier"]]
+
+
+def test_a_record_settles_what_its_edit_was_made_under(tmp_path):
+    point = {"method": "sae-ablation", "setting": {"n_features": 1, "clamp": -4.0, "features": [3]}}
+    made = {"pick_on": "all", "data": None, "edit_special": "all-but-bos"}
+    record = {"model": "tiny", "layer": 3, "sae": "tiny/sae/layer_3", "seed": 5, "settings": made, "points": [point]}
+    flags = {"features": listing(tmp_path, "r", record), "layer": 7, "n_features": 50}
+    s = settings(lm_eval_ablated.flags, flags)
+    given = {"layer": None, "n_features": None, "clamp": None}
+    assert lm_eval_ablated.given_edit(s, given)["setting"] == {"layer": 3, **point["setting"]}
+    assert (s.edit_special, s.seed, s.pick_on) == ("all-but-bos", 5, "all")
+    assert s.sae == str(TINY / "sae/layer_3")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,14 @@
-"""What the methods' edits are made of is read where they are put."""
+"""What the methods' edits are made of: by hand, and read where they are put."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import D_SAE, ordinary_mask, residual, some_windows
 
 import baselines
+import edits
 import methods
 from common import load_model, load_sae
 from data import load_benchmark
@@ -22,3 +30,56 @@ def test_what_reads_the_stream_reads_it_there_too(renamed, monkeypatch):
     assert list(baselines.read_by_crisp(measured)[0]) == [3]
     edit = methods.edit_for("diff-in-means", {"strength": 1, "behind": True}, measured)
     assert list(edit.at) == list(range(3, 12))
+
+
+@pytest.fixture
+def small(gemma, make_sae):
+    """Measured on random windows, two retain sets of another length, and all that it was measured on, by hand."""
+    sae, sets = make_sae(gemma), [some_windows(gemma, seed) for seed in range(3)]
+    sets[2] = sets[2][:4]
+    s = SimpleNamespace(batch_size=4, pick="ratio", seed=0, no_sanity=True, refusal_latent=5, refusal_value=-50.0)
+    streams = []
+    for windows in sets:
+        rows = [torch.tensor([window]) for window in windows]
+        streams.append(
+            [residual(gemma, ids)[ordinary_mask(gemma, ids) & (torch.arange(ids.shape[1]) > 0)] for ids in rows]
+        )
+    return methods.Measured(gemma, sae, 1, sets[0], sets[1:], -40.0, s), streams
+
+
+def test_edits_are_made_of_what_the_texts_say(small, gemma):
+    measured, streams = small
+    sae, (forget, *retain) = measured.sae, streams
+    acts = [edits.Latents(sae, range(D_SAE)).encode(torch.cat(rows))[0].double() for rows in streams]
+
+    def made(method, **one):
+        return methods.edit_for(method, one, measured)
+
+    features = measured.features(4)
+    threshold = made("conditional-clamp", n_features=4, clamp=2, threshold=0.25)
+    active = torch.stack([acts[0][:, i][acts[0][:, i] > 0].mean() for i in features]).mean()
+    assert threshold.arguments["threshold"] == pytest.approx(0.25 * active.item(), rel=1e-5)
+    assert threshold.arguments["clamp"] == threshold.setting["clamp"] == -80.0
+    means = made("mean-ablation", n_features=4).arguments["means"]
+    total = [part.sum(0) for part in acts[1:]]  # of the retain sets the larger, at the first one's number of tokens
+    grown = torch.maximum(total[0], total[1] * len(acts[1]) / len(acts[2])) / len(acts[1])
+    assert means == pytest.approx(grown[features].tolist(), rel=1e-4)
+    direction = torch.cat(forget).double().mean(0)
+    direction -= torch.stack([torch.cat(part).double().mean(0) for part in retain]).mean(0)
+    assert made("diff-in-means", strength=2, behind=False).arguments["direction"] == pytest.approx(
+        direction.tolist(), rel=1e-4, abs=1e-5
+    )
+    behind = made("diff-in-means", strength=2, behind=True)
+    assert list(behind.at) == [1, 2, 3] and behind.setting == {"layer": 1, "strength": 2, "behind": True}
+    refusal = made("refusal-clamp", n_features=4, refusal=0.5).arguments
+    assert (refusal["refusal"], refusal["refusal_value"], refusal["threshold"]) == (5, -25.0, 0.05)
+    control = made("random-features", n_features=4, clamp=1).arguments["features"]
+    assert len(control) == 4 and not set(control) & set(measured.features(20))
+
+
+def test_a_gate_is_the_share_that_one_retain_text_in_twenty_exceeds(small, monkeypatch):
+    measured, (_, *retain) = small
+    monkeypatch.setattr(measured, "features", lambda n, rule=None: [3, 17][:n])
+    latents = edits.Latents(measured.sae, [3, 17])
+    shares = [(latents.encode(h)[0] > 0).any(1).double().mean().item() for part in retain for h in part]
+    assert methods.gate_for(measured, 2) == pytest.approx(np.quantile(shares, 0.95), abs=1e-6)

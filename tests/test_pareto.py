@@ -279,7 +279,7 @@ def test_a_damaged_piece_ends_the_run_in_one_line(monkeypatch, capfd, tmp_path):
     assert len(errors) == 1 and "wmdp_bio_0000.json is damaged" in errors[0]
 
 
-def test_another_model_sae_data_or_setting_has_another_fingerprint(tmp_path):
+def test_another_model_sae_data_grid_or_setting_has_another_fingerprint(tmp_path, monkeypatch):
     model = shutil.copytree(TINY / "model", tmp_path / "model")
     s = argparse.Namespace(model=str(model), layer=[7], clamp=[0.0], out="a", batch_size=16, method=None)
     sae, sources = load_sae(None, 7, load_model("tiny", "cpu")), {"mmlu": {"sha256": "x"}}
@@ -289,13 +289,15 @@ def test_another_model_sae_data_or_setting_has_another_fingerprint(tmp_path):
 
     first = known()
     assert first == known(out="b", batch_size=4)
-    others = [known({"mmlu": {"sha256": "y"}}), known(clamp=[-1.0])]
+    others = [known({"mmlu": {"sha256": "y"}}), known(clamp=[-1.0]), known(method=["dsg"])]
+    monkeypatch.setitem(pareto.GRIDS, "dsg", pareto.GRIDS["dsg"][:2])
+    others.append(known(method=["dsg"]))
     sae.identity = "another"
     others.append(known())
     with (model / "config.json").open("a") as file:
         file.write(" ")
     others.append(known())
-    assert len({first, *others}) == 5
+    assert len({first, *others}) == 7
 
 
 # -------------------------------------------------------------------------------------- plots and mistakes
