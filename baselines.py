@@ -323,7 +323,7 @@ def decides(s, method: str) -> list:
     settled = {name: value for name, value in vars(s).items() if name not in free}
     layers = crisp_layers(s) if method == "crisp" else (s.layer,) if method in BY_FEATURES else ()
     saes = [identity(sae_source(s.sae, layer, s.model)) for layer in layers]
-    return [method, settled, {**GRIDS, **TRAINED}.get(method), identity(model_source(s.model)), saes]
+    return [show.FORM, method, settled, {**GRIDS, **TRAINED}.get(method), identity(model_source(s.model)), saes]
 
 
 def run(**changes) -> dict:
@@ -461,13 +461,15 @@ RMU's own takes a number. Each token's norm: Adaptive RMU as its paper has it, a
 
 def cost_table(records: list[dict]) -> str:
     """Markdown: each method's chosen setting, its scores on the reporting half, and what it costs."""
-    head = ["method", "chosen on the tuning half", "WMDP-Bio %, tuning", "reporting", "MMLU %, reporting", "loss added",
-            "s to make", "peak GB"]  # fmt: skip
+    head = ["method", "chosen on the tuning half", "WMDP-Bio %, tuning", "reporting", "in words", "P(a letter)",
+            "MMLU %, reporting", "loss added", "s to make", "peak GB"]  # fmt: skip
     lines = []
     for record in records:
         point = record["points"][record["chosen"]]
         score, setting = point["scores"], {k: v for k, v in point["setting"].items() if k not in ("training", "layer")}
         cells = [f"{100 * score[name]['accuracy']:.1f}" for name in ("wmdp_bio_tuning", "wmdp_bio", "mmlu")]
+        hidden = show.beside(score["wmdp_bio"])
+        cells[2:2] = [f"{100 * hidden['in_words']:.1f}", f"{hidden['letters_mass']:.2f}"]
         cells += [f"{score['openwebtext']['loss_added']:+.3f}", f"{record['seconds_to_make']:.1f}"]
         name = show.method_name(point["method"])
         peak = "" if record["peak_gb"] is None else f"{record['peak_gb']:.2f}"

@@ -334,6 +334,21 @@ def encode_prompts(tokenizer, texts: list[str], style: str = "plain") -> tuple[l
     return rows, list(zip(*forms)) if style == "saebench" else forms[0]
 
 
+def encode_words(tokenizer, questions: list[dict]) -> tuple[list[list[int]], list[int]]:
+    """Four windows of ids a question, each option behind the bare question as an answer in words, and for each window
+    the place of the answer's first token."""
+    windows, first = [], []
+    for row in questions:
+        asked = f"{row['question'].strip()}\nAnswer in words:"
+        before = encode(tokenizer, asked)
+        for choice in row["choices"]:
+            # encoded together: alone, an answer is another token to a tokenizer that begins every text with a blank
+            windows.append(encode(tokenizer, f"{asked} {choice.strip()}"))
+            same = [a == b for a, b in zip(before, windows[-1])]
+            first.append(same.index(False) if False in same else len(same))
+    return windows, first
+
+
 def encode(tokenizer, text: str) -> list[int]:
     """The ids of a prompt, as lm-eval has them: the tokenizer's own BOS, unless a template has written one already."""
     written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)

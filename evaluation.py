@@ -24,6 +24,7 @@ from data import (
     UserError,
     batches,
     encode_prompts,
+    encode_words,
     first_line,
     fitting,
     padded,
@@ -439,11 +440,12 @@ def score_letters(model, prompts, letters, edits, batch_size=16, desc=None, max_
 
 @torch.inference_mode()
 def score_loss(
-    model, windows, edits, batch_size=16, desc=None, max_rows=64, chunk=2**25
+    model, windows, edits, batch_size=16, desc=None, max_rows=64, chunk=2**25, first=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed next-token loss of each window, (n_edits, n_windows) in nats, fp64, and its targets (n_windows,).
 
-    Special tokens are no targets. `chunk`: how many logits are held at a time. Raises UserError as score_letters does.
+    Special tokens are no targets, nor are those before a window's `first` (n_windows,), if given. `chunk`: how many
+    logits are held at a time. Raises UserError as score_letters does.
     """
     refuse_long(model.tokenizer, windows)
     check_engine(model, {min(edit.at) for edit in edits if edit.at})
@@ -453,6 +455,9 @@ def score_loss(
     for picked, ids in batches(windows, batch_size, model.tokenizer, model.cfg.device, desc):
         clean = run(ids)
         ids, real = ids.to(clean.device), run.ordinary[:, 1:].to(clean.device)  # (batch, pos - 1): is t + 1 a target
+        if first is not None:
+            begin = torch.tensor([first[i] for i in picked], device=real.device)
+            real = real & (torch.arange(1, ids.shape[1], device=real.device) >= begin[:, None])
         sums = torch.zeros(len(run.source), dtype=torch.float64)
         of_clean = token_losses(run, clean, ids, real, chunk)  # (batch, pos - 1)
         sums[: len(ids)] = of_clean.sum(1)
@@ -465,6 +470,21 @@ def score_loss(
     nats = over_processes(nats)
     refuse_not_numbers(nats, windows, edits, "text", model.tokenizer)
     return nats, over_processes(targets)
+
+
+def score_words(model, questions: list[dict], edits, batch_size=16, desc=None, max_rows=64) -> torch.Tensor:
+    """Log-probability per character of each option as an answer in words, (n_edits, n_questions, 4), fp64: asked
+    without header, options and letters. Per character, as lm-eval's acc_norm has it: else the shortest option wins.
+    Raises UserError as score_letters does."""
+    windows, first = encode_words(model.tokenizer, questions)
+    nats = score_loss(model, windows, edits, 4 * batch_size, desc, max_rows, first=first)[0]
+    return per_character(nats, questions)
+
+
+def per_character(nats: torch.Tensor, questions: list[dict]) -> torch.Tensor:
+    """score_words' result from the losses of encode_words' windows, (n_edits, 4 n_questions)."""
+    lengths = torch.tensor([[len(choice.strip()) for choice in row["choices"]] for row in questions])
+    return -nats.reshape(len(nats), -1, 4) / lengths
 
 
 def token_losses(run: OnePass, h: torch.Tensor, ids: torch.Tensor, real: torch.Tensor, chunk: int) -> torch.Tensor:
@@ -577,29 +597,54 @@ def with_q_values(subjects: dict[str, dict]) -> dict[str, dict]:
     return subjects
 
 
-def quiz_scores(chosen: np.ndarray, questions: list[dict], by_subject: bool = True) -> list[dict]:
-    """One score per edit from the options chosen (n_edits, n_questions), 0 to 3; the first is the clean model.
+def mean_score(values: np.ndarray, clean: np.ndarray | None = None) -> dict:
+    """Mean of (n,) values; against `clean`, the unablated model's, the paired change with Student's 95% interval (of a
+    single pair there is none)."""
+    score = {"mean": values.mean().item()}
+    if clean is not None:
+        change, n = values - clean, len(values)
+        reach = stats.t.ppf(0.975, n - 1) * change.std(ddof=1) / n**0.5 if n > 1 else None
+        score["change"] = change.mean().item()
+        ends = (None, None) if reach is None else (float(score["change"] - reach), float(score["change"] + reach))
+        score["change_low"], score["change_high"] = ends
+    return score
 
-    Where all questions have a subject, each score also carries `subjects` with the same fields for each.
+
+def quiz_scores(letters, questions: list[dict], by_subject: bool = True, in_words=None) -> list[dict]:
+    """One score per edit from the options' log-probabilities (n_edits, n_questions, 4), as score_letters has them; the
+    first is the clean model.
+
+    Beside the accuracy each carries `letters_mass`, the probability of the four letters together (low: the model does
+    not answer with a letter at all), and `right_probability`, that of the right one; with score_words' `in_words` also
+    the accuracy of answers in words. Where all questions have a subject, `subjects` are scored too.
     """
-    answers = np.array([row["answer"] for row in questions])
+    probability = np.exp(np.asarray(letters, dtype=np.float64))
+    chosen, answers = probability.argmax(-1), np.array([row["answer"] for row in questions])
+    means = {"letters_mass": probability.sum(-1), "right_probability": probability[:, np.arange(len(answers)), answers]}
+    worded = None if in_words is None else np.asarray(in_words).argmax(-1)
     named = by_subject and all(row.get("subject") for row in questions)
     member = np.array([row["subject"] for row in questions]) if named else None
     out = []
-    for k, row in enumerate(chosen):
+    for k in range(len(chosen)):
 
-        def score(mask, row=row, k=k):
-            right, letters = (row == answers)[mask], "".join(LETTERS[i] for i in row[mask])
-            return accuracy_score(right, letters, (chosen[0] == answers)[mask] if k else None)
+        def score(mask=slice(None), rows=chosen, k=k):
+            right, letters = (rows[k] == answers)[mask], "".join(LETTERS[i] for i in rows[k][mask])
+            return accuracy_score(right, letters, (rows[0] == answers)[mask] if k else None)
 
-        out.append(score(np.ones(len(answers), dtype=bool)))
+        out.append(score())
+        out[-1] |= {name: mean_score(rows[k], rows[0] if k else None) for name, rows in means.items()}
+        if worded is not None:
+            out[-1]["in_words"] = score(rows=worded)
         if named:
             out[-1]["subjects"] = with_q_values({str(name): score(member == name) for name in np.unique(member)})
     return out
 
 
-def score_quiz(model, title: str, questions: list[dict], indices: list[int], edits, s) -> tuple[list, dict]:
-    """One score per edit, and for the record {"questions": indices scored, "skipped_long"}. s: the settings.
+def score_quiz(
+    model, title: str, questions: list[dict], indices: list[int], edits, s, in_words: bool = False
+) -> tuple[list, dict]:
+    """One score per edit, and for the record {"questions": indices scored, "skipped_long"}. s: the settings; in_words:
+    ask for answers in words, too, which takes four windows a question.
 
     Of `indices`, --limit keeps a seeded sample, --skip-long those within the model's positions, and --robust those
     right under all orders of the options.
@@ -620,7 +665,8 @@ def score_quiz(model, title: str, questions: list[dict], indices: list[int], edi
 
     foretell(model, title, prompts, score, s.batch_size)
     log_probs = score(prompts, title)
-    return quiz_scores(log_probs.argmax(-1).numpy(), asked), {"questions": indices, "skipped_long": skipped}
+    worded = score_words(model, asked, edits, s.batch_size, f"{title} in words", s.max_rows) if in_words else None
+    return quiz_scores(log_probs, asked, in_words=worded), {"questions": indices, "skipped_long": skipped}
 
 
 def loss_scores(nats: torch.Tensor, targets: torch.Tensor, sources: list[int], seed: int = 0) -> list[dict]:
@@ -666,11 +712,12 @@ def keep_robust(lm, texts: dict, sources: dict, s) -> None:
 
 
 def answers(lm, texts: dict, edits: list[Edit], s, run=None) -> list[dict]:
-    """What a model answers under each edit: {quiz: options chosen}, and {"openwebtext": losses in nats, targets,
+    """What a model answers under each edit: {quiz: the letters' log-probabilities, (n_questions, 4)}, for the forget
+    quiz {"wmdp_bio_words": those of answers in words, per character}, and {"openwebtext": losses in nats, targets,
     documents}.
 
-    texts: data.load_benchmark's; s: the settings. run(name, items, score) -> score(items), (n_edits, n_items), may keep
-    what it has in pieces.
+    texts: data.load_benchmark's; s: the settings. run(name, items, score) -> score(items), (n_edits, n_items, ...), may
+    keep what it has in pieces; items: lists of ids, or of as many as belong together.
     """
     run = run or (lambda name, items, score: score(items, name))
     found, rows = [{} for _ in edits], getattr(s, "max_rows", 64)
@@ -679,11 +726,22 @@ def answers(lm, texts: dict, edits: list[Edit], s, run=None) -> list[dict]:
         texts_asked = [prompt(questions[i], style=s.prompt) for i in asked]
         prompts, letters = encode_prompts(lm.tokenizer, texts_asked, s.prompt)
 
-        def choose(some, desc=None, letters=letters):
-            return score_letters(lm, some, letters, edits, s.batch_size, desc, rows).argmax(-1)
+        def letter_by_letter(some, desc=None, letters=letters):
+            return rounded(score_letters(lm, some, letters, edits, s.batch_size, desc, rows))
 
-        for one, chosen in zip(found, run(name, prompts, choose)):
-            one[name] = chosen.tolist()
+        for one, values in zip(found, run(name, prompts, letter_by_letter)):
+            one[name] = values.tolist()
+    questions, parts = texts["quizzes"]["wmdp_bio"]
+    asked = [questions[i] for i in sorted({i for part in parts.values() for i in part})]
+    windows, first = encode_words(lm.tokenizer, asked)
+    begins = {tuple(window): at for window, at in zip(windows, first)}
+
+    def say(some, desc=None):
+        at = [begins[tuple(window)] for window in some]
+        return score_loss(lm, some, edits, 4 * s.batch_size, desc, rows, first=at)[0]
+
+    for one, values in zip(found, rounded(per_character(run("wmdp_bio_words", windows, say), asked))):
+        one["wmdp_bio_words"] = values.tolist()
     windows, documents = token_windows(lm.tokenizer, texts["web"], max_tokens=SCORED_TOKENS, bos=True)
     special = set(special_ids(lm.tokenizer))
     targets = [sum(token not in special for token in window[1:]) for window in windows]
@@ -696,14 +754,22 @@ def answers(lm, texts: dict, edits: list[Edit], s, run=None) -> list[dict]:
     return found
 
 
+def rounded(log_probs: torch.Tensor) -> torch.Tensor:
+    """To a millionth of a nat, as they are kept: a file of them is half as long."""
+    return log_probs.double().round(decimals=6)
+
+
 def scores_of(runs: list[dict], texts: dict, seed: int = 0) -> list[dict]:
     """Scores by data set for each of `answers`' results, the first being the model that the others came from."""
     scores = [{} for _ in runs]
     for name, (questions, parts) in texts["quizzes"].items():
         asked = sorted({i for part in parts.values() for i in part})
+        letters, in_words = (np.array([run[key] for run in runs]) if key in runs[0] else None
+                             for key in (name, f"{name}_words"))  # fmt: skip
         for half, part in parts.items():
-            chosen = np.array([run[name] for run in runs])[:, np.searchsorted(asked, part)]
-            for score, value in zip(scores, quiz_scores(chosen, [questions[i] for i in part], not half)):
+            at, rows = np.searchsorted(asked, part), [questions[i] for i in part]
+            worded = None if in_words is None else in_words[:, at]
+            for score, value in zip(scores, quiz_scores(letters[:, at], rows, not half, worded)):
                 score[name + half] = value
     nats = torch.tensor([run["openwebtext"][0] for run in runs], dtype=torch.float64)
     _, targets, documents = runs[0]["openwebtext"]

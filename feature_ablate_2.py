@@ -9,11 +9,12 @@ Lesson 2 of 3: ablate WMDP-Bio features, score WMDP-Bio, and MMLU beside it.
 Features are picked on one half of the WMDP-Bio questions, by how much more often they fire there than on Wikitext and
 on MMLU's development questions; the other half is scored. One pass scores every row of the table: unablated, patched
 with nothing ablated, the SAE's bare reconstruction, zero ablation, a negative clamp, and as many random features of
-like firing rate on the retain sets, clamped too.
+like firing rate on the retain sets, clamped too. A second table says what accuracy hides: does the model answer with a
+letter at all, how sure is it of the right one, and does it know the answer in words, without options?
 
 tiny, layer 7, 50 features: 95.9% on the WMDP-Bio stand-in unablated, 94.6% under zero ablation, 55.4% under clamp -80,
 85.1% under the random control (n 74). Layer 3, 10 features: 31.1% under clamp -80, 90.5% under the random control, MMLU
-99.4% before and after. 21 s and 0.9 GB on two cores.
+99.4% before and after. 16 s and 0.8 GB on two cores.
 """
 
 # %% [markdown]
@@ -64,7 +65,7 @@ def run(**changes) -> dict:
     show.print_features(features, forget, retain, show.top_tokens(lm, sae, features, forget_windows), sae)
 
     rows = standard_rows(sae, features, control, s.clamp)
-    bio, asked = score_quiz(lm, "WMDP-Bio", wmdp, reporting, rows, s)
+    bio, asked = score_quiz(lm, "WMDP-Bio", wmdp, reporting, rows, s, in_words=True)
     sources["wmdp_bio"] |= asked
     rest, asked = score_quiz(lm, "MMLU", mmlu, beside, rows, s)
     sources["mmlu"] |= asked

@@ -12,7 +12,7 @@ as many random features of like firing rate on the retain sets, clamped too. Eve
 never a target.
 
 tiny, layer 7, 50 features: loss added on the OpenWebText stand-in +0.001 under zero ablation, +0.139 under clamp -80,
-+0.100 under the random control (20,000 tokens). Layer 3, 10 features: +0.008 under clamp -80. 28 s and 1.3 GB on two
++0.100 under the random control (20,000 tokens). Layer 3, 10 features: +0.008 under clamp -80. 19 s and 1.3 GB on two
 cores.
 """
 

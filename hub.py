@@ -89,6 +89,8 @@ def listed() -> str:
     return "\n".join(lines)
 
 
+GATE_TOKENS = 10_000  # of the retain texts, for the SAE check
+
 # ----------------------------------------------------------------------------------- SAELens's table
 
 
@@ -353,13 +355,14 @@ def fit_of(model, sae, windows: list[list[int]]) -> tuple[float, float, int]:
         return active / n, (1 - total[-3] / varies).item(), n
 
 
-def sanity_gate(model, sae, windows: list[list[int]], insist: bool = True) -> dict:
-    """L0 and variance explained on ordinary tokens, beside what SAELens's table or the SAE itself promises.
+def sanity_gate(model, sae, windows: list[list[int]], insist: bool = True, most: int = GATE_TOKENS) -> dict:
+    """L0 and variance explained on ordinary tokens, beside what SAELens's table or the SAE itself promises; of more
+    than `most` tokens every second window, or third, and so on is read.
 
     Raises UserError on a gross mismatch unless `insist` is False: an SAE read with the wrong architecture,
     scaling or layer gives numbers too, only not of this SAE. Raises it always where they are not finite.
     """
-    l0, explained, n = fit_of(model, sae, windows)
+    l0, explained, n = fit_of(model, sae, windows[:: math.ceil(sum(map(len, windows)) / most) or 1])
     if not math.isfinite(explained):
         raise UserError(f"{sae.source}: the variance it explains is {explained}: the model's residual stream at "
                         f"{sae.hook_point} or what the SAE makes of it is not finite")  # fmt: skip

@@ -23,7 +23,7 @@ In lm-eval's command line the model is called sae-ablated:
         --include_path lm_eval_tasks --tasks tiny_wmdp_bio --batch_size 16
 
 tiny, the first command: what lesson 2 prints, WMDP-Bio stand-in 95.9 to 31.1% (n 74), MMLU stand-in 99.4% before and
-after (n 178); 19 s and 0.9 GB on two cores.
+after (n 178); 14 s and 0.8 GB on two cores.
 """
 
 # %% [markdown]

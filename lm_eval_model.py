@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 import hub
 import processes
 from common import load_sae
-from data import UserError, check_bos, first_line, pad_id, without_thought
+from data import LETTERS, UserError, check_bos, first_line, pad_id, without_thought
 from edits import METHODS, NONE, Edit, applied, decoder_layers, edit_of
-from evaluation import accuracy_score, bootstrap, loss_scores, with_q_values
+from evaluation import accuracy_score, loss_scores, mean_score, with_q_values
 from hub import check_same, identity, model_source, refuse_not_finite, sae_source
 
 BATCHING = {"batch_size", "max_batch_size"}  # do not decide an answer
@@ -401,9 +401,21 @@ def answer(row: dict) -> str:
     return chr(ord("A") + max(range(len(choices)), key=lambda i: choices[i][0]))
 
 
+def letters_of(rows: list[dict]) -> dict:
+    """{"letters_mass", "right_probability"} of questions that are answered by one of four letters, a value each, as
+    evaluation.quiz_scores has them; {} where a task asks otherwise."""
+    said = [[str(args[-1]).strip() for args in row.get("arguments", [])] for row in rows]
+    if any(one != [*LETTERS] for one in said):
+        return {}
+    probability = np.exp([[choice[0] for choice in row["filtered_resps"]] for row in rows])
+    right = [LETTERS.index(row["target"]) if row["target"] in [*LETTERS] else int(row["target"]) for row in rows]
+    return {"letters_mass": probability.sum(1), "right_probability": probability[np.arange(len(rows)), right]}
+
+
 def by_question(rows: list[dict]) -> dict:
-    """{"metric": name, "value", "answers", "subject"}: the latter three have an entry for each question; one that is
-    asked in several orders is right if all are. The metric is acc, or else the first that is a number."""
+    """{"metric": name, "value", "answers", "subject", what letters_of finds}: but for the name they have an entry for
+    each question; one that is asked in several orders is right if all are. The metric is acc, or else the first that is
+    a number."""
     names = [name for name in rows[0]["metrics"] if isinstance(rows[0][name], (int, float))]
     if not names:
         return {}
@@ -415,6 +427,7 @@ def by_question(rows: list[dict]) -> dict:
         "value": np.array([min(float(row[metric]) for row in group) for group in groups.values()]),
         "answers": np.array([answer(group[0]) for group in groups.values()]),
         "subject": np.array([str(group[0]["doc"].get("subject")) for group in groups.values()]),
+        **(letters_of(rows) if len(groups) == len(rows) else {}),
     }
 
 
@@ -426,18 +439,11 @@ def quiz_score(now: dict, clean: dict | None, chance: float) -> dict:
         return accuracy_score(now["value"][mask].astype(bool), "".join(now["answers"][mask]), before, chance)
 
     whole, names = score(slice(None)), sorted(set(now["subject"]))
+    for name in ("letters_mass", "right_probability"):
+        if name in now:
+            whole[name] = mean_score(now[name], clean and clean[name])
     subjects = {name: score(now["subject"] == name) for name in names}
     return {**whole, "subjects": with_q_values(subjects)} if len(names) > 1 else whole
-
-
-def mean_score(now: dict, clean: dict | None, seed: int) -> dict:
-    """Score of a metric that is neither right nor wrong: its mean over documents and the paired change."""
-    score = {"metric": now["metric"], "mean": now["value"].mean().item(), "n": len(now["value"])}
-    if clean:
-        change = now["value"] - clean["value"]
-        score["change"], (low, high) = change.mean().item(), bootstrap(np.mean, change, seed=seed)
-        score |= {"change_low": low, "change_high": high}
-    return score
 
 
 def scores_of(runs: list[list[dict]], lm: AblatedLM, seed: int) -> list[dict | None]:
@@ -454,7 +460,8 @@ def scores_of(runs: list[list[dict]], lm: AblatedLM, seed: int) -> list[dict | N
         return [None] * len(runs)
     pairs = [(table, tables[0] if k else None) for k, table in enumerate(tables)]
     if not all(set(table["value"]) <= {0.0, 1.0} for table in tables):
-        return [mean_score(now, clean, seed) for now, clean in pairs]
+        return [{"metric": now["metric"], "n": len(now["value"]),
+                 **mean_score(now["value"], clean and clean["value"])} for now, clean in pairs]  # fmt: skip
     choices = len(first["filtered_resps"])
     chance = (1 / choices if choices > 1 else 0.0) ** (24 if "all_orders" in first["metrics"] else 1)
     return [quiz_score(now, clean, chance) for now, clean in pairs]

@@ -14,7 +14,7 @@ half of the WMDP-Bio questions is picked on; the tuning half of each quiz choose
 what it is worth, and the figure shows the latter. Finished pieces are kept as they are finished: the same command,
 given again after a stop, goes on from there.
 
-tiny, default settings (8 numbers of features, 3 clamps, layer 7): 50 s and 1.3 GB on two cores. Of the settings that
+tiny, default settings (8 numbers of features, 3 clamps, layer 7): 55 s and 1.3 GB on two cores. Of the settings that
 keep 99% of MMLU, the tuning half chooses 10 features at clamp -80: WMDP-Bio 95.9 to 71.6% on the reporting half. The
 second command, over four layers in 5 minutes, chooses 10 features of layer 3 at clamp -80, which leave 31.1%.
 """
@@ -184,6 +184,7 @@ def summary(points: list[dict]) -> list[dict]:
             for name in ("wmdp_bio", "mmlu"):
                 for half in ("_tuning", ""):
                     row[name + half] = chosen["scores"][name + half]["accuracy"]
+            row |= show.beside(chosen["scores"]["wmdp_bio"])
         rows.append(row)
     return rows
 
@@ -191,16 +192,17 @@ def summary(points: list[dict]) -> list[dict]:
 def table(rows: list[dict]) -> str:
     """The summary as a Markdown table and a list of frontiers, accuracies in per cent."""
     head = ["method", "settings", "area, tuning half", "area, reporting half", f"chosen to keep {KEEP:.0%} of MMLU",
-            "WMDP-Bio %, tuning", "reporting", "MMLU %, tuning", "reporting"]  # fmt: skip
+            "WMDP-Bio %, tuning", "reporting", "in words", "P(a letter)", "MMLU %, tuning", "reporting"]  # fmt: skip
 
     def cell(row, key, scale=1.0, digits=3):
         return f"{row[key] * scale:.{digits}f}" if row.get(key) is not None else ""
 
     lines = []
     for row in rows:
-        accuracies = [cell(row, name + half, 100, 1) for name in ("wmdp_bio", "mmlu") for half in ("_tuning", "")]
+        forget, retain = ([cell(row, name + half, 100, 1) for half in ("_tuning", "")] for name in ("wmdp_bio", "mmlu"))
+        forget += [cell(row, "in_words", 100, 1), cell(row, "letters_mass", 1, 2)]
         areas = [cell(row, "area_tuning"), cell(row, "area")]
-        lines.append([row["method"], str(row["settings"]), *areas, row.get("chosen", ""), *accuracies])
+        lines.append([row["method"], str(row["settings"]), *areas, row.get("chosen", ""), *forget, *retain])
     text = show.markdown(head, lines)
     text += "\n\nFrontiers on the reporting half, each setting with its MMLU and WMDP-Bio accuracy in per cent:\n\n"
     for row in rows:

@@ -51,7 +51,7 @@ import show
 from common import load_hf, load_model, load_sae
 from data import HERE, LETTERS, UserError, encode_prompts, halves, load_benchmark, load_rows, prompt, special_ids
 from edits import NONE, Edit, applied, edit_of
-from evaluation import accuracy_score, score_letters, score_loss
+from evaluation import accuracy_score, score_letters, score_words
 from hub import check_same, identity, load_tokenizer, model_source
 from training import Master, check_room, passes, text_nll, training_windows
 
@@ -86,19 +86,6 @@ def forms(questions: list[dict], reworded: list[dict], asked: list[int], solved:
     return {name: (texts, back if name == "options reversed" else straight) for name, texts in found.items()}
 
 
-def in_words(lm, rows: list[dict], s, edit: Edit = NONE) -> list[int]:
-    """The option that is the likeliest answer in words: asked without options, by log-probability per character."""
-    windows, tokenizer = [], lm.tokenizer
-    for row in rows:
-        start = tokenizer(f"{row['question'].strip()}\nAnswer in words:")["input_ids"]
-        ends = [tokenizer(f" {choice}", add_special_tokens=False)["input_ids"] for choice in row["choices"]]
-        windows += [start, *(start + end for end in ends)]
-    nats = score_loss(lm, windows, [edit], s.batch_size, "in words")[0]
-    nats = nats.reshape(len(rows), 5)
-    lengths = torch.tensor([[len(choice) for choice in row["choices"]] for row in rows])
-    return ((nats[:, 1:] - nats[:, :1]) / lengths).argmin(1).tolist()
-
-
 @dataclass
 class Subject:
     """An unlearned model: a name or folder for load_model, and the edit that is on."""
@@ -116,7 +103,8 @@ def examine(subject: Subject, texts: dict, s) -> dict:
         ids, letters = encode_prompts(lm.tokenizer, prompts)
         scores = score_letters(lm, ids, letters, [subject.edit], s.batch_size, name)
         found[name] = [order[letter] for letter in scores[0].argmax(-1).tolist()]
-    return {**found, "in words": in_words(lm, texts["rows"], s, subject.edit)}
+    worded = score_words(lm, texts["rows"], [subject.edit], s.batch_size, "in words")
+    return {**found, "in words": worded[0].argmax(-1).tolist()}
 
 
 # %% [markdown]

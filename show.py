@@ -32,6 +32,7 @@ except ImportError:  # Windows
     resource = None
 
 PIECE = 64  # prompts or windows that are scored and kept together: what a stop costs at the most
+FORM = 2  # of what pieces hold: those of another one, left by an earlier version, are not taken up
 LONGEST_NAME = 120  # characters of a record's name; figures add to it, and file systems end at 255 bytes
 
 
@@ -111,7 +112,7 @@ def keeping(path: Path, decides):
     decides: all that the pieces depend on, so that those of another run are never taken up. Stopped, by Ctrl-C or as
     another process is lost, it says what was kept.
     """
-    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([FORM, decides], sort_keys=True).encode()).hexdigest()[:16]
     folder = path.with_suffix(".pieces") / key
     try:
         yield folder
@@ -296,12 +297,39 @@ def change_cell(score: dict) -> str:
             f"  p {score['p_value']:.1g}")  # fmt: skip
 
 
+def mean_cell(score: dict) -> str:
+    """A mean and its change: "0.61  -0.39 [-0.42, -0.36]"."""
+    text = f"{score['mean']:.2f}"
+    if "change" in score:
+        text += f"  {score['change']:+.2f}"
+    if score.get("change_low") is not None:  # one question has no interval
+        text += f" [{score['change_low']:+.2f}, {score['change_high']:+.2f}]"
+    return text
+
+
 def print_quiz(title: str, edits: list[Edit], scores: list[dict]) -> None:
-    """One line per edit: accuracy with 95% interval, paired change against the first line."""
+    """A line per edit: accuracy with 95% interval, paired change against the first line. Then a line per edit on what
+    the accuracy hides: does the model answer with a letter at all, how sure is it, and does it know in words?"""
     print(f"\n{title}: n {scores[0]['n']}, chance {100 * scores[0]['chance']:.0f}%\n")
-    print(f"  {'':34}{'accuracy, %':<22}change, points")
+    print(f"  {'':36}{'accuracy, %':<22}change, points")
     for edit, score in zip(edits, scores):
-        print(f"  {label(edit):34}{accuracy_cell(score):22}{change_cell(score)}")
+        print(f"  {label(edit):36}{accuracy_cell(score):22}{change_cell(score)}")
+    if "letters_mass" not in scores[0]:  # of a task of lm-eval that asks for no letters
+        return
+    in_words = "in_words" in scores[0]
+    head = f"  {'':36}{'P(a letter), change':<30}{'P(right letter), change':<30}{'in words, %' * in_words}"
+    print(f"\n{head.rstrip()}")
+    for edit, score in zip(edits, scores):
+        cells = "".join(f"{mean_cell(score[name]):30}" for name in ("letters_mass", "right_probability"))
+        worded = f"{accuracy_cell(score['in_words'])} {change_cell(score['in_words'])}" if in_words else ""
+        print(f"  {label(edit):36}{cells}{worded}".rstrip())
+
+
+def beside(score: dict) -> dict:
+    """{"in_words": accuracy, "letters_mass": probability of the four letters} of a quiz's score that has them, as those
+    of records of earlier versions do not."""
+    return {name: score[name][value] for name, value in (("in_words", "accuracy"), ("letters_mass", "mean"))
+            if name in score}  # fmt: skip
 
 
 def print_subjects(edits: list[Edit], scores: list[dict]) -> None:
@@ -455,10 +483,27 @@ def panels_of_rows(panels: dict[str, list[dict]], edits: list[Edit], columns, ti
     return figure, all_axes[0]
 
 
+HIDDEN = {  # what a quiz's accuracy hides: marker, and where a score has it
+    "in words": ("s", "in_words", "accuracy"),
+    "P(right letter)": ("|", "right_probability", "mean"),
+    "P(a letter)": ("x", "letters_mass", "mean"),
+}
+
+
 def quiz_figure(panels: dict[str, list[dict]], edits: list[Edit], title: str):
-    """Figure: one panel per data set {title: scores}, accuracy with 95% intervals, chance dashed."""
+    """Figure: one panel per data set {title: scores}, accuracy with 95% intervals, chance dashed, and below each what
+    it hides."""
     columns = lambda score: [100 * score[key] for key in ("accuracy", "low", "high")]  # noqa: E731
     figure, all_axes = panels_of_rows(panels, edits, columns, title)
+    style = {"mfc": "none", "ms": 5, "ls": ""}
+    all_axes[0].plot([], [], "o", color="0.3", label="accuracy")
+    for name, (marker, part, value) in HIDDEN.items():
+        for axes, scores in zip(all_axes, panels.values()):
+            for row, (edit, score) in enumerate(zip(edits, scores)):
+                if part in score:
+                    axes.plot(100 * score[part][value], row + 0.28, marker=marker, color=colour_of(edit), **style)
+        all_axes[0].plot([], [], marker=marker, color="0.3", label=name, **style)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     for axes, (name, scores) in zip(all_axes, panels.items()):
         chance = 100 * scores[0]["chance"]
         axes.axvline(chance, color="0.4", ls="--", lw=1)

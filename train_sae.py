@@ -139,7 +139,7 @@ def train(model, windows, s) -> dict[int, BatchTopKTrainingSAE]:
 def measure(model, sae: SAE, held_out, training, batch_size: int) -> dict:
     """Held-out variance explained, L0 and loss recovered (0 for a zeroed, 1 for the true residual stream), and the
     share of features that never fire on the training windows."""
-    found = sanity_gate(model, sae, held_out, insist=False)
+    found = sanity_gate(model, sae, held_out, insist=False, most=sum(map(len, held_out)))
     zero = Edit("zeroed", {layer_of(sae): lambda h, ordinary: torch.where(ordinary[..., None], 0, h)})
     edits = [NONE, edit_of("sae-reconstruction", sae), zero]
     nats, targets = score_loss(model, held_out, edits, batch_size)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import BOS, D_SAE, EOS, FAMILIES, MARKER, PAD, QUESTIONS, WINDOW, some_ids
+from scipy import stats
 
 import common
 import data
@@ -21,10 +22,12 @@ from evaluation import (
     OnePass,
     accuracy_score,
     loss_scores,
+    pushed,
     quiz_scores,
     robust_subset,
     score_letters,
     score_loss,
+    score_words,
     standard_rows,
 )
 
@@ -639,10 +642,15 @@ def test_false_discoveries_are_held_over_subjects():
     assert evaluation.with_q_values({"s": {"n": 3}}) == {"s": {"n": 3}}  # the unablated model
 
 
+def sure(chosen) -> np.ndarray:
+    """Log-probabilities of four letters, the chosen ones' the largest."""
+    return np.log(0.1 + 0.6 * np.eye(4)[np.array(chosen)])
+
+
 def test_quiz_scores_pooled_and_per_subject():
     questions = [dict(answer=k % 4, subject="law" if k < 6 else "art") for k in range(10)]
     chosen = [[0, 1, 2, 3, 0, 0, 2, 3, 0, 1], [0, 0, 0, 0, 0, 1, 0, 0, 0, 0]]
-    clean, ablated = quiz_scores(np.array(chosen), questions)
+    clean, ablated = quiz_scores(sure(chosen), questions)
     assert clean["accuracy"] == 0.9 and ablated["accuracy"] == 0.4 and ablated["change"] == pytest.approx(-0.5)
     assert clean["letters"] == "ABCDAACDAB" and ablated["letters"] == "AAAAABAAAA"
     assert "p_value" not in clean and ablated["p_value"] == pytest.approx(mcnemar(6, 1))
@@ -656,8 +664,49 @@ def test_quiz_scores_pooled_and_per_subject():
 
 
 def test_quiz_scores_without_subjects():
-    found = quiz_scores(np.arange(4)[None], [dict(answer=k) for k in range(4)])
+    found = quiz_scores(sure([range(4)]), [dict(answer=k) for k in range(4)])
     assert found[0]["accuracy"] == 1.0 and "subjects" not in found[0]
+
+
+def test_what_a_quiz_hides_by_hand():
+    questions = [dict(answer=0), dict(answer=1), dict(answer=1)]
+    clean = [[0.7, 0.1, 0.1, 0.1], [0.2, 0.6, 0.1, 0.1], [0.1, 0.7, 0.1, 0.0]]
+    ablated = [[0.4, 0.1, 0.1, 0.1], [0.2, 0.1, 0.1, 0.1], [0.1, 0.1, 0.0, 0.0]]
+    with np.errstate(divide="ignore"):
+        letters = np.log([clean, ablated])
+    words = -np.array([[[1, 2, 3, 4], [1, 2, 3, 4], [2, 1, 3, 4]], [[1, 2, 3, 4], [2, 1, 3, 4], [2, 1, 3, 4]]])
+    before, after = quiz_scores(letters, questions, in_words=words)
+    assert before["letters_mass"] == {"mean": pytest.approx(2.9 / 3)}
+    assert before["right_probability"]["mean"] == pytest.approx(2.0 / 3)
+    change = np.array([-0.3, -0.5, -0.7])
+    interval = stats.ttest_1samp(change, 0).confidence_interval()
+    assert after["letters_mass"]["mean"] == pytest.approx(1.4 / 3)
+    assert after["letters_mass"]["change"] == pytest.approx(-0.5)
+    assert [after["letters_mass"][f"change_{end}"] for end in ("low", "high")] == pytest.approx(list(interval))
+    assert after["right_probability"]["change"] == pytest.approx((-0.3 - 0.5 - 0.6) / 3)
+    assert before["in_words"]["accuracy"] == pytest.approx(2 / 3) and after["in_words"]["accuracy"] == 1.0
+    assert before["in_words"]["letters"] == "AAB" and after["in_words"]["change"] == pytest.approx(1 / 3)
+    assert "change" not in before["in_words"] and "in_words" not in quiz_scores(letters, questions)[0]
+    one = quiz_scores(letters[:, :1], questions[:1])[1]["letters_mass"]
+    assert one["change"] == pytest.approx(-0.3) and one["change_low"] is one["change_high"] is None
+
+
+def test_answers_in_words_by_hand(gemma):
+    rows = [dict(question="Which is an organ?", choices=["the moon", " The heart ", "sea", "a grey stone"]),
+            dict(question=" Where do rivers flow? ", choices=["The sea", "moon", "to a heart", "up"])]  # fmt: skip
+    pushed_one = Edit("pushed", {1: pushed(torch.ones(gemma.cfg.d_model), 2)})
+    found = score_words(gemma, rows, [NONE, pushed_one], batch_size=1)
+    for edit, by_hand in zip([NONE, pushed_one], found):
+        for row, scores in zip(rows, by_hand):
+            for choice, score in zip(row["choices"], scores):
+                asked = f"{row['question'].strip()}\nAnswer in words:"
+                ids = gemma.tokenizer(f"{asked} {choice.strip()}")["input_ids"]
+                with applied(gemma, gemma.tokenizer, edit), torch.inference_mode():
+                    logits = gemma(torch.tensor([ids]))[0, :-1].double()
+                log_probs = logits.log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
+                answer = log_probs[len(gemma.tokenizer(asked)["input_ids"]) - 1 :]
+                assert score.item() == pytest.approx(answer.sum().item() / len(choice.strip()), abs=1e-5)
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
 
 
 NATS = torch.tensor([[2.0, 4.0, 6.0, 3.0], [3.0, 4.0, 9.0, 5.0]], dtype=torch.float64)

@@ -484,6 +484,23 @@ def test_a_sweeps_setting_is_chosen_by_flags():
         choose("r", record, layer=7, n_features=None, clamp=None)
 
 
+def test_how_sure_of_its_letter_a_model_is():
+    def row(probabilities, target):
+        said = {"arguments": [("question", f" {x}") for x in "ABCD"], "target": target, "doc": {}, "doc_id": 0}
+        chosen = [(math.log(p), False) for p in probabilities]
+        return {**said, "metrics": ["acc"], "acc": float(np.argmax(probabilities) == 1), "filtered_resps": chosen}
+
+    runs = [[row((0.1, 0.7, 0.1, 0.1), 1), row((0.1, 0.5, 0.1, 0.1), "B")], [row((0.1, 0.1, 0.1, 0.1), "1")] * 2]
+    clean, ablated = lm_eval_model.scores_of(runs, None, 0)
+    assert clean["letters_mass"]["mean"] == pytest.approx(0.9)
+    assert clean["right_probability"]["mean"] == pytest.approx(0.6)
+    assert ablated["letters_mass"]["change"] == pytest.approx(-0.5)
+    for rows in runs:
+        for one in rows:
+            one["arguments"] = [("question", " the sea")] * 4
+    assert "letters_mass" not in lm_eval_model.scores_of(runs, None, 0)[0]
+
+
 def test_means_are_compared_in_pairs():
     def row(value):
         return {"metrics": ["f1"], "f1": value, "doc": {}, "doc_id": 0, "filtered_resps": ["text"]}

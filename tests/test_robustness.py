@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -44,22 +43,6 @@ def test_forms():
         "A. The moon\nB. The heart\nC. The sea\nD. The stone\nAnswer:"
     )
     assert "other wording" not in robustness.forms(ROWS, [], [1], [ROWS[0]])
-
-
-def test_answers_in_words_by_hand(gemma):
-    settings = SimpleNamespace(batch_size=3)
-    expected = []
-    for row in ROWS:
-        costs = []
-        for choice in row["choices"]:
-            start = gemma.tokenizer(f"{row['question']}\nAnswer in words:")["input_ids"]
-            ids = torch.tensor([start + gemma.tokenizer(f" {choice}", add_special_tokens=False)["input_ids"]])
-            with torch.inference_mode():
-                log_probs = gemma(ids)[0, :-1].double().log_softmax(-1)
-            nats = -log_probs[torch.arange(len(ids[0]) - 1), ids[0, 1:]]
-            costs.append(nats[len(start) - 1 :].sum().item() / len(choice))
-        expected.append(int(np.argmin(costs)))
-    assert robustness.in_words(gemma, ROWS, settings) == expected
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2"])

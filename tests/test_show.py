@@ -78,6 +78,7 @@ def test_a_record_is_valid_json_or_is_not_written(tmp_path):
 
 
 SCORE = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 9, "chance": 0.25}
+SURE = {**SCORE, "letters_mass": {"mean": 0.75}, "right_probability": {"mean": 0.375}, "in_words": SCORE}
 LOSS = {"nats_per_token": 3.0, "n_tokens": 90, "n_documents": 1}
 LOST = {**LOSS, "loss_added": 0.2, "loss_added_low": None, "loss_added_high": None}
 ROWS = [NONE, Edit("sae-ablation", setting={"n_features": 1, "clamp": -5.0})]
@@ -94,6 +95,20 @@ def test_titles_with_dollars_and_losses_without_intervals_are_drawn(tmp_path, ca
     assert len(list(tmp_path.glob("*.png"))) == 3
     show.print_loss("web", ROWS, [LOSS, LOST])
     assert "+0.2000\n" in capsys.readouterr().out
+    plt.close("all")
+
+
+def test_what_a_quiz_hides_is_shown(capsys):
+    moved = {"mean": 0.5, "change": -0.25, "change_low": -0.3, "change_high": -0.2}
+    show.print_quiz("quiz", ROWS, [SURE, {**SURE, "letters_mass": moved}])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].split()[1:3] == ["0.75", "0.38"] and "50.0 [ 40.0," in lines[-2]
+    assert "0.50  -0.25 [-0.30, -0.20]" in lines[-1]
+    figure = show.quiz_figure({"quiz": [SURE, {**SCORE, "letters_mass": moved}]}, ROWS, "title")
+    drawn = {(line.get_marker(), *line.get_xdata()) for line in figure.axes[0].lines if len(line.get_xdata()) == 1}
+    assert {("x", 75.0), ("x", 50.0), ("|", 37.5), ("s", 50.0)} <= drawn
+    show.print_quiz("quiz", ROWS, [SCORE, SCORE])
+    assert "P(a letter)" not in capsys.readouterr().out
     plt.close("all")
 
 
