@@ -80,8 +80,8 @@ import processes
 import show
 from common import Rates, load_hf, load_model, load_sae
 from data import HERE, UserError, load_benchmark, padded, special_ids
-from edits import NONE, Latents, decoder_layers, layer_of
-from evaluation import answers, best_setting, check_engine, keep_robust, scores_of
+from edits import NEVER_KNEW, NONE, Latents, decoder_layers, layer_of
+from evaluation import answers, answers_of_never_knew, best_setting, check_engine, keep_robust, scores_of
 from hub import identity, model_source, sae_source
 from methods import Measured, edit_for, measure
 from training import Master, Nll, check_room, distance, linear_modules, passes, reach, text_nll, training_windows
@@ -346,11 +346,14 @@ def run(**changes) -> dict:
     check_engine(lm, [measured.place] if s.method in GRIDS else [])
     with show.keeping(path, [decides(s, s.method), sources]) as folder:
         clean, *tried = tune(s.method, folder, texts, measured, s)
-        scores = scores_of([clean, *(one["answers"] for one in tried)], texts, s.seed)
+        floor = answers_of_never_knew(texts, s)
+        scores = scores_of([clean, *(one["answers"] for one in tried), *floor], texts, s.seed)
         points = [NONE.point(**scores[0])]
         points += [{**one["point"], "scores": score} for one, score in zip(tried, scores[1:])]
         show.print_tuning(points)
         best = best_setting(points[0], points[1:])
+        floor = [NEVER_KNEW.point(**score) for score in scores[len(points) :]]
+        points += floor
         print(f"\nchosen on the tuning half: {show.setting_text(best['setting'])}")
         extra = {"chosen": points.index(best), "decides": decides(s, s.method)}
         seconds, figures = np.mean([one["seconds"] for one in tried]), {}
@@ -360,7 +363,7 @@ def run(**changes) -> dict:
             title = f"{show.short_name(s.model)}: {s.method}, {show.setting_text(best['setting'])}"
             names = CRISP_LOG if s.method == "crisp" else NLL_LOG
             figures["losses"] = lambda: show.curves(dict(zip(names, zip(*log))), title)
-        show.print_chosen([points[0], best], sources)
+        show.print_chosen([points[0], best, *floor], sources)
         saes = [] if sae is None else [sae]
         record = show.make_record("baselines.py", s, saes, sources, {}, points, time.time() - started)
         if "folder" in extra:

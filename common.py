@@ -76,6 +76,12 @@ def load_model(
     return model
 
 
+def load_never_knew(name: str, device: str | None = None, dtype: str = "float32") -> TransformerBridge | None:
+    """The model that hub.never_knew names, as load_model has it; None where there is none."""
+    twin = hub.never_knew(name)
+    return load_model(twin, device, dtype) if twin else None
+
+
 def boot(path: str, dtype: str, place: dict) -> tuple:
     """The TransformerBridge, token ids, and the log-probabilities that the model gave them before it became one."""
     plain = {}

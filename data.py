@@ -18,6 +18,7 @@ import processes
 
 HERE = Path(__file__).resolve().parent
 LETTERS = "ABCD"
+EMBEDDED = ("tiny", "never-knew")  # presets whose data are in tiny/data
 
 
 class UserError(Exception):
@@ -62,11 +63,12 @@ REQUEST = (
 def load_rows(name: str, model: str = "tiny", data: str | None = None) -> tuple[list[dict], dict]:
     """Rows of a data set and where they come from: {"source", "sha256", "stand_in"}.
 
-    Looks for `name`.jsonl in the folder `data`, then (for tiny) in tiny/data, then on the hub. Raises UserError for a
-    bad line (naming it), a folder as `check_folder` does, and a hub that cannot be reached or does not let us in.
+    Looks for `name`.jsonl in the folder `data`, then (for the embedded models) in tiny/data, then on the hub. Raises
+    UserError for a bad line (naming it), a folder as `check_folder` does, and a hub that cannot be reached or does not
+    let us in.
     """
     check_folder(data)
-    folders = ([data] if data else []) + ([HERE / "tiny/data"] if model == "tiny" else [])
+    folders = ([data] if data else []) + ([HERE / "tiny/data"] if model in EMBEDDED else [])
     for folder in map(Path, folders):
         path = folder / f"{name}.jsonl"
         if path.is_file():

@@ -403,6 +403,7 @@ class Edit:
         return {"method": self.method, "setting": self.setting, **edit, "scores": scores}
 
 
+NEVER_KNEW = Edit("never-knew")  # a row of tables: another model, that was trained without the forget set
 NONE = Edit("none")
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from scipy import stats
 from transformers.cache_utils import DynamicCache, DynamicLayer, KVSharingDict
 
+from common import load_never_knew
 from data import (
     LETTERS,
     UserError,
@@ -641,10 +642,11 @@ def quiz_scores(letters, questions: list[dict], by_subject: bool = True, in_word
 
 
 def score_quiz(
-    model, title: str, questions: list[dict], indices: list[int], edits, s, in_words: bool = False
+    model, title: str, questions: list[dict], indices: list[int], edits, s, in_words: bool = False, never_knew=None
 ) -> tuple[list, dict]:
     """One score per edit, and for the record {"questions": indices scored, "skipped_long"}. s: the settings; in_words:
-    ask for answers in words, too, which takes four windows a question.
+    ask for answers in words, too, which takes four windows a question; never_knew: a second model of the same
+    tokenizer, whose score comes last.
 
     Of `indices`, --limit keeps a seeded sample, --skip-long those within the model's positions, and --robust those
     right under all orders of the options.
@@ -664,9 +666,13 @@ def score_quiz(
         return score_letters(model, rows, letters, edits, s.batch_size, desc, s.max_rows)
 
     foretell(model, title, prompts, score, s.batch_size)
-    log_probs = score(prompts, title)
-    worded = score_words(model, asked, edits, s.batch_size, f"{title} in words", s.max_rows) if in_words else None
-    return quiz_scores(log_probs, asked, in_words=worded), {"questions": indices, "skipped_long": skipped}
+    found = [score(prompts, title)]
+    worded = [score_words(model, asked, edits, s.batch_size, f"{title} in words", s.max_rows)] if in_words else []
+    if never_knew:
+        found.append(score_letters(never_knew, prompts, letters, [NONE], s.batch_size))
+        worded += [score_words(never_knew, asked, [NONE], s.batch_size)] if in_words else []
+    worded = torch.cat(worded) if in_words else None
+    return quiz_scores(torch.cat(found), asked, in_words=worded), {"questions": indices, "skipped_long": skipped}
 
 
 def loss_scores(nats: torch.Tensor, targets: torch.Tensor, sources: list[int], seed: int = 0) -> list[dict]:
@@ -752,6 +758,12 @@ def answers(lm, texts: dict, edits: list[Edit], s, run=None) -> list[dict]:
     for one, nats in zip(found, run("openwebtext", windows, lose)):
         one["openwebtext"] = [nats.tolist(), targets, documents]
     return found
+
+
+def answers_of_never_knew(texts: dict, s, run=None) -> list[dict]:
+    """As `answers`: those of the model that was trained without the forget set; [] where there is none."""
+    never_knew = load_never_knew(s.model, s.device, s.dtype)
+    return answers(never_knew, texts, [NONE], s, run and run(never_knew)) if never_knew else []
 
 
 def rounded(log_probs: torch.Tensor) -> torch.Tensor:

@@ -29,9 +29,9 @@ answered(flags, __name__)
 import time
 
 import show
-from common import firing_rates, largest, load_model, load_sae, matched_random, pick_features
+from common import firing_rates, largest, load_model, load_never_knew, load_sae, matched_random, pick_features
 from data import halves, load_rows, of_subjects, picking_texts, picking_windows
-from edits import layer_of
+from edits import NEVER_KNEW, layer_of
 from evaluation import check_engine, score_quiz, standard_rows
 from hub import sanity_gate
 
@@ -47,6 +47,7 @@ def run(**changes) -> dict:
     lm = load_model(s.model, s.device, s.dtype, s.device_map, s.edit_special)
     sae = load_sae(s.sae, s.layer, lm, s.model)
     check_engine(lm, [layer_of(sae)])
+    never_knew = load_never_knew(s.model, s.device, s.dtype)  # the floor, where there is one
 
     wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
     picking, _ = halves(wmdp, s.seed, s.pick_on)
@@ -63,8 +64,9 @@ def run(**changes) -> dict:
     show.print_features(features, forget, retain, show.top_tokens(lm, sae, features, forget_windows), sae)
 
     rows = standard_rows(sae, features, control, s.clamp)
-    scores, asked = score_quiz(lm, "MMLU", mmlu, indices, rows, s)
+    scores, asked = score_quiz(lm, "MMLU", mmlu, indices, rows, s, never_knew=never_knew)
     sources["mmlu"] |= asked
+    rows += [NEVER_KNEW] if never_knew else []
 
     name = show.title_of("mmlu", sources)
     show.print_subjects(rows, scores)

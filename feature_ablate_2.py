@@ -31,9 +31,9 @@ answered(flags, __name__)
 import time
 
 import show
-from common import firing_rates, largest, load_model, load_sae, matched_random, pick_features
+from common import firing_rates, largest, load_model, load_never_knew, load_sae, matched_random, pick_features
 from data import halves, load_rows, picking_texts, picking_windows, utility
-from edits import layer_of
+from edits import NEVER_KNEW, layer_of
 from evaluation import check_engine, score_quiz, standard_rows
 from hub import sanity_gate
 
@@ -49,6 +49,7 @@ def run(**changes) -> dict:
     lm = load_model(s.model, s.device, s.dtype, s.device_map, s.edit_special)
     sae = load_sae(s.sae, s.layer, lm, s.model)
     check_engine(lm, [layer_of(sae)])
+    never_knew = load_never_knew(s.model, s.device, s.dtype)  # the floor, where there is one
 
     wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
     picking, reporting = halves(wmdp, s.seed, s.pick_on)
@@ -65,10 +66,11 @@ def run(**changes) -> dict:
     show.print_features(features, forget, retain, show.top_tokens(lm, sae, features, forget_windows), sae)
 
     rows = standard_rows(sae, features, control, s.clamp)
-    bio, asked = score_quiz(lm, "WMDP-Bio", wmdp, reporting, rows, s, in_words=True)
+    bio, asked = score_quiz(lm, "WMDP-Bio", wmdp, reporting, rows, s, True, never_knew)
     sources["wmdp_bio"] |= asked
-    rest, asked = score_quiz(lm, "MMLU", mmlu, beside, rows, s)
+    rest, asked = score_quiz(lm, "MMLU", mmlu, beside, rows, s, never_knew=never_knew)
     sources["mmlu"] |= asked
+    rows += [NEVER_KNEW] if never_knew else []
 
     titles = [show.title_of(name, sources) for name in ("wmdp_bio", "mmlu")]
     show.print_quiz(titles[0], rows, bio)

@@ -28,10 +28,12 @@ answered(flags, __name__)
 # %%
 import time
 
+import torch
+
 import show
-from common import firing_rates, largest, load_model, load_sae, matched_random, pick_features
+from common import firing_rates, largest, load_model, load_never_knew, load_sae, matched_random, pick_features
 from data import as_prose, halves, load_rows, picking_texts, picking_windows, token_windows
-from edits import layer_of
+from edits import NEVER_KNEW, NONE, layer_of
 from evaluation import SCORED_TOKENS, check_engine, foretell, loss_scores, score_loss, standard_rows
 from hub import sanity_gate
 
@@ -40,8 +42,8 @@ from hub import sanity_gate
 
 
 # %%
-def score(lm, title, texts, rows, s):
-    """One score per row: nats per token, and the loss added with a bootstrap over documents."""
+def score(lm, title, texts, rows, never_knew, s):
+    """One score per row: nats per token, and the loss added with a bootstrap over documents; then never_knew's."""
     windows, documents = token_windows(lm.tokenizer, texts[: s.limit], max_tokens=SCORED_TOKENS, bos=True)
 
     def losses(some, desc=None):
@@ -49,6 +51,8 @@ def score(lm, title, texts, rows, s):
 
     foretell(lm, title, windows, losses, s.batch_size)  # says how long it will take, if long
     nats, targets = losses(windows, title)  # (rows, windows), (windows,)
+    if never_knew:
+        nats = torch.cat([nats, score_loss(never_knew, windows, [NONE], s.batch_size)[0]])
     return loss_scores(nats, targets, documents, s.seed)
 
 
@@ -64,6 +68,7 @@ def run(**changes) -> dict:
     lm = load_model(s.model, s.device, s.dtype, s.device_map, s.edit_special)
     sae = load_sae(s.sae, s.layer, lm, s.model)
     check_engine(lm, [layer_of(sae)])
+    never_knew = load_never_knew(s.model, s.device, s.dtype)  # the floor, where there is one
 
     wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
     picking, reporting = halves(wmdp, s.seed, s.pick_on)
@@ -81,7 +86,8 @@ def run(**changes) -> dict:
     texts = {show.title_of("openwebtext", sources): [row["text"] for row in web],
              f"{show.title_of('wmdp_bio', sources)} as prose": [as_prose(wmdp[i]) for i in reporting]}  # fmt: skip
     sources["wmdp_bio"]["questions"] = reporting[: s.limit]
-    panels = {title: score(lm, title, part, rows, s) for title, part in texts.items()}
+    panels = {title: score(lm, title, part, rows, never_knew, s) for title, part in texts.items()}
+    rows += [NEVER_KNEW] if never_knew else []
 
     for title, scores in panels.items():
         show.print_loss(title, rows, scores)

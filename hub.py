@@ -23,17 +23,20 @@ from processes import is_first
 
 @dataclass(frozen=True)
 class Preset:
-    """A model, the SAE for `--layer L` (a folder, or RELEASE:ID of SAELens's table), and the default clamp."""
+    """A model, the SAE for `--layer L` (a folder, or RELEASE:ID of SAELens's table), the default clamp, and the preset
+    of the same model trained without the forget set, which on real models nobody can afford."""
 
     model: str
-    sae: str
-    clamp: float
+    sae: str | None = None
+    clamp: float = -100.0
+    never_knew: str | None = None
 
 
 # Clamps: tiny's was chosen on the picking half (README); -100 and the gemma-2 SAEs are SAEBench's and
 # Farrell et al.'s middle setting (arXiv 2410.19278). Gemma-3 residuals are far larger, so -100 may do nothing.
 PRESETS = {
-    "tiny": Preset(str(HERE / "tiny/model"), str(HERE / "tiny/sae/layer_{layer}"), -80.0),
+    "tiny": Preset(str(HERE / "tiny/model"), str(HERE / "tiny/sae/layer_{layer}"), -80.0, "never-knew"),
+    "never-knew": Preset(str(HERE / "tiny/never_knew")),
     "gemma-2-2b-it": Preset("google/gemma-2-2b-it",
                             "gemma-scope-2b-pt-res-canonical:layer_{layer}/width_16k/canonical", -100.0),
     "gemma-3-1b-it": Preset("google/gemma-3-1b-it",
@@ -49,16 +52,25 @@ def model_source(name: str) -> str:
     return PRESETS[name].model if name in PRESETS else name
 
 
+def never_knew(name: str) -> str | None:
+    """The preset of the model that was trained as the preset `name` was, without the forget set: what unlearning aims
+    at. None where there is none, as for all models but tiny; a copy of tiny may go without, too."""
+    twin = PRESETS[name].never_knew if name in PRESETS else None
+    return twin if twin and Path(PRESETS[twin].model).is_dir() else None
+
+
 def sae_source(spec: str | None, layer: int, model: str) -> str:
     """The RELEASE:ID or folder that --sae SPEC (None: the preset's of the layer) stands for. Raises UserError for a
     model that has no preset."""
-    if spec is None and model not in PRESETS:
+    if spec is None and (model not in PRESETS or PRESETS[model].sae is None):
         raise UserError(f"no SAE is known for {model}: give --sae RELEASE:ID or --sae FOLDER")
     return spec or PRESETS[model].sae.format(layer=layer)
 
 
 def layers_of(preset: Preset) -> dict[int, tuple[str, float | None]]:
     """{layer: (width, L0 where it is known)} of the preset's SAEs: its folders, or the ids in SAELens's table."""
+    if preset.sae is None:
+        return {}
     if ":" not in preset.sae:
         folders = {int(path.name.split("_")[1]): path for path in HERE.glob("tiny/sae/layer_*")}
         configs = {layer: json.loads((path / "cfg.json").read_text()) for layer, path in sorted(folders.items())}
@@ -78,11 +90,13 @@ def listed() -> str:
     """A line for each preset: model, layers, width, L0s from lowest to highest, default clamp."""
     lines = [f"{'preset':16}{'model':25}{'layers':12}{'width':8}{'L0':10}clamp"]
     for name, preset in PRESETS.items():
-        layers = layers_of(preset)
+        model, layers = preset.model.removeprefix(f"{HERE}/"), layers_of(preset)
+        if not layers:
+            lines += [f"{name:16}{model:25}no SAEs"] if Path(preset.model).is_dir() else []
+            continue
         every = list(layers) == list(range(min(layers), max(layers) + 1))
         span = f"{min(layers)} to {max(layers)}" if every else ", ".join(map(str, layers))
         l0s = sorted(l0 for _, l0 in layers.values() if l0)
-        model = "tiny/model" if name == "tiny" else preset.model
         l0 = f"{l0s[0]:.0f} to {l0s[-1]:.0f}" if l0s else ""
         width = next(iter(layers.values()))[0]
         lines.append(f"{name:16}{model:25}{span:12}{width:8}{l0:10}{preset.clamp:g}")

@@ -54,8 +54,18 @@ from matplotlib.transforms import Bbox
 import show
 from common import load_model, load_sae
 from data import UserError, load_benchmark
-from edits import NONE, Edit
-from evaluation import CHANCE, KEEP, answers, best_setting, check_engine, keep_robust, of_features, scores_of
+from edits import NEVER_KNEW, NONE, Edit
+from evaluation import (
+    CHANCE,
+    KEEP,
+    answers,
+    answers_of_never_knew,
+    best_setting,
+    check_engine,
+    keep_robust,
+    of_features,
+    scores_of,
+)
 from hub import identity, model_source
 from methods import Measured, edit_for, measure
 
@@ -128,7 +138,7 @@ def by_method(points: list[dict]) -> dict[str, list[dict]]:
     """
     methods, named = {}, {}
     for point in points:
-        if point["method"] not in ("none", "sae-patched"):
+        if point["method"] not in ("none", "sae-patched", "never-knew"):
             groups = methods.setdefault(method_of(point), {})
             groups.setdefault(point.get("origin", ()), [point["clean"]]).append(point)
     for method, groups in methods.items():
@@ -280,6 +290,11 @@ def pareto_figure(points: list[dict], titles: list[str], title: str):
         return show.loss_added(score) if "loss_added" in score else [0.0, 0.0, 0.0]
 
     styles = dict(zip(by_method(points), itertools.cycle(STYLES)))
+    floors = {100 * p["scores"]["wmdp_bio"]["accuracy"] for p in points if p["method"] == "never-knew"}
+    for axes in all_axes[0]:
+        for number, floor in enumerate(sorted(floors)):
+            name = None if number else show.method_name("never-knew")
+            axes.axhline(floor, color=show.COLOURS["never-knew"], ls=":", lw=1.2, label=name)
     labels = [panel(first, by_method(points), styles, mmlu)]
     first.axvline(100 * CHANCE, color="0.4", ls="--", lw=0.8)
     first.set(xlabel=f"{titles[1]} accuracy, %", ylabel=f"{titles[0]} accuracy, %")
@@ -374,13 +389,15 @@ def run(**changes) -> dict:
                     for layer, sae in zip(s.layer, saes or [None] * len(s.layer))]  # fmt: skip
         check_engine(lm, {one.place for one in measured})
         edits = [NONE, *(edit for one in measured for edit in edits_of(one, s))]
-        scores = scores_of(answers(lm, texts, edits, s, show.piecewise(lm, folder, s)), texts, s.seed)
-        points = [edit.point(**score) for edit, score in zip(edits, scores)]
+        found = answers(lm, texts, edits, s, show.piecewise(lm, folder, s))
+        floor = answers_of_never_knew(texts, s, lambda model: show.piecewise(model, folder / "never_knew", s))
+        scores = scores_of(found + floor, texts, s.seed)
+        points = [edit.point(**score) for edit, score in zip([*edits, NEVER_KNEW], scores)]
         sanity = [one.sanity for one in measured]
         record = show.make_record("pareto.py", s, saes, sources, sanity, points, time.time() - started)
         with_clean = [{**point, "clean": points[0]} for point in points]
         record["summary"] = summary(with_clean)
-        title = f"{show.short_name(s.model)}, layer {', '.join(map(str, s.layer))}: {len(points) - 1} settings"
+        title = f"{show.short_name(s.model)}, layer {', '.join(map(str, s.layer))}: {len(edits) - 1} settings"
         present(path, with_clean, sources, title, record)
     return record
 

@@ -64,8 +64,8 @@ import processes
 import show
 from common import load_hf, load_model
 from data import UserError, load_benchmark, padded, picking_windows
-from edits import NONE, decoder_layers, hidden, watch_tokens
-from evaluation import answers, best_setting, keep_robust, scores_of
+from edits import NEVER_KNEW, NONE, decoder_layers, hidden, watch_tokens
+from evaluation import answers, answers_of_never_knew, best_setting, keep_robust, scores_of
 from hub import identity, model_source
 from training import Master, passes, wide
 
@@ -201,13 +201,13 @@ def train(
 
 # %%
 def points_of(tried: list[Setting], scores: list[dict], s) -> list[dict]:
-    """The record's points: the untrained model's, then a point for each setting."""
+    """The record's points: the untrained model's, a point for each setting, that of a model that never knew."""
     points = [NONE.point(**scores[0])]
     for one, score in zip(tried, scores[1:]):
         rest = asdict(one)
         setting = {name: rest.pop(name) for name in ("layer", "multiple", "alpha")} | {"training": rest}
         points.append({"method": "adaptive-rmu" if s.adaptive else "rmu", "setting": setting, "scores": score})
-    return points
+    return points + [NEVER_KNEW.point(**score) for score in scores[1 + len(tried) :]]
 
 
 def setting_of(s) -> Setting:
@@ -266,24 +266,24 @@ def run(**changes) -> dict:
     lm = load_model(s.model, s.device, s.dtype)
     texts, sources = load_benchmark(s, lm.tokenizer)
     keep_robust(lm, texts, sources, s)
-    clean = answers(lm, texts, [NONE], s)[0]
+    clean, floor = answers(lm, texts, [NONE], s)[0], answers_of_never_knew(texts, s)
     del lm
     tried, folder = [setting], path.with_suffix(".model")
     with show.keeping(path, decides(setting, sources, s)) as pieces:
         if s.sweep:
             tried, found = sweep(setting, pieces, texts, s)
-            points = points_of(tried, scores_of([clean, *found], texts, s.seed), s)
-            show.print_tuning(points)
-            setting = tried[points.index(best_setting(points[0], points[1:])) - 1]
+            points = points_of(tried, scores_of([clean, *found, *floor], texts, s.seed), s)
+            show.print_tuning(points[: 1 + len(tried)])
+            setting = tried[points.index(best_setting(points[0], points[1 : 1 + len(tried)])) - 1]
             print(f"chosen: multiple {setting.multiple:g}, alpha {setting.alpha:g}, which is trained again and saved")
         begun = time.time()
         log, u, coefficient, matrices = forgetful(setting, folder, texts, s)
         seconds = time.time() - begun
         print(f"trained: {', '.join(matrices)}\ncoefficient: {coefficient:.1f}, {setting.multiple:g} times the norm")
         if not s.sweep:
-            points = points_of(tried, scores_of([clean, scored(folder, texts, s)], texts, s.seed), s)
+            points = points_of(tried, scores_of([clean, scored(folder, texts, s), *floor], texts, s.seed), s)
         chosen = 1 + tried.index(setting)
-        show.print_chosen([points[0], points[chosen]], sources)
+        show.print_chosen([points[0], points[chosen], *points[1 + len(tried) :]], sources)
         record = show.make_record("rmu.py", s, [], sources, {}, points, time.time() - started)
         print(f"model: {folder}")
         record["identity"]["folder"] = identity(str(folder))

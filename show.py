@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 import processes
 from common import Rates, activation_ratio
 from data import UserError, digest
-from edits import Edit, Latents, layer_of, residuals
+from edits import NEVER_KNEW, Edit, Latents, layer_of, residuals
 from evaluation import foretell
 from flags import settings
 from hub import identity, model_source
@@ -260,6 +260,7 @@ def title_of(name: str, sources: dict) -> str:
 
 NAMES_OF_METHODS = {
     "none": "unablated",
+    "never-knew": "trained without the facts",
     "sae-patched": "SAE patched, nothing ablated",
     "sae-reconstruction": "SAE reconstruction, no error term",
     "grad-diff": "GradDiff",
@@ -435,8 +436,8 @@ def scatter(features: list[int], forget: Rates, retain: Rates, title: str):
     return figure
 
 
-COLOURS = {"none": "0.2", "sae-patched": "0.45", "sae-reconstruction": "0.65", "sae-ablation": "#c0392b",
-           "random-features": "#2471a3"}  # fmt: skip
+COLOURS = {"none": "0.2", "never-knew": "#1e8449", "sae-patched": "0.45", "sae-reconstruction": "0.65",
+           "sae-ablation": "#c0392b", "random-features": "#2471a3"}  # fmt: skip
 
 
 def colour_of(edit: Edit) -> str:
@@ -508,6 +509,9 @@ def quiz_figure(panels: dict[str, list[dict]], edits: list[Edit], title: str):
         chance = 100 * scores[0]["chance"]
         axes.axvline(chance, color="0.4", ls="--", lw=1)
         axes.annotate("chance", (chance, len(edits) - 0.55), xytext=(3, 0), textcoords="offset points", size=8)
+        for edit, score in zip(edits, scores):
+            if edit == NEVER_KNEW:
+                axes.axvline(100 * score["accuracy"], color=colour_of(edit), ls=":", lw=1)
         axes.set(title=f"{name} (n {scores[0]['n']})", xlabel="accuracy, %", xlim=(0, 103))
     return figure
 

@@ -144,11 +144,14 @@ def answer_window(tokenizer, asked: str, answer: str) -> tuple[list[int], int]:
     return (bos + ids[dropped + len(bos) :], start - dropped) if dropped else (ids, start)
 
 
-def training_windows(tokenizer, texts: dict, s, loss_on: str = "text") -> tuple[list, list[list]]:
+def training_windows(
+    tokenizer, texts: dict, s, loss_on: str = "text", rows: list[dict] | None = None
+) -> tuple[list, list[list]]:
     """What methods train on that need next tokens to predict: (ids, start) windows, the tokens from `start` on to be
     predicted; texts: load_benchmark's.
 
-    Forget: the user's corpus, or the picking half's questions as they are asked, with their answers, and as prose.
+    Forget: the user's corpus, or the picking half's questions as they are asked, with their answers, and as prose; with
+    `rows` these questions instead.
     Retain sets: Wikitext, and MMLU's development questions with their answers. loss_on "answer": of a question only
     the letter, or the answer in words, as open-unlearning labels its questions; a corpus and Wikitext have no
     answers, and count whole, as its pretraining texts do. "text": everything counts.
@@ -161,9 +164,9 @@ def training_windows(tokenizer, texts: dict, s, loss_on: str = "text") -> tuple[
         windows = [answer_window(tokenizer, *pair) for pair in pairs]
         return windows if loss_on == "answer" else [(ids, 1) for ids, _ in windows]
 
-    corpus, _ = load_corpus(s)
+    corpus = [] if rows else load_corpus(s)[0]
     questions, _ = texts["quizzes"]["wmdp_bio"]
-    picking = [questions[i] for i in halves(questions, s.seed, s.pick_on)[0]]
+    picking = rows or [questions[i] for i in halves(questions, s.seed, s.pick_on)[0]]
     in_words = [(row["question"].strip(), row["choices"][row["answer"]]) for row in picking]
     development = load_rows("mmlu_dev", s.model, s.data)[0]
     forget = whole(corpus) if corpus else asked(map(by_letter, picking)) + asked(in_words)

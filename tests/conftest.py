@@ -64,6 +64,7 @@ from transformers import (
 import common
 import data
 import evaluation
+import hub
 import training
 from data import special_ids
 
@@ -366,6 +367,24 @@ def listing(tmp_path, name, value) -> str:
     path = tmp_path / f"{name}.json"
     path.write_text(json.dumps(value))
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def other_weights(tmp_path_factory):
+    """tiny's model whose first MLP says the contrary: it knows something else."""
+    folder = shutil.copytree(TINY / "model", tmp_path_factory.mktemp("other") / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight *= -1
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def twin(other_weights, monkeypatch):
+    """A model that stands for the one that was trained without the forget set."""
+    monkeypatch.setitem(hub.PRESETS, "never-knew", hub.Preset(str(other_weights)))
+    return common.load_model(str(other_weights))
 
 
 @pytest.fixture(scope="session")

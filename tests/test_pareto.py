@@ -162,6 +162,21 @@ def test_a_sweep_writes_record_table_and_figures_and_no_piece(undisturbed):
     assert not set(record["data"]["mmlu"]["questions"]) & set(record["data"]["mmlu"]["tuning_questions"])
 
 
+def test_the_model_that_never_knew_is_a_line(twin, tmp_path):
+    """In a sweep's figure, and in one of records; it is no method, and nothing is chosen from it."""
+    record = pareto.run(limit=6, n_features=[2], clamp=[-60.0], out=str(tmp_path / "s.json"))
+    assert [point["method"] for point in record["points"]] == ["none", "sae-ablation", "random-features", "never-knew"]
+    assert [row["method"] for row in record["summary"]] == ["negative clamp", "random features"]
+    points, _ = pareto.read_points(str(tmp_path / "s.json"))
+    figure = pareto.pareto_figure(points, ["a", "b", "c"], "title")
+    floor = 100 * points[-1]["scores"]["wmdp_bio"]["accuracy"]
+    for axes in figure.axes:
+        assert [line.get_ydata()[0] for line in axes.lines if line.get_label() == "trained without the facts"] == [
+            floor
+        ]
+    plt.close("all")
+
+
 def test_methods_and_layers_are_swept_in_one_pass(monkeypatch, tmp_path):
     """What baselines.py finds of each, at each layer, and a figure of all."""
     for method in ("dsg", "diff-in-means"):

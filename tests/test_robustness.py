@@ -62,7 +62,8 @@ def test_fine_tuning_goes_through_an_edit_that_stays(model_folder, make_sae, get
 
     start = loss()
     with edits.applied(model, tokenizer, edit):
-        robustness.fine_tune(model, tokenizer, [[(ids, 1) for ids in windows]], 20, 1e-3, 0)
+        steps = robustness.fine_tune(model, tokenizer, [[(ids, 1) for ids in windows]], [7, 20], 1e-3, 0)
+        assert list(steps) == [7, 20]
     assert loss() < 0.8 * start
     moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
     assert any(".0." in name for name in moved) and any(".3." in name for name in moved)  # below and above the edit
@@ -97,6 +98,29 @@ def test_a_record_of_what_has_been_trained_again_is_not_taken_up(monkeypatch, tm
     path.write_text(json.dumps({**record, "identity": {**record["identity"], "model": "another"}}))
     with pytest.raises(UserError, match="of another model"):
         robustness.run(records=[str(path)], out=str(tmp_path / "o.json"))
+
+
+def test_who_is_back_first(twin, monkeypatch, tmp_path):
+    """Learning the asked facts themselves, looked at on the way, beside the model that never knew them."""
+    monkeypatch.setitem(baselines.GRIDS, "clamp", [{"n_features": 2, "clamp": 1}])
+    tuned = baselines.run(method="clamp", limit=6, layer=3, out=str(tmp_path / "r.json"))
+    assert [point["method"] for point in tuned["points"]] == ["none", "clamp", "never-knew"] and tuned["chosen"] == 1
+    record = robustness.run(records=[str(tmp_path / "r.json")], relearn=4, out=str(tmp_path / "o.json"))
+    assert [point["method"] for point in record["points"]] == ["none", "never-knew", "clamp"]
+    for point in record["points"]:
+        assert list(point["curve"]) == ["0", "1", "2", "4"] and set(point["relearned"]) == {"retain", "forget"}
+        assert point["curve"]["0"]["letters"] == point["scores"]["as tuned"]["letters"]
+    assert record["points"][1]["scores"] != record["points"][0]["scores"]
+    assert "Learning the asked facts themselves" in (tmp_path / "o.md").read_text()
+    assert (tmp_path / "o_curves.png").stat().st_size > 10_000
+
+
+def test_steps_until_a_model_is_back():
+    curve = {mark: {"accuracy": value} for mark, value in (("0", 0.3), ("5", 0.7), ("10", 0.95))}
+    clean = {"curve": {"0": {"accuracy": 0.8}}}
+    assert robustness.back_after({"curve": curve}, clean) == "10"
+    assert robustness.back_after({"curve": {"0": {"accuracy": 0.71}}}, clean) == "-"
+    assert robustness.marks_of(100) == [5, 10, 20, 50, 100] and robustness.marks_of(1) == [1]
 
 
 def test_an_edit_of_other_features_has_other_pieces():
