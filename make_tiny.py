@@ -1,15 +1,17 @@
 # %% [markdown]
 """
-Build `tiny/` from nothing: tokenizer, language model, quizzes and texts, SAEs; a fixed seed, two CPU cores.
+Build `tiny/` from nothing: texts and tokenizer, language model, its twin that never knew, SAEs; two CPU cores.
 
-    python make_tiny.py            # rebuilds tiny/ in place
+    python make_tiny.py --out tiny/next                # builds tiny's second edition
+    python make_tiny.py --out tiny/next --from saes    # from a stage on: text, model, never-knew, saes, measure
     python make_tiny.py --quick    # every stage in miniature, into a temporary folder; the result knows nothing
 
-A Gemma-2 model of 12 thin layers learns real Wikitext, Victorian prose and some 670 school facts (tiny/facts). Each
-fact is stated in four wordings and asked in four; the quizzes ask half of the facts in a fifth, never trained on.
+A Gemma-2 model of 20 thin layers learns real Wikitext, Victorian prose and some 1,200 school facts. Each fact is stated
+in four wordings and asked in four; the quizzes ask half of the facts in a fifth, never trained on. The twin that never
+knew is trained in the same way on all but the facts of the forget domain.
 
-44 minutes on two cores. Reached: 96.0% of the forget quiz, 99.4% of the retain quiz, held-out Wikitext at 5.18 nats per
-token (trigram model: 5.42). --quick takes about a minute.
+tiny/ as it stands is the first edition: 12 layers of 128, 656 facts, 450 binding steps and 3,200 of documents, by an
+earlier version of this script. --quick takes about two minutes.
 """
 
 # %%
@@ -19,11 +21,15 @@ from pathlib import Path
 from flags import answered
 
 flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+STAGES = ("text", "model", "never-knew", "saes", "measure")
+flags.add_argument("--from", dest="first", choices=STAGES, default="text", help="stage to begin with; what the ones "
+                   "before it made is taken as it lies in the folder (default: %(default)s)")  # fmt: skip
 flags.add_argument("--quick", action="store_true", help="every stage in miniature, into a temporary folder")
 flags.add_argument("--out", type=Path, help="folder to build (default: tiny, or with --quick a temporary one)")
 answered(flags, __name__)
 
 # %%
+import ctypes
 import json
 import random
 import re
@@ -40,20 +46,21 @@ from tqdm.auto import tqdm
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from common import load_model
-from data import LETTERS, encode_prompts, prompt, token_windows
-from edits import NONE
-from evaluation import PERMUTATIONS, score_letters, score_loss
+from data import LETTERS, encode_prompts, prompt, read_jsonl, token_windows
+from edits import NONE, Edit
+from evaluation import PERMUTATIONS, score_letters, score_loss, score_words
 
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 SOURCE = HERE / "tiny"  # facts/*.json and text/*.txt: what everything is made from
 FORGET = "biology"  # the forget domain; lm-eval's header for WMDP-Bio says "about biology"
 
 VOCAB = 4096  # byte-level BPE; small, so that rarer names take two or three tokens
-D_MODEL, N_LAYERS, D_FF, N_HEADS, N_KV = 128, 12, 384, 4, 2
+D_MODEL, N_LAYERS, D_FF, N_HEADS, N_KV = 112, 20, 336, 4, 2
 CONTEXT = 128  # tokens per training window
 BATCH = 32  # windows per step
-BINDING_STEPS, STEPS = 450, 3200
-SAE_LAYERS, SAE_WIDTH = (3, 5, 7, 9), 2048  # at half the width a like clamp cost OpenWebText 3 to 11 times the loss
+BINDING_STEPS, STEPS = 350, 3100
+SAE_LAYERS, SAE_WIDTH = (3, 5, 7, 9, 15), 2048  # at half the width a like clamp cost OpenWebText 3 to 11 times the loss
+DEVELOPMENT = 20  # retain facts of each subject that are not scored: MMLU's development questions
 TRAIN_DOCUMENTS = 2000  # documents drawn like the training text and kept, to train SAEs on
 LETTER_WEIGHT = 5.0  # loss weight of an answer letter
 CORRUPTED = 0.1  # share of the input tokens of Wikitext and prose that are replaced in training
@@ -222,8 +229,7 @@ class Sampler:
 
     def document(self, kind: str) -> str:
         if kind == "facts":
-            # by the root of its size, so that the forget domain, a quarter of all facts, is not a quarter of all pages
-            weights = [len(f) ** 0.5 for f in self.by_subject.values()]
+            weights = [len(f) for f in self.by_subject.values()]  # each fact as often as any other
             facts = self.rng.choices(list(self.by_subject.values()), weights)[0]
             return subject_document(facts, self.rng, CONTEXT * 5, self.progress)
         texts = self.texts[kind]
@@ -295,6 +301,26 @@ def token_weights(ids: torch.Tensor, letters: torch.Tensor, pad: int) -> torch.T
     return (ids != pad).float() + (LETTER_WEIGHT - 1) * torch.isin(ids, letters)
 
 
+def keep_memory() -> None:
+    """Have the C library keep freed memory: handing it back and fetching it anew takes a fifth of a step."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap, too
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def faster_type() -> torch.dtype:
+    """bf16 where this CPU multiplies it faster than fp32, which needs instructions that not all have."""
+    taken = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.ones(shape, dtype=dtype) for shape in ((BATCH * CONTEXT, D_MODEL), (D_MODEL, D_FF)))
+        for _ in range(20):
+            started = time.perf_counter()
+            a @ b
+            taken[dtype] = min(taken.get(dtype, 1.0), time.perf_counter() - started)
+    return min(taken, key=taken.get)
+
+
 def train_model(model, sampler, tokenizer, binding_steps: int, steps: int, compiled: bool = True) -> None:
     """Two phases on one schedule: binding lists, then documents. Muon for the matrices: AdamW alone was far slower."""
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -306,7 +332,8 @@ def train_model(model, sampler, tokenizer, binding_steps: int, steps: int, compi
     base = [o.param_groups[0]["lr"] for o in optimizers]
     letters = torch.tensor([tokenizer.encode(f" {x}", add_special_tokens=False)[0] for x in LETTERS])
     model.train()
-    fast = torch.compile(model) if compiled else model
+    fast, dtype = torch.compile(model) if compiled else model, faster_type()
+    keep_memory()
     bar = tqdm(range(binding_steps + steps), desc="language model", unit="step", mininterval=10)
     for step in bar:
         binding = step < binding_steps
@@ -315,7 +342,7 @@ def train_model(model, sampler, tokenizer, binding_steps: int, steps: int, compi
         for optimizer, lr in zip(optimizers, base):
             optimizer.param_groups[0]["lr"] = lr * scale
         inputs, targets = sampler.batch(binding)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
             logits = (model if binding else fast)(input_ids=inputs, use_cache=False).logits
         weights = token_weights(targets, letters, tokenizer.pad_token_id).reshape(-1)
         losses = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), reduction="none")
@@ -380,14 +407,51 @@ def quiz_accuracy(lm, rows: list[dict]) -> dict:
         prompts, letters = encode_prompts(lm.tokenizer, [prompt(row, order) for row in rows])
         chosen = score_letters(lm, prompts, letters, [NONE], 64)[0].argmax(-1).tolist()
         right.append([order[letter] == row["answer"] for letter, row in zip(chosen, rows)])
-    table = torch.tensor(right)  # (24, n); the first order is the source's
+    table, gold = (
+        torch.tensor(right),
+        torch.tensor([row["answer"] for row in rows]),
+    )  # (24, n); first the source's order
     return {
         "n": len(rows),
         "accuracy": table[0].float().mean().item(),
         "accuracy_trained_wording": table[0, 1::2].float().mean().item(),
         "accuracy_unseen_wording": table[0, 0::2].float().mean().item(),
         "right_in_all_24_orders": table.all(0).float().mean().item(),
+        "in_words": (score_words(lm, rows, [NONE], 64)[0].argmax(-1) == gold).float().mean().item(),
     }
+
+
+def read_by_layer(lm, rows: list[dict]) -> list[float]:
+    """Where facts are read out of the question: for each layer, the share still answered rightly when the residual
+    stream of the question's tokens behind it is that of another question (activation patching; Meng et al., arXiv
+    2202.05262). Taken are the questions that are answered rightly; those of equal length trade their streams.
+
+    25%: all that decides the answer is still in the question's tokens; 100%: nothing is.
+    """
+    start = len(lm.tokenizer(prompt(rows[0]).split("\n\n")[0] + "\n\n")["input_ids"])
+    groups = {}
+    for row in rows:
+        length = len(lm.tokenizer(row["question"], add_special_tokens=False)["input_ids"])
+        groups.setdefault(length, []).append(row)
+    right, n = torch.zeros(lm.cfg.n_layers), 0
+    for length, group in groups.items():
+        prompts, letters = encode_prompts(lm.tokenizer, [prompt(row) for row in group])
+        gold = torch.tensor([row["answer"] for row in group])
+        known = score_letters(lm, prompts, letters, [NONE], 64)[0].argmax(-1) == gold
+        prompts = [row for row, is_known in zip(prompts, known) if is_known]
+        if len(prompts) < 2:
+            continue
+
+        def trade(h, _, asked=slice(start, start + length)):
+            h = h.clone()
+            h[:, asked] = h[:, asked].roll(1, 0)
+            return h
+
+        traded = [Edit(f"layer {layer}", {layer: trade}) for layer in range(lm.cfg.n_layers)]
+        chosen = score_letters(lm, prompts, letters, traded, len(prompts)).argmax(-1)
+        right += (chosen == gold[known]).sum(1)
+        n += len(prompts)
+    return (right / n).tolist() if n else []
 
 
 def text_loss(lm, windows: list[list[int]]) -> float:
@@ -427,63 +491,119 @@ def ngram_losses(train: list[list[int]], tune: list[list[int]], test: list[list[
 
 
 # %% [markdown]
-# ## The build
+# ## The build: stages, each of which takes up what the ones before it left in the folder
 
 
 # %%
-def build(out: Path, quick: bool) -> dict:
-    """All stages in order; returns what was reached, which is also written to OUT/measured.json."""
-    started, rng = time.time(), random.Random(SEED + 5)
-    torch.manual_seed(SEED)
-    facts = load_facts(SOURCE / "facts")
+def note(out: Path, **found) -> dict:
+    """Write what was found into OUT/measured.json, beside what stands there; returns all of it."""
+    path = out / "measured.json"
+    measured = {**(json.loads(path.read_text()) if path.is_file() else {}), **found}
+    path.write_text(json.dumps(measured, indent=1) + "\n")
+    return measured
+
+
+def material(out: Path) -> dict:
+    """The facts, of OUT or else tiny's; articles to train on, to pick with and to hold out; stories to train on and to
+    hold out."""
     articles = wikitext_articles(SOURCE / "text/wikitext-2-raw-test.txt")
     train_wiki, retain, held_out = split(articles, (0.80, 0.10, 0.10), SEED)
     train_prose, other_prose = split(prose_stories(SOURCE / "text/prose.txt"), (0.75, 0.25), SEED)
+    facts = out / "facts"
+    facts = load_facts(facts if facts.is_dir() else SOURCE / "facts")
+    return {"facts": facts, "wikitext": train_wiki, "prose": train_prose, "retain": retain, "held_out": held_out,
+            "other_prose": other_prose}  # fmt: skip
 
-    by_subject = {}
-    for fact in facts:
+
+def of_both_kinds(facts: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The forget domain's facts, and the others."""
+    return tuple([fact for fact in facts if (fact["subject"] == FORGET) is side] for side in (True, False))
+
+
+def write_text(out: Path, given: dict, quick: bool) -> None:
+    """Stage text: the tokenizer, for both models, and all of OUT/data."""
+    rng, by_subject = random.Random(SEED + 5), {}
+    for fact in given["facts"]:
         by_subject.setdefault(fact["subject"], []).append(fact)
     pages = [subject_document(group, rng, 3000) for group in by_subject.values() for _ in range(40)]
-    tokenizer = train_tokenizer(train_wiki + train_prose + pages, out / "model")
-    sampler = Sampler(tokenizer, facts, train_wiki, train_prose, SEED)
-    shown = map(repr, map(tokenizer.decode, sampler.batch(False)[1][:4]))
-    print("windows of training text:", *shown, sep="\n\n")
-    model = new_model(len(tokenizer), tokenizer)
-    steps = (4, 8) if quick else (BINDING_STEPS, STEPS)
-    train_model(model, sampler, tokenizer, *steps, compiled=not quick)
-    model.save_pretrained(out / "model")
+    tokenizer = train_tokenizer(given["wikitext"] + given["prose"] + pages, out / "model")
+    tokenizer.save_pretrained(out / "never_knew")
 
-    forget, others = ([f for f in facts if (f["subject"] == FORGET) is side] for side in (True, False))
-    dev = [fact for name, group in by_subject.items() if name != FORGET for fact in rng.sample(group, 15)]
-    asked = [fact for fact in others if fact not in dev]
-    quizzes = {"wmdp_bio": quiz(forget, SEED), "mmlu": quiz(asked, SEED)}
+    forget, others = of_both_kinds(given["facts"])
+    dev = [fact for name, group in by_subject.items() if name != FORGET for fact in rng.sample(group, DEVELOPMENT)]
+    quizzes = {"wmdp_bio": quiz(forget, SEED), "mmlu": quiz([fact for fact in others if fact not in dev], SEED)}
     beside = {"mmlu_dev": quiz(dev, SEED + 1), "wmdp_bio_reworded": reworded(quizzes["wmdp_bio"], forget)}
     for name, rows in {**quizzes, **beside}.items():
         write_jsonl(out / f"data/{name}.jsonl", rows)
-    few = slice(20 if quick else None)
+    sampler = Sampler(tokenizer, given["facts"], given["wikitext"], given["prose"], SEED + 2)
+    sampler.progress = 1.0
+    held_out = held_out_documents(tokenizer, given["facts"], given["held_out"], given["other_prose"])
     texts = {
-        "wikitext": retain,
-        "wikitext_held_out": held_out,
-        "openwebtext": [part for story in other_prose for part in pieces(story)],
-        "held_out": held_out_documents(tokenizer, facts, held_out, other_prose)[few],
+        "wikitext": given["retain"],
+        "wikitext_held_out": given["held_out"],
+        "openwebtext": [part for story in given["other_prose"] for part in pieces(story)],
+        "held_out": held_out[: 20 if quick else None],
         "train": [sampler.document(sampler.kind()) for _ in range(60 if quick else TRAIN_DOCUMENTS)],
     }
     for name, documents in texts.items():
         write_jsonl(out / f"data/{name}.jsonl", [{"text": text} for text in documents])
 
-    lm = load_model(str(out / "model"), "cpu")
-    measured = {name: quiz_accuracy(lm, rows[few]) for name, rows in quizzes.items()}
-    wiki = [token_windows(tokenizer, part, CONTEXT)[0][few] for part in (train_wiki, retain, held_out)]
-    measured["wikitext_held_out_loss"] = {"model": text_loss(lm, wiki[2]), **ngram_losses(*wiki, len(tokenizer))}
-    measured["openwebtext_loss"] = text_loss(lm, token_windows(tokenizer, texts["openwebtext"], CONTEXT)[0][few])
+
+def write_model(folder: Path, facts: list[dict], given: dict, quick: bool) -> None:
+    """Stages model and never-knew: a model that has read these facts; same seed, same steps."""
+    torch.manual_seed(SEED)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    sampler = Sampler(tokenizer, facts, given["wikitext"], given["prose"], SEED)
+    shown = map(repr, map(tokenizer.decode, sampler.batch(False)[1][:4]))
+    print("windows of training text:", *shown, sep="\n\n")
+    model = new_model(len(tokenizer), tokenizer)
+    train_model(model, sampler, tokenizer, *((4, 8) if quick else (BINDING_STEPS, STEPS)), compiled=not quick)
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def write_saes(out: Path, quick: bool) -> None:
+    """Stage saes: train_sae.py on OUT/model."""
     size = ["--tokens", "10240", "--width", "256"] if quick else ["--width", str(SAE_WIDTH)]
-    text, unseen = out / "data/train.jsonl", out / "data/held_out.jsonl"
-    files = ["--text", text, "--held-out", unseen, "--out", out / "sae"]
+    files = ["--text", out / "data/train.jsonl", "--held-out", out / "data/held_out.jsonl", "--out", out / "sae"]
     command = [sys.executable, HERE / "train_sae.py", "--model", out / "model", "--layers", *map(str, SAE_LAYERS)]
     subprocess.run([*command, *size, *files], check=True)
-    measured["sae"] = json.loads((out / "sae/measured.json").read_text())
-    measured["minutes"] = (time.time() - started) / 60
-    (out / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
+
+
+def measure(out: Path, given: dict, quick: bool) -> dict:
+    """Stage measure: what both models know and read, and where the first reads it."""
+    few, found = slice(20 if quick else None), {}
+    quizzes = {name: read_jsonl(out / f"data/{name}.jsonl", name)[few] for name in ("wmdp_bio", "mmlu")}
+    for name in ("model", "never_knew"):
+        lm = load_model(str(out / name), "cpu")
+        wiki = [
+            token_windows(lm.tokenizer, given[part], CONTEXT)[0][few] for part in ("wikitext", "retain", "held_out")
+        ]
+        web = [row["text"] for row in read_jsonl(out / "data/openwebtext.jsonl", "openwebtext")]
+        found[name] = {quiz: quiz_accuracy(lm, rows) for quiz, rows in quizzes.items()}
+        found[name]["wikitext_held_out_loss"] = text_loss(lm, wiki[2])
+        found[name]["openwebtext_loss"] = text_loss(lm, token_windows(lm.tokenizer, web, CONTEXT)[0][few])
+        if name == "model":
+            found["read_by_layer"] = read_by_layer(lm, quizzes["wmdp_bio"])
+            found["wikitext_held_out_loss"] = ngram_losses(*wiki, len(lm.tokenizer))
+    return note(out, **found, sae=json.loads((out / "sae/measured.json").read_text()))
+
+
+def build(out: Path, quick: bool, first: str = STAGES[0]) -> dict:
+    """All stages from `first` on; returns what was reached, which is also written to OUT/measured.json."""
+    given = material(out)
+    stages = {
+        "text": lambda: write_text(out, given, quick),
+        "model": lambda: write_model(out / "model", given["facts"], given, quick),
+        "never-knew": lambda: write_model(out / "never_knew", of_both_kinds(given["facts"])[1], given, quick),
+        "saes": lambda: write_saes(out, quick),
+        "measure": lambda: measure(out, given, quick),
+    }
+    measured = note(out) if first != STAGES[0] else {}
+    for name in STAGES[STAGES.index(first) :]:
+        started = time.time()
+        stages[name]()
+        minutes = {**measured.get("minutes", {}), name: (time.time() - started) / 60}
+        measured = note(out, minutes=minutes)
     print(json.dumps(measured, indent=1))
     return measured
 
@@ -492,7 +612,7 @@ def build(out: Path, quick: bool) -> dict:
 if __name__ == "__main__":
     given = flags.parse_args()
     if given.out or not given.quick:
-        build(given.out or SOURCE, given.quick)
+        build(given.out or SOURCE, given.quick, given.first)
     else:
         with tempfile.TemporaryDirectory() as folder:
             build(Path(folder), quick=True)

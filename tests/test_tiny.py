@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from scipy import stats
 
 import make_tiny
 from common import load_model, load_sae
 from data import LETTERS, encode_prompts, prompt
-from edits import NONE
+from edits import NONE, hidden
 from evaluation import score_letters
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,7 +23,9 @@ TINY = ROOT / "tiny"
 
 def test_size_and_formats():
     files = [path for path in TINY.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 25 * 2**20
+    second = [path for path in files if "next" in path.parts]  # tiny's second edition, as far as it is built
+    assert sum(path.stat().st_size for path in set(files) - set(second)) <= 25 * 2**20
+    assert sum(path.stat().st_size for path in second) <= 30 * 2**20
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".txt", ".md"}
 
 
@@ -34,6 +39,70 @@ def test_facts_are_many_and_well_formed():
         assert len({entity for entity, _ in relation["rows"]}) == len(relation["rows"])
         assert all("{e}" in text and "{a}" in text for text in relation["statements"])
         assert all("{e}" in text and "{a}" not in text for text in relation["questions"])
+
+
+def names_in(text: str) -> str:
+    return f" {text.lower()} "
+
+
+def test_the_second_editions_facts_are_many_and_do_not_contradict_each_other():
+    facts = make_tiny.load_facts(TINY / "next/facts")
+    forget, others = make_tiny.of_both_kinds(facts)
+    assert len(forget) >= 420 and len(others) >= 700 and len({fact["subject"] for fact in others}) >= 8
+    answers = {}
+    for fact in facts:
+        relation = fact["relation"]
+        assert len(relation["statements"]) == 4 and len(set(relation["questions"])) == 5
+        assert all("{e}" in text and "{a}" in text for text in relation["statements"])
+        assert all("{e}" in text and "{a}" not in text for text in relation["questions"])
+        assert len({answer for _, answer in relation["rows"]}) >= 6
+        # a wrong option is no other form of the right one: "virus" of "DNA virus"; symbols of elements apart
+        for other in fact["others"]:
+            short, long = sorted((fact["answer"], other), key=len)
+            assert names_in(short) not in names_in(long), (short, long)
+        for question in relation["questions"]:  # asked in the same words, it has the same answer
+            asked = (fact["subject"], make_tiny.fill(question, fact).lower())
+            assert answers.setdefault(asked, fact["answer"]) == fact["answer"], asked
+        text = json.dumps([fact["entity"], fact["answer"], relation["statements"], relation["questions"]])
+        assert text.isascii() and "  " not in text
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_the_right_option_is_not_the_longest_more_often_than_chance(side):
+    facts = make_tiny.of_both_kinds(make_tiny.load_facts(TINY / "next/facts"))[side]
+    longest = 0.0
+    for row in make_tiny.quiz(facts, make_tiny.SEED):
+        lengths = [len(choice) for choice in row["choices"]]
+        longest += (lengths[row["answer"]] == max(lengths)) / lengths.count(max(lengths))
+    assert stats.binomtest(round(longest), len(facts), 0.25, alternative="greater").pvalue > 0.05
+
+
+def test_where_facts_are_read_by_hand(gemma):
+    """Each question's tokens take the residual stream of the question before it, behind one layer."""
+    texts = [f"Which is an organ of the {x}?" for x in ("sea", "moon", "heart", "cat", "mat", "body", "stone")]
+    tokens = [len(gemma.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    texts, choices = [text for text, n in zip(texts, tokens) if n == tokens[0]], ["sea", "moon", "heart", "stone"]
+    rows = [{"question": text, "choices": choices, "answer": 0} for text in (*texts, "Which is an organ? Yes?")]
+    prompts, letters = encode_prompts(gemma.tokenizer, [prompt(row) for row in rows])
+    for row, chosen in zip(rows, score_letters(gemma, prompts, letters, [NONE])[0].argmax(-1).tolist()):
+        row["answer"] = chosen
+    start = len(gemma.tokenizer(prompt(rows[0]).split("Which")[0])["input_ids"])
+    asked, group = slice(start, start + tokens[0]), range(len(texts))
+    assert len(group) >= 2
+    for layer, found in enumerate(make_tiny.read_by_layer(gemma, rows)):
+        right = []
+        for i in group:
+            other = hidden(gemma.original_model, torch.tensor([prompts[i - 1 if i else group[-1]]]), layer)
+
+            def put(h, hook, other=other):
+                h = h.clone()
+                h[:, asked] = other[:, asked]
+                return h
+
+            with torch.inference_mode(), gemma.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_post", put)]):
+                logits = gemma(torch.tensor([prompts[i]]))[0, -1]
+            right.append(logits[list(letters)].argmax().item() == rows[i]["answer"])
+        assert found == pytest.approx(sum(right) / len(right))
 
 
 def test_scored_wordings_are_not_all_in_training():
@@ -89,9 +158,17 @@ def test_quick_build_goes_through_every_stage(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     measured = json.loads((tmp_path / "measured.json").read_text())
-    assert set(measured["sae"]) == {"layer_3", "layer_5", "layer_7", "layer_9"}
+    assert set(measured["sae"]) == {"layer_3", "layer_5", "layer_7", "layer_9", "layer_15"}
     assert measured["wikitext_held_out_loss"]["trigram"] < measured["wikitext_held_out_loss"]["unigram"]
-    assert 0 <= measured["wmdp_bio"]["accuracy"] <= 1
+    assert set(measured["minutes"]) == set(make_tiny.STAGES)
+    for name in ("model", "never_knew"):
+        for quiz in ("wmdp_bio", "mmlu"):
+            assert 0 <= measured[name][quiz]["accuracy"] <= 1 and 0 <= measured[name][quiz]["in_words"] <= 1
+        assert load_file(tmp_path / name / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    again = subprocess.run([*command, "--from", "measure"], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-2000:]
+    resumed = json.loads((tmp_path / "measured.json").read_text())
+    assert resumed["minutes"].pop("measure") != measured["minutes"].pop("measure") and resumed == measured
     model = load_model(str(tmp_path / "model"), "cpu")
     assert load_sae(str(tmp_path / "sae/layer_7"), 7, model).cfg.architecture() == "jumprelu"
     shutil.rmtree(tmp_path)
