@@ -76,6 +76,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
 
+import pieces
 import processes
 import show
 from common import Rates, load_hf, load_model, load_sae
@@ -290,7 +291,7 @@ def try_edits(method: str, folder: Path, texts: dict, measured: Measured, s) -> 
         started = time.time()
         edits.append(edit_for(method, one, measured))
         seconds.append(time.time() - started)
-    clean, *found = answers(measured.lm, texts, edits, s, show.piecewise(measured.lm, folder, s))
+    clean, *found = answers(measured.lm, texts, edits, s, pieces.piecewise(measured.lm, folder, s))
     return [clean, *({"point": edit.point(), "answers": one, "seconds": took}
                      for edit, one, took in zip(edits[1:], found, seconds))]  # fmt: skip
 
@@ -312,7 +313,7 @@ def tune(method: str, folder: Path, texts: dict, measured: Measured, s) -> list[
     for number, one in enumerate(TRAINED[method]):
         jobs[str(number)] = lambda one=one: try_training(method, one, passing, texts, measured, s)
     try:
-        return show.resumed(folder, jobs)
+        return pieces.resumed(folder, jobs)
     finally:
         shutil.rmtree(passing, ignore_errors=True)
 
@@ -323,7 +324,7 @@ def decides(s, method: str) -> list:
     settled = {name: value for name, value in vars(s).items() if name not in free}
     layers = crisp_layers(s) if method == "crisp" else (s.layer,) if method in BY_FEATURES else ()
     saes = [identity(sae_source(s.sae, layer, s.model)) for layer in layers]
-    return [show.FORM, method, settled, {**GRIDS, **TRAINED}.get(method), identity(model_source(s.model)), saes]
+    return [pieces.FORM, method, settled, {**GRIDS, **TRAINED}.get(method), identity(model_source(s.model)), saes]
 
 
 def run(**changes) -> dict:
@@ -344,7 +345,7 @@ def run(**changes) -> dict:
         check_room(s.method, s.model, s.device, s.dtype)
     measured = measure(lm, s.layer, sae, texts["forget"], texts["retain"], s.clamp, s)
     check_engine(lm, [measured.place] if s.method in GRIDS else [])
-    with show.keeping(path, [decides(s, s.method), sources]) as folder:
+    with pieces.keeping(path, [decides(s, s.method), sources]) as folder:
         clean, *tried = tune(s.method, folder, texts, measured, s)
         floor = answers_of_never_knew(texts, s)
         scores = scores_of([clean, *(one["answers"] for one in tried), *floor], texts, s.seed)
@@ -436,7 +437,7 @@ def run_all(s) -> dict:
     text = cost_table([json.loads(record.read_text()) for record in records])
     print(f"\n{text}")
     costs = path.with_name(f"{path.stem}_costs.md")
-    show.write_whole(costs, lambda file: file.write_text(text + "\n"))
+    pieces.write_whole(costs, lambda file: file.write_text(text + "\n"))
     print(f"table: {costs}")
     if s.relearn:
         out = path.with_name(f"{path.stem}_robustness.json")

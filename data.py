@@ -339,16 +339,16 @@ def encode_prompts(tokenizer, texts: list[str], style: str = "plain") -> tuple[l
 def encode_words(tokenizer, questions: list[dict]) -> tuple[list[list[int]], list[int]]:
     """Four windows of ids a question, each option behind the bare question as an answer in words, and for each window
     the place of the answer's first token."""
-    windows, first = [], []
-    for row in questions:
-        asked = f"{row['question'].strip()}\nAnswer in words:"
-        before = encode(tokenizer, asked)
-        for choice in row["choices"]:
-            # encoded together: alone, an answer is another token to a tokenizer that begins every text with a blank
-            windows.append(encode(tokenizer, f"{asked} {choice.strip()}"))
-            same = [a == b for a, b in zip(before, windows[-1])]
-            first.append(same.index(False) if False in same else len(same))
-    return windows, first
+    pairs = [encode_answer(tokenizer, f"{row['question'].strip()}\nAnswer in words:", choice.strip())
+             for row in questions for choice in row["choices"]]  # fmt: skip
+    return [ids for ids, _ in pairs], [first for _, first in pairs]
+
+
+def encode_answer(tokenizer, asked: str, answer: str) -> tuple[list[int], int]:
+    """Ids of a question and its answer, and the place of the answer's first token. They are encoded together: alone, an
+    answer is another token to a tokenizer that begins every text with a blank."""
+    ids, alone = (encode(tokenizer, text) for text in (f"{asked} {answer}", asked))
+    return ids, next((i for i, (x, y) in enumerate(zip(ids, alone)) if x != y), len(alone))
 
 
 def encode(tokenizer, text: str) -> list[int]:

@@ -51,6 +51,7 @@ from adjustText import adjust_text
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
+import pieces
 import show
 from common import load_model, load_sae
 from data import UserError, load_benchmark
@@ -355,7 +356,7 @@ def present(path: Path, points: list[dict], sources: dict, title: str, record: d
     names = ("wmdp_bio", "mmlu", "openwebtext")
     titles = [show.title_of(name, sources) if name in sources else name for name in names]
     print(f"\n{table(rows)}")
-    show.write_whole(path.with_suffix(".md"), lambda file: file.write_text(table(rows)))
+    pieces.write_whole(path.with_suffix(".md"), lambda file: file.write_text(table(rows)))
     print(f"table: {path.with_suffix('.md')}")
     show.write_record(path, record, {"frontier": lambda: pareto_figure(points, titles, title)}, ("png", "svg"))
 
@@ -384,13 +385,13 @@ def run(**changes) -> dict:
     saes = [load_sae(s.sae, layer, lm, s.model) for layer in s.layer if needed]
     texts, sources = load_benchmark(s, lm.tokenizer)
     keep_robust(lm, texts, sources, s)
-    with show.keeping(path, decides(saes, sources, s)) as folder:
+    with pieces.keeping(path, decides(saes, sources, s)) as folder:
         measured = [measure(lm, layer, sae, texts["forget"], texts["retain"], min(s.clamp), s)
                     for layer, sae in zip(s.layer, saes or [None] * len(s.layer))]  # fmt: skip
         check_engine(lm, {one.place for one in measured})
         edits = [NONE, *(edit for one in measured for edit in edits_of(one, s))]
-        found = answers(lm, texts, edits, s, show.piecewise(lm, folder, s))
-        floor = answers_of_never_knew(texts, s, lambda model: show.piecewise(model, folder / "never_knew", s))
+        found = answers(lm, texts, edits, s, pieces.piecewise(lm, folder, s))
+        floor = answers_of_never_knew(texts, s, lambda model: pieces.piecewise(model, folder / "never_knew", s))
         scores = scores_of(found + floor, texts, s.seed)
         points = [edit.point(**score) for edit, score in zip([*edits, NEVER_KNEW], scores)]
         sanity = [one.sanity for one in measured]

@@ -60,6 +60,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+import pieces
 import processes
 import show
 from common import load_hf, load_model
@@ -244,7 +245,7 @@ def sweep(setting: Setting, folder: Path, texts: dict, s) -> tuple[list[Setting]
 
     try:
         jobs = {f"m{one.multiple:g}_a{one.alpha:g}": lambda one=one: make(one) for one in tried}
-        return tried, show.resumed(folder, jobs)
+        return tried, pieces.resumed(folder, jobs)
     finally:
         shutil.rmtree(passing, ignore_errors=True)
 
@@ -269,9 +270,9 @@ def run(**changes) -> dict:
     clean, floor = answers(lm, texts, [NONE], s)[0], answers_of_never_knew(texts, s)
     del lm
     tried, folder = [setting], path.with_suffix(".model")
-    with show.keeping(path, decides(setting, sources, s)) as pieces:
+    with pieces.keeping(path, decides(setting, sources, s)) as kept:
         if s.sweep:
-            tried, found = sweep(setting, pieces, texts, s)
+            tried, found = sweep(setting, kept, texts, s)
             points = points_of(tried, scores_of([clean, *found, *floor], texts, s.seed), s)
             show.print_tuning(points[: 1 + len(tried)])
             setting = tried[points.index(best_setting(points[0], points[1 : 1 + len(tried)])) - 1]

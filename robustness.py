@@ -48,6 +48,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+import pieces
 import processes
 import show
 from common import load_hf, load_model, load_sae
@@ -341,7 +342,7 @@ def try_all(subjects: list[Subject], texts: dict, folder: Path, s) -> list[dict]
     for number, one in enumerate(subjects):
         jobs[f"{number}_{one.edit.method}"] = lambda one=one: try_subject(one, texts, passing, s)
     try:
-        return show.resumed(folder, jobs)
+        return pieces.resumed(folder, jobs)
     finally:
         shutil.rmtree(passing, ignore_errors=True)
 
@@ -386,12 +387,12 @@ def run(**changes) -> dict:
     path = show.outputs("robustness.py", s, flags)
     twins = [Subject(name, NEVER_KNEW) for name in [never_knew(s.model)] if name]
     subjects = [Subject(s.model), *twins, *(subject for subject, _ in pairs)]
-    with show.keeping(path, decides(subjects, records, sources, s)) as folder:
+    with pieces.keeping(path, decides(subjects, records, sources, s)) as folder:
         points = points_of(subjects, try_all(subjects, texts, folder, s), texts, s)
         names = [show.label(Edit(point["method"], setting=point["setting"])) for point in points]
         text = table(names, points)
         print(f"\n{text}")
-        show.write_whole(path.with_suffix(".md"), lambda file: file.write_text(text + "\n"))
+        pieces.write_whole(path.with_suffix(".md"), lambda file: file.write_text(text + "\n"))
         record = show.make_record("robustness.py", s, [], sources, {}, points, time.time() - started)
         title = f"{show.short_name(s.model)}: n {len(texts['rows'])}, bars 95% intervals"
         title += f", {s.relearn} steps" if s.relearn else ""

@@ -13,7 +13,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from common import best_device
-from data import LETTERS, RETAIN_TOKENS, UserError, halves, load_corpus, load_rows, padded, prompt, token_windows
+from data import (
+    LETTERS,
+    RETAIN_TOKENS,
+    UserError,
+    encode_answer,
+    halves,
+    load_corpus,
+    load_rows,
+    padded,
+    prompt,
+    token_windows,
+)
 from edits import decoder_layers
 from hub import model_source
 
@@ -137,8 +148,7 @@ def by_letter(row: dict) -> tuple[str, str]:
 def answer_window(tokenizer, asked: str, answer: str) -> tuple[list[int], int]:
     """(ids, place of the answer's first token) of a question and its answer, cut at the front to QUESTION_TOKENS: at
     the end, where open-unlearning cuts, is the answer. No EOS behind it: a prompt is no turn of a chat here."""
-    ids, alone = (tokenizer(text)["input_ids"] for text in (f"{asked} {answer}", asked))
-    start = next((i for i, (x, y) in enumerate(zip(ids, alone)) if x != y), len(alone))
+    ids, start = encode_answer(tokenizer, asked, answer)
     bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []
     dropped = max(0, len(ids) - QUESTION_TOKENS)
     return (bos + ids[dropped + len(bos) :], start - dropped) if dropped else (ids, start)

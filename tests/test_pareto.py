@@ -19,7 +19,7 @@ import pytest
 import baselines
 import evaluation
 import pareto
-import show
+import pieces
 from common import load_model, load_sae
 from data import UserError
 from flags import command_line
@@ -255,15 +255,15 @@ def test_a_stopped_sweep_says_what_it_kept_and_takes_it_up(monkeypatch, capfd, t
 @pytest.fixture
 def piece(tmp_path):
     path = tmp_path / "mmlu_0000.json"
-    show.write_piece(path, [[0, 1, 2], [3, 2, 1]])
+    pieces.write_piece(path, [[0, 1, 2], [3, 2, 1]])
     return path
 
 
 def test_a_piece_is_read_as_it_was_written(piece):
-    assert show.read_piece(piece) == [[0, 1, 2], [3, 2, 1]]
+    assert pieces.read_piece(piece) == [[0, 1, 2], [3, 2, 1]]
     nats = [[3.0000000000000004, 1e-17], [2.5, 1 / 3]]
-    show.write_piece(piece, nats)
-    assert show.read_piece(piece) == nats
+    pieces.write_piece(piece, nats)
+    assert pieces.read_piece(piece) == nats
 
 
 def test_a_damaged_piece_is_refused_and_named(piece):
@@ -275,10 +275,10 @@ def test_a_damaged_piece_is_refused_and_named(piece):
         if json_or_none(flipped) == json.loads(whole):
             continue  # a blank became another blank
         with pytest.raises(UserError, match=r"mmlu_0000\.json is damaged"):
-            show.read_piece(piece)
+            pieces.read_piece(piece)
         piece.write_bytes(whole[:position])
         with pytest.raises(UserError, match=r"mmlu_0000\.json is damaged"):
-            show.read_piece(piece)
+            pieces.read_piece(piece)
 
 
 def json_or_none(text):
