@@ -54,7 +54,7 @@ import show
 from common import load_hf, load_model, load_sae
 from data import HERE, LETTERS, UserError, encode_prompts, halves, load_benchmark, load_rows, prompt, special_ids
 from edits import NEVER_KNEW, NONE, Edit, applied, edit_of
-from evaluation import accuracy_score, score_letters, score_words
+from evaluation import quiz_scores, score_letters, score_words
 from hub import check_same, identity, load_tokenizer, model_source, never_knew
 from training import Master, check_room, passes, text_nll, training_windows
 
@@ -100,16 +100,17 @@ class Subject:
 
 
 def examine(subject: Subject, texts: dict, s, only: str | None = None) -> dict:
-    """{form: options chosen} for all forms of the forget questions, and "MMLU" as it was tuned on; or of one only."""
+    """{form: the options' log-probabilities, (n_questions, 4)} for all forms of the forget questions, and "MMLU" as it
+    was tuned on; or of one only. In words they are per character."""
     lm, found = load_model(subject.model, s.device, s.dtype, edit_special=subject.edit_special), {}
     asked = {**texts["forms"], "MMLU": ([prompt(row) for row in texts["mmlu"]], (0, 1, 2, 3))}
     for name, (prompts, order) in ({only: asked[only]} if only else asked).items():
         ids, letters = encode_prompts(lm.tokenizer, prompts)
         scores = score_letters(lm, ids, letters, [subject.edit], s.batch_size, name)
-        found[name] = [order[letter] for letter in scores[0].argmax(-1).tolist()]
+        found[name] = scores[0][:, [order.index(option) for option in range(4)]].tolist()
     if not only:
         worded = score_words(lm, texts["rows"], [subject.edit], s.batch_size, "in words")
-        found["in words"] = worded[0].argmax(-1).tolist()
+        found["in words"] = worded[0].tolist()
     return found
 
 
@@ -217,13 +218,14 @@ def load_texts(records: list[dict], s) -> tuple[dict, dict]:
 
 
 def scores_of(found: dict, texts: dict, before: dict | None = None) -> dict:
-    """{form: score}: accuracy with interval; where `before` is given also the paired change since then."""
+    """{form: score}: accuracy with interval, and how sure of its letter the model is; where `before` is given also the
+    paired change since then."""
     scores = {}
-    for name, chosen in found.items():
-        right = np.array([row["answer"] for row in texts["mmlu" if name == "MMLU" else "rows"]])
-        clean = None if before is None else np.array(before[name]) == right
-        letters = "".join(LETTERS[i] for i in chosen)
-        scores[name] = accuracy_score(np.array(chosen) == right, letters, clean)
+    for name, values in found.items():
+        runs = [values] if before is None else [before[name], values]
+        scores[name] = quiz_scores(runs, texts["mmlu" if name == "MMLU" else "rows"], by_subject=False)[-1]
+        if name == "in words":  # what is likely per character has no probabilities that add up
+            del scores[name]["letters_mass"], scores[name]["right_probability"]
     return scores
 
 
@@ -240,9 +242,12 @@ def table(names: list[str], points: list[dict]) -> str:
 
     asked = list(points[0]["scores"])
     forms_table = [[f"{100 * point['scores'][name]['accuracy']:.1f}" for name in asked] for point in points]
-    shares = [[f"{100 * share:.0f}" for share in point["letters"].values()] for point in points]
+    shares = [[f"{100 * share:.0f}" for share in point["letters"].values()]
+              + [f"{point['scores']['as tuned'][name]['mean']:.2f}" for name in ("letters_mass", "right_probability")]
+              for point in points]  # fmt: skip
     text = "Accuracy, %:\n\n" + lines_of(asked, forms_table)
-    text += "\n\nAnswers by letter as tuned, %:\n\n" + lines_of(LETTERS, shares)
+    text += "\n\nAnswers by letter as tuned, %, and what probability the letters have:\n\n"
+    text += lines_of([*LETTERS, "P(a letter)", "P(right letter)"], shares)
     if "relearned" not in points[0]:
         return text
     after = ["after retain text", "after other forget facts"]
@@ -351,7 +356,8 @@ def points_of(subjects: list[Subject], found: list[dict], texts: dict, s) -> lis
     """The record's points, one a subject."""
     points = []
     for subject, answers in zip(subjects, found):
-        scores, counts = scores_of(answers["before"], texts), np.bincount(answers["before"]["as tuned"], minlength=4)
+        scores = scores_of(answers["before"], texts)
+        counts = np.bincount(np.argmax(answers["before"]["as tuned"], 1), minlength=4)
         point = {"method": subject.edit.method, "setting": subject.edit.setting, "scores": scores}
         point["letters"] = dict(zip(LETTERS, (counts / counts.sum()).tolist()))
         if s.relearn:
