@@ -25,6 +25,7 @@ from flags import answered, command_line, parser, quiz_flags, settings
 
 flags = parser(__doc__)
 quiz_flags(flags)
+flags.add_argument("--controls", type=int, default=1, help="how many draws of random features (default: %(default)s)")
 answered(flags, __name__)
 
 # %%
@@ -34,7 +35,7 @@ import show
 from common import firing_rates, largest, load_model, load_never_knew, load_sae, matched_random, pick_features
 from data import halves, load_rows, picking_texts, picking_windows, utility
 from edits import NEVER_KNEW, layer_of
-from evaluation import check_engine, score_quiz, standard_rows
+from evaluation import check_engine, of_features, score_quiz, standard_rows
 from hub import sanity_gate
 
 # %% [markdown]
@@ -62,10 +63,11 @@ def run(**changes) -> dict:
     forget = firing_rates(lm, sae, forget_windows, s.batch_size, "forget rates")
     retain = largest([firing_rates(lm, sae, part, s.batch_size, "retain rates") for part in retain_windows])
     features = pick_features(forget, retain, s.n_features, s.pick)
-    control = matched_random(forget, retain, features, s.seed)
+    controls = [matched_random(forget, retain, features, s.seed + draw) for draw in range(s.controls)]
     show.print_features(features, forget, retain, show.top_tokens(lm, sae, features, forget_windows), sae)
 
-    rows = standard_rows(sae, features, control, s.clamp)
+    rows = standard_rows(sae, features, controls[0], s.clamp)
+    rows += [of_features("random-features", sae, control, s.clamp) for control in controls[1:]]
     bio, asked = score_quiz(lm, "WMDP-Bio", wmdp, reporting, rows, s, True, never_knew)
     sources["wmdp_bio"] |= asked
     rest, asked = score_quiz(lm, "MMLU", mmlu, beside, rows, s, never_knew=never_knew)
@@ -75,6 +77,7 @@ def run(**changes) -> dict:
     titles = [show.title_of(name, sources) for name in ("wmdp_bio", "mmlu")]
     show.print_quiz(titles[0], rows, bio)
     show.print_quiz(titles[1], rows, rest)
+    show.print_controls(rows, dict(zip(titles, (bio, rest))))
     points = [row.point(wmdp_bio=a, mmlu=b) for row, a, b in zip(rows, bio, rest)]
     record = show.make_record("feature_ablate_2.py", s, [sae], sources, sanity, points, time.time() - started)
     title = f"{show.short_name(s.model)}, layer {s.layer}: {s.n_features} features ablated"

@@ -136,7 +136,7 @@ def settings(p: argparse.ArgumentParser, flags: dict) -> argparse.Namespace:
 
 def refuse_bad_numbers(s: argparse.Namespace) -> None:
     """Raises UserError if a number of the settings, or one in a list of them, is NaN, infinite, or too small."""
-    least = {"seed": 0, "n_features": 1, "batch_size": 1, "max_rows": 1, "limit": 1, "context": 1}
+    least = {"seed": 0, "n_features": 1, "controls": 1, "batch_size": 1, "max_rows": 1, "limit": 1, "context": 1}
     for name, value in vars(s).items():
         for number in value if isinstance(value, list | tuple) else [value]:
             flag = f"--{name.replace('_', '-')} {number}"

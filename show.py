@@ -232,6 +232,16 @@ def print_quiz(title: str, edits: list[Edit], scores: list[dict]) -> None:
         print(f"  {label(edit):36}{cells}{worded}".rstrip())
 
 
+def print_controls(edits: list[Edit], panels: dict[str, list[dict]]) -> None:
+    """Where random features were drawn several times, what they change on average; {title: scores}."""
+    draws = [number for number, edit in enumerate(edits) if edit.method == "random-features"]
+    for title, scores in panels.items() if len(draws) > 1 else ():
+        changes = [100 * scores[number]["change"] for number in draws]
+        mean, low, high = sum(changes) / len(draws), min(changes), max(changes)
+        print(f"\n{title}: {len(draws)} draws of random features change it by {mean:+.1f} points on average, {low:+.1f}"
+              f" to {high:+.1f}")  # fmt: skip
+
+
 def beside(score: dict) -> dict:
     """{"in_words": accuracy, "letters_mass": probability of the four letters} of a quiz's score that has them, as those
     of records of earlier versions do not."""

@@ -187,6 +187,16 @@ def test_the_model_that_never_knew_has_a_row(twin, tmp_path, capsys):
             assert score["letters_mass"]["mean"] == pytest.approx(alone.exp().sum(-1).mean().item(), abs=1e-5)
 
 
+def test_random_features_are_drawn_several_times(tmp_path, capsys):
+    lesson = runpy.run_path(str(ROOT / "feature_ablate_2.py"))
+    found = lesson["run"](controls=3, n_features=4, limit=6, out=str(tmp_path / "r.json"))
+    draws = [point["setting"]["features"] for point in found["points"] if point["method"] == "random-features"]
+    assert len(draws) == 3 and len({tuple(ids) for ids in draws}) == 3
+    assert "3 draws of random features" in capsys.readouterr().out
+    with pytest.raises(data.UserError, match="--controls 0: at least 1"):
+        lesson["run"](controls=0)
+
+
 def test_run_takes_flags_by_name(monkeypatch, tmp_path):
     lesson = runpy.run_path(str(ROOT / "feature_ablate_3.py"))
     with pytest.raises(TypeError, match="n_featurs"):

@@ -112,6 +112,16 @@ def test_what_a_quiz_hides_is_shown(capsys):
     plt.close("all")
 
 
+def test_draws_of_random_features_are_averaged(capsys):
+    rows = [*ROWS, *[Edit("random-features", setting={"clamp": -5.0})] * 2]
+    scores = [SCORE, *({**SCORE, "change": change} for change in (-0.4, -0.1, 0.02))]
+    show.print_controls(rows, {"quiz": scores})
+    wanted = "quiz: 2 draws of random features change it by -4.0 points on average, -10.0 to +2.0\n"
+    assert capsys.readouterr().out == f"\n{wanted}"
+    show.print_controls(rows[:3], {"quiz": scores})
+    assert capsys.readouterr().out == ""
+
+
 def test_a_subject_that_changed_has_a_star(capsys):
     scores = [{"subjects": {"law": SCORE, "art": SCORE}},
               {"subjects": {"law": {**SCORE, "q_value": 0.01}, "art": {**SCORE, "q_value": 0.2}}}]  # fmt: skip
