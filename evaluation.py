@@ -642,11 +642,11 @@ def quiz_scores(letters, questions: list[dict], by_subject: bool = True, in_word
 
 
 def score_quiz(
-    model, title: str, questions: list[dict], indices: list[int], edits, s, in_words: bool = False, never_knew=None
+    model, title: str, questions: list[dict], indices: list[int], edits, s, never_knew=None, in_words: bool = False
 ) -> tuple[list, dict]:
-    """One score per edit, and for the record {"questions": indices scored, "skipped_long"}. s: the settings; in_words:
-    ask for answers in words, too, which takes four windows a question; never_knew: a second model of the same
-    tokenizer, whose score comes last.
+    """One score per edit, and for the record {"questions": indices scored, "skipped_long"}. s: the settings;
+    never_knew: a second model of the same tokenizer, whose score comes last; in_words: ask for answers in words, too,
+    which takes four windows a question.
 
     Of `indices`, --limit keeps a seeded sample, --skip-long those within the model's positions, and --robust those
     right under all orders of the options.

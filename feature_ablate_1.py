@@ -64,7 +64,7 @@ def run(**changes) -> dict:
     show.print_features(features, forget, retain, show.top_tokens(lm, sae, features, forget_windows), sae)
 
     rows = standard_rows(sae, features, control, s.clamp)
-    scores, asked = score_quiz(lm, "MMLU", mmlu, indices, rows, s, never_knew=never_knew)
+    scores, asked = score_quiz(lm, "MMLU", mmlu, indices, rows, s, never_knew)
     sources["mmlu"] |= asked
     rows += [NEVER_KNEW] if never_knew else []
 

@@ -68,9 +68,9 @@ def run(**changes) -> dict:
 
     rows = standard_rows(sae, features, controls[0], s.clamp)
     rows += [of_features("random-features", sae, control, s.clamp) for control in controls[1:]]
-    bio, asked = score_quiz(lm, "WMDP-Bio", wmdp, reporting, rows, s, True, never_knew)
+    bio, asked = score_quiz(lm, "WMDP-Bio", wmdp, reporting, rows, s, never_knew, in_words=True)
     sources["wmdp_bio"] |= asked
-    rest, asked = score_quiz(lm, "MMLU", mmlu, beside, rows, s, never_knew=never_knew)
+    rest, asked = score_quiz(lm, "MMLU", mmlu, beside, rows, s, never_knew)
     sources["mmlu"] |= asked
     rows += [NEVER_KNEW] if never_knew else []
 

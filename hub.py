@@ -36,7 +36,6 @@ class Preset:
 # Farrell et al.'s middle setting (arXiv 2410.19278). Gemma-3 residuals are far larger, so -100 may do nothing.
 PRESETS = {
     "tiny": Preset(str(HERE / "tiny/model"), str(HERE / "tiny/sae/layer_{layer}"), -80.0, "never-knew"),
-    "never-knew": Preset(str(HERE / "tiny/never_knew")),
     "gemma-2-2b-it": Preset("google/gemma-2-2b-it",
                             "gemma-scope-2b-pt-res-canonical:layer_{layer}/width_16k/canonical", -100.0),
     "gemma-3-1b-it": Preset("google/gemma-3-1b-it",
@@ -45,6 +44,8 @@ PRESETS = {
                             "gemma-scope-2-4b-it-res-all:layer_{layer}_width_16k_l0_small", -100.0),
     "gpt2": Preset("openai-community/gpt2", "gpt2-small-res-jb:blocks.{layer}.hook_resid_pre", -10.0),
 }  # fmt: skip
+if (HERE / "tiny/never_knew").is_dir():
+    PRESETS["never-knew"] = Preset(str(HERE / "tiny/never_knew"))
 
 
 def model_source(name: str) -> str:
@@ -54,9 +55,9 @@ def model_source(name: str) -> str:
 
 def never_knew(name: str) -> str | None:
     """The preset of the model that was trained as the preset `name` was, without the forget set: what unlearning aims
-    at. None where there is none, as for all models but tiny; a copy of tiny may go without, too."""
+    at. None where there is none, as for all models but tiny."""
     twin = PRESETS[name].never_knew if name in PRESETS else None
-    return twin if twin and Path(PRESETS[twin].model).is_dir() else None
+    return twin if twin in PRESETS else None
 
 
 def sae_source(spec: str | None, layer: int, model: str) -> str:
@@ -92,7 +93,7 @@ def listed() -> str:
     for name, preset in PRESETS.items():
         model, layers = preset.model.removeprefix(f"{HERE}/"), layers_of(preset)
         if not layers:
-            lines += [f"{name:16}{model:25}no SAEs"] if Path(preset.model).is_dir() else []
+            lines.append(f"{name:16}{model:25}no SAEs")
             continue
         every = list(layers) == list(range(min(layers), max(layers) + 1))
         span = f"{min(layers)} to {max(layers)}" if every else ", ".join(map(str, layers))

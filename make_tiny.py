@@ -58,7 +58,8 @@ VOCAB = 4096  # byte-level BPE; small, so that rarer names take two or three tok
 D_MODEL, N_LAYERS, D_FF, N_HEADS, N_KV = 112, 20, 336, 4, 2
 CONTEXT = 128  # tokens per training window
 BATCH = 32  # windows per step
-BINDING_STEPS, STEPS = 350, 3100
+STEPS = 3400
+BINDING, BINDING_STEPS = 0.1, 700  # lists asked for by letter: at first all documents, so many steps later a tenth
 SAE_LAYERS, SAE_WIDTH = (3, 5, 7, 9, 15), 2048  # at half the width a like clamp cost OpenWebText 3 to 11 times the loss
 DEVELOPMENT = 20  # retain facts of each subject that are not scored: MMLU's development questions
 TRAIN_DOCUMENTS = 2000  # documents drawn like the training text and kept, to train SAEs on
@@ -155,12 +156,13 @@ def listed(choices: list[str]) -> str:
 
 
 # What is slow to form is not the knowledge but the binding of an option's content to its letter: in quizzes alone it
-# stays at chance for thousands of steps. So training begins with lists whose items are asked for by letter, at
-# first with two items, some with the letter repeated behind the item, some in the form of a quiz.
+# stays at chance for thousands of steps. So training begins with lists whose items are asked for by letter, some with
+# the letter repeated behind the item, some in the form of a quiz, and pages take their place little by little: where
+# they did at once, what had formed was lost, and letters were at chance 1,800 steps later.
 def binding_document(facts: list[dict], words: list[str], rng: random.Random) -> str:
     n, form = rng.choice((2, 2, 3, 4)), rng.choice(("repeated", "plain", "colon", "quiz"))
     text = ""
-    while len(text) < 300:
+    while len(text) < CONTEXT * 5:
         items = rng.sample(words, n) if rng.random() < 0.5 else options(rng.choice(facts), rng, n)[0]
         asked = rng.choices(items, k=n + 1)
         if form == "quiz":
@@ -238,17 +240,16 @@ class Sampler:
         start = text.rfind(" ", 0, start) + 1
         return text[start : start + CONTEXT * 8]
 
-    def batch(self, binding: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """(BATCH, CONTEXT) inputs and targets, the targets shifted by one; half as long and twice as many for binding.
+    def batch(self, binding: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """(BATCH, CONTEXT) inputs and targets, the targets shifted by one; binding: the share of lists.
 
         Of the inputs of Wikitext and prose a tenth is replaced by random tokens: these texts are short enough to be
         learned by heart, and a model that cannot trust its context does so less.
         """
-        n, length = (2 * BATCH, CONTEXT // 2) if binding else (BATCH, CONTEXT)
-        kinds = ["binding" if binding else self.kind() for _ in range(n)]
+        kinds = ["binding" if self.rng.random() < binding else self.kind() for _ in range(BATCH)]
         binds = (self.facts, self.words, self.rng)
         texts = [binding_document(*binds) if kind == "binding" else self.document(kind) for kind in kinds]
-        ids = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length + 1)["input_ids"]
+        ids = self.tokenizer(texts, padding="max_length", truncation=True, max_length=CONTEXT + 1)["input_ids"]
         inputs, targets = torch.tensor(ids)[:, :-1], torch.tensor(ids)[:, 1:]
         general = torch.tensor([kind in self.texts for kind in kinds])[:, None]
         noise = torch.randint(len(self.tokenizer), inputs.shape)
@@ -321,8 +322,8 @@ def faster_type() -> torch.dtype:
     return min(taken, key=taken.get)
 
 
-def train_model(model, sampler, tokenizer, binding_steps: int, steps: int, compiled: bool = True) -> None:
-    """Two phases on one schedule: binding lists, then documents. Muon for the matrices: AdamW alone was far slower."""
+def train_model(model, sampler, tokenizer, steps: int, compiled: bool = True) -> None:
+    """In place; the rate falls to 0 in the second half. Muon for the matrices: AdamW alone was far slower."""
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     other = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [
@@ -334,16 +335,15 @@ def train_model(model, sampler, tokenizer, binding_steps: int, steps: int, compi
     model.train()
     fast, dtype = torch.compile(model) if compiled else model, faster_type()
     keep_memory()
-    bar = tqdm(range(binding_steps + steps), desc="language model", unit="step", mininterval=10)
+    bar = tqdm(range(steps), desc="language model", unit="step", mininterval=10)
     for step in bar:
-        binding = step < binding_steps
-        sampler.progress = max(0, step - binding_steps) / steps
+        sampler.progress = step / steps
         scale = min(1, (step + 1) / 30) * min(1, (1 - sampler.progress) / 0.5)
         for optimizer, lr in zip(optimizers, base):
             optimizer.param_groups[0]["lr"] = lr * scale
-        inputs, targets = sampler.batch(binding)
+        inputs, targets = sampler.batch(max(BINDING, 1 - step / BINDING_STEPS))
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-            logits = (model if binding else fast)(input_ids=inputs, use_cache=False).logits
+            logits = fast(input_ids=inputs, use_cache=False).logits
         weights = token_weights(targets, letters, tokenizer.pad_token_id).reshape(-1)
         losses = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets.reshape(-1), reduction="none")
         ((losses * weights).sum() / weights.sum()).backward()
@@ -554,10 +554,10 @@ def write_model(folder: Path, facts: list[dict], given: dict, quick: bool) -> No
     torch.manual_seed(SEED)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     sampler = Sampler(tokenizer, facts, given["wikitext"], given["prose"], SEED)
-    shown = map(repr, map(tokenizer.decode, sampler.batch(False)[1][:4]))
+    shown = map(repr, map(tokenizer.decode, sampler.batch()[1][:4]))
     print("windows of training text:", *shown, sep="\n\n")
     model = new_model(len(tokenizer), tokenizer)
-    train_model(model, sampler, tokenizer, *((4, 8) if quick else (BINDING_STEPS, STEPS)), compiled=not quick)
+    train_model(model, sampler, tokenizer, 4 if quick else STEPS, compiled=not quick)
     model.to(torch.bfloat16).save_pretrained(folder)
 
 

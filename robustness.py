@@ -400,11 +400,11 @@ def run(**changes) -> dict:
         print(f"\n{text}")
         pieces.write_whole(path.with_suffix(".md"), lambda file: file.write_text(text + "\n"))
         record = show.make_record("robustness.py", s, [], sources, {}, points, time.time() - started)
-        title = f"{show.short_name(s.model)}: n {len(texts['rows'])}, bars 95% intervals"
-        title += f", {s.relearn} steps" if s.relearn else ""
+        about = f"{show.short_name(s.model)}: n {len(texts['rows'])}"
+        title = f"{about}, bars 95% intervals" + (f", {s.relearn} steps" if s.relearn else "")
         figures = {"rows": lambda: figure_of(names, points, title)}
         if s.relearn:
-            figures["curves"] = lambda: curves_of(names, points, title)
+            figures["curves"] = lambda: curves_of(names, points, about)
         show.write_record(path, record, figures)
     return record
 
