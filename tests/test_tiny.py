@@ -77,6 +77,23 @@ def test_the_right_option_is_not_the_longest_more_often_than_chance(side):
     assert stats.binomtest(round(longest), len(facts), 0.25, alternative="greater").pvalue > 0.05
 
 
+def test_lists_are_as_many_as_asked_for_and_each_fact_is_shown_as_often(monkeypatch):
+    tokenizer = make_tiny.PreTrainedTokenizerFast.from_pretrained(TINY / "model")
+    facts = make_tiny.load_facts(TINY / "next/facts")
+    drawn = []
+    monkeypatch.setattr(make_tiny, "binding_document", lambda *_: drawn.append("list") or "A. sea")
+    monkeypatch.setattr(make_tiny, "subject_document", lambda facts, *_: drawn.append(facts[0]["subject"]) or "sea")
+    sampler = make_tiny.Sampler(tokenizer, facts, ["some text"], ["prose"], 0)
+    inputs, targets = sampler.batch(1.0)
+    assert drawn == ["list"] * make_tiny.BATCH and inputs.shape == targets.shape == (make_tiny.BATCH, make_tiny.CONTEXT)
+    drawn.clear()
+    for _ in range(60):
+        sampler.batch()
+    forget = len(make_tiny.of_both_kinds(facts)[0])
+    share = drawn.count("biology") / len(drawn)
+    assert "list" not in drawn and share == pytest.approx(forget / len(facts), abs=0.04)
+
+
 def test_where_facts_are_read_by_hand(gemma):
     """Each question's tokens take the residual stream of the question before it, behind one layer."""
     texts = [f"Which is an organ of the {x}?" for x in ("sea", "moon", "heart", "cat", "mat", "body", "stone")]
