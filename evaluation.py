@@ -484,7 +484,7 @@ def score_words(model, questions: list[dict], edits, batch_size=16, desc=None, m
 
 def per_character(nats: torch.Tensor, questions: list[dict]) -> torch.Tensor:
     """score_words' result from the losses of encode_words' windows, (n_edits, 4 n_questions)."""
-    lengths = torch.tensor([[len(choice.strip()) for choice in row["choices"]] for row in questions])
+    lengths = torch.tensor([[max(1, len(choice.strip())) for choice in row["choices"]] for row in questions])
     return -nats.reshape(len(nats), -1, 4) / lengths
 
 
@@ -723,7 +723,7 @@ def answers(lm, texts: dict, edits: list[Edit], s, run=None) -> list[dict]:
     documents}.
 
     texts: data.load_benchmark's; s: the settings. run(name, items, score) -> score(items), (n_edits, n_items, ...), may
-    keep what it has in pieces; items: lists of ids, or of as many as belong together.
+    keep what it has in pieces; items: lists of ids.
     """
     run = run or (lambda name, items, score: score(items, name))
     found, rows = [{} for _ in edits], getattr(s, "max_rows", 64)

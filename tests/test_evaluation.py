@@ -693,7 +693,7 @@ def test_what_a_quiz_hides_by_hand():
 
 def test_answers_in_words_by_hand(gemma):
     rows = [dict(question="Which is an organ?", choices=["the moon", " The heart ", "sea", "a grey stone"]),
-            dict(question=" Where do rivers flow? ", choices=["The sea", "moon", "to a heart", "up"])]  # fmt: skip
+            dict(question=" Where do rivers flow? ", choices=["The sea", "moon", "to a heart", ""])]  # fmt: skip
     pushed_one = Edit("pushed", {1: pushed(torch.ones(gemma.cfg.d_model), 2)})
     found = score_words(gemma, rows, [NONE, pushed_one], batch_size=1)
     for edit, by_hand in zip([NONE, pushed_one], found):
@@ -705,7 +705,7 @@ def test_answers_in_words_by_hand(gemma):
                     logits = gemma(torch.tensor([ids]))[0, :-1].double()
                 log_probs = logits.log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
                 answer = log_probs[len(gemma.tokenizer(asked)["input_ids"]) - 1 :]
-                assert score.item() == pytest.approx(answer.sum().item() / len(choice.strip()), abs=1e-5)
+                assert score.item() == pytest.approx(answer.sum().item() / max(1, len(choice.strip())), abs=1e-5)
     assert not torch.allclose(found[0], found[1], atol=1e-3)
 
 

@@ -98,7 +98,11 @@ def test_scores_and_letters_are_the_lessons_on_every_question(tmp_path):
                 assert record["data"][name]["questions"] == theirs["data"][name]["questions"]
                 assert record["data"][name]["sha256"] == theirs["data"][name]["sha256"]
                 assert len(other[name]["letters"]) == other[name]["n"] == n[name]
-                assert mine[name] == other[name]  # accuracy, interval, letters, change, p value, subjects
+                for part in ("letters_mass", "right_probability"):  # but for rounding
+                    assert mine[name][part] == pytest.approx(other[name][part], abs=1e-5)
+                equal = set(mine[name]) - {"letters_mass", "right_probability", "in_words"}
+                assert {"accuracy", "low", "letters"} < equal <= set(other[name])
+                assert all(mine[name][part] == other[name][part] for part in equal)
     own = theirs["lm_eval"]["ablated"]["tiny_wmdp_bio"]["acc,none"]
     assert own == pytest.approx(points(theirs)["sae-ablation", -80.0]["wmdp_bio"]["accuracy"])
 
