@@ -83,7 +83,7 @@ from common import Rates, load_hf, load_model, load_sae
 from data import HERE, UserError, load_benchmark, padded, special_ids
 from edits import NEVER_KNEW, NONE, Latents, decoder_layers, layer_of
 from evaluation import answers, answers_of_never_knew, best_setting, check_engine, keep_robust, scores_of
-from hub import identity, model_source, sae_source
+from hub import identity, identity_of_never_knew, model_source, sae_source
 from methods import Measured, edit_for, measure
 from training import Master, Nll, check_room, distance, linear_modules, passes, reach, text_nll, training_windows
 
@@ -324,7 +324,8 @@ def decides(s, method: str) -> list:
     settled = {name: value for name, value in vars(s).items() if name not in free}
     layers = crisp_layers(s) if method == "crisp" else (s.layer,) if method in BY_FEATURES else ()
     saes = [identity(sae_source(s.sae, layer, s.model)) for layer in layers]
-    return [pieces.FORM, method, settled, {**GRIDS, **TRAINED}.get(method), identity(model_source(s.model)), saes]
+    models = [identity(model_source(s.model)), identity_of_never_knew(s.model)]
+    return [pieces.FORM, method, settled, {**GRIDS, **TRAINED}.get(method), models, saes]
 
 
 def run(**changes) -> dict:
@@ -414,7 +415,8 @@ def is_there(path: Path, method: str, s, sources: dict) -> bool:
             return False
         if "rmu" in method:  # its other settings are its own
             alike = all(record["settings"][name] == vars(s)[name] for name in RMU_FLAGS if name != "batch_size")
-            return alike and record["identity"]["model"] == identity(model_source(s.model))
+            models = {"model": identity(model_source(s.model)), "never_knew": identity_of_never_knew(s.model)}
+            return alike and all(record["identity"][name] == known for name, known in models.items())
         return json.dumps(record["decides"]) == json.dumps(decides(s, method))
     except (OSError, ValueError, KeyError):
         return False

@@ -760,10 +760,10 @@ def answers(lm, texts: dict, edits: list[Edit], s, run=None) -> list[dict]:
     return found
 
 
-def answers_of_never_knew(texts: dict, s, run=None) -> list[dict]:
+def answers_of_never_knew(texts: dict, s) -> list[dict]:
     """As `answers`: those of the model that was trained without the forget set; [] where there is none."""
     never_knew = load_never_knew(s.model, s.device, s.dtype)
-    return answers(never_knew, texts, [NONE], s, run and run(never_knew)) if never_knew else []
+    return answers(never_knew, texts, [NONE], s) if never_knew else []
 
 
 def rounded(log_probs: torch.Tensor) -> torch.Tensor:

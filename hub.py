@@ -60,6 +60,12 @@ def never_knew(name: str) -> str | None:
     return twin if twin in PRESETS else None
 
 
+def identity_of_never_knew(name: str) -> str | None:
+    """What the model that never_knew names is now; records with its scores depend on it."""
+    twin = never_knew(name)
+    return identity(PRESETS[twin].model) if twin else None
+
+
 def sae_source(spec: str | None, layer: int, model: str) -> str:
     """The RELEASE:ID or folder that --sae SPEC (None: the preset's of the layer) stands for. Raises UserError for a
     model that has no preset."""

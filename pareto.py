@@ -391,8 +391,7 @@ def run(**changes) -> dict:
         check_engine(lm, {one.place for one in measured})
         edits = [NONE, *(edit for one in measured for edit in edits_of(one, s))]
         found = answers(lm, texts, edits, s, pieces.piecewise(lm, folder, s))
-        floor = answers_of_never_knew(texts, s, lambda model: pieces.piecewise(model, folder / "never_knew", s))
-        scores = scores_of(found + floor, texts, s.seed)
+        scores = scores_of(found + answers_of_never_knew(texts, s), texts, s.seed)
         points = [edit.point(**score) for edit, score in zip([*edits, NEVER_KNEW], scores)]
         sanity = [one.sanity for one in measured]
         record = show.make_record("pareto.py", s, saes, sources, sanity, points, time.time() - started)

@@ -20,7 +20,7 @@ from common import Rates, activation_ratio
 from data import UserError
 from edits import NEVER_KNEW, Edit, Latents, layer_of, residuals
 from flags import settings
-from hub import identity, model_source
+from hub import identity, identity_of_never_knew, model_source
 from pieces import write_whole
 
 try:
@@ -122,7 +122,11 @@ def make_record(script: str, s, saes: list, sources: dict, sanity, points: list,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seconds": round(seconds, 1),
         "model": s.model,
-        "identity": {"model": identity(model_source(s.model)), "sae": of_saes("identity")},
+        "identity": {
+            "model": identity(model_source(s.model)),
+            "never_knew": identity_of_never_knew(s.model),
+            "sae": of_saes("identity"),
+        },
         "sae": of_saes("source"),
         "layer": s.layer,
         "hook_point": of_saes("hook_point"),

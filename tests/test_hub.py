@@ -39,6 +39,13 @@ def test_sanity_gate_passes_a_fitting_sae(model, tmp_path, capsys):
     assert "L0 32.0 (promised 31.0)" in capsys.readouterr().out
 
 
+def test_of_many_windows_the_gate_reads_some(gemma, tmp_path):
+    sae, windows = common.load_sae(str(write_sae(tmp_path, "x", spoil=perfect)), 1, gemma), some_windows(gemma) * 4
+    tokens = sum(map(len, windows))
+    whole, half = (hub.sanity_gate(gemma, sae, windows, most=most)["n_tokens"] for most in (tokens, tokens // 2))
+    assert 0 < half < 0.7 * whole
+
+
 @pytest.mark.parametrize("spoil,promised", [(broken, None), (perfect, 200.0), (perfect, 5.0)])
 def test_sanity_gate_stops_a_broken_sae(gemma, tmp_path, spoil, promised):
     sae = common.load_sae(str(write_sae(tmp_path, "gemma2", spoil=spoil, l0=promised)), 1, gemma)

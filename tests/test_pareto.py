@@ -21,7 +21,8 @@ import evaluation
 import pareto
 import pieces
 from common import load_model, load_sae
-from data import UserError
+from data import HERE, UserError
+from edits import NONE
 from flags import command_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,6 +161,17 @@ def test_a_sweep_writes_record_table_and_figures_and_no_piece(undisturbed):
     assert [p["method"] for p in record["points"]] == ["none"] + ["sae-ablation"] * 4 + ["random-features"] * 4
     assert all(p["scores"]["mmlu"]["n"] == 6 and p["scores"]["mmlu_tuning"]["n"] == 6 for p in record["points"])
     assert not set(record["data"]["mmlu"]["questions"]) & set(record["data"]["mmlu"]["tuning_questions"])
+
+
+def test_a_sweep_finds_the_words_that_are_found_alone(undisturbed):
+    """Whatever pieces its questions came in, and whatever stood before an answer."""
+    record, lm = json.loads(undisturbed.read_text()), load_model("tiny")
+    rows = [json.loads(line) for line in (HERE / "tiny/data/wmdp_bio.jsonl").open()]
+    for half, name in (("", "questions"), ("_tuning", "tuning_questions")):
+        asked = [rows[i] for i in record["data"]["wmdp_bio"][name]]
+        alone = evaluation.score_words(lm, asked, [NONE])[0].argmax(-1)
+        found = record["points"][0]["scores"][f"wmdp_bio{half}"]["in_words"]
+        assert found["letters"] == "".join("ABCD"[i] for i in alone)
 
 
 def test_the_model_that_never_knew_is_a_line(twin, tmp_path):

@@ -16,7 +16,7 @@ import robustness
 from data import LETTERS, UserError, prompt
 from edits import Edit
 from flags import settings
-from hub import check_same, identity
+from hub import check_same, identity, identity_of_never_knew
 from robustness import Subject
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
@@ -83,7 +83,8 @@ def test_a_record_of_what_has_been_trained_again_is_not_taken_up(monkeypatch, tm
     path = tmp_path / "r.json"
     flags = dict(method="clamp", limit=6, layer=3, sae=str(folder))
     record = baselines.run(**flags, out=str(path))
-    assert record["identity"] == {"model": identity(str(TINY / "model")), "sae": identity(str(folder))}
+    known = {"model": identity(str(TINY / "model")), "sae": identity(str(folder))}
+    assert record["identity"] == {**known, "never_knew": identity_of_never_knew("tiny")}
     s, sources = settings(baselines.flags, flags), record["data"]
     assert baselines.is_there(path, "clamp", s, sources)
     check_same(str(path), record, "sae", str(folder))
@@ -105,6 +106,11 @@ def test_who_is_back_first(twin, monkeypatch, tmp_path):
     monkeypatch.setitem(baselines.GRIDS, "clamp", [{"n_features": 2, "clamp": 1}])
     tuned = baselines.run(method="clamp", limit=6, layer=3, out=str(tmp_path / "r.json"))
     assert [point["method"] for point in tuned["points"]] == ["none", "clamp", "never-knew"] and tuned["chosen"] == 1
+    s = settings(baselines.flags, dict(method="clamp", limit=6, layer=3))
+    assert baselines.is_there(tmp_path / "r.json", "clamp", s, tuned["data"])
+    with monkeypatch.context() as other:  # trained again, it is another model
+        other.setattr(baselines, "identity_of_never_knew", lambda name: "another")
+        assert not baselines.is_there(tmp_path / "r.json", "clamp", s, tuned["data"])
     record = robustness.run(records=[str(tmp_path / "r.json")], relearn=4, out=str(tmp_path / "o.json"))
     assert [point["method"] for point in record["points"]] == ["none", "never-knew", "clamp"]
     for point in record["points"]:
