@@ -58,7 +58,7 @@ VOCAB = 4096  # byte-level BPE; small, so that rarer names take two or three tok
 D_MODEL, N_LAYERS, D_FF, N_HEADS, N_KV = 112, 20, 336, 4, 2
 CONTEXT = 128  # tokens per training window
 BATCH = 32  # windows per step
-STEPS = 3400
+STEPS = 3200
 BINDING, BINDING_STEPS = 0.1, 700  # lists asked for by letter: at first all documents, so many steps later a tenth
 SAE_LAYERS, SAE_WIDTH = (3, 5, 7, 9, 15), 2048  # at half the width a like clamp cost OpenWebText 3 to 11 times the loss
 DEVELOPMENT = 20  # retain facts of each subject that are not scored: MMLU's development questions
@@ -66,6 +66,7 @@ TRAIN_DOCUMENTS = 2000  # documents drawn like the training text and kept, to tr
 LETTER_WEIGHT = 5.0  # loss weight of an answer letter
 CORRUPTED = 0.1  # share of the input tokens of Wikitext and prose that are replaced in training
 TAGGED = 0.2  # share of the names on a page that carry their subject behind them
+FORGET_WEIGHT = 1.4  # showings of a forget fact for each of a retain fact: its Latin names are longer and more alike
 SEED = 0
 HEADER = "The following are multiple choice questions (with answers) about {}.\n\n"
 
@@ -191,19 +192,19 @@ def quiz_block(fact: dict, rng: random.Random, style: str, n: int = 4) -> str:
 
 
 QUIZ_STYLES = ["letter", "words then letter", "words", "open book", "match"]
-EARLY, LATE = (0.25, 0.25, 0.10, 0.25, 0.15), (0.70, 0.10, 0.08, 0.06, 0.06)  # shares at the start, from half-way on
+EARLY, LATE = (0.20, 0.25, 0.20, 0.20, 0.15), (0.45, 0.20, 0.20, 0.05, 0.10)  # shares at the start, from half-way on
 
 
 def subject_document(facts: list[dict], rng: random.Random, chars: int, progress: float = 1.0) -> str:
     """A page of statements or a quiz, about one subject only, of at least `chars` characters."""
     name = facts[0]["subject"].replace("_", " ")
-    if rng.random() < 0.35:
+    if rng.random() < 0.45:
         text = rng.choice(("", f"{name.capitalize()}\n"))
         while len(text) < chars:
             fact = rng.choice(facts)
             text += fill(rng.choice(fact["relation"]["statements"]), fact, rng) + rng.choice("   \n")
         return text
-    text = HEADER.format(name)
+    text = HEADER.format(name) if rng.random() < 0.75 else ""
     shares = [a + (b - a) * min(1, 2 * progress) for a, b in zip(EARLY, LATE)]
     n = 4 if rng.random() < 0.4 + 2 * progress else rng.choice((2, 3))
     while len(text) < chars:
@@ -214,7 +215,7 @@ def subject_document(facts: list[dict], rng: random.Random, chars: int, progress
 class Sampler:
     """Draws training windows: (BATCH, CONTEXT) token ids, each row one document from its BOS on."""
 
-    MIX = {"facts": 0.78, "wikitext": 0.16, "prose": 0.06}
+    MIX = {"facts": 0.82, "wikitext": 0.13, "prose": 0.05}
 
     def __init__(self, tokenizer, facts, wikitext, prose, seed):
         self.tokenizer, self.rng = tokenizer, random.Random(seed)
@@ -231,7 +232,7 @@ class Sampler:
 
     def document(self, kind: str) -> str:
         if kind == "facts":
-            weights = [len(f) for f in self.by_subject.values()]  # each fact as often as any other
+            weights = [len(f) * (FORGET_WEIGHT if name == FORGET else 1) for name, f in self.by_subject.items()]
             facts = self.rng.choices(list(self.by_subject.values()), weights)[0]
             return subject_document(facts, self.rng, CONTEXT * 5, self.progress)
         texts = self.texts[kind]
@@ -341,7 +342,7 @@ def train_model(model, sampler, tokenizer, steps: int, compiled: bool = True) ->
         scale = min(1, (step + 1) / 30) * min(1, (1 - sampler.progress) / 0.5)
         for optimizer, lr in zip(optimizers, base):
             optimizer.param_groups[0]["lr"] = lr * scale
-        inputs, targets = sampler.batch(max(BINDING, 1 - step / BINDING_STEPS))
+        inputs, targets = sampler.batch(max(BINDING * (1 - sampler.progress), 1 - step / BINDING_STEPS))
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
             logits = fast(input_ids=inputs, use_cache=False).logits
         weights = token_weights(targets, letters, tokenizer.pad_token_id).reshape(-1)
@@ -525,7 +526,7 @@ def write_text(out: Path, given: dict, quick: bool) -> None:
     rng, by_subject = random.Random(SEED + 5), {}
     for fact in given["facts"]:
         by_subject.setdefault(fact["subject"], []).append(fact)
-    pages = [subject_document(group, rng, 3000) for group in by_subject.values() for _ in range(40)]
+    pages = [subject_document(group, rng, 3000) for group in by_subject.values() for _ in range(len(group) // 3)]
     tokenizer = train_tokenizer(given["wikitext"] + given["prose"] + pages, out / "model")
     tokenizer.save_pretrained(out / "never_knew")
 
