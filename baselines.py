@@ -18,11 +18,12 @@ tuning half's questions are those that are trained on: where a method scores far
 half, it unlearnt questions, not what they ask for.
 
 The edits are in edits.py. ELM (arXiv 2410.02760) is not here: it needs a model that answers differently as a novice and
-as an expert, and tiny does not (README); on real models use its authors' code, and --model with the folder it saves.
+as an expert, and tiny does not (docs/methods.md); on real models use its authors' code, and --model with the folder
+it saves.
 
 tiny, two cores, 1.4 GB: an edit 23 to 46 s, a trained method 2 to 6 minutes. On the reporting half RMU takes the
 WMDP-Bio stand-in from 95.9 to 24.3%, ten clamped features to 28.4%, CRISP to 35.1%, all with MMLU at 98.9% or more,
-SimNPO to 64.9 and NPO to 66.2% with MMLU at 94%. README has the table, and what robustness.py makes of it.
+SimNPO to 64.9 and NPO to 66.2% with MMLU at 94%. docs/results.md has the table, and what robustness.py makes of it.
 """
 
 # %% [markdown]

@@ -32,7 +32,7 @@ class Preset:
     never_knew: str | None = None
 
 
-# Clamps: tiny's was chosen on the picking half (README); -100 and the gemma-2 SAEs are SAEBench's and
+# Clamps: tiny's was chosen on the picking half (docs/results.md); -100 and the gemma-2 SAEs are SAEBench's and
 # Farrell et al.'s middle setting (arXiv 2410.19278). Gemma-3 residuals are far larger, so -100 may do nothing.
 PRESETS = {
     "tiny": Preset(str(HERE / "tiny/model"), str(HERE / "tiny/sae/layer_{layer}"), -80.0, "never-knew"),

@@ -109,8 +109,8 @@ def peak_gb() -> float | None:
 
 
 def make_record(script: str, s, saes: list, sources: dict, sanity, points: list, seconds: float) -> dict:
-    """What was run, on what, and one point per edit with its scores; README describes the fields. Of several SAEs, or
-    where --layer takes several, what is said of the SAE is a list."""
+    """What was run, on what, and one point per edit with its scores; docs/records.md describes the fields. Of several
+    SAEs, or where --layer takes several, what is said of the SAE is a list."""
     packages = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
 
     def of_saes(name):

@@ -364,7 +364,7 @@ def commands(blocks: list[str]) -> list[str]:
     return [re.sub(" +", " ", line.strip()) for line in lines if line.strip() and "gemma" not in line]
 
 
-SECTION = re.search(r"## Through lm-eval\n(.*?)\n## Files", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+SECTION = (ROOT / "docs/real_models.md").read_text().split("## Through lm-eval\n")[1]
 README = commands(re.findall(r"```\n(.*?)```", SECTION, re.DOTALL))
 HELP = commands(re.findall(r"^    (?:.*\\\n)*.*$", lm_eval_ablated.__doc__, re.MULTILINE))
 
