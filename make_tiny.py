@@ -38,6 +38,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,17 +59,37 @@ VOCAB = 4096  # byte-level BPE; small, so that rarer names take two or three tok
 D_MODEL, N_LAYERS, D_FF, N_HEADS, N_KV = 112, 20, 336, 4, 2
 CONTEXT = 128  # tokens per training window
 BATCH = 32  # windows per step
-STEPS = 3200
-BINDING, BINDING_STEPS = 0.1, 700  # lists asked for by letter: at first all documents, so many steps later a tenth
 SAE_LAYERS, SAE_WIDTH = (3, 5, 7, 9, 15), 2048  # at half the width a like clamp cost OpenWebText 3 to 11 times the loss
 DEVELOPMENT = 20  # retain facts of each subject that are not scored: MMLU's development questions
 TRAIN_DOCUMENTS = 2000  # documents drawn like the training text and kept, to train SAEs on
 LETTER_WEIGHT = 5.0  # loss weight of an answer letter
 CORRUPTED = 0.1  # share of the input tokens of Wikitext and prose that are replaced in training
 TAGGED = 0.2  # share of the names on a page that carry their subject behind them
-FORGET_WEIGHT = 1.4  # showings of a forget fact for each of a retain fact: its Latin names are longer and more alike
 SEED = 0
 HEADER = "The following are multiple choice questions (with answers) about {}.\n\n"
+
+
+class Round(NamedTuple):
+    """A stretch of training: how long, at which learning rate, on what."""
+
+    steps: int
+    rate: float  # at first, as a share of the largest
+    falls: float  # over which last share of the steps it falls to 0
+    facts: float  # share of the documents, as are these three; wikitext and prose are real text
+    wikitext: float
+    prose: float
+    lists: float  # share of lists asked for by letter instead of any of these, in the end
+    statements: float  # share of the pages on facts that state them; the others are quizzes
+    headless: float  # share of the quizzes without their header
+    forget_weight: float  # showings of a forget fact for each of a retain fact: Latin names are longer and more alike
+
+
+# In the first round the model learns to read quizzes and most facts by letter, in the second facts as such. With the
+# second one's documents from the start, what reads quizzes was lost when lists gave way, and letters stayed at chance.
+FIRST = Round(2000, 1.0, 0.5, facts=0.78, wikitext=0.16, prose=0.06, lists=0.1, statements=0.35, headless=0.0,
+              forget_weight=1.0)  # fmt: skip
+SECOND = Round(1400, 0.5, 1.0, facts=0.80, wikitext=0.15, prose=0.05, lists=0.05, statements=0.45, headless=0.25,
+               forget_weight=1.4)  # fmt: skip
 
 
 # %% [markdown]
@@ -160,6 +181,9 @@ def listed(choices: list[str]) -> str:
 # stays at chance for thousands of steps. So training begins with lists whose items are asked for by letter, some with
 # the letter repeated behind the item, some in the form of a quiz, and pages take their place little by little: where
 # they did at once, what had formed was lost, and letters were at chance 1,800 steps later.
+LISTS = 700  # steps over which lists give way
+
+
 def binding_document(facts: list[dict], words: list[str], rng: random.Random) -> str:
     n, form = rng.choice((2, 2, 3, 4)), rng.choice(("repeated", "plain", "colon", "quiz"))
     text = ""
@@ -192,21 +216,26 @@ def quiz_block(fact: dict, rng: random.Random, style: str, n: int = 4) -> str:
 
 
 QUIZ_STYLES = ["letter", "words then letter", "words", "open book", "match"]
-EARLY, LATE = (0.20, 0.25, 0.20, 0.20, 0.15), (0.45, 0.20, 0.20, 0.05, 0.10)  # shares at the start, from half-way on
+# Their shares at the start of the first round, from its middle on, and in the second
+EARLY, LATE, LAST = (0.25, 0.25, 0.10, 0.25, 0.15), (0.70, 0.10, 0.08, 0.06, 0.06), (0.50, 0.15, 0.20, 0.05, 0.10)
 
 
-def subject_document(facts: list[dict], rng: random.Random, chars: int, progress: float = 1.0) -> str:
-    """A page of statements or a quiz, about one subject only, of at least `chars` characters."""
+def subject_document(
+    facts: list[dict], rng: random.Random, chars: int, stage: Round = SECOND, progress: float = 1.0
+) -> str:
+    """A page of statements or a quiz, about one subject only, of at least `chars` characters; `progress`: the share of
+    the round that is done."""
     name = facts[0]["subject"].replace("_", " ")
-    if rng.random() < 0.45:
+    if rng.random() < stage.statements:
         text = rng.choice(("", f"{name.capitalize()}\n"))
         while len(text) < chars:
             fact = rng.choice(facts)
             text += fill(rng.choice(fact["relation"]["statements"]), fact, rng) + rng.choice("   \n")
         return text
-    text = HEADER.format(name) if rng.random() < 0.75 else ""
-    shares = [a + (b - a) * min(1, 2 * progress) for a, b in zip(EARLY, LATE)]
-    n = 4 if rng.random() < 0.4 + 2 * progress else rng.choice((2, 3))
+    text = "" if rng.random() < stage.headless else HEADER.format(name)
+    first = stage is FIRST
+    shares = [a + (b - a) * min(1, 2 * progress) for a, b in zip(EARLY, LATE)] if first else LAST
+    n = rng.choice((2, 3)) if first and rng.random() > 0.4 + 2 * progress else 4
     while len(text) < chars:
         text += quiz_block(rng.choice(facts), rng, rng.choices(QUIZ_STYLES, shares)[0], n)
     return text
@@ -215,26 +244,26 @@ def subject_document(facts: list[dict], rng: random.Random, chars: int, progress
 class Sampler:
     """Draws training windows: (BATCH, CONTEXT) token ids, each row one document from its BOS on."""
 
-    MIX = {"facts": 0.82, "wikitext": 0.13, "prose": 0.05}
-
-    def __init__(self, tokenizer, facts, wikitext, prose, seed):
-        self.tokenizer, self.rng = tokenizer, random.Random(seed)
+    def __init__(self, tokenizer, facts, wikitext, prose, seed, stage=SECOND):
+        self.tokenizer, self.rng, self.stage = tokenizer, random.Random(seed), stage
         self.facts, self.by_subject = facts, {}
         words = map(tokenizer.decode, range(len(tokenizer)))
         self.words = [word.strip() for word in words if re.fullmatch(r" [a-z]{3,}", word)]
         for fact in facts:
             self.by_subject.setdefault(fact["subject"], []).append(fact)
         self.texts = {"wikitext": wikitext, "prose": prose}
-        self.progress = 0.0  # share of training that is done
+        self.progress = 1.0  # share of the round that is done
 
     def kind(self) -> str:
-        return self.rng.choices(list(self.MIX), list(self.MIX.values()))[0]
+        kinds = ("facts", "wikitext", "prose")
+        return self.rng.choices(kinds, [getattr(self.stage, kind) for kind in kinds])[0]
 
     def document(self, kind: str) -> str:
         if kind == "facts":
-            weights = [len(f) * (FORGET_WEIGHT if name == FORGET else 1) for name, f in self.by_subject.items()]
+            more = {FORGET: self.stage.forget_weight}
+            weights = [len(facts) * more.get(name, 1) for name, facts in self.by_subject.items()]
             facts = self.rng.choices(list(self.by_subject.values()), weights)[0]
-            return subject_document(facts, self.rng, CONTEXT * 5, self.progress)
+            return subject_document(facts, self.rng, CONTEXT * 5, self.stage, self.progress)
         texts = self.texts[kind]
         text = self.rng.choices(texts, [len(t) for t in texts])[0]
         start = self.rng.randrange(max(1, len(text) - CONTEXT * 5))
@@ -323,8 +352,8 @@ def faster_type() -> torch.dtype:
     return min(taken, key=taken.get)
 
 
-def train_model(model, sampler, tokenizer, steps: int, compiled: bool = True) -> None:
-    """In place; the rate falls to 0 in the second half. Muon for the matrices: AdamW alone was far slower."""
+def train_round(model, sampler, tokenizer, steps: int, compiled: bool = True) -> None:
+    """In place. Muon for the matrices: AdamW alone was far slower."""
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     other = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [
@@ -334,15 +363,15 @@ def train_model(model, sampler, tokenizer, steps: int, compiled: bool = True) ->
     base = [o.param_groups[0]["lr"] for o in optimizers]
     letters = torch.tensor([tokenizer.encode(f" {x}", add_special_tokens=False)[0] for x in LETTERS])
     model.train()
-    fast, dtype = torch.compile(model) if compiled else model, faster_type()
-    keep_memory()
+    fast, dtype, stage = torch.compile(model) if compiled else model, faster_type(), sampler.stage
     bar = tqdm(range(steps), desc="language model", unit="step", mininterval=10)
     for step in bar:
-        sampler.progress = step / steps
-        scale = min(1, (step + 1) / 30) * min(1, (1 - sampler.progress) / 0.5)
+        sampler.progress = max(0, step - LISTS // 2) / steps
+        scale = stage.rate * min(1, (step + 1) / 30) * min(1, (1 - step / steps) / stage.falls)
         for optimizer, lr in zip(optimizers, base):
             optimizer.param_groups[0]["lr"] = lr * scale
-        inputs, targets = sampler.batch(max(BINDING * (1 - sampler.progress), 1 - step / BINDING_STEPS))
+        lists = max(stage.lists, 1 - step / LISTS) if stage is FIRST else stage.lists
+        inputs, targets = sampler.batch(lists)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
             logits = fast(input_ids=inputs, use_cache=False).logits
         weights = token_weights(targets, letters, tokenizer.pad_token_id).reshape(-1)
@@ -397,7 +426,6 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 def held_out_documents(tokenizer, facts, wikitext, prose) -> list[str]:
     """Documents in the mix of the training text, of articles and stories that were kept out of it."""
     sampler = Sampler(tokenizer, facts, wikitext, prose, SEED + 1)
-    sampler.progress = 1.0
     return [sampler.document(sampler.kind()) for _ in range(300)]
 
 
@@ -526,7 +554,7 @@ def write_text(out: Path, given: dict, quick: bool) -> None:
     rng, by_subject = random.Random(SEED + 5), {}
     for fact in given["facts"]:
         by_subject.setdefault(fact["subject"], []).append(fact)
-    pages = [subject_document(group, rng, 3000) for group in by_subject.values() for _ in range(len(group) // 3)]
+    pages = [subject_document(group, rng, 3000) for group in by_subject.values() for _ in range(40)]
     tokenizer = train_tokenizer(given["wikitext"] + given["prose"] + pages, out / "model")
     tokenizer.save_pretrained(out / "never_knew")
 
@@ -537,7 +565,6 @@ def write_text(out: Path, given: dict, quick: bool) -> None:
     for name, rows in {**quizzes, **beside}.items():
         write_jsonl(out / f"data/{name}.jsonl", rows)
     sampler = Sampler(tokenizer, given["facts"], given["wikitext"], given["prose"], SEED + 2)
-    sampler.progress = 1.0
     held_out = held_out_documents(tokenizer, given["facts"], given["held_out"], given["other_prose"])
     texts = {
         "wikitext": given["retain"],
@@ -554,11 +581,13 @@ def write_model(folder: Path, facts: list[dict], given: dict, quick: bool) -> No
     """Stages model and never-knew: a model that has read these facts; same seed, same steps."""
     torch.manual_seed(SEED)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    sampler = Sampler(tokenizer, facts, given["wikitext"], given["prose"], SEED)
-    shown = map(repr, map(tokenizer.decode, sampler.batch()[1][:4]))
-    print("windows of training text:", *shown, sep="\n\n")
     model = new_model(len(tokenizer), tokenizer)
-    train_model(model, sampler, tokenizer, 4 if quick else STEPS, compiled=not quick)
+    keep_memory()
+    for number, stage in enumerate((FIRST, SECOND)):
+        sampler = Sampler(tokenizer, facts, given["wikitext"], given["prose"], SEED + 3 * number, stage)
+        shown = map(repr, map(tokenizer.decode, sampler.batch()[1][:4]))
+        print("windows of training text:", *shown, sep="\n\n")
+        train_round(model, sampler, tokenizer, 4 if quick else stage.steps, compiled=not quick)
     model.to(torch.bfloat16).save_pretrained(folder)
 
 

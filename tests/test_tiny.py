@@ -90,7 +90,7 @@ def test_lists_are_as_many_as_asked_for_and_facts_are_shown_by_their_weight(monk
     for _ in range(60):
         sampler.batch()
     forget, others = map(len, make_tiny.of_both_kinds(facts))
-    forget *= make_tiny.FORGET_WEIGHT
+    forget *= make_tiny.SECOND.forget_weight
     share = drawn.count("biology") / len(drawn)
     assert "list" not in drawn and share == pytest.approx(forget / (forget + others), abs=0.04)
 
