@@ -232,7 +232,7 @@ def subject_document(
             fact = rng.choice(facts)
             text += fill(rng.choice(fact["relation"]["statements"]), fact, rng) + rng.choice("   \n")
         return text
-    text = "" if rng.random() < stage.headless else HEADER.format(name)
+    text = "" if stage.headless and rng.random() < stage.headless else HEADER.format(name)
     first = stage is FIRST
     shares = [a + (b - a) * min(1, 2 * progress) for a, b in zip(EARLY, LATE)] if first else LAST
     n = rng.choice((2, 3)) if first and rng.random() > 0.4 + 2 * progress else 4
@@ -554,7 +554,7 @@ def write_text(out: Path, given: dict, quick: bool) -> None:
     rng, by_subject = random.Random(SEED + 5), {}
     for fact in given["facts"]:
         by_subject.setdefault(fact["subject"], []).append(fact)
-    pages = [subject_document(group, rng, 3000) for group in by_subject.values() for _ in range(40)]
+    pages = [subject_document(group, rng, 3000, FIRST) for group in by_subject.values() for _ in range(40)]
     tokenizer = train_tokenizer(given["wikitext"] + given["prose"] + pages, out / "model")
     tokenizer.save_pretrained(out / "never_knew")
 
