@@ -484,12 +484,14 @@ def picking_windows(tokenizer, forget: list[str], retain: list[list[str]], s) ->
     return token_windows(tokenizer, forget, s.context)[0], sets
 
 
-def batches(rows: list[list[int]], batch_size: int, tokenizer, device, desc: str | None = None, shared: bool = True):
+def batches(rows: list[list[int]], batch_size: int, tokenizer, device, desc=None, shared: bool = True, first=None):
     """Yield (indices, (batch, pos) ids) over rows sorted by length, right-padded with a special token.
 
     shared: of several processes each gets its share of the batches, the same ones that a single process would run.
+    first: of each row the tokens that others may begin with, too; those that do come together, sorted by that length.
     """
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # longest first: running out of memory shows at once
+    # longest first: running out of memory shows at once
+    order = sorted(range(len(rows)), key=lambda i: (-first[i], rows[i][: first[i]]) if first else -len(rows[i]))
     starts = range(0, len(order), batch_size)
     starts = processes.own(starts) if shared else starts
     for start in tqdm(starts, desc=desc, unit="batch", disable=desc is None, leave=False):

@@ -43,7 +43,7 @@ from processes import total as over_processes
 CHANCE = 0.25
 KEEP = 0.99  # SAEBench: the share of the unablated MMLU accuracy that a setting must keep
 SCORED_TOKENS = 20_000  # of OpenWebText, documents in order: enough for +-0.001 nats on a small change
-WORTH_SHARING = 8  # tokens, at least, that all prompts of a batch begin with, for these to be run only once
+WORTH_SHARING = 8  # tokens a prompt, at least, that need not be run again, for a batch to be run in two stages
 WORTH_FORETELLING = 1e12  # parameters times tokens: below it any machine is done within seconds
 PERMUTATIONS = list(itertools.permutations(range(4)))  # the first is the order of the source
 
@@ -101,8 +101,8 @@ class OnePass:
     and the others `copies`; `source` (n_rows,) is each row's prompt; and `run_copies` runs the later layers on the
     copies, at most `max_rows` at a time. A copy branches off behind the first layer at which its edit changes anything.
     Tokens before the first that any of its layers changes are not run again: later layers are causal, so they take the
-    unablated prompt's keys and values. Likewise tokens that all prompts begin with are a stage of their own, run for
-    one row, and not again while the next batch begins with the same.
+    unablated prompt's keys and values. Likewise the tokens that prompts begin with, all alike or some, are a stage of
+    their own, run once for each different beginning, and not again while the next batch begins with the same.
     """
 
     def __init__(self, model, edits: list[Edit], max_rows: int = 64):
@@ -124,19 +124,20 @@ class OnePass:
 
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        same = int((ids == ids[:1]).all(0).int().cumprod(0).sum())  # tokens that all prompts begin with
-        shared = len(ids) > 1 and same >= WORTH_SHARING and not self.in_one_piece
-        first = min(same, ids.shape[1] - 1) if shared else 0
-        self.stages, cache = [], DynamicCache()  # without the model's config it keeps all keys of sliding layers too
+        first, places = (0, []) if self.in_one_piece else beginnings(ids.tolist())
+        # {row of a stage: prompt} backwards: for each stage the row that is each prompt's
+        self.stages, self.places, cache = [], [], DynamicCache()  # without a config it keeps sliding layers' keys too
         if first:
-            if self.begin is None or not torch.equal(self.begin.ids, ids[:1, :first]):
-                self.begin = self.forward(ids[:1, :first], DynamicCache())
-            self.stages.append(self.begin)
-            cache = for_rows(self.begin.cache, torch.zeros(len(ids), dtype=torch.long, device=ids.device), first)
+            begin = ids[[places.index(row) for row in range(max(places) + 1)], :first]
+            if self.begin is None or not torch.equal(self.begin.ids, begin):
+                self.begin = self.forward(begin, DynamicCache())
+            self.stages, self.places = [self.begin], [torch.tensor(places)]
+            cache = for_rows(self.begin.cache, self.places[0], first)
         self.stages.append(self.forward(ids[:, first:], cache))
+        self.places.append(torch.arange(len(ids)))
 
         def whole(parts):
-            return torch.cat([x.expand(len(ids), *x.shape[1:]) for x in parts], 1)
+            return torch.cat([x[rows.to(x.device)] for x, rows in zip(parts, self.places)], 1)
 
         self.streams = {layer: whole([stage.streams[layer] for stage in self.stages]) for layer in self.layers}
         self.ordinary, self.editable, result = (
@@ -162,8 +163,11 @@ class OnePass:
             kept["result"] = args[0]
             return args[0][:1, :1], *args[1:]  # the unembedding that the model goes on to is not what we need
 
-        def keep_stream(h, hook):
-            streams[int(hook.name.split(".")[1])] = h
+        def keep_stream(layer):  # the block's own hook: a list of hook points is looked up anew for each pass
+            def hook(module, args, output):
+                streams[layer] = output[0] if isinstance(output, tuple) else output
+
+            return hook
 
         with ExitStack() as hooks:
             for layer in range(self.layers[0] + 1, len(blocks)) if self.layers else ():
@@ -171,8 +175,8 @@ class OnePass:
                 hooks.callback(handle.remove)
             hooks.callback(self.model.unembed.register_forward_pre_hook(keep_result).remove)
             seen = hooks.enter_context(watch_tokens(self.model.original_model, self.model.tokenizer))
-            points = [(f"blocks.{layer}.hook_resid_post", keep_stream) for layer in self.layers]
-            hooks.enter_context(self.model.hooks(fwd_hooks=points))
+            for layer in set(self.layers) & set(range(len(blocks))):
+                hooks.callback(blocks[layer].register_forward_hook(keep_stream(layer)).remove)
             self.model(ids, past_key_values=cache, use_cache=True)
         if missing := sorted(set(self.layers) - set(streams)):
             raise RuntimeError(f"layers {missing} never ran: nothing was edited there")
@@ -240,22 +244,29 @@ class OnePass:
                 some = group[at : at + self.max_rows]
                 copies, rows = [self.copies[i] for i in some], torch.tensor(some) + batch
                 start = copies[0].start
-                h, cache = self.edited(copies, layer, start), for_rows(self.cache, self.source[rows], start, layer + 1)
-                out, first = [], 0
-                for stage in self.stages:
+                h, source, out, first = self.edited(copies, layer, start), self.source[rows], [], 0
+                cache = for_rows(self.cache, source, start, layer + 1)
+                for stage, places in zip(self.stages, self.places):
                     length = stage.ids.shape[1]
                     skip = max(0, start - first)
                     if skip < length:
-                        piece = h[:, first + skip - start : first + length - start]
-                        out.append(self.later_layers(piece, layer, copies, stage, first, skip, cache))
+                        some, again = alike_so_far(copies, places)
+                        if len(some) < len(copies):
+                            cache = for_rows(self.cache, source[some], start, layer + 1)
+                        piece = h[some, first + skip - start : first + length - start]
+                        of = [copies[i] for i in some]
+                        out.append(self.later_layers(piece, layer, of, stage, places, first, skip, cache)[again])
+                        if len(some) < len(copies):
+                            cache = for_rows(cache, again, first + length, layer + 1)
                     first += length
                 yield rows, start, self.model.ln_final(torch.cat(out, 1))
 
-    def later_layers(self, h, layer: int, copies: list[Copy], stage: Stage, first: int, skip: int, cache):
+    def later_layers(self, h, layer: int, copies: list[Copy], stage: Stage, places, first: int, skip: int, cache):
         """Run the layers behind `layer` on h (n, pos - skip, d_model), given what they were given for the stage's
-        tokens, the prompts' tokens from `first` on; row i of h is of copies[i]."""
+        tokens, the prompts' tokens from `first` on; row i of h is of copies[i], whose prompt is row places[prompt] of
+        the stage."""
         prompts = torch.tensor([copy.prompt for copy in copies])
-        source = prompts if len(stage.ids) > 1 else torch.zeros_like(prompts)
+        source = places[prompts]
         editable = self.editable[prompts.to(self.editable.device), first + skip : first + stage.ids.shape[1]]
         blocks, (_, _, left) = self.model.blocks, stage.inputs.get(layer + 1, ((), {}, {}))
         store = {name: tuple(x[source.to(x.device)] for x in pair) for name, pair in left.items()}
@@ -307,6 +318,33 @@ class OnePass:
         logits = self.model.unembed(h)
         cap = getattr(self.model.original_model.config.get_text_config(), "final_logit_softcapping", None)
         return (torch.tanh(logits / cap) * cap if cap else logits).float()
+
+
+def beginnings(rows: list[list[int]]) -> tuple[int, list[int]]:
+    """How many tokens the rows (of equal length) begin with that are best run once for all that begin alike, and for
+    each row the place of its beginning among the different ones; 0 where it is not worth it."""
+    best, found, places = WORTH_SHARING * (len(rows) - 1), (0, []), [0] * len(rows)
+    for n in range(1, len(rows[0])):
+        known = {}
+        places = [known.setdefault((place, row[n - 1]), len(known)) for place, row in zip(places, rows)]
+        if len(known) == len(rows):
+            break
+        if (len(rows) - len(known)) * n >= best:
+            best, found = (len(rows) - len(known)) * n, (n, places)
+    return found
+
+
+def alike_so_far(copies: list[Copy], places: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+    """Which of the copies stand for all in a stage, as their edit is one and so is their beginning, and for each copy
+    the place of its own among these. An edit that looks at whole prompts has no copies alike."""
+    known, some, again = {}, [], []
+    for number, copy in enumerate(copies):
+        key = number if copy.edit.whole else (copy.edit, int(places[copy.prompt]))
+        if key not in known:
+            known[key] = len(some)
+            some.append(number)
+        again.append(known[key])
+    return some, torch.tensor(again)
 
 
 def by_edit(copies: list[Copy]) -> list[tuple[Edit, list[int]]]:
@@ -453,7 +491,7 @@ def score_loss(
     nats = torch.zeros(len(edits), len(windows), dtype=torch.float64)
     targets = torch.zeros(len(windows), dtype=torch.long)
     run = OnePass(model, edits, max_rows)
-    for picked, ids in batches(windows, batch_size, model.tokenizer, model.cfg.device, desc):
+    for picked, ids in batches(windows, batch_size, model.tokenizer, model.cfg.device, desc, first=first):
         clean = run(ids)
         ids, real = ids.to(clean.device), run.ordinary[:, 1:].to(clean.device)  # (batch, pos - 1): is t + 1 a target
         if first is not None:
@@ -478,7 +516,7 @@ def score_words(model, questions: list[dict], edits, batch_size=16, desc=None, m
     without header, options and letters. Per character, as lm-eval's acc_norm has it: else the shortest option wins.
     Raises UserError as score_letters does."""
     windows, first = encode_words(model.tokenizer, questions)
-    nats = score_loss(model, windows, edits, 4 * batch_size, desc, max_rows, first=first)[0]
+    nats = score_loss(model, windows, edits, 4 * batch_size, desc, 4 * max_rows, first=first)[0]
     return per_character(nats, questions)
 
 

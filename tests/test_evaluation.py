@@ -1,6 +1,7 @@
 import argparse
 import itertools
 import math
+import random
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -355,6 +356,52 @@ def test_every_method_in_one_pass_equals_a_plain_pass(model, make_sae, scale_of,
             assert abs(nats[k, j].item() - losses.double().sum().item()) < 1e-5 * targets[j]
     moved = (found - found[0]).abs().amax((1, 2))
     assert all((m > 1e-3) == (edit.method not in ("none", "sae-patched")) for m, edit in zip(moved, rows))
+
+
+def test_answers_behind_one_question_share_it(model, make_sae, scale_of):
+    """Questions are run once for all of their options, and once for each edit; every method, as in a plain pass."""
+    low, high = make_sae(model, spoil=dead), make_sae(model, layer=2, hook_name="blocks.2.hook_resid_post", seed=1)
+    low.scale = scale_of(model)
+    questions, options = (some_ids(model, shape, seed=seed).tolist() for shape, seed in (((3, 14), 5), ((12, 24), 6)))
+    first = [13 + k // 4 % 2 for k in range(12)]
+    windows = [[*questions[k // 4][: first[k]], *row[10 : 13 + k % 4]] for k, row in enumerate(options)]
+    rows = every_method(low, high, [gate_between(model, sae, [0, 2], windows) for sae in (low, high)])
+    rows = [edit for edit in rows if not edit.whole or len(edit.at) == 1]
+    run, ids = OnePass(model, rows, 7), evaluation.padded(windows, model.tokenizer, "cpu")
+    run(ids)
+    assert run.stages[0].ids.tolist() == [question[:13] for question in questions] and len(run.stages) == 2
+    sizes = []
+    handle = model.blocks[3].register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[0]))
+    for _ in run.run_copies():
+        pass
+    handle.remove()
+    assert sum(sizes) < 2 * len(run.copies)  # less than one row each in either stage
+    for batch_size, max_rows in ((12, 64), (5, 7)):
+        nats, _ = score_loss(model, windows, rows, batch_size, max_rows=max_rows, first=first)
+        for k, edit in enumerate(rows):
+            for j, ids in enumerate(windows):
+                goal = torch.tensor(ids[1:])
+                losses = -plain_pass(model, edit, ids)[torch.arange(len(goal)), goal]
+                counted = ~torch.isin(goal, special(model)) & (torch.arange(1, len(ids)) >= first[j])
+                assert nats[k, j].item() == pytest.approx(losses[counted].double().sum().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_run_once_saves_most(seed):
+    """Against every length that could be shared."""
+    rng = random.Random(seed)
+    batch, length = rng.randint(1, 7), rng.randint(2, 30)
+    starts = [[rng.randrange(3) for _ in range(length)] for _ in range(rng.randint(1, 3))]
+    rows = [[*rng.choice(starts)[: (cut := rng.randint(0, length))], *(rng.randrange(3) for _ in range(length - cut))]
+            for _ in range(batch)]  # fmt: skip
+    saved = {n: (batch - len({tuple(row[:n]) for row in rows})) * n for n in range(1, length)}
+    n, places = evaluation.beginnings(rows)
+    best = max(saved.values())
+    if n == 0:
+        assert best < evaluation.WORTH_SHARING * (batch - 1) or best == 0
+    else:
+        assert saved[n] == best >= evaluation.WORTH_SHARING * (batch - 1)
+        assert all((places[i] == places[j]) == (rows[i][:n] == rows[j][:n]) for i in range(batch) for j in range(batch))
 
 
 def test_a_copy_begins_with_the_first_token_that_any_of_its_layers_changes(gemma, make_sae):

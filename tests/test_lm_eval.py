@@ -109,10 +109,10 @@ def test_scores_and_letters_are_the_lessons_on_every_question(tmp_path):
 
 METHODS = ["zero-ablation", "mean-ablation", "clamp", "random-features", "conditional-clamp", "refusal-clamp", "dsg",
            "diff-in-means"]  # fmt: skip
-FAST = ("dsg",)  # whose gate looks at the whole prompt
 
 
-@pytest.mark.parametrize("method", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_the_letters_of_baselines(method, monkeypatch, tmp_path):
     """On every question of the reporting half: a record's edit as it is, and for DSG a setting given by flags."""
     assert set(METHODS) == set(GRIDS)

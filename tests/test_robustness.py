@@ -101,6 +101,7 @@ def test_a_record_of_what_has_been_trained_again_is_not_taken_up(monkeypatch, tm
         robustness.run(records=[str(path)], out=str(tmp_path / "o.json"))
 
 
+@pytest.mark.slow
 def test_who_is_back_first(twin, monkeypatch, tmp_path):
     """Learning the asked facts themselves, looked at on the way, beside the model that never knew them."""
     monkeypatch.setitem(baselines.GRIDS, "clamp", [{"n_features": 2, "clamp": 1}])
