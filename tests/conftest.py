@@ -74,6 +74,9 @@ NORMS = ("none", "constant_norm_rescale", "layer_norm")
 D_MODEL, N_LAYERS, WINDOW, D_SAE = 32, 4, 8, 64
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "tiny"
+CONFIG = json.loads((TINY / "model/config.json").read_text())
+LAYERS = f"layers 0 to {CONFIG['num_hidden_layers'] - 1}"  # as messages name tiny's
+N_QUESTIONS = {name: len((TINY / f"data/{name}.jsonl").read_text().splitlines()) for name in ("wmdp_bio", "mmlu")}
 HOOK = "blocks.1.hook_resid_post"
 BOS, EOS, PAD, MARKER = "<bos>", "<eos>", "<pad>", "<start_of_turn>"
 

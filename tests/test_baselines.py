@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, fill, hf, nats_by_hand, some_ids, target_mask
+from conftest import CONFIG, FAMILIES, LAYERS, fill, hf, nats_by_hand, some_ids, target_mask
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from safetensors.torch import load_file
 
@@ -178,7 +178,7 @@ def test_gradients_reach_all_weights_and_crisp_those_of_its_layers(two_settings,
     lm = load_model("tiny")
     texts = load_benchmark(s)[0]
     measured = methods.measure(lm, s.layer, None, texts["forget"], texts["retain"], s.clamp, s)
-    for method, layers in (("grad-diff", range(12)), ("crisp", range(2, 7))):
+    for method, layers in (("grad-diff", range(CONFIG["num_hidden_layers"])), ("crisp", range(2, 7))):
         setting = baselines.absolute(method, baselines.TRAINED[method][0], s)
         baselines.forgetful(method, setting, tmp_path / "r.model", texts, measured, s)
         after = load_file(tmp_path / "r.model/model.safetensors")
@@ -236,7 +236,7 @@ def test_all_methods_one_figure_and_relearning(two_settings, monkeypatch, tmp_pa
     "flags, said",
     [
         (dict(method="refusal-clamp"), "--refusal-latent"),
-        (dict(method="diff-in-means", layer=12), "layers 0 to 11"),
+        (dict(method="diff-in-means", layer=40), LAYERS),
         (dict(method="clamp", layer=4), "layer_3"),
     ],
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import lm_eval
 import pytest
 import yaml
-from conftest import listing
+from conftest import N_QUESTIONS, listing
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -90,14 +90,13 @@ def test_scores_and_letters_are_the_lessons_on_every_question(tmp_path):
         for script in (feature_ablate_1, feature_ablate_2)
     ]
     theirs = lm_eval_ablated.run(**same, unablated=True, out=str(tmp_path / "lm_eval.json"))
-    n = {"wmdp_bio": 174, "mmlu": 362}
     for record in lessons:
         for setting in (("none", None), ("sae-ablation", -80.0)):
             mine, other = points(record)[setting], points(theirs)[setting]
             for name in mine:
                 assert record["data"][name]["questions"] == theirs["data"][name]["questions"]
                 assert record["data"][name]["sha256"] == theirs["data"][name]["sha256"]
-                assert len(other[name]["letters"]) == other[name]["n"] == n[name]
+                assert len(other[name]["letters"]) == other[name]["n"] == N_QUESTIONS[name]
                 for part in ("letters_mass", "right_probability"):  # but for rounding
                     assert mine[name][part] == pytest.approx(other[name][part], abs=1e-5)
                 equal = set(mine[name]) - {"letters_mass", "right_probability", "in_words"}
@@ -185,7 +184,8 @@ def test_features_come_from_picking_a_list_layers_or_a_record(tmp_path):
     every = {**flags, "limit": None}
     path = listing(tmp_path, "list", features)
     of_list = lm_eval_ablated.run(**every, features=path, layer=3, out=str(tmp_path / "b.json"))
-    assert of_list["points"][1]["scores"]["wmdp_bio"]["n"] == 174  # nobody knows what the list was picked on
+    # nobody knows what the list was picked on, so all are asked
+    assert of_list["points"][1]["scores"]["wmdp_bio"]["n"] == N_QUESTIONS["wmdp_bio"]
     path = listing(tmp_path, "layers", {"3": features, "7": [1, 2]})
     both = lm_eval_ablated.run(**{**flags, "tasks": None}, features=path, out=str(tmp_path / "c.json"))
     assert both["points"][1]["setting"] == {
@@ -213,7 +213,10 @@ def test_a_record_settles_what_its_edit_was_made_under(tmp_path):
     [
         (dict(tasks="tiny_wmpd_bio"), "near: tiny_wmdp_bio"),
         (dict(tasks="tiny_mmlu", subjects="zoology,alchemy"), "no alchemy; there are astronomy"),
-        (dict(tasks="tiny_mmlu", samples=["tiny_mmlu:FILE"], file=[400]), "362 documents, there is no 400"),
+        (
+            dict(tasks="tiny_mmlu", samples=["tiny_mmlu:FILE"], file=[700]),
+            f"{N_QUESTIONS['mmlu']} documents, there is no 700",
+        ),
         (dict(tasks="tiny_mmlu", samples=["tiny_mmlu:FILE"], file=[]), "JSON list of indices"),
         (dict(tasks="tiny_mmlu", samples=["mmlu:FILE"], file=[1]), "mmlu is none of the tasks"),
         (dict(features="FILE", file=[1, 1]), "named twice"),
@@ -267,7 +270,7 @@ def test_limit_is_a_seeded_sample_and_subsets_are_what_was_asked_for(tmp_path):
     docs = task["tiny_mmlu"][1][0].eval_docs
     whole, some = chosen(), chosen(limit=21)
     assert whole == halves(list(docs), 0)[1]  # the lessons' reporting half
-    assert len(whole) == 178 and len(some) == 21 and set(some) < set(whole)
+    assert len(whole) > 170 and len(some) == 21 and set(some) < set(whole)
     assert some == chosen(limit=21) != chosen(limit=21, seed=1)
     assert some != whole[:21]
     assert {docs[i]["subject"] for i in chosen(subjects="zoology,astronomy")} == {"zoology", "astronomy"}

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import D_SAE, ordinary_mask, residual, some_windows
+from conftest import CONFIG, D_SAE, ordinary_mask, residual, some_windows
 
 import baselines
 import edits
@@ -26,10 +26,10 @@ def test_what_reads_the_stream_reads_it_there_too(renamed, monkeypatch):
     )
     features = measured.features(20, "dsg")
     assert features == straight.features(20, "dsg")
-    assert methods.gate_for(measured, 20) == methods.gate_for(straight, 20) > 0
+    assert methods.gate_for(measured, 20, 1.0) == methods.gate_for(straight, 20, 1.0) > 0
     assert list(baselines.read_by_crisp(measured)[0]) == [3]
     edit = methods.edit_for("diff-in-means", {"strength": 1, "behind": True}, measured)
-    assert list(edit.at) == list(range(3, 12))
+    assert list(edit.at) == list(range(3, CONFIG["num_hidden_layers"]))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, some_ids
+from conftest import CONFIG, FAMILIES, LAYERS, some_ids
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -155,7 +155,7 @@ def test_the_record_has_everything_and_the_folder_three_other_matrices(trained):
     assert [point["method"] for point in record["points"]] == ["none", "rmu"]
     assert {"wmdp_bio", "wmdp_bio_tuning", "mmlu", "mmlu_tuning", "openwebtext"} == set(record["points"][1]["scores"])
     assert len(record["log"]) == 40 and record["log"][-1][2] > record["log"][0][2] + 0.1  # turns to the control vector
-    assert len(record["control_vector"]) == 128
+    assert len(record["control_vector"]) == CONFIG["hidden_size"]
     before, after = (load_file(path / "model.safetensors") for path in (ROOT / "tiny/model", folder / "r.model"))
     changed = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
     assert changed == {f"model.layers.{i}.mlp.down_proj.weight" for i in (1, 2, 3)}
@@ -220,7 +220,7 @@ def test_a_stopped_sweep_goes_on_and_ends_with_the_same_record(monkeypatch, tmp_
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (dict(layer=40), "layers 0 to 11"),
+        (dict(layer=40), LAYERS),
         (dict(multiple=1e30), "the loss is no number"),
         (dict(model="no-such-model"), "no-such-model"),
         (dict(limit=0), "--limit 0: at least 1"),

@@ -14,6 +14,7 @@ from pathlib import Path
 import jupytext
 import nbclient
 import pytest
+from conftest import LAYERS
 
 import data
 import evaluation
@@ -71,7 +72,7 @@ def narrow_sae(folder):
     "flags, said",
     [
         (["--layer", "4"], ["layer_4", "layer_7"]),
-        (["--layer", "99"], ["layers 0 to 11"]),
+        (["--layer", "99"], [LAYERS]),
         (["--n-features", "0"], ["--n-features 0", "at least 1"]),
         (["--n-features", "999999"], ["--n-features 999999", "2048"]),
         (["--model", "no-such-model"], ["no-such-model", "tiny"]),
