@@ -125,8 +125,8 @@ class OnePass:
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         first, places = (0, []) if self.in_one_piece else beginnings(ids.tolist())
-        # {row of a stage: prompt} backwards: for each stage the row that is each prompt's
-        self.stages, self.places, cache = [], [], DynamicCache()  # without a config it keeps sliding layers' keys too
+        # places: which row of each stage is a prompt's. A cache without a config keeps sliding layers' keys, too
+        self.stages, self.places, cache = [], [], DynamicCache()
         if first:
             begin = ids[[places.index(row) for row in range(max(places) + 1)], :first]
             if self.begin is None or not torch.equal(self.begin.ids, begin):
@@ -244,19 +244,19 @@ class OnePass:
                 some = group[at : at + self.max_rows]
                 copies, rows = [self.copies[i] for i in some], torch.tensor(some) + batch
                 start = copies[0].start
-                h, source, out, first = self.edited(copies, layer, start), self.source[rows], [], 0
-                cache = for_rows(self.cache, source, start, layer + 1)
+                h, cache = self.edited(copies, layer, start), for_rows(self.cache, self.source[rows], start, layer + 1)
+                out, first = [], 0
                 for stage, places in zip(self.stages, self.places):
                     length = stage.ids.shape[1]
                     skip = max(0, start - first)
                     if skip < length:
-                        some, again = alike_so_far(copies, places)
-                        if len(some) < len(copies):
-                            cache = for_rows(self.cache, source[some], start, layer + 1)
-                        piece = h[some, first + skip - start : first + length - start]
-                        of = [copies[i] for i in some]
+                        ones, again = alike_so_far(copies, places)
+                        if len(ones) < len(copies):
+                            cache = for_rows(cache, ones, start, layer + 1)
+                        piece = h[ones.to(h.device), first + skip - start : first + length - start]
+                        of = [copies[i] for i in ones]
                         out.append(self.later_layers(piece, layer, of, stage, places, first, skip, cache)[again])
-                        if len(some) < len(copies):
+                        if len(ones) < len(copies):
                             cache = for_rows(cache, again, first + length, layer + 1)
                     first += length
                 yield rows, start, self.model.ln_final(torch.cat(out, 1))
@@ -334,17 +334,18 @@ def beginnings(rows: list[list[int]]) -> tuple[int, list[int]]:
     return found
 
 
-def alike_so_far(copies: list[Copy], places: torch.Tensor) -> tuple[list[int], torch.Tensor]:
-    """Which of the copies stand for all in a stage, as their edit is one and so is their beginning, and for each copy
-    the place of its own among these. An edit that looks at whole prompts has no copies alike."""
-    known, some, again = {}, [], []
+def alike_so_far(copies: list[Copy], places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of the copies (n,) stand for all in a stage, as their edit is one and so is their beginning, and for each
+    copy, (n,), the place of its own among these. places (n_prompts,): the rows of the stage that are the prompts'. An
+    edit that looks at whole prompts has no copies alike."""
+    known, ones, again = {}, [], []
     for number, copy in enumerate(copies):
         key = number if copy.edit.whole else (copy.edit, int(places[copy.prompt]))
         if key not in known:
-            known[key] = len(some)
-            some.append(number)
+            known[key] = len(ones)
+            ones.append(number)
         again.append(known[key])
-    return some, torch.tensor(again)
+    return torch.tensor(ones), torch.tensor(again)
 
 
 def by_edit(copies: list[Copy]) -> list[tuple[Edit, list[int]]]:
@@ -516,7 +517,7 @@ def score_words(model, questions: list[dict], edits, batch_size=16, desc=None, m
     without header, options and letters. Per character, as lm-eval's acc_norm has it: else the shortest option wins.
     Raises UserError as score_letters does."""
     windows, first = encode_words(model.tokenizer, questions)
-    nats = score_loss(model, windows, edits, 4 * batch_size, desc, 4 * max_rows, first=first)[0]
+    nats = score_loss(model, windows, edits, 4 * batch_size, desc, max_rows, first=first)[0]
     return per_character(nats, questions)
 
 

@@ -232,6 +232,7 @@ def subject_document(
             fact = rng.choice(facts)
             text += fill(rng.choice(fact["relation"]["statements"]), fact, rng) + rng.choice("   \n")
         return text
+    # in the first round nothing is drawn here: the tokenizer is trained on its pages, and would be another one
     text = "" if stage.headless and rng.random() < stage.headless else HEADER.format(name)
     first = stage is FIRST
     shares = [a + (b - a) * min(1, 2 * progress) for a, b in zip(EARLY, LATE)] if first else LAST
@@ -583,8 +584,8 @@ def write_model(folder: Path, facts: list[dict], given: dict, quick: bool) -> No
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = new_model(len(tokenizer), tokenizer)
     keep_memory()
-    for number, stage in enumerate((FIRST, SECOND)):
-        sampler = Sampler(tokenizer, facts, given["wikitext"], given["prose"], SEED + 3 * number, stage)
+    for seed, stage in ((SEED, FIRST), (SEED + 3, SECOND)):  # not the ones that the data's documents are drawn with
+        sampler = Sampler(tokenizer, facts, given["wikitext"], given["prose"], seed, stage)
         shown = map(repr, map(tokenizer.decode, sampler.batch()[1][:4]))
         print("windows of training text:", *shown, sep="\n\n")
         train_round(model, sampler, tokenizer, 4 if quick else stage.steps, compiled=not quick)

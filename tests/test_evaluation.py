@@ -367,7 +367,7 @@ def test_answers_behind_one_question_share_it(model, make_sae, scale_of):
     windows = [[*questions[k // 4][: first[k]], *row[10 : 13 + k % 4]] for k, row in enumerate(options)]
     rows = every_method(low, high, [gate_between(model, sae, [0, 2], windows) for sae in (low, high)])
     rows = [edit for edit in rows if not edit.whole or len(edit.at) == 1]
-    run, ids = OnePass(model, rows, 7), evaluation.padded(windows, model.tokenizer, "cpu")
+    run, ids = OnePass(model, rows, 1000), evaluation.padded(windows, model.tokenizer, "cpu")
     run(ids)
     assert run.stages[0].ids.tolist() == [question[:13] for question in questions] and len(run.stages) == 2
     sizes = []
@@ -375,7 +375,8 @@ def test_answers_behind_one_question_share_it(model, make_sae, scale_of):
     for _ in run.run_copies():
         pass
     handle.remove()
-    assert sum(sizes) < 2 * len(run.copies)  # less than one row each in either stage
+    edited_questions = {(c.layer, c.edit, i if c.edit.whole else c.prompt // 4) for i, c in enumerate(run.copies)}
+    assert sum(sizes) == len(edited_questions) + len(run.copies) and len(edited_questions) < 0.7 * len(run.copies)
     for batch_size, max_rows in ((12, 64), (5, 7)):
         nats, _ = score_loss(model, windows, rows, batch_size, max_rows=max_rows, first=first)
         for k, edit in enumerate(rows):
@@ -384,6 +385,19 @@ def test_answers_behind_one_question_share_it(model, make_sae, scale_of):
                 losses = -plain_pass(model, edit, ids)[torch.arange(len(goal)), goal]
                 counted = ~torch.isin(goal, special(model)) & (torch.arange(1, len(ids)) >= first[j])
                 assert nats[k, j].item() == pytest.approx(losses[counted].double().sum().item(), abs=1e-4)
+
+
+def test_only_edits_that_look_no_further_have_copies_alike():
+    far, near = Edit("far", {1: SimpleNamespace(whole=True)}), Edit("near", {1: SimpleNamespace(whole=False)})
+    copies = [evaluation.Copy(prompt, 1, 0, edit) for edit in (near, far) for prompt in range(3)]
+    ones, again = evaluation.alike_so_far(copies, torch.tensor([0, 0, 1]))
+    assert ones.tolist() == [0, 2, 3, 4, 5] and again.tolist() == [0, 0, 1, 2, 3, 4]
+
+
+def test_windows_that_begin_alike_come_together(gemma):
+    windows, first = [[2, 9 - k % 3, 5, k] for k in range(9)], [3] * 9
+    picked = [order for order, _ in data.batches(windows, 3, gemma.tokenizer, "cpu", first=first)]
+    assert [{k % 3 for k in some} for some in picked] == [{2}, {1}, {0}]
 
 
 @pytest.mark.parametrize("seed", range(20))
