@@ -238,6 +238,7 @@ def test_reconstruction_leaves_special_tokens_alone(gemma, make_sae):
 
 def test_one_forward_pass_per_batch(gemma, make_sae):
     passes = []
+    evaluation.check_engine(gemma, [1])  # its own passes, which come once a model, are not meant
     handle = gemma.blocks[0].register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
     score_letters(gemma, rows_of_ids(gemma), [20, 21, 22, 23], ablations(make_sae(gemma)), batch_size=4)
     handle.remove()
