@@ -237,10 +237,10 @@ def test_reconstruction_leaves_special_tokens_alone(gemma, make_sae):
 
 
 def test_one_forward_pass_per_batch(gemma, make_sae):
-    passes = []
-    evaluation.check_engine(gemma, [1])  # its own passes, which come once a model, are not meant
+    edits, passes = ablations(make_sae(gemma)), []
+    evaluation.check_engine(gemma, [1])  # its passes, which come once a model, are not meant, nor are those for an SAE
     handle = gemma.blocks[0].register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
-    score_letters(gemma, rows_of_ids(gemma), [20, 21, 22, 23], ablations(make_sae(gemma)), batch_size=4)
+    score_letters(gemma, rows_of_ids(gemma), [20, 21, 22, 23], edits, batch_size=4)
     handle.remove()
     assert passes == [4, 4, 2]
 
