@@ -21,9 +21,7 @@ The edits are in edits.py. ELM (arXiv 2410.02760) is not here: it needs a model 
 as an expert, and tiny does not (docs/methods.md); on real models use its authors' code, and --model with the folder
 it saves.
 
-tiny, two cores, 1.4 GB: an edit 23 to 46 s, a trained method 2 to 6 minutes. On the reporting half RMU takes the
-WMDP-Bio stand-in from 95.9 to 24.3%, ten clamped features to 28.4%, CRISP to 35.1%, all with MMLU at 98.9% or more,
-SimNPO to 64.9 and NPO to 66.2% with MMLU at 94%. docs/results.md has the table, and what robustness.py makes of it.
+What comes out on tiny, how long it takes, and what robustness.py makes of it: docs/results.md.
 """
 
 # %% [markdown]
@@ -83,7 +81,8 @@ import show
 from common import Rates, load_hf, load_model, load_sae
 from data import HERE, UserError, load_benchmark, padded, special_ids
 from edits import NEVER_KNEW, NONE, Latents, decoder_layers, layer_of
-from evaluation import answers, answers_of_never_knew, best_setting, check_engine, keep_robust, scores_of
+from engine import check_engine
+from evaluation import answers, answers_of_never_knew, best_setting, keep_robust, scores_of
 from hub import identity, identity_of_never_knew, model_source, sae_source
 from methods import Measured, edit_for, measure
 from training import Master, Nll, check_room, distance, linear_modules, passes, reach, text_nll, training_windows

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 
 import torch
 from sae_lens import SAE
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from data import UserError, batches, first_line, pad_id, special_ids
 
@@ -85,6 +87,32 @@ def watch_tokens(module: torch.nn.Module, tokenizer):
             handle.remove()
 
 
+def unwatched_parts(model) -> list[tuple]:
+    """(module, name, part) for what TransformerLens has put around the parts of each block, where nobody listens at a
+    hook point inside. model: a TransformerBridge."""
+
+    def watched(part):
+        return any(m._forward_hooks or m._forward_pre_hooks for m in part.modules()
+                   if isinstance(m, HookPoint | GeneralizedComponent))  # fmt: skip
+
+    return [(module, name, part) for block in model.blocks for module in block.modules()
+            if not isinstance(module, GeneralizedComponent) for name, part in module.named_children()
+            if isinstance(part, GeneralizedComponent) and not watched(part)]  # fmt: skip
+
+
+@contextmanager
+def without(parts: list[tuple]):
+    """Within it Hugging Face's own modules stand in the place of these `unwatched_parts`: the same numbers to the bit,
+    on a small model a fifth to a third sooner (norms are not computed twice). Hooks of whole blocks still work."""
+    for module, name, part in parts:
+        module._modules[name] = part.original_component
+    try:
+        yield
+    finally:
+        for module, name, part in parts:
+            module._modules[name] = part
+
+
 class Reached(Exception):
     pass
 
@@ -113,9 +141,12 @@ def residuals(lm, layer: int, windows: list, batch_size: int, desc: str | None =
 
     shared: as in data.batches.
     """
+    parts = unwatched_parts(lm)
     with watch_tokens(lm.original_model, lm.tokenizer) as seen:
         for _, ids in batches(windows, batch_size, lm.tokenizer, lm.cfg.device, desc, shared):
-            h, ordinary = hidden(lm.original_model, ids, layer), seen["ordinary"]
+            with without(parts):
+                h = hidden(lm.original_model, ids, layer)
+            ordinary = seen["ordinary"]
             yield h[ordinary.to(h.device)], ids[ordinary.to(ids.device)]
 
 

@@ -10,9 +10,6 @@ Features are picked on one half of the WMDP-Bio questions, by how much more ofte
 on MMLU's development questions. One pass scores every row of the table: unablated, patched with nothing ablated, the
 SAE's bare reconstruction, zero ablation, a negative clamp, and as many random features of like firing rate on the
 retain sets, clamped too. Only MMLU's reporting half is scored, so that a setting can be chosen on the other.
-
-tiny, layer 7, 50 features: 99.4% on the MMLU stand-in unablated, 99.4% under zero ablation, 94.9% under clamp -80,
-88.8% under the random control (n 178); 13 s and 0.8 GB on two cores.
 """
 
 # %% [markdown]
@@ -32,7 +29,8 @@ import show
 from common import firing_rates, largest, load_model, load_never_knew, load_sae, matched_random, pick_features
 from data import halves, load_rows, of_subjects, picking_texts, picking_windows
 from edits import NEVER_KNEW, layer_of
-from evaluation import check_engine, score_quiz, standard_rows
+from engine import check_engine
+from evaluation import score_quiz, standard_rows
 from hub import sanity_gate
 
 # %% [markdown]

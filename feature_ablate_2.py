@@ -3,7 +3,7 @@
 Lesson 2 of 3: ablate WMDP-Bio features, score WMDP-Bio, and MMLU beside it.
 
     python feature_ablate_2.py --layer 7 --n-features 50
-    python feature_ablate_2.py --layer 3 --n-features 10
+    python feature_ablate_2.py --layer 9 --n-features 20 --clamp -80
     python feature_ablate_2.py --model gemma-2-2b-it --layer 7 --n-features 50 --dtype bfloat16
 
 Features are picked on one half of the WMDP-Bio questions, by how much more often they fire there than on Wikitext and
@@ -12,9 +12,7 @@ with nothing ablated, the SAE's bare reconstruction, zero ablation, a negative c
 like firing rate on the retain sets, clamped too. A second table says what accuracy hides: does the model answer with a
 letter at all, how sure is it of the right one, and does it know the answer in words, without options?
 
-tiny, layer 7, 50 features: 95.9% on the WMDP-Bio stand-in unablated, 94.6% under zero ablation, 55.4% under clamp -80,
-85.1% under the random control (n 74). Layer 3, 10 features: 31.1% under clamp -80, 90.5% under the random control, MMLU
-99.4% before and after. 16 s and 0.8 GB on two cores.
+README.md shows what the first command prints, docs/results.md what other settings do.
 """
 
 # %% [markdown]
@@ -35,7 +33,8 @@ import show
 from common import firing_rates, largest, load_model, load_never_knew, load_sae, matched_random, pick_features
 from data import halves, load_rows, picking_texts, picking_windows, utility
 from edits import NEVER_KNEW, layer_of
-from evaluation import check_engine, of_features, score_quiz, standard_rows
+from engine import check_engine
+from evaluation import of_features, score_quiz, standard_rows
 from hub import sanity_gate
 
 # %% [markdown]

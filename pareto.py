@@ -14,9 +14,7 @@ half of the WMDP-Bio questions is picked on; the tuning half of each quiz choose
 what it is worth, and the figure shows the latter. Finished pieces are kept as they are finished: the same command,
 given again after a stop, goes on from there.
 
-tiny, default settings (8 numbers of features, 3 clamps, layer 7): 55 s and 1.3 GB on two cores. Of the settings that
-keep 99% of MMLU, the tuning half chooses 10 features at clamp -80: WMDP-Bio 95.9 to 71.6% on the reporting half. The
-second command, over four layers in 5 minutes, chooses 10 features of layer 3 at clamp -80, which leave 31.1%.
+What comes out on tiny, and how long it takes: docs/results.md.
 """
 
 # %% [markdown]
@@ -56,17 +54,8 @@ import show
 from common import load_model, load_sae
 from data import UserError, load_benchmark
 from edits import NEVER_KNEW, NONE, Edit
-from evaluation import (
-    CHANCE,
-    KEEP,
-    answers,
-    answers_of_never_knew,
-    best_setting,
-    check_engine,
-    keep_robust,
-    of_features,
-    scores_of,
-)
+from engine import check_engine
+from evaluation import CHANCE, KEEP, answers, answers_of_never_knew, best_setting, keep_robust, of_features, scores_of
 from hub import identity, model_source
 from methods import Measured, edit_for, measure
 

@@ -27,7 +27,8 @@ from torch.profiler import ProfilerActivity, profile
 from common import activation_ratio, firing_rates, largest, load_model, load_sae
 from data import batches, encode_prompts, halves, prompt, special_ids, token_windows
 from edits import NONE, edit_of, layer_of, residuals
-from evaluation import OnePass, score_letters
+from engine import OnePass
+from evaluation import score_letters
 
 COUNTS = (1, 2, 5, 10, 20, 50, 100, 200)
 L0 = 100  # active features per token of the random SAE: what Gemma Scope's canonical SAEs have

@@ -426,28 +426,6 @@ def test_a_bfloat16_model_is_loaded_without_a_copy_of_it(tokenizer, tmp_path):
     assert int(out[0]) < size / 2, f"{int(out[0]):,} bytes for a file of {size:,}"
 
 
-def test_sums_need_no_doubles_where_the_device_has_none(monkeypatch, gemma, gemma_sae):
-    """`summed` is asked for fp32 there; rates are the same to what fp32 holds of a batch's sum."""
-    windows = some_ids(gemma).tolist()
-    usual = common.firing_rates(gemma, gemma_sae, windows)
-    asked = []
-
-    class OnApple:
-        def __init__(self, x):
-            self.x, self.device = x, torch.device("mps")
-
-        def sum(self, dim, dtype):
-            asked.append(dtype)
-            return self.x.sum(dim, dtype=dtype)
-
-    real = common.summed
-    monkeypatch.setattr(common, "summed", lambda x: real(OnApple(x)))
-    again = common.firing_rates(gemma, gemma_sae, windows)
-    assert set(asked) == {torch.float32} and torch.equal(usual.fires, again.fires)
-    torch.testing.assert_close(usual.total, again.total, rtol=1e-5, atol=1e-5)
-    assert usual.total.dtype == again.total.dtype == torch.float64
-
-
 def test_a_feature_must_be_rare_in_every_retain_set():
     first = Rates(torch.tensor([5, 0, 1]), torch.tensor([1.0, 0, 2.0]).double(), 100)
     second = Rates(torch.tensor([0, 2, 3]), torch.tensor([0.0, 1.0, 0.5]).double(), 50)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import common
 import edits
+import engine
 import evaluation
 from common import ablate
 from data import special_ids
@@ -546,7 +547,33 @@ def test_special_tokens_are_edited_where_saebench_edits_them(model_folder, make_
     moved = (there != residual(model, ids)).any(-1)
     assert not moved[first].any() and moved[~special & ~first].any()
     assert moved[special & ~first & ~end].any() == (way == "all-but-bos") and not moved[end].any()
-    run = evaluation.OnePass(model, [edits.edit_of("clamp", sae, features=features, clamp=-5.0)])
+    run = engine.OnePass(model, [edits.edit_of("clamp", sae, features=features, clamp=-5.0)])
     run(ids)
     edited = run.edited(run.copies, 1, 0)
     torch.testing.assert_close(edited, there[[copy.prompt for copy in run.copies]], atol=1e-5, rtol=1e-5)
+
+
+def test_without_hook_points_inside_blocks_the_numbers_are_the_same(model):
+    ids = some_ids(model)
+    with torch.inference_mode():
+        wanted = model(ids)
+        parts = edits.unwatched_parts(model)
+        with edits.without(parts):
+            assert not edits.unwatched_parts(model)  # all are out
+            torch.testing.assert_close(model(ids), wanted, atol=2e-5, rtol=0)
+        assert len(parts) >= 4 * model.cfg.n_layers and len(edits.unwatched_parts(model)) == len(parts)
+
+
+def test_a_hook_inside_a_block_is_not_passed_over(gemma):
+    """Scored with somebody's own hook in place, it is the hooked model that is scored."""
+    ids, pushed = some_ids(gemma).tolist(), lambda x, hook: x + 1.0
+    usual = evaluation.score_letters(gemma, ids, [20, 21, 22, 23], [edits.NONE])
+    everything = len(edits.unwatched_parts(gemma))
+    for point in ("blocks.1.mlp.hook_out", "blocks.2.attn.q.hook_out"):
+        with gemma.hooks(fwd_hooks=[(point, pushed)]):
+            assert 0 < len(edits.unwatched_parts(gemma)) < everything
+            found = evaluation.score_letters(gemma, ids, [20, 21, 22, 23], [edits.NONE])
+            with torch.inference_mode():
+                alone = gemma(torch.tensor(ids))[:, -1].log_softmax(-1)[:, 20:24]
+        assert (found - usual).abs().max() > 1e-3
+        torch.testing.assert_close(found[0], alone, atol=2e-5, rtol=0)

@@ -16,14 +16,14 @@ from scipy import stats
 import common
 import data
 import edits
+import engine
 import evaluation
 from data import UserError, encode_prompts, prompt
 from edits import METHODS, NONE, Edit, applied, edit_of
+from engine import OnePass, pushed
 from evaluation import (
-    OnePass,
     accuracy_score,
     loss_scores,
-    pushed,
     quiz_scores,
     robust_subset,
     score_letters,
@@ -77,7 +77,7 @@ def special(model):
 
 
 def one_run(model, edit, ids):
-    """Logits of one unpadded prompt under one edit, without anything of evaluation.py."""
+    """Logits of one unpadded prompt under one edit, without anything of engine.py."""
     with applied(model, model.tokenizer, edit):
         return model(ids)
 
@@ -141,7 +141,7 @@ def test_what_all_prompts_begin_with_is_run_once(model, sae, shared):
     other = some_ids(model, (1, 30), seed=6)[0].tolist()  # the last batch begins otherwise
     prompts = [[*(rows[0] if k > 2 else other)[:shared], *row[shared:]] for k, row in enumerate(rows)]
     sizes = []
-    evaluation.check_engine(model, [1])
+    engine.check_engine(model, [1])
     handle = model.blocks[0].register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape[:2])))
     found = score_letters(model, prompts, [20, 21, 22, 23], ablations(sae), batch_size=5, max_rows=7)
     nats, targets = score_loss(model, prompts, ablations(sae), batch_size=5, max_rows=7)
@@ -238,7 +238,7 @@ def test_reconstruction_leaves_special_tokens_alone(gemma, make_sae):
 
 def test_one_forward_pass_per_batch(gemma, make_sae):
     edits, passes = ablations(make_sae(gemma)), []
-    evaluation.check_engine(gemma, [1])  # its passes, which come once a model, are not meant, nor are those for an SAE
+    engine.check_engine(gemma, [1])  # its passes, which come once a model, are not meant, nor are those for an SAE
     handle = gemma.blocks[0].register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
     score_letters(gemma, rows_of_ids(gemma), [20, 21, 22, 23], edits, batch_size=4)
     handle.remove()
@@ -368,7 +368,7 @@ def test_answers_behind_one_question_share_it(model, make_sae, scale_of):
     windows = [[*questions[k // 4][: first[k]], *row[10 : 13 + k % 4]] for k, row in enumerate(options)]
     rows = every_method(low, high, [gate_between(model, sae, [0, 2], windows) for sae in (low, high)])
     rows = [edit for edit in rows if not edit.whole or len(edit.at) == 1]
-    run, ids = OnePass(model, rows, 1000), evaluation.padded(windows, model.tokenizer, "cpu")
+    run, ids = OnePass(model, rows, 1000), data.padded(windows, model.tokenizer, "cpu")
     run(ids)
     assert run.stages[0].ids.tolist() == [question[:13] for question in questions] and len(run.stages) == 2
     sizes = []
@@ -390,8 +390,8 @@ def test_answers_behind_one_question_share_it(model, make_sae, scale_of):
 
 def test_only_edits_that_look_no_further_have_copies_alike():
     far, near = Edit("far", {1: SimpleNamespace(whole=True)}), Edit("near", {1: SimpleNamespace(whole=False)})
-    copies = [evaluation.Copy(prompt, 1, 0, edit) for edit in (near, far) for prompt in range(3)]
-    ones, again = evaluation.alike_so_far(copies, torch.tensor([0, 0, 1]))
+    copies = [engine.Copy(prompt, 1, 0, edit) for edit in (near, far) for prompt in range(3)]
+    ones, again = engine.alike_so_far(copies, torch.tensor([0, 0, 1]))
     assert ones.tolist() == [0, 2, 3, 4, 5] and again.tolist() == [0, 0, 1, 2, 3, 4]
 
 
@@ -410,12 +410,12 @@ def test_what_is_run_once_saves_most(seed):
     rows = [[*rng.choice(starts)[: (cut := rng.randint(0, length))], *(rng.randrange(3) for _ in range(length - cut))]
             for _ in range(batch)]  # fmt: skip
     saved = {n: (batch - len({tuple(row[:n]) for row in rows})) * n for n in range(1, length)}
-    n, places = evaluation.beginnings(rows)
+    n, places = engine.beginnings(rows)
     best = max(saved.values())
     if n == 0:
-        assert best < evaluation.WORTH_SHARING * (batch - 1) or best == 0
+        assert best < engine.WORTH_SHARING * (batch - 1) or best == 0
     else:
-        assert saved[n] == best >= evaluation.WORTH_SHARING * (batch - 1)
+        assert saved[n] == best >= engine.WORTH_SHARING * (batch - 1)
         assert all((places[i] == places[j]) == (rows[i][:n] == rows[j][:n]) for i in range(batch) for j in range(batch))
 
 
@@ -444,17 +444,18 @@ def test_equal_changes_behind_other_layers_are_no_equal_copies(gemma):
 
 
 def test_a_changes_hash_knows_its_places():
-    change, weights = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)), evaluation.odd_numbers(9)
-    known = evaluation.hashes_of(change, weights[:5])
-    assert len({*known, *evaluation.hashes_of(change.flip(1), weights[:5]), *evaluation.hashes_of(-change, weights[:5]),
-                *evaluation.hashes_of(change.flip(2), weights[:5])}) == 8  # fmt: skip
+    change, weights = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)), engine.odd_numbers(9)
+    known = engine.hashes_of(change, weights[:5])
+    assert len({*known, *engine.hashes_of(change.flip(1), weights[:5]), *engine.hashes_of(-change, weights[:5]),
+                *engine.hashes_of(change.flip(2), weights[:5])}) == 8  # fmt: skip
     wider = torch.zeros(2, 6, 9)  # the same entries among others that nothing happens to, in another order
     wider[..., [4, 1, 0, 3, 2]] = change[..., [4, 1, 0, 3, 2]]
-    assert evaluation.hashes_of(wider, weights) == known
+    assert engine.hashes_of(wider, weights) == known
     order = torch.tensor([3, 0, 4, 1, 2])
-    assert evaluation.hashes_of(change[..., order], weights[order]) == known
+    assert engine.hashes_of(change[..., order], weights[order]) == known
 
 
+@pytest.mark.slow
 def test_every_method_on_tiny():
     """Questions as they are asked, edits behind layers 3 and 7 and both."""
     model = common.load_model("tiny", "cpu")
@@ -502,15 +503,15 @@ def test_what_changes_decides_about_sharing(gemma, make_sae):
 
 # ------------------------------------------------------------------------------ families, and what is no number
 
-KNOWN = ["gemma4", "phi3", "olmo2", "falcon", *FAMILIES]
-UNKNOWN = ["bloom", "falcon_alibi", "mamba", "lfm2"]
-LONG_TAIL = ["mpt", "jamba", "falcon_h1", "recurrent_gemma"]
+KNOWN = ["gemma4", "phi3", "olmo2", "falcon", "falcon_alibi", "mpt", *FAMILIES]
+UNKNOWN = ["bloom", "mamba", "lfm2"]
+LONG_TAIL = ["jamba", "falcon_h1", "recurrent_gemma"]
 
 
 def engine_checked(get_model, family, dtype="float32"):
     model = get_model(family, dtype)
     vars(model).pop("engine_checked", None)
-    evaluation.check_engine(model, [1])
+    engine.check_engine(model, [1])
     return model
 
 
@@ -533,15 +534,15 @@ def test_families_that_the_engine_does_not_know_are_refused_in_a_line(get_model,
 
 def test_rows_are_not_mixed_up_even_in_bfloat16(get_model, monkeypatch):
     """Copies that get another prompt's positions, in the one dtype whose rounding is large."""
-    real = evaluation.OnePass.later_layers
+    real = engine.OnePass.later_layers
     mixed = lambda self, h, *rest: real(self, h, *rest).roll(1, 0)  # noqa: E731
-    monkeypatch.setattr(evaluation.OnePass, "later_layers", mixed)
+    monkeypatch.setattr(engine.OnePass, "later_layers", mixed)
     with pytest.raises(UserError, match="other probabilities"):
         engine_checked(get_model, "gemma2", "bfloat16")
 
 
 def test_scoring_checks_the_engine_first(get_model):
-    model = get_model("falcon_alibi")
+    model = get_model("bloom")
     with pytest.raises(UserError, match="many edits in one pass"):
         score_letters(model, [[2, 30, 31]], [20, 21, 22, 23], [Edit("a", {1: lambda h, ordinary: -h})])
 

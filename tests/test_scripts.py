@@ -223,8 +223,8 @@ def test_the_notebook_form_runs_to_the_end(script, tmp_path, monkeypatch):
 
 
 # Each module imports of lines above its own, and of its own line; of the last line, the scripts, none another
-HOUSE = [["processes"], ["data"], ["edits", "hub"], ["flags", "common"], ["evaluation"], ["pieces"],
-         ["methods", "training", "show"], ["lm_eval_model"],
+HOUSE = [["processes"], ["data"], ["edits", "hub"], ["flags", "common"], ["engine"], ["evaluation"],
+         ["pieces"], ["methods", "training", "show"], ["lm_eval_model"],
          [script.removesuffix(".py") for script in SCRIPTS]]  # fmt: skip
 
 
