@@ -56,7 +56,7 @@ def parser(doc: str, without: tuple[str, ...] = ()) -> argparse.ArgumentParser:
     add("--list", nargs=0, action=ListPresets, default=argparse.SUPPRESS,
         help="show the presets with the layers, widths and L0s of their SAEs")  # fmt: skip
     add("--sae", help="RELEASE:ID of SAELens's table, or a folder (default: the preset's SAE of --layer)")
-    add("--layer", type=int, default=7, help="layer of the SAE; tiny has 3, 5, 7, 9 (default: %(default)s)")
+    add("--layer", type=int, default=7, help="layer of the SAE; tiny has 3, 5, 7, 9, 15 (default: %(default)s)")
     add("--n-features", type=int, default=50, help="how many features to ablate (default: %(default)s)")
     add("--clamp", type=float, help="negative value that active features are set to (default: the preset's)")
     add("--pick", default="ratio", help="rule: ratio, retain-threshold or dsg (default: %(default)s)")

@@ -35,7 +35,8 @@ class Preset:
 # Clamps: tiny's was chosen on the picking half (docs/results.md); -100 and the gemma-2 SAEs are SAEBench's and
 # Farrell et al.'s middle setting (arXiv 2410.19278). Gemma-3 residuals are far larger, so -100 may do nothing.
 PRESETS = {
-    "tiny": Preset(str(HERE / "tiny/model"), str(HERE / "tiny/sae/layer_{layer}"), -80.0, "never-knew"),
+    "tiny": Preset(str(HERE / "tiny/model"), str(HERE / "tiny/sae/layer_{layer}"), -40.0, "never-knew"),
+    "never-knew": Preset(str(HERE / "tiny/never_knew")),
     "gemma-2-2b-it": Preset("google/gemma-2-2b-it",
                             "gemma-scope-2b-pt-res-canonical:layer_{layer}/width_16k/canonical", -100.0),
     "gemma-3-1b-it": Preset("google/gemma-3-1b-it",
@@ -44,8 +45,6 @@ PRESETS = {
                             "gemma-scope-2-4b-it-res-all:layer_{layer}_width_16k_l0_small", -100.0),
     "gpt2": Preset("openai-community/gpt2", "gpt2-small-res-jb:blocks.{layer}.hook_resid_pre", -10.0),
 }  # fmt: skip
-if (HERE / "tiny/never_knew").is_dir():
-    PRESETS["never-knew"] = Preset(str(HERE / "tiny/never_knew"))
 
 
 def model_source(name: str) -> str:
@@ -56,8 +55,7 @@ def model_source(name: str) -> str:
 def never_knew(name: str) -> str | None:
     """The preset of the model that was trained as the preset `name` was, without the forget set: what unlearning aims
     at. None where there is none, as for all models but tiny."""
-    twin = PRESETS[name].never_knew if name in PRESETS else None
-    return twin if twin in PRESETS else None
+    return PRESETS[name].never_knew if name in PRESETS else None
 
 
 def identity_of_never_knew(name: str) -> str | None:

@@ -2,8 +2,8 @@
 r"""
 lm-eval with any edit in place: any of its tasks, any number of features, several layers, one or many GPUs.
 
-    python lm_eval_ablated.py --layer 3 --n-features 10 --tasks tiny_wmdp_bio,tiny_mmlu --unablated
-    python lm_eval_ablated.py --features results/feature_ablate_2_tiny_L3_n10.json --tasks tiny_openwebtext --unablated
+    python lm_eval_ablated.py --layer 7 --n-features 50 --tasks tiny_wmdp_bio,tiny_mmlu --unablated
+    python lm_eval_ablated.py --features results/feature_ablate_2_tiny_L7_n50.json --tasks tiny_openwebtext --unablated
     python lm_eval_ablated.py --record results/baselines_dsg_tiny_L3.json --unablated
     python lm_eval_ablated.py --method dsg --layer 3 --n-features 20 --clamp -10
     python lm_eval_ablated.py --tasks list
@@ -22,8 +22,7 @@ In lm-eval's command line the model is called sae-ablated:
         --model_args pretrained=tiny/model,sae=tiny/sae/layer_3,layer=3,features=features.json,clamp=-80 \
         --include_path lm_eval_tasks --tasks tiny_wmdp_bio --batch_size 16
 
-tiny, the first command: what lesson 2 prints, WMDP-Bio stand-in 95.9 to 31.1% (n 74), MMLU stand-in 99.4% before and
-after (n 178); 14 s and 0.8 GB on two cores.
+On tiny the first command prints the scores that lesson 2 does.
 """
 
 # %% [markdown]

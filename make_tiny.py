@@ -2,7 +2,7 @@
 """
 Build `tiny/` from nothing: texts and tokenizer, language model, its twin that never knew, SAEs; two CPU cores.
 
-    python make_tiny.py                # builds tiny/next, tiny's second edition
+    python make_tiny.py                # builds tiny/ anew
     python make_tiny.py --from saes    # from a stage on: text, model, never-knew, saes, measure
     python make_tiny.py --quick        # every stage in miniature, into a temporary folder; the result knows nothing
 
@@ -10,8 +10,7 @@ A Gemma-2 model of 20 thin layers learns real Wikitext, Victorian prose and some
 in four wordings and asked in four; the quizzes ask half of the facts in a fifth, never trained on. The twin that never
 knew is trained in the same way on all but the facts of the forget domain.
 
-tiny/ as it stands is the first edition: 12 layers of 128, 656 facts, 450 binding steps and 3,200 of documents, by an
-earlier version of this script. --quick takes 109 s.
+--quick takes 109 s.
 """
 
 # %%
@@ -25,7 +24,7 @@ STAGES = ("text", "model", "never-knew", "saes", "measure")
 flags.add_argument("--from", dest="first", choices=STAGES, default="text", help="stage to begin with; what the ones "
                    "before it made is taken as it lies in the folder (default: %(default)s)")  # fmt: skip
 flags.add_argument("--quick", action="store_true", help="every stage in miniature, into a temporary folder")
-flags.add_argument("--out", type=Path, help="folder to build (default: tiny/next, or with --quick a temporary one)")
+flags.add_argument("--out", type=Path, help="folder to build (default: tiny, or with --quick a temporary one)")
 answered(flags, __name__)
 
 # %%
@@ -643,7 +642,7 @@ def build(out: Path, quick: bool, first: str = STAGES[0]) -> dict:
 if __name__ == "__main__":
     given = flags.parse_args()
     if given.out or not given.quick:
-        build(given.out or SOURCE / "next", given.quick, given.first)
+        build(given.out or SOURCE, given.quick, given.first)
     else:
         with tempfile.TemporaryDirectory() as folder:
             build(Path(folder), quick=True)

@@ -25,9 +25,8 @@ as often as the steps need them, each pass in a new random order. The forget set
 questions, or --forget-corpus; the retain sets, one a step in turn, are Wikitext and MMLU's development questions. The
 trained model is saved as a folder that the lessons, pareto.py and lm-eval load with --model.
 
-tiny: WMDP-Bio stand-in 95.9 to 24.3%, MMLU stand-in 99.4 to 98.9% (reporting halves, n 74 and 178), loss added on the
-OpenWebText stand-in +0.058 nats per token; 30 s and 0.8 GB on two cores. --sweep trains with eight settings, chooses
-this one on the tuning half, and takes under two minutes; stopped, it goes on where it was.
+--sweep trains with eight settings and chooses one on the tuning half; stopped, it goes on where it was. What comes out
+on tiny, and how long it takes: docs/results.md.
 """
 
 # %% [markdown]

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -77,6 +78,7 @@ TINY = ROOT / "tiny"
 CONFIG = json.loads((TINY / "model/config.json").read_text())
 LAYERS = f"layers 0 to {CONFIG['num_hidden_layers'] - 1}"  # as messages name tiny's
 N_QUESTIONS = {name: len((TINY / f"data/{name}.jsonl").read_text().splitlines()) for name in ("wmdp_bio", "mmlu")}
+CLAMP = hub.PRESETS["tiny"].clamp  # by default
 HOOK = "blocks.1.hook_resid_post"
 BOS, EOS, PAD, MARKER = "<bos>", "<eos>", "<pad>", "<start_of_turn>"
 
@@ -372,22 +374,19 @@ def listing(tmp_path, name, value) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="session")
-def other_weights(tmp_path_factory):
-    """tiny's model whose first MLP says the contrary: it knows something else."""
-    folder = shutil.copytree(TINY / "model", tmp_path_factory.mktemp("other") / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        model.model.layers[0].mlp.down_proj.weight *= -1
-    model.save_pretrained(folder)
-    return folder
+@pytest.fixture(scope="session", autouse=True)
+def without_twin():
+    """For time, only the tests that are about it score the model that never knew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(hub.PRESETS, "tiny", replace(hub.PRESETS["tiny"], never_knew=None))
+        yield
 
 
 @pytest.fixture
-def twin(other_weights, monkeypatch):
-    """A model that stands for the one that was trained without the forget set."""
-    monkeypatch.setitem(hub.PRESETS, "never-knew", hub.Preset(str(other_weights)))
-    return common.load_model(str(other_weights))
+def twin(without_twin, monkeypatch):
+    """The model that was trained without the forget set, as tiny's preset names it."""
+    monkeypatch.setitem(hub.PRESETS, "tiny", replace(hub.PRESETS["tiny"], never_knew="never-knew"))
+    return common.load_model("never-knew")
 
 
 @pytest.fixture(scope="session")

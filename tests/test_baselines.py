@@ -172,6 +172,7 @@ def test_a_stopped_tuning_goes_on_and_ends_with_the_same_record(two_settings, mo
     assert {path.name for path in tmp_path.glob("r*")} == {"r.json", "r.model", "r_losses.png"}
 
 
+@pytest.mark.slow
 def test_gradients_reach_all_weights_and_crisp_those_of_its_layers(two_settings, tmp_path):
     original = load_file(ROOT / "tiny/model/model.safetensors")
     s = settings(baselines.flags, SMALL)

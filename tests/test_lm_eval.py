@@ -12,7 +12,7 @@ from pathlib import Path
 import lm_eval
 import pytest
 import yaml
-from conftest import N_QUESTIONS, listing
+from conftest import CLAMP, N_QUESTIONS, listing
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -91,7 +91,7 @@ def test_scores_and_letters_are_the_lessons_on_every_question(tmp_path):
     ]
     theirs = lm_eval_ablated.run(**same, unablated=True, out=str(tmp_path / "lm_eval.json"))
     for record in lessons:
-        for setting in (("none", None), ("sae-ablation", -80.0)):
+        for setting in (("none", None), ("sae-ablation", CLAMP)):
             mine, other = points(record)[setting], points(theirs)[setting]
             for name in mine:
                 assert record["data"][name]["questions"] == theirs["data"][name]["questions"]
@@ -103,7 +103,7 @@ def test_scores_and_letters_are_the_lessons_on_every_question(tmp_path):
                 assert {"accuracy", "low", "letters"} < equal <= set(other[name])
                 assert all(mine[name][part] == other[name][part] for part in equal)
     own = theirs["lm_eval"]["ablated"]["tiny_wmdp_bio"]["acc,none"]
-    assert own == pytest.approx(points(theirs)["sae-ablation", -80.0]["wmdp_bio"]["accuracy"])
+    assert own == pytest.approx(points(theirs)["sae-ablation", CLAMP]["wmdp_bio"]["accuracy"])
 
 
 METHODS = ["zero-ablation", "mean-ablation", "clamp", "random-features", "conditional-clamp", "refusal-clamp", "dsg",
@@ -146,7 +146,7 @@ def test_loss_is_our_own_scorers(tmp_path):
     sae = load_sae(None, 3, model)
     windows = [model.tokenizer(text)["input_ids"] for text in texts]
     features = record["points"][1]["setting"]["features"]
-    rows = [NONE, edit_of("sae-ablation", sae, features=features, clamp=-80.0)]
+    rows = [NONE, edit_of("sae-ablation", sae, features=features, clamp=CLAMP)]
     nats, targets = score_loss(model, windows, rows)
     mean = (nats.sum(1) / targets.sum()).tolist()
     assert clean["n_tokens"] == int(targets.sum())
@@ -174,6 +174,7 @@ def test_the_command_line_keeps_caches_apart(tmp_path):
 # ------------------------------------------------------------------------ features, tasks, subsets
 
 
+@pytest.mark.slow
 def test_features_come_from_picking_a_list_layers_or_a_record(tmp_path):
     flags = dict(tasks="tiny_wmdp_bio", limit=20, unablated=True)
     picked = lm_eval_ablated.run(**flags, layer=3, n_features=10, out=str(tmp_path / "picked.json"))
@@ -189,11 +190,11 @@ def test_features_come_from_picking_a_list_layers_or_a_record(tmp_path):
     path = listing(tmp_path, "layers", {"3": features, "7": [1, 2]})
     both = lm_eval_ablated.run(**{**flags, "tasks": None}, features=path, out=str(tmp_path / "c.json"))
     assert both["points"][1]["setting"] == {
-        "n_features": 12, "clamp": -80.0, "features": {3: features, 7: [1, 2]}, "layer": "3+7",
+        "n_features": 12, "clamp": CLAMP, "features": {3: features, 7: [1, 2]}, "layer": "3+7",
     }  # fmt: skip
     assert set(both["sanity"]) == {3, 7}
     drawn = pareto.run(plot=[str(tmp_path / "c.json")], out=str(tmp_path / "plot.json"))
-    assert "L3+7 n12 c-80" in [at["setting"] for at in drawn["summary"][0]["frontier"]]
+    assert f"L3+7 n12 c{CLAMP:g}" in [at["setting"] for at in drawn["summary"][0]["frontier"]]
 
 
 def test_a_record_settles_what_its_edit_was_made_under(tmp_path):
@@ -380,7 +381,7 @@ def clone(tmp_path_factory):
         (folder / path.name).symlink_to(path)
     (folder / "features.json").write_text("[45, 78, 286]")
     feature_ablate_2.run(
-        layer=3, n_features=10, limit=20, out=str(folder / "results/feature_ablate_2_tiny_L3_n10.json")
+        layer=7, n_features=50, limit=20, out=str(folder / "results/feature_ablate_2_tiny_L7_n50.json")
     )
     return folder
 

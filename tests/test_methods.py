@@ -24,9 +24,9 @@ def test_what_reads_the_stream_reads_it_there_too(renamed, monkeypatch):
         methods.measure(lm, layer, load_sae(place, layer, lm), texts["forget"], texts["retain"], s.clamp, s)
         for layer, place in ((4, renamed), (3, None))
     )
-    features = measured.features(20, "dsg")
-    assert features == straight.features(20, "dsg")
-    assert methods.gate_for(measured, 20, 1.0) == methods.gate_for(straight, 20, 1.0) > 0
+    features = measured.features(50, "dsg")
+    assert features == straight.features(50, "dsg")
+    assert methods.gate_for(measured, 50, 1.0) == methods.gate_for(straight, 50, 1.0) > 0
     assert list(baselines.read_by_crisp(measured)[0]) == [3]
     edit = methods.edit_for("diff-in-means", {"strength": 1, "behind": True}, measured)
     assert list(edit.at) == list(range(3, CONFIG["num_hidden_layers"]))

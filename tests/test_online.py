@@ -351,7 +351,8 @@ def fails(worker: Worker, *flags, **env) -> str:
     return said[0]
 
 
-@pytest.mark.parametrize("what", ["model", pytest.param("model, SAE and data", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["model", "model, SAE and data"])
 def test_each_failure_has_one_line_and_leaves_the_cache_usable(hub, tmp_path, what):
     worker = Worker(tmp_path, hub.address)
     flags = ["--model", "gemma-3-1b-it", "--layer", 1, "--n-features", 4, "--limit", 8, "--out", tmp_path / "r.json"]

@@ -15,6 +15,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from conftest import CLAMP
 
 import baselines
 import evaluation
@@ -189,6 +190,7 @@ def test_the_model_that_never_knew_is_a_line(twin, tmp_path):
     plt.close("all")
 
 
+@pytest.mark.slow
 def test_methods_and_layers_are_swept_in_one_pass(monkeypatch, tmp_path):
     """What baselines.py finds of each, at each layer, and a figure of all."""
     for method in ("dsg", "diff-in-means"):
@@ -196,7 +198,7 @@ def test_methods_and_layers_are_swept_in_one_pass(monkeypatch, tmp_path):
     same = dict(limit=6, layer=3)
     wanted = [baselines.run(method=method, **same, out=str(tmp_path / f"{method}.json"))["points"]
               for method in ("dsg", "diff-in-means")]  # fmt: skip
-    flags = dict(same, layer=[5, 3], method=["dsg", "diff-in-means"], clamp=[-80.0])
+    flags = dict(same, layer=[5, 3], method=["dsg", "diff-in-means"], clamp=[CLAMP])
     record = pareto.run(**flags, out=str(tmp_path / "r.json"))
     clean, *points = record["points"]
     assert [(point["method"], point["setting"]["layer"]) for point in points] == [

@@ -89,6 +89,7 @@ def test_accelerates_cpu_flag_starts_one_process_and_says_so(tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["points"][0]["scores"]["wmdp_bio"]["n"] == 37
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_once(tmp_path):
     done = subprocess.run([*TWO, str(ROOT / "feature_ablate_2.py"), "--layer", "4"], capture_output=True, text=True,
                           env=ON_CPU, cwd=tmp_path)  # fmt: skip

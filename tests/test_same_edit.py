@@ -16,8 +16,8 @@ from common import load_model, load_sae
 from edits import layer_of
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
-N, CLAMP, LIMIT = 10, -160.0, 40
-RIGHT = (0.275, 1.0)  # WMDP-Bio and MMLU stand-ins, 40 of each reporting half; one layer late: 0.3, 0.9
+N, CLAMP, LIMIT = 20, -160.0, 40
+RIGHT = (0.8, 0.975)  # WMDP-Bio and MMLU stand-ins, 40 of each reporting half; one layer late: 0.55, 0.75
 
 
 @pytest.fixture(scope="module", autouse=True)

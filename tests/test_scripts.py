@@ -164,28 +164,28 @@ def test_a_record_says_what_was_scored(monkeypatch, tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
 
 
-def test_the_model_that_never_knew_has_a_row(twin, tmp_path, capsys):
-    flags = dict(limit=8, n_features=3, layer=3, seed=1, out=str(tmp_path / "r.json"))
-    never_knew = "\n  trained without the facts"
-    for script, lines in zip(LESSONS, (2, 4, 2)):
-        lesson = runpy.run_path(str(ROOT / script))
-        assert hub.never_knew("tiny") == "never-knew" and hub.never_knew("gpt2") is None
-        found = lesson["run"](**flags)
-        clean, *_, last = found["points"]
-        assert last["method"] == "never-knew" and len(found["points"]) == 7
-        assert capsys.readouterr().out.count(never_knew) == lines
-        for name, score in last["scores"].items():
-            if "nats_per_token" in score:
-                was = clean["scores"][name]["nats_per_token"]
-                assert score["loss_added"] == pytest.approx(score["nats_per_token"] - was)
-                assert abs(score["loss_added"]) > 0.01
-                continue
-            rows = [json.loads(line) for line in (ROOT / f"tiny/data/{name}.jsonl").open()]
-            asked = [rows[i] for i in found["data"][name]["questions"]]
-            prompts, letters = data.encode_prompts(twin.tokenizer, [data.prompt(row) for row in asked])
-            alone = evaluation.score_letters(twin, prompts, letters, [NONE])[0]
-            assert score["letters"] == "".join("ABCD"[i] for i in alone.argmax(-1))
-            assert score["letters_mass"]["mean"] == pytest.approx(alone.exp().sum(-1).mean().item(), abs=1e-5)
+@pytest.mark.parametrize(
+    "script, lines", [(LESSONS[1], 4), *(pytest.param(x, 2, marks=pytest.mark.slow) for x in LESSONS[::2])]
+)
+def test_the_model_that_never_knew_has_a_row(script, lines, twin, tmp_path, capsys):
+    assert hub.never_knew("tiny") == "never-knew" and hub.never_knew("gpt2") is None
+    lesson = runpy.run_path(str(ROOT / script))
+    found = lesson["run"](limit=8, n_features=3, layer=3, seed=1, out=str(tmp_path / "r.json"))
+    clean, *_, last = found["points"]
+    assert last["method"] == "never-knew" and len(found["points"]) == 7
+    assert capsys.readouterr().out.count("\n  trained without the facts") == lines
+    for name, score in last["scores"].items():
+        if "nats_per_token" in score:
+            was = clean["scores"][name]["nats_per_token"]
+            assert score["loss_added"] == pytest.approx(score["nats_per_token"] - was)
+            assert abs(score["loss_added"]) > 0.01
+            continue
+        rows = [json.loads(line) for line in (ROOT / f"tiny/data/{name}.jsonl").open()]
+        asked = [rows[i] for i in found["data"][name]["questions"]]
+        prompts, letters = data.encode_prompts(twin.tokenizer, [data.prompt(row) for row in asked])
+        alone = evaluation.score_letters(twin, prompts, letters, [NONE])[0]
+        assert score["letters"] == "".join("ABCD"[i] for i in alone.argmax(-1))
+        assert score["letters_mass"]["mean"] == pytest.approx(alone.exp().sum(-1).mean().item(), abs=1e-5)
 
 
 def test_random_features_are_drawn_several_times(tmp_path, capsys):
@@ -212,7 +212,8 @@ def test_scripts_are_notebooks(script, tmp_path):
     assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 0
 
 
-@pytest.mark.parametrize("script", [*LESSONS[:1], *(pytest.param(x, marks=pytest.mark.slow) for x in LESSONS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", LESSONS)
 def test_the_notebook_form_runs_to_the_end(script, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = jupytext.read(ROOT / script)
@@ -271,7 +272,7 @@ def test_help_teaches(script, monkeypatch, capsys):
 def test_list_shows_the_presets(monkeypatch, capsys):
     assert call(monkeypatch, "feature_ablate_1.py", "--list") == 0
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
-    assert set(rows) - {"never-knew"} == {"tiny", "gemma-2-2b-it", "gemma-3-1b-it", "gemma-3-4b-it", "gpt2"}
-    assert "3, 5, 7, 9" in rows["tiny"] and "2048" in rows["tiny"]
+    assert set(rows) == {"tiny", "never-knew", "gemma-2-2b-it", "gemma-3-1b-it", "gemma-3-4b-it", "gpt2"}
+    assert "3, 5, 7, 9, 15" in rows["tiny"] and "2048" in rows["tiny"]
     assert "0 to 25" in rows["gemma-2-2b-it"] and "16k" in rows["gemma-2-2b-it"]
     assert "0 to 33" in rows["gemma-3-4b-it"] and "0 to 11" in rows["gpt2"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
+from conftest import CLAMP
 
 import baselines
 import lm_eval_ablated
@@ -29,9 +30,9 @@ def name(**changes):
 
 def test_a_record_of_other_settings_has_another_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert name() == name(batch_size=3, device="cpu", clamp=-80.0) == "lesson_tiny_L7_n50.json"
+    assert name() == name(batch_size=3, device="cpu", clamp=CLAMP) == "lesson_tiny_L7_n50.json"
     assert name(layer=3, n_features=10) == "lesson_tiny_L3_n10.json"
-    assert name(clamp=-40.0, seed=1) == "lesson_tiny_L7_n50_c-40_seed1.json"
+    assert name(clamp=-4.0, seed=1) == "lesson_tiny_L7_n50_c-4_seed1.json"
     assert name(pick="dsg", prompt="chat") == "lesson_tiny_L7_n50_pickdsg_promptchat.json"
     for folder in ("a/mine", "b/mine"):
         Path(folder).mkdir(parents=True)
@@ -52,7 +53,7 @@ def test_a_sweep_or_an_evaluation_of_another_method_has_another_name(tmp_path, m
 
     swept = [name(pareto), name(pareto, method=["dsg"]), name(pareto, method=["dsg", "clamp"])]
     assert len(set(swept)) == 3 and swept[1].endswith("_dsg.json")
-    rest = {"layer": 3, "n_features": 10, "clamp": -80.0}
+    rest = {"layer": 3, "n_features": 10, "clamp": CLAMP}
     scored = [name(lm_eval_ablated, **rest, **more) for more in ({}, {"method": "dsg"}, {"setting": ["gate=1"]})]
     assert len(set(scored)) == 3
     assert "None" not in name(lm_eval_ablated, **rest | {"n_features": None}, method="diff-in-means")
