@@ -19,7 +19,7 @@ def test_what_reads_the_stream_reads_it_there_too(renamed, monkeypatch):
     """DSG's gate, CRISP's layers, and the layers from which a direction is taken out."""
     s, lm = settings(baselines.flags, dict(sae=renamed, layer=4, limit=6)), load_model("tiny")
     texts = load_benchmark(s)[0]
-    texts["retain"] = [part[:30] for part in texts["retain"]]
+    texts["retain"] = [part[:200] for part in texts["retain"]]
     measured, straight = (
         methods.measure(lm, layer, load_sae(place, layer, lm), texts["forget"], texts["retain"], s.clamp, s)
         for layer, place in ((4, renamed), (3, None))
