@@ -14,8 +14,6 @@ of the other half among it, none of which is asked, and asks again. Then it fine
 and asks several times on the way: a model that is back sooner than one that never knew had not forgotten. The unablated
 model goes through all of it too: what it gets right is the most that could come back; and so does, for tiny, its twin
 that was trained without the forget facts.
-
-What comes out on tiny, and how long it takes: docs/results.md.
 """
 
 # %% [markdown]

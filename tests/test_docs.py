@@ -63,3 +63,20 @@ def test_a_table_is_what_its_command_gives(flags, table, tmp_path):
     assert re.sub(number, "#", found) == re.sub(number, "#", table)
     for mine, quoted in zip(re.findall(number, found), re.findall(number, table), strict=True):
         assert float(mine) == pytest.approx(float(quoted), abs=1.0)  # a close answer may be rounded otherwise
+
+
+def test_what_was_measured_of_tiny_is_quoted():
+    text = (ROOT / "docs/results.md").read_text()
+    measured = json.loads((ROOT / "tiny/measured.json").read_text())
+    model, twin = measured["model"], measured["never_knew"]
+    for quiz, title in (("wmdp_bio", "WMDP-Bio"), ("mmlu", "MMLU")):
+        shares = ["accuracy", "right_in_all_24_orders", *["accuracy_unseen_wording"] * (quiz == "wmdp_bio"), "in_words"]
+        pairs = [[f"{100 * scores[quiz][share]:.1f}%" for scores in (model, twin)] for share in shares]
+        pairs[0][0] += " right"
+        table = text[text.index(f"| {title} stand-in, {model[quiz]['n']} questions |") :].splitlines()
+        assert [line.split(" | ")[1:] for line in table[: len(pairs)]] == [[one, f"{other} |"] for one, other in pairs]
+    losses = " | ".join(f"{scores['wikitext_held_out_loss']:.3f}" for scores in (model, twin))
+    assert f"| held-out Wikitext, nats per token | {losses} |" in text
+    for name, sae in measured["sae"].items():
+        shares = f"{sae['variance_explained']:.3f} | {sae['loss_recovered']:.3f} | {sae['l0']:.1f}"
+        assert f"| {name.replace('_', ' ')} | {shares} | {100 * sae['dead_share']:.1f}% |" in text
