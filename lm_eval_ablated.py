@@ -4,7 +4,7 @@ lm-eval with any edit in place: any of its tasks, any number of features, severa
 
     python lm_eval_ablated.py --layer 7 --n-features 50 --tasks tiny_wmdp_bio,tiny_mmlu --unablated
     python lm_eval_ablated.py --features results/feature_ablate_2_tiny_L7_n50.json --tasks tiny_openwebtext --unablated
-    python lm_eval_ablated.py --record results/baselines_dsg_tiny_L3.json --unablated
+    python lm_eval_ablated.py --record results/baselines_dsg_tiny_L7.json --unablated
     python lm_eval_ablated.py --method dsg --layer 3 --n-features 20 --clamp -10
     python lm_eval_ablated.py --tasks list
     accelerate launch --num_processes 8 lm_eval_ablated.py --model gemma-2-2b-it --layer 7 --n-features 50 \

@@ -2,7 +2,7 @@
 """
 Is it forgotten, or only not said? What an unlearned model answers to other wordings and formats, and after fine-tuning.
 
-    python robustness.py results/baselines_tiny_L3_npo.json
+    python robustness.py results/baselines_tiny_L7_npo.json
     python robustness.py results/baselines_*.json results/rmu_*.json --relearn 100
 
 Records are those of baselines.py and rmu.py. Of each, the setting that its tuning half chose is taken: a saved model,
@@ -375,7 +375,7 @@ def decides(subjects: list[Subject], records: list[dict], sources: dict, s) -> l
 
 
 def run(**changes) -> dict:
-    """run(records=["results/rmu_tiny_L3.json"], relearn=100). Returns the record that it writes; raises UserError."""
+    """run(records=["results/rmu_tiny_L7.json"], relearn=100). Returns the record that it writes; raises UserError."""
     s, started = settings(flags, changes), time.time()
     if processes.count() > 1:
         raise UserError("robustness.py is one process: start it without accelerate launch")

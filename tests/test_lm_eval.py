@@ -396,7 +396,7 @@ def test_the_readme_and_help_name_the_same_commands():
 def test_commands_run_as_written(clone, monkeypatch, capsys, command):
     monkeypatch.chdir(clone)
     if "baselines_dsg" in command:
-        baselines.run(method="dsg", limit=6, out=str(clone / "results/baselines_dsg_tiny_L3.json"))
+        baselines.run(method="dsg", limit=6, out=str(clone / "results/baselines_dsg_tiny_L7.json"))
     if command.startswith("python lm_eval_ablated.py"):  # without a new process, whose imports take half of the time
         monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
         runpy.run_path("lm_eval_ablated.py", run_name="__main__")

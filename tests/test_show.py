@@ -59,7 +59,7 @@ def test_a_sweep_or_an_evaluation_of_another_method_has_another_name(tmp_path, m
     assert "None" not in name(lm_eval_ablated, **rest | {"n_features": None}, method="diff-in-means")
     s = settings(baselines.flags, {"method": "dsg"})
     tuned = show.outputs("baselines_dsg.py", s, baselines.flags, without=("method",)).name
-    assert tuned == "baselines_dsg_tiny_L3.json"
+    assert tuned == "baselines_dsg_tiny_L7.json"
 
 
 def test_a_record_is_written_before_a_figure_that_fails(tmp_path, capsys):
