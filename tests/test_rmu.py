@@ -158,7 +158,7 @@ def test_the_record_has_everything_and_the_folder_three_other_matrices(trained):
     assert len(record["control_vector"]) == CONFIG["hidden_size"]
     before, after = (load_file(path / "model.safetensors") for path in (ROOT / "tiny/model", folder / "r.model"))
     changed = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
-    assert changed == {f"model.layers.{i}.mlp.down_proj.weight" for i in (1, 2, 3)}
+    assert changed == {f"model.layers.{i}.mlp.down_proj.weight" for i in (5, 6, 7)}
     assert {path.name for path in folder.iterdir()} == {"r.json", "r.model", "r_losses.png"}
 
 
