@@ -90,7 +90,7 @@ class Setting:
 # zephyr: the CAIS release, c 6.5 over a norm of about 2.8 there. gemma-2-2b-it: c 400 over a norm of about 92, the best
 # of AMindToThink/sae_jailbreak_unlearning's runs (WMDP-Bio 64.9 to 30.9; 300 batches of 3). Of zephyr's 150 steps every
 # other one was on cyber. tiny: multiple and alpha are --sweep's choice; layer, steps and rate that of 21 trial runs at
-# layers 3 to 11, with 100 to 600 steps and rates of 1e-3 to 4e-3; both by the tuning half
+# layers 3 to 9, with 100 to 600 steps and rates of 1e-3 to 4e-3; both by the tuning half
 SETTINGS = {
     "tiny": Setting(layer=7, multiple=8.0, alpha=10.0, steps=300, lr=4e-3),
     "gemma-2-2b-it": Setting(layer=3, multiple=4.3, alpha=100.0, steps=300, lr=5e-5, batch=3),
