@@ -11,7 +11,8 @@ Each method is tuned with the same number of settings, eight. The tuning half of
 lowest on WMDP-Bio that keeps 99% of MMLU; the reporting half says what it is worth. Finished settings are kept as they
 are finished: the same command, given again after a stop, goes on from there. A trained model is saved as a folder that
 the lessons, pareto.py and lm-eval load with --model. --all starts every method as a process of its own, so that its
-time and memory are its own, and leaves out those whose record is there already.
+time and memory are its own, and leaves out those whose record is there already. --layer is the SAE's and the
+direction's; RMU steers the layer of its own setting (rmu.py).
 
 Training on next-token losses lies on the answers, as in open-unlearning, or with --loss-on text on whole questions. The
 tuning half's questions are those that are trained on: where a method scores far better on them than on the reporting

@@ -189,6 +189,13 @@ def test_gradients_reach_all_weights_and_crisp_those_of_its_layers(two_settings,
         assert ("model.embed_tokens.weight" in changed) == (method == "grad-diff")
 
 
+def test_the_saes_layer_is_not_the_one_that_rmu_steers():
+    s = settings(baselines.flags, {"layer": 9, "limit": 6})
+    words = {method: baselines.command_of(method, Path("r.json"), s) for method in ("dsg", "rmu", "adaptive-rmu")}
+    assert [method for method in words if "--layer" in words[method]] == ["dsg"]
+    assert all("--limit" in line for line in words.values())
+
+
 @pytest.mark.slow
 def test_all_methods_one_figure_and_relearning(two_settings, monkeypatch, tmp_path):
     for grids in (baselines.GRIDS, baselines.TRAINED):
