@@ -128,7 +128,7 @@ def test_every_method_gives_the_letters_of_baselines(method, monkeypatch, tmp_pa
     assert found[1]["setting"] == chosen["setting"] and found[1]["edit"] == chosen["edit"]
     if method == "dsg":
         point = tuned["points"][1]  # 20 features
-        same = dict(n_features=20, clamp=point["setting"]["clamp"], layer=3)
+        same = dict(n_features=20, clamp=point["setting"]["clamp"], layer=point["edit"]["layers"][0])
         picked = lm_eval_ablated.run(method="dsg", **same, **flags)["points"][0]
         assert picked["edit"] == point["edit"]
         assert picked["scores"]["mmlu"]["letters"] == point["scores"]["mmlu"]["letters"]
