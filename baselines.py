@@ -27,7 +27,7 @@ it saves.
 # Start a notebook in this folder, beside the helper files. Flags come first: --help need not wait for other imports.
 
 # %%
-from flags import BY_FEATURES, GRIDS, answered, command_line, grid, latent_flags, parser, quiz_flags, settings
+from flags import BY_FEATURES, GRIDS, answered, command_line, grid, latent_flags, parser, settings
 
 # Eight settings a method, as flags.py has them for edits; learning rates are multiples of the model's. The ranges lie
 # between doing nothing and losing MMLU, by the tuning half alone: in a hundred trial runs on a tiny of 12 layers (rates
@@ -43,7 +43,7 @@ TRAINED = {
     "crisp": grid(lr=(0.5, 1), k=(30,), alpha=(0.01, 0.1), pull=(5, 30)),
 }
 STEPS, CRISP_STEPS = 120, 60
-flags = parser(__doc__, without=("--n-features", "--max-rows", "--device-map"))
+flags = parser(__doc__, quiz=True, without=("--n-features", "--max-rows", "--device-map"))
 flags.add_argument("--method", choices=[*GRIDS, *TRAINED], default="clamp", help="(default: %(default)s)")
 flags.add_argument("--all", action="store_true", help="every method in turn, RMU too, then the figure and a table")
 flags.add_argument("--steps", type=int, help=f"of training (default: {STEPS}, of CRISP {CRISP_STEPS}; gradient-ascent "
@@ -54,7 +54,6 @@ flags.add_argument("--loss-on", default="answer", choices=["answer", "text"], he
                    "corpus and Wikitext have no answers and count whole (default: %(default)s)")  # fmt: skip
 flags.add_argument("--relearn", type=int, metavar="STEPS", help="then run robustness.py on what came out")
 latent_flags(flags)
-quiz_flags(flags)
 answered(flags, __name__)
 
 # %%
@@ -72,10 +71,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import pieces
 import processes
+import records
 import show
 from common import Rates, load_hf, load_model, load_sae
 from data import HERE, UserError, load_benchmark, padded, special_ids
@@ -269,7 +269,7 @@ def forgetful(method: str, setting: dict, folder: Path, texts: dict, measured: M
         model, log = by_crisp(setting, model, tokenizer, forget, retain, s.seed, *read_by_crisp(measured))
     else:
         log = by_nll(method, setting, model, tokenizer, forget, retain, s.seed)
-    show.save_model(model, tokenizer, folder)
+    records.save_model(model, tokenizer, folder)
     return log
 
 
@@ -334,7 +334,7 @@ def run(**changes) -> dict:
         raise UserError("baselines.py is one process: start it without accelerate launch")
     if s.all:
         return run_all(s)
-    path = show.outputs(f"baselines_{s.method}.py", s, flags, without=("method",))
+    path = records.outputs(f"baselines_{s.method}.py", s, flags, without=("method",))
     lm = load_model(s.model, s.device, s.dtype, edit_special=s.edit_special)
     texts, sources = load_benchmark(s, lm.tokenizer)
     keep_robust(lm, texts, sources, s)
@@ -361,16 +361,16 @@ def run(**changes) -> dict:
         if s.method in TRAINED:
             seconds, log = train_chosen(best["setting"], path.with_suffix(".model"), texts, measured, s)
             extra |= {"folder": path.with_suffix(".model").name, "log": log}
-            title = f"{show.short_name(s.model)}: {s.method}, {show.setting_text(best['setting'])}"
+            title = f"{records.short_name(s.model)}: {s.method}, {show.setting_text(best['setting'])}"
             names = CRISP_LOG if s.method == "crisp" else NLL_LOG
             figures["losses"] = lambda: show.curves(dict(zip(names, zip(*log))), title)
         show.print_chosen([points[0], best, *floor], sources)
         saes = [] if sae is None else [sae]
-        record = show.make_record("baselines.py", s, saes, sources, {}, points, time.time() - started)
+        record = records.make_record("baselines.py", s, saes, sources, {}, points, started)
         if "folder" in extra:
             record["identity"]["folder"] = identity(str(path.with_name(extra["folder"])))
-        record |= extra | {"seconds_to_make": round(float(seconds), 2), "peak_gb": show.peak_gb()}
-        show.write_record(path, record, figures)
+        record |= extra | {"seconds_to_make": round(float(seconds), 2), "peak_gb": records.peak_gb()}
+        records.write_record(path, record, figures)
     return record
 
 
@@ -424,19 +424,19 @@ def is_there(path: Path, method: str, s, sources: dict) -> bool:
 
 def run_all(s) -> dict:
     """Tune every method; returns {"records": paths}."""
-    path = show.outputs("baselines.py", s, flags)
+    path = records.outputs("baselines.py", s, flags)
     _, sources = load_benchmark(s)
     methods = [name for name in (*GRIDS, *TRAINED) if name != "refusal-clamp" or s.refusal_latent is not None]
-    records = []
+    paths = []
     for method in tqdm([*methods, "rmu", "adaptive-rmu"], desc="methods", unit="method"):
-        records.append(path.with_name(f"{path.stem}_{method}.json"))
-        if is_there(records[-1], method, s, sources):
-            print(f"there already: {records[-1]}")
+        paths.append(path.with_name(f"{path.stem}_{method}.json"))
+        if is_there(paths[-1], method, s, sources):
+            print(f"there already: {paths[-1]}")
         else:
-            call(command_of(method, records[-1], s))
-    drawn = ["--model", s.model, "--plot", *map(str, records), "--out", str(path)]
+            call(command_of(method, paths[-1], s))
+    drawn = ["--model", s.model, "--plot", *map(str, paths), "--out", str(path)]
     call([sys.executable, str(HERE / "pareto.py"), *drawn])
-    text = cost_table([json.loads(record.read_text()) for record in records])
+    text = cost_table([json.loads(one.read_text()) for one in paths])
     print(f"\n{text}")
     costs = path.with_name(f"{path.stem}_costs.md")
     pieces.write_whole(costs, lambda file: file.write_text(text + "\n"))
@@ -445,8 +445,8 @@ def run_all(s) -> dict:
         out = path.with_name(f"{path.stem}_robustness.json")
         given = ["--relearn", str(s.relearn), "--dtype", s.dtype, "--batch-size", str(s.batch_size), "--out", str(out)]
         given += ["--device", s.device] if s.device else []
-        call([sys.executable, str(HERE / "robustness.py"), *map(str, records), *given])
-    return {"records": [str(record) for record in records]}
+        call([sys.executable, str(HERE / "robustness.py"), *map(str, paths), *given])
+    return {"records": [str(one) for one in paths]}
 
 
 def call(command: list[str]) -> None:
@@ -465,12 +465,12 @@ RMU, first batch's norm: one coefficient, a multiple of that norm, as the releas
 RMU's own takes a number. Each token's norm: Adaptive RMU as its paper has it, arXiv 2408.06223."""
 
 
-def cost_table(records: list[dict]) -> str:
+def cost_table(tuned: list[dict]) -> str:
     """Markdown: each method's chosen setting, its scores on the reporting half, and what it costs."""
     head = ["method", "chosen on the tuning half", "WMDP-Bio %, tuning", "reporting", "in words", "P(a letter)",
             "MMLU %, reporting", "loss added", "s to make", "peak GB"]  # fmt: skip
     lines = []
-    for record in records:
+    for record in tuned:
         point = record["points"][record["chosen"]]
         score, setting = point["scores"], {k: v for k, v in point["setting"].items() if k not in ("training", "layer")}
         cells = [f"{100 * score[name]['accuracy']:.1f}" for name in ("wmdp_bio_tuning", "wmdp_bio", "mmlu")]

@@ -12,7 +12,7 @@ with clamp 0 for zero ablation and a negative clamp as in Farrell, Lau and Conmy
 import os
 import random
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -77,9 +77,14 @@ def load_model(
 
 
 def load_never_knew(name: str, device: str | None = None, dtype: str = "float32") -> TransformerBridge | None:
-    """The model that hub.never_knew names, as load_model has it; None where there is none."""
+    """The model that hub.never_knew names, as load_model has it, loaded once; None where there is none."""
     twin = hub.never_knew(name)
-    return load_model(twin, device, dtype) if twin else None
+    return load_once(twin, device, dtype) if twin else None
+
+
+@cache
+def load_once(name: str, device: str | None, dtype: str) -> TransformerBridge:
+    return load_model(name, device, dtype)
 
 
 def boot(path: str, dtype: str, place: dict) -> tuple:

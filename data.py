@@ -12,7 +12,7 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import processes
 
@@ -23,6 +23,9 @@ EMBEDDED = ("tiny", "never-knew")  # presets whose data are in tiny/data
 
 class UserError(Exception):
     """A mistake the user can mend: shown as one line, exit code 2, no traceback."""
+
+    def _render_traceback_(self) -> list[str]:  # what IPython shows in its place
+        return [f"error: {self}"]
 
 
 def first_line(error: Exception) -> str:
@@ -273,10 +276,17 @@ def picking_texts(questions: list[dict], picking: list[int], s, sources: dict) -
     return forget, retain
 
 
+def load_quiz(name: str, s, sources: dict) -> tuple[list[dict], list[int], list[int]]:
+    """A quiz's questions, and the indices of its picking and of its reporting half; notes in `sources` where they come
+    from. s: the settings."""
+    rows, sources[name] = load_rows(name, s.model, s.data)
+    return rows, *halves(rows, s.seed, s.pick_on)
+
+
 def of_subjects(questions: list[dict], subjects: str | None) -> list[int]:
-    """Indices of the questions of comma-separated subjects (None: all). Raises UserError for an unknown one."""
+    """Indices of the questions of comma-separated subjects (None, "all": all). Raises UserError for an unknown one."""
     there = sorted({row["subject"] for row in questions})
-    wanted = there if subjects is None else [name.strip() for name in subjects.split(",")]
+    wanted = there if subjects in (None, "all") else [name.strip() for name in subjects.split(",")]
     if unknown := set(wanted) - set(there):
         raise UserError(f"--subjects: no {', '.join(sorted(unknown))}; there are {', '.join(there)}")
     return [i for i, row in enumerate(questions) if row["subject"] in wanted]
@@ -334,6 +344,14 @@ def encode_prompts(tokenizer, texts: list[str], style: str = "plain") -> tuple[l
     if not forms:
         raise UserError("this tokenizer does not write each answer letter as one token, so letters cannot be scored")
     return rows, list(zip(*forms)) if style == "saebench" else forms[0]
+
+
+def encode_question(model, question: dict, style: str = "plain") -> tuple:
+    """encode_prompts for one question: ids (1, pos), on the model's device, and those of the letters, (4, 1 or 2)."""
+    import torch
+
+    rows, letters = encode_prompts(model.tokenizer, [prompt(question, style=style)], style)
+    return torch.tensor(rows, device=model.cfg.device), torch.tensor(letters).reshape(4, -1)
 
 
 def encode_words(tokenizer, questions: list[dict]) -> tuple[list[list[int]], list[int]]:

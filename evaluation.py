@@ -26,8 +26,9 @@ from data import (
     token_windows,
     words,
 )
-from edits import NONE, Edit, edit_of
+from edits import NEVER_KNEW, NONE, Edit, edit_of
 from engine import OnePass, check_engine
+from hub import never_knew
 from processes import count as count_processes
 from processes import total as over_processes
 
@@ -48,15 +49,22 @@ def of_features(method: str, sae, features: list[int], clamp: float | None = 0.0
     return replace(made, setting=setting, arguments={})
 
 
-def standard_rows(sae, features: list[int], control: list[int], clamp: float) -> list[Edit]:
-    """The rows that every lesson shows beside each other; the first is what the others are compared with."""
+def standard_rows(
+    sae, features: list[int], controls: list[list[int]], clamp: float, model: str | None = None
+) -> list[Edit]:
+    """The rows that every lesson shows beside each other; the first is what the others are compared with.
+
+    controls: draws of random features; model: its name, and where there is a twin of it that never knew, NEVER_KNEW
+    comes last.
+    """
     return [
         NONE,
         of_features("sae-patched", sae, features, None),
         edit_of("sae-reconstruction", sae),
         of_features("sae-ablation", sae, features, 0.0),
         of_features("sae-ablation", sae, features, clamp),
-        of_features("random-features", sae, control, clamp),
+        *(of_features("random-features", sae, control, clamp) for control in controls),
+        *([NEVER_KNEW] if model and never_knew(model) else []),
     ]
 
 
@@ -300,15 +308,17 @@ def quiz_scores(letters, questions: list[dict], by_subject: bool = True, in_word
 
 
 def score_quiz(
-    model, title: str, questions: list[dict], indices: list[int], edits, s, never_knew=None, in_words: bool = False
-) -> tuple[list, dict]:
-    """One score per edit, and for the record {"questions": indices scored, "skipped_long"}. s: the settings;
-    never_knew: a second model of the same tokenizer, whose score comes last; in_words: ask for answers in words, too,
-    which takes four windows a question.
+    model, title: str, questions: list[dict], indices: list[int], edits, s, in_words: bool = False
+) -> tuple[list[dict], dict]:
+    """One score per edit, and for the record {"questions": indices scored, "skipped_long"}. NEVER_KNEW, which is last
+    if it is among the edits, is the twin that common.load_never_knew has of --model.
+
+    s: the settings; in_words: ask for answers in words, too, which takes four windows a question.
 
     Of `indices`, --limit keeps a seeded sample, --skip-long those within the model's positions, and --robust those
     right under all orders of the options.
     """
+    own = [edit for edit in edits if edit != NEVER_KNEW]
     wanted = sample(indices, s.limit, s.seed)
     indices = fitting(model.tokenizer, title, questions, wanted, s.skip_long, s.prompt)
     skipped = len(wanted) - len(indices)
@@ -321,16 +331,34 @@ def score_quiz(
     prompts, letters = encode_prompts(model.tokenizer, [prompt(row, style=s.prompt) for row in asked], s.prompt)
 
     def score(rows, desc=None):
-        return score_letters(model, rows, letters, edits, s.batch_size, desc, s.max_rows)
+        return score_letters(model, rows, letters, own, s.batch_size, desc, s.max_rows)
 
     foretell(model, title, prompts, score, s.batch_size)
     found = [score(prompts, title)]
-    worded = [score_words(model, asked, edits, s.batch_size, f"{title} in words", s.max_rows)] if in_words else []
-    if never_knew:
-        found.append(score_letters(never_knew, prompts, letters, [NONE], s.batch_size))
-        worded += [score_words(never_knew, asked, [NONE], s.batch_size)] if in_words else []
+    worded = [score_words(model, asked, own, s.batch_size, f"{title} in words", s.max_rows)] if in_words else []
+    if NEVER_KNEW in edits:
+        twin = load_never_knew(s.model, s.device, s.dtype)
+        found.append(score_letters(twin, prompts, letters, [NONE], s.batch_size))
+        worded += [score_words(twin, asked, [NONE], s.batch_size)] if in_words else []
     worded = torch.cat(worded) if in_words else None
     return quiz_scores(torch.cat(found), asked, in_words=worded), {"questions": indices, "skipped_long": skipped}
+
+
+def score_texts(model, title: str, texts: list[str], edits, s) -> tuple[list[dict], tuple]:
+    """Next-token loss: one score per edit, and (nats (n_edits, n_windows), windows, each one's document). NEVER_KNEW as
+    in score_quiz; s: the settings, of which --limit keeps the first texts."""
+    own = [edit for edit in edits if edit != NEVER_KNEW]
+    windows, documents = token_windows(model.tokenizer, texts[: s.limit], max_tokens=SCORED_TOKENS, bos=True)
+
+    def losses(some, desc=None):
+        return score_loss(model, some, own, s.batch_size, desc, s.max_rows)
+
+    foretell(model, title, windows, losses, s.batch_size)
+    nats, targets = losses(windows, title)
+    if NEVER_KNEW in edits:
+        twin = load_never_knew(s.model, s.device, s.dtype)
+        nats = torch.cat([nats, score_loss(twin, windows, [NONE], s.batch_size)[0]])
+    return loss_scores(nats, targets, documents, s.seed), (nats, windows, documents)
 
 
 def loss_scores(nats: torch.Tensor, targets: torch.Tensor, sources: list[int], seed: int = 0) -> list[dict]:
@@ -420,8 +448,8 @@ def answers(lm, texts: dict, edits: list[Edit], s, run=None) -> list[dict]:
 
 def answers_of_never_knew(texts: dict, s) -> list[dict]:
     """As `answers`: those of the model that was trained without the forget set; [] where there is none."""
-    never_knew = load_never_knew(s.model, s.device, s.dtype)
-    return answers(never_knew, texts, [NONE], s) if never_knew else []
+    twin = load_never_knew(s.model, s.device, s.dtype)
+    return answers(twin, texts, [NONE], s) if twin else []
 
 
 def rounded(log_probs: torch.Tensor) -> torch.Tensor:

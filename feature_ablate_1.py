@@ -1,85 +1,179 @@
 # %% [markdown]
 """
-Lesson 1 of 3: ablate WMDP-Bio features and score MMLU, subject by subject: what else does the ablation harm?
+Lesson 1 of 3: what is a feature, and what does it cost to remove some?
 
     python feature_ablate_1.py --layer 7 --n-features 50
-    python feature_ablate_1.py --subjects human_anatomy,zoology
     python feature_ablate_1.py --model gemma-2-2b-it --layer 7 --n-features 50 --dtype bfloat16
 
-Features are picked on one half of the WMDP-Bio questions, by how much more often they fire there than on Wikitext and
-on MMLU's development questions. One pass scores every row of the table: unablated, patched with nothing ablated, the
-SAE's bare reconstruction, zero ablation, a negative clamp, and as many random features of like firing rate on the
-retain sets, clamped too. Only MMLU's reporting half is scored, so that a setting can be chosen on the other.
+A language model hands each token from layer to layer as one vector, the residual stream. A sparse autoencoder (SAE)
+writes that vector as a sum of a few out of thousands of fixed directions, its features: on any one token most of them
+are inactive. We find those that belong to biology, write the hook that removes them, and see what other subjects lose.
 """
 
 # %% [markdown]
-# Start a notebook in this folder, beside the helper files. Flags come first: --help need not wait for other imports.
+# Start a notebook in this folder, beside the helper files; there a line like `args.layer = 3` below the flags changes a
+# setting. Numbers in **bold** are what the first command above gives.
 
 # %%
-from flags import answered, command_line, parser, quiz_flags, settings
+from flags import parse, parser
 
-flags = parser(__doc__)
-quiz_flags(flags, subjects="all")
-answered(flags, __name__)
+flags = parser(__doc__, quiz=True)
+args = parse(flags)
 
 # %%
 import time
 
+import torch
+
+import data
+import evaluation
+import methods
+import records
 import show
-from common import firing_rates, largest, load_model, load_never_knew, load_sae, matched_random, pick_features
-from data import halves, load_rows, of_subjects, picking_texts, picking_windows
-from edits import NEVER_KNEW, layer_of
-from engine import check_engine
-from evaluation import score_quiz, standard_rows
-from hub import sanity_gate
+from common import ablate, matched_random, pick_features
 
 # %% [markdown]
-# ## The lesson: load, pick, ablate, score, show
+# ## One question
+# WMDP-Bio is the forget set: what a model should not know any more. The embedded model has a harmless stand-in,
+# textbook microbiology. One half of its questions serves to find features, the other to report.
+
+# %%
+path, started, sources = records.outputs("feature_ablate_1.py", args, flags), time.time(), {}
+model, sae = methods.load(args)
+wmdp, picking, reporting = data.load_quiz("wmdp_bio", args, sources)
+mmlu, _, half = data.load_quiz("mmlu", args, sources)  # asked last, but a mistake in --subjects shows now
+kept = [i for i in data.of_subjects(mmlu, args.subjects) if i in half]
+question = wmdp[reporting[0]]
+right = question["answer"]
+print(data.prompt(question, style=args.prompt))
+
+# %% [markdown]
+# The model answers with the next token: one of four letters, if it has understood what it is asked for.
 
 
 # %%
-def run(**changes) -> dict:
-    """run(layer=3, clamp=-40.0): any flag by name. Returns the record that it writes; raises UserError."""
-    s, started, sources = settings(flags, changes), time.time(), {}
-    path = show.outputs("feature_ablate_1.py", s, flags)
-    lm = load_model(s.model, s.device, s.dtype, s.device_map, s.edit_special)
-    sae = load_sae(s.sae, s.layer, lm, s.model)
-    check_engine(lm, [layer_of(sae)])
-    never_knew = load_never_knew(s.model, s.device, s.dtype)  # the floor, where there is one
+@torch.inference_mode()
+def probabilities(question):
+    """Of the next tokens " A", " B", " C" and " D"; (4,)."""
+    ids, letters = data.encode_question(model, question, args.prompt)
+    return model(ids)[0, -1].float().softmax(-1)[letters].amax(-1).cpu()
 
-    wmdp, sources["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
-    picking, _ = halves(wmdp, s.seed, s.pick_on)
-    mmlu, sources["mmlu"] = load_rows("mmlu", s.model, s.data)
-    reporting = set(halves(mmlu, s.seed, s.pick_on)[1])
-    indices = [i for i in of_subjects(mmlu, s.subjects) if i in reporting]
-    texts = picking_texts(wmdp, picking, s, sources)
-    forget_windows, retain_windows = picking_windows(lm.tokenizer, *texts, s)
-    sanity = sanity_gate(lm, sae, retain_windows[0], insist=not s.no_sanity)
-    forget = firing_rates(lm, sae, forget_windows, s.batch_size, "forget rates")
-    retain = largest([firing_rates(lm, sae, part, s.batch_size, "retain rates") for part in retain_windows])
-    features = pick_features(forget, retain, s.n_features, s.pick)
-    control = matched_random(forget, retain, features, s.seed)
-    show.print_features(features, forget, retain, show.top_tokens(lm, sae, features, forget_windows), sae)
 
-    rows = standard_rows(sae, features, control, s.clamp)
-    scores, asked = score_quiz(lm, "MMLU", mmlu, indices, rows, s, never_knew)
-    sources["mmlu"] |= asked
-    rows += [NEVER_KNEW] if never_knew else []
+print("  ".join(f"{letter} {p:.2f}" for letter, p in zip("ABCD", probabilities(question))), " right:", "ABCD"[right])
 
-    name = show.title_of("mmlu", sources)
-    show.print_subjects(rows, scores)
-    show.print_quiz(f"{name}, all questions pooled", rows, scores)
-    points = [row.point(mmlu=value) for row, value in zip(rows, scores)]
-    record = show.make_record("feature_ablate_1.py", s, [sae], sources, sanity, points, time.time() - started)
-    title = f"{show.short_name(s.model)}, layer {s.layer}: {s.n_features} features ablated"
-    show.write_record(path, record, {
-        "features": lambda: show.scatter(features, forget, retain, title),
-        "accuracy": lambda: show.quiz_figure({name: scores}, rows, title),
-        "subjects": lambda: show.subject_figure(rows, scores, f"{name}: {title}"),
-    })  # fmt: skip
-    return record
+# %% [markdown]
+# ## Its features
+# Behind the SAE's layer each token is a vector `h`. `encode` says how active each feature is on it, `decode` adds up
+# activation times direction again. How many of the features does a token need, and how much of `h` do they explain?
+
+# %%
+ids, _ = data.encode_question(model, question, args.prompt)
+ordinary = ~torch.isin(ids, torch.tensor(model.tokenizer.all_special_ids, device=ids.device))[..., None]
+h = model.run_with_cache(ids, names_filter=sae.hook_point)[1][sae.hook_point].float()  # (1, pos, d_model)
+a = sae.encode(h)  # (1, pos, d_sae), activations: 0 or positive
+missed = (h - sae.decode(a))[0, 1:].pow(2).sum() / (h - h[0, 1:].mean(0))[0, 1:].pow(2).sum()
+active = (a[0, 1:] > 0).sum(-1).float().mean()
+print(f"{h.shape[1]} tokens of {h.shape[2]} numbers; {active:.0f} of {a.shape[2]} features active on each, "
+      f"variance explained {1 - missed:.2f}")  # fmt: skip
+
+# %% [markdown]
+# **36** features are active on a token and explain **97**% of what sets it apart. Which of all are about biology? Count
+# on how many tokens of the picking half each fires, and on how many of ordinary text (Wikitext) and of quizzes on other
+# subjects; the larger of these two counts. The ratio of the two rates ranks: <!-- active, 100 * (1 - missed) -->
+#
+#     ratio = ((fires on forget + 1) / (forget tokens + 1)) / ((fires on retain + 1) / (retain tokens + 1))
+
+# %%
+measured = methods.measure(model, args.layer, sae, *data.picking_texts(wmdp, picking, args, sources), args.clamp, args)
+forget, retain = measured.rates
+features = pick_features(forget, retain, args.n_features, args.pick)
+show.print_features(features, forget, retain, show.top_tokens(model, sae, features, measured.forget), sae, most=8)
+title = f"{records.short_name(args.model)}, layer {args.layer}: {args.n_features} features ablated"
+figures = {"features": show.scatter(features, forget, retain, title)}
+
+# %% [markdown]
+# Each dot is a feature; the picked ones lie far above the dotted line. The one with the highest ratio, on our question
+# and on the three texts where it is most active: what is its name?
+
+# %%
+best = features[0]
+figures["question"] = show.token_figure(model, ids.tolist(), [a[0, :, best]], f"feature {best} on the question")
+figures["contexts"] = show.contexts_figure(model, sae, best, measured.forget)
+
+# %% [markdown]
+# No word of biology: it is the letter C before an option, in quizzes on biology only, **1.6**% of the forget tokens and
+# **0.0**% of the retain tokens. A high ratio tells what is particular to the forget set, and that may be its form.
+# <!-- 100 * forget.rate[best], 100 * retain.rate[best] -->
+# ## The hook
+# To ablate is to replace activations and leave all else: `h` gets only the difference that this makes, so what the SAE
+# cannot explain stays, and so do special tokens such as BOS. Clamp 0 takes features away (zero ablation); a negative
+# one pushes the other way (Farrell et al., arXiv 2410.19278). SAEs with a run-time scale or a centred residual stream
+# need two lines more: `edits.py` has them.
 
 
 # %%
-if __name__ == "__main__":
-    command_line(run, flags)
+def edit(h, hook=None, clamp=0.0):
+    a = sae.encode(h.float())[..., features]  # (batch, pos, n)
+    wanted = torch.where(a > 0, clamp, a)  # only where a feature is active
+    change = (wanted - a) @ sae.W_dec[features]  # (batch, pos, d_model)
+    return torch.where(ordinary, h + change, h).to(h.dtype)
+
+
+print(f"zeroing changes {(edit(h) != h).any(-1).sum()} of {h.shape[1]} tokens")
+
+# %% [markdown]
+# Guess first: with the features gone from every token, which letter comes, and how surely? And pushed below zero?
+
+# %%
+tried = {"unablated": probabilities(question)}
+for clamp, name in ((0.0, "zero ablation"), (args.clamp, "clamp")):
+    with model.hooks(fwd_hooks=[(sae.hook_point, lambda h, hook, clamp=clamp: edit(h, hook, clamp))]):
+        tried[name] = probabilities(question)
+    with ablate(model, sae, features, clamp):  # that hook, for any SAE
+        same = torch.equal(probabilities(question), tried[name])
+    print(f"{name} {clamp:g}: right letter {tried[name][right]:.2f}; common.ablate's to the last bit: {same}")
+figures["letters"] = show.letter_figure(tried, right, f"layer {args.layer}, one question")
+
+# %% [markdown]
+# Zeroed, they leave the right letter at **1.00**; pushed below zero, at **0.78**. <!-- tried["zero ablation"][right],
+# tried["clamp"][right] -->
+# ## MMLU: what else is harmed?
+# Now every question of MMLU's reporting half, with controls: the hook at work with nothing changed must equal the
+# unablated model; the SAE's bare reconstruction shows what its error costs; as many random features, what any would.
+
+# %%
+control = matched_random(forget, retain, features, args.seed)
+rows = evaluation.standard_rows(sae, features, [control], args.clamp, args.model)
+scores, asked = evaluation.score_quiz(model, "MMLU", mmlu, kept, rows, args)
+sources["mmlu"] |= asked
+name = show.title_of("mmlu", sources)
+show.print_quiz(f"{name}, all questions pooled", rows, scores)
+figures["accuracy"] = show.quiz_figure({name: scores}, rows, title)
+
+# %% [markdown]
+# Of **98.8**% the clamp takes **2.4** points, random features **3.6**: biology's do no more harm elsewhere than any do.
+# Guess by subject: are its neighbours, zoology and human anatomy, hit first?
+# <!-- 100 * scores[0]["accuracy"], -100 * scores[4]["change"], -100 * scores[5]["change"] -->
+
+# %%
+show.print_subjects(rows, scores)
+figures["subjects"] = show.subject_figure(rows, scores, f"{name}: {title}")
+
+# %%
+# The record: everything above, to compare with other runs
+points = [row.point(mmlu=score) for row, score in zip(rows, scores)]
+record = records.make_record("feature_ablate_1.py", args, [sae], sources, measured.sanity, points, started)
+records.write_record(path, record, figures)
+
+# %% [markdown]
+# ## Make it your own
+# Change one line and run what is below it again. `args.layer = 9` below the flags: the clamp leaves MMLU at **96.7**%.
+# Fewer features, or a question of your own? <!-- --layer 9: 100 * scores[4]["accuracy"] -->
+
+# %%
+for n in (1, 5, 20):
+    with ablate(model, sae, features[:n], args.clamp):
+        print(f"the first {n}: right letter {probabilities(question)[right]:.2f}")
+mine = {"question": "Which organ pumps the blood?", "choices": ["lung", "heart", "liver", "spleen"], "answer": 1}
+with ablate(model, sae, features, args.clamp):
+    print(f"our question: right letter {probabilities(mine | {'subject': 'human_anatomy'})[1]:.2f}")

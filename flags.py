@@ -5,15 +5,21 @@ Nothing here takes long to import: a script reads its flags before it imports th
 """
 
 import argparse
+import atexit
 import itertools
 import math
 import os
 import sys
+import traceback
+import warnings
 from pathlib import Path
 
 from data import UserError, check_folder
 from hub import PRESETS, listed
-from processes import LostProcess, one_voice
+from processes import LostProcess, leave, speak_as_one
+
+# A notebook has bars of text here; what others import would ask for its widgets
+warnings.filterwarnings("ignore", "IProgress not found")
 
 
 def grid(**axes) -> list[dict]:
@@ -43,8 +49,9 @@ class ListPresets(argparse.Action):
         parser.exit()
 
 
-def parser(doc: str, without: tuple[str, ...] = ()) -> argparse.ArgumentParser:
-    """The flags that every script has, but for those `without`; a script adds its own, or one in place of ours."""
+def parser(doc: str, without: tuple[str, ...] = (), quiz: bool = False) -> argparse.ArgumentParser:
+    """The flags that every script has, but for those `without`; a script adds its own, or one in place of ours. quiz:
+    those that say how quizzes are asked, and which questions are, too."""
     shape = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=doc, formatter_class=shape, allow_abbrev=False, conflict_handler="resolve")
 
@@ -83,16 +90,14 @@ def parser(doc: str, without: tuple[str, ...] = ()) -> argparse.ArgumentParser:
         "over all of them")  # fmt: skip
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model; SAEs stay in float32")
     add("--no-sanity", action="store_true", help="go on even if the SAE does not fit the model")
+    if quiz:
+        add("--prompt", default="plain", choices=["plain", "chat", "saebench"], help="lm-eval's template; in a chat "
+            "turn; or SAEBench's chat turn, answered after 'Answer: ('")  # fmt: skip
+        add("--robust", action="store_true", help="score only questions right under all 24 orders of options")
+        add("--subjects", help="MMLU subjects, comma-separated (default: SAEBench's four where they are, else all; "
+            "lesson 1: all)")  # fmt: skip
     add("--out", help="record file; figures get the same name (default: results/<script>_<settings>.json)")
     return p
-
-
-def quiz_flags(p: argparse.ArgumentParser, subjects: str = "SAEBench's four where they are, else all") -> None:
-    """The flags of scripts that score quizzes: how they are asked, and which questions are."""
-    p.add_argument("--prompt", default="plain", choices=["plain", "chat", "saebench"], help="lm-eval's template; in a "
-                   "chat turn; or SAEBench's chat turn, answered after 'Answer: ('")  # fmt: skip
-    p.add_argument("--robust", action="store_true", help="score only questions right under all 24 orders of options")
-    p.add_argument("--subjects", help=f"MMLU subjects, comma-separated (default: {subjects})")
 
 
 def latent_flags(p: argparse.ArgumentParser) -> None:
@@ -146,24 +151,40 @@ def refuse_bad_numbers(s: argparse.Namespace) -> None:
                 raise UserError(f"{flag}: at least {least[name]}")
 
 
-def command_line(run, p: argparse.ArgumentParser) -> None:
-    """Call run(**flags); a user's mistake ends in one line and exit code 2, Ctrl-C in 130, a lost process in 1.
+def parse(p: argparse.ArgumentParser) -> argparse.Namespace:
+    """The settings that the command line gives; in a notebook, where sys.argv is not ours, the defaults. Raises
+    UserError, and ends the run as `arguments` says."""
+    return settings(p, arguments(p))
 
-    In a notebook or a console of PyCharm sys.argv is not ours, and the defaults are taken.
-    """
+
+def arguments(p: argparse.ArgumentParser) -> dict:
+    """The flags as the command line gives them. From here on a user's mistake ends in one line and exit code 2, Ctrl-C
+    in 130, a lost process in 1; of several processes one is heard."""
 
     def mistake(message):
         raise UserError(f"{message} (see --help)")
 
-    p.error = mistake
-    with one_voice() as say:
-        try:
-            others = any(name in sys.argv[0] for name in ("kernel_launcher", "pydevconsole"))
-            flags = p.parse_args([] if others else None)
-            run(**vars(flags))
-        except (UserError, LostProcess) as error:
-            say(f"error: {error}")
-            sys.exit(2 if isinstance(error, UserError) else 1)
-        except KeyboardInterrupt as stop:
-            print(f"\nstopped: {str(stop) or 'nothing was written'}", file=sys.stderr)
-            sys.exit(130)
+    p.error, sys.excepthook = mistake, ended
+    others = any(name in sys.argv[0] for name in ("kernel_launcher", "pydevconsole"))
+    given = vars(p.parse_args([] if others else None))
+    speak_as_one()
+    sys.excepthook = ended  # torch.distributed, now that it is there, has its own in front, which loses the last word
+    return given
+
+
+def ended(kind, error, trace) -> None:
+    """In place of sys.excepthook: a script's end that is not its last line."""
+    say = speak_as_one()
+    atexit.unregister(leave)
+    if isinstance(error, UserError | LostProcess):
+        say(f"error: {error}")
+        raise SystemExit(2 if isinstance(error, UserError) else 1)
+    if isinstance(error, KeyboardInterrupt):
+        print(f"\nstopped: {str(error) or 'nothing was written'}", file=sys.stderr)
+        raise SystemExit(130)
+    say("".join(traceback.format_exception(kind, error, trace)))
+
+
+def command_line(run, p: argparse.ArgumentParser) -> None:
+    """Call run with the flags that the command line gives."""
+    run(**arguments(p))

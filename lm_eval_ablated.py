@@ -92,6 +92,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
 import processes
+import records
 import show
 from data import HERE, UserError, digest, first_line, halves, load_rows, picking_texts, picking_windows, sample
 from edits import NONE, Edit
@@ -425,7 +426,7 @@ def run(**changes) -> dict:
         s.layer, s.clamp = point["setting"]["layer"], point["setting"].get("clamp", s.clamp)
     if point or s.method not in (None, *BY_FEATURES):
         s.n_features = point["setting"].get("n_features") if point else None
-    path = show.outputs("lm_eval_ablated.py", s, flags)
+    path = records.outputs("lm_eval_ablated.py", s, flags)
     tasks = find_tasks(s)
     chosen = choose(tasks, s, s.pick_on == "half")
     lm = load_ablated(s)
@@ -447,7 +448,7 @@ def run(**changes) -> dict:
     print_scores(rows, scores, sources, runs)
     points = [row.point(**{name: values[k] for name, values in scores.items()}) for k, row in enumerate(rows)]
     used = list(saes.values())
-    record = show.make_record("lm_eval_ablated.py", s, used, sources, sanity, points, time.time() - started)
+    record = records.make_record("lm_eval_ablated.py", s, used, sources, sanity, points, started)
     record["versions"]["lm_eval"] = version("lm_eval")
     record["identity"] |= lm.identity
     record["layer"] = list(saes) if len(saes) > 1 else record["layer"]
@@ -457,8 +458,8 @@ def run(**changes) -> dict:
     scored = {show.title_of(name, sources): values for name, values in scores.items()}
     quizzes = {title: values for title, values in scored.items() if values and "accuracy" in values[0]}
     what = f"{s.n_features} features ablated" if edit.method == "sae-ablation" else show.method_name(edit.method)
-    title = f"{show.short_name(s.model)}, layer {s.layer}: {what}, lm-eval"
-    show.write_record(path, record, {"accuracy": lambda: show.quiz_figure(quizzes, rows, title)} if quizzes else {})
+    title = f"{records.short_name(s.model)}, layer {s.layer}: {what}, lm-eval"
+    records.write_record(path, record, {"accuracy": lambda: show.quiz_figure(quizzes, rows, title)} if quizzes else {})
     return record
 
 

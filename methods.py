@@ -10,9 +10,10 @@ from functools import cache, cached_property
 
 import torch
 
-from common import Rates, firing_rates, largest, matched_random, pick_features, summed
+from common import Rates, firing_rates, largest, load_model, load_sae, matched_random, pick_features, summed
 from data import batches, picking_windows
 from edits import Edit, Latents, edit_of, gate_of, hidden, layer_of, residuals, watch_tokens
+from engine import check_engine
 from flags import GRIDS
 from hub import sanity_gate
 
@@ -80,6 +81,14 @@ def gate_for(m: Measured, n: int, quantile: float = 0.95) -> float:
                 h = hidden(lm.original_model, ids, m.place)
                 found.append(gate_of(latents.encode(h)[0], seen["edited"].to(h.device)).cpu())
     return torch.cat(found).quantile(quantile).item()
+
+
+def load(s) -> tuple:
+    """The model and its SAE of --layer, both known to be what they should be and fit for many edits in one pass."""
+    lm = load_model(s.model, s.device, s.dtype, s.device_map, s.edit_special)
+    sae = load_sae(s.sae, s.layer, lm, s.model)
+    check_engine(lm, [layer_of(sae)])
+    return lm, sae
 
 
 def measure(lm, layer: int, sae, forget: list[str], retain: list[list[str]], clamp: float, s) -> Measured:

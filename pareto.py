@@ -21,14 +21,13 @@ What comes out on tiny, and how long it takes: docs/results.md.
 # Start a notebook in this folder, beside the helper files. Flags come first: --help need not wait for other imports.
 
 # %%
-from flags import BY_FEATURES, GRIDS, answered, command_line, latent_flags, parser, quiz_flags, settings
+from flags import BY_FEATURES, GRIDS, answered, command_line, latent_flags, parser, settings
 
 COUNTS = [1, 2, 5, 10, 20, 50, 100, 200]
-flags = parser(__doc__)
+flags = parser(__doc__, quiz=True)
 flags.add_argument("--layer", "--layers", type=int, nargs="+", default=[7], help="one or several (default: 7)")
 flags.add_argument("--n-features", type=int, nargs="+", default=COUNTS, help="(default: 1 2 5 10 20 50 100 200)")
 flags.add_argument("--clamp", type=float, nargs="+", help="0 or negative (default: 0, half the preset's, the preset's)")
-quiz_flags(flags)
 flags.add_argument("--method", nargs="+", choices=list(GRIDS), metavar="NAME", help="sweep the grids of these methods "
                    f"instead: {', '.join(GRIDS)}")  # fmt: skip
 latent_flags(flags)
@@ -50,6 +49,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
 import pieces
+import records
 import show
 from common import load_model, load_sae
 from data import UserError, load_benchmark
@@ -154,7 +154,7 @@ def origin_of(record: dict) -> tuple:
     asked = [(source.get("sha256"), source.get("questions"))
              for source in (record["data"].get(name, {}) for name in ("wmdp_bio", "mmlu"))]  # fmt: skip
     data = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-    return ((show.short_name(str(record.get("model"))), str(known.get("model", record.get("model")))),
+    return ((records.short_name(str(record.get("model"))), str(known.get("model", record.get("model")))),
             (saes, str(known.get("sae", sae))), ("data", data))  # fmt: skip
 
 
@@ -333,7 +333,7 @@ def plot(s) -> dict:
     if len(asked) > 1:
         print("note: these records were not scored on the same questions", file=sys.stderr)
     s.layer, s.n_features = "all", "all"
-    path = show.outputs("pareto.py", s, flags)
+    path = records.outputs("pareto.py", s, flags)
     names = [Path(name).stem for name in s.plot]
     present(path, points, first, ", ".join(names) if len(names) <= 3 else f"{len(names)} records")
     return {"points": points, "summary": summary(points)}
@@ -347,7 +347,7 @@ def present(path: Path, points: list[dict], sources: dict, title: str, record: d
     print(f"\n{table(rows)}")
     pieces.write_whole(path.with_suffix(".md"), lambda file: file.write_text(table(rows)))
     print(f"table: {path.with_suffix('.md')}")
-    show.write_record(path, record, {"frontier": lambda: pareto_figure(points, titles, title)}, ("png", "svg"))
+    records.write_record(path, record, {"frontier": lambda: pareto_figure(points, titles, title)}, ("png", "svg"))
 
 
 def decides(saes: list, sources: dict, s) -> list:
@@ -364,7 +364,7 @@ def run(**changes) -> dict:
     if s.plot:
         return plot(s)
     s.layer, s.n_features = sorted(set(s.layer)), sorted(set(s.n_features))
-    path = show.outputs("pareto.py", s, flags)
+    path = records.outputs("pareto.py", s, flags)
     clamps = s.clamp if isinstance(s.clamp, list) else [0.0, s.clamp / 2, s.clamp]
     s.clamp = sorted(set(clamps), reverse=True)
     if bad := [clamp for clamp in s.clamp if clamp > 0]:
@@ -383,10 +383,10 @@ def run(**changes) -> dict:
         scores = scores_of(found + answers_of_never_knew(texts, s), texts, s.seed)
         points = [edit.point(**score) for edit, score in zip([*edits, NEVER_KNEW], scores)]
         sanity = [one.sanity for one in measured]
-        record = show.make_record("pareto.py", s, saes, sources, sanity, points, time.time() - started)
+        record = records.make_record("pareto.py", s, saes, sources, sanity, points, started)
         with_clean = [{**point, "clean": points[0]} for point in points]
         record["summary"] = summary(with_clean)
-        title = f"{show.short_name(s.model)}, layer {', '.join(map(str, s.layer))}: {len(edits) - 1} settings"
+        title = f"{records.short_name(s.model)}, layer {', '.join(map(str, s.layer))}: {len(edits) - 1} settings"
         present(path, with_clean, sources, title, record)
     return record
 

@@ -5,12 +5,13 @@ Every process loads the model and scores every n-th batch; sums over processes g
 which all compute the same statistics; only the first process prints and writes.
 """
 
+import atexit
 import os
 import signal
 import sys
 import time
-import traceback
 from contextlib import contextmanager
+from functools import cache
 
 PATIENCE = 10  # seconds that the other processes leave to the first to report a mistake that all of them met
 
@@ -86,33 +87,34 @@ def stopped_by_launcher(*_):
     raise KeyboardInterrupt
 
 
-@contextmanager
-def one_voice():
-    """Around a command line. Yields say(message): only the first process is heard, unless another one fails alone.
+def leave() -> None:
+    """At a good end; one that fails leaves at once, since the others may never come."""
+    state().destroy_process_group()
+
+
+@cache
+def speak_as_one():
+    """Have only the first process heard. Returns say(message), for the last word of one that fails: of the others it
+    comes when the first has had time for its own.
 
     accelerate launch ends the other processes with SIGTERM when one has failed: they then leave as after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a console's code page may lack what tokens are written with
             stream.reconfigure(errors="backslashreplace")
-    loud, index = sys.stderr, state().process_index
+    index = state().process_index
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ and "LOCAL_RANK" not in os.environ:
         print("note: without GPUs accelerate launch starts one process only; for two on the CPU: "
-              "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 ...", file=loud)  # fmt: skip
+              "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 ...", file=sys.stderr)  # fmt: skip
     if count() > 1:
         signal.signal(signal.SIGTERM, stopped_by_launcher)
+        atexit.register(leave)
     if index:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
     def say(message: str) -> None:
         if index:
             time.sleep(PATIENCE)
-        print(f"process {index}: {message}" if index else message, file=loud)
+        print(f"process {index}: {message}" if index else message, file=sys.__stderr__ if index else sys.stderr)
 
-    try:
-        yield say
-    except Exception:
-        if index:
-            say(traceback.format_exc())
-        raise
-    state().destroy_process_group()
+    return say

@@ -33,10 +33,10 @@ on tiny, and how long it takes: docs/results.md.
 # Start a notebook in this folder, beside the helper files. Flags come first: --help need not wait for other imports.
 
 # %%
-from flags import answered, command_line, parser, quiz_flags, settings
+from flags import answered, command_line, parser, settings
 
 WITHOUT = ("--sae", "--n-features", "--clamp", "--pick", "--max-rows", "--no-sanity", "--device-map", "--edit-special")
-flags = parser(__doc__, without=WITHOUT)
+flags = parser(__doc__, quiz=True, without=WITHOUT)
 flags.add_argument("--layer", type=int, help="whose residual stream is steered (default: the model's setting)")
 flags.add_argument("--multiple", type=float, help="how far, in norms of forget text (default: the model's setting)")
 flags.add_argument("--alpha", type=float, help="weight of the retain loss (default: the model's setting)")
@@ -45,7 +45,6 @@ flags.add_argument("--lr", type=float, help="learning rate of AdamW (default: th
 flags.add_argument("--adaptive", action="store_true", help="Adaptive RMU by its paper: each token by its own norm "
                    "before training, not all by the first batch's mean norm")  # fmt: skip
 flags.add_argument("--sweep", action="store_true", help="train with every multiple and alpha of a grid, and choose")
-quiz_flags(flags)
 answered(flags, __name__)
 
 # %%
@@ -57,10 +56,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import pieces
 import processes
+import records
 import show
 from common import load_hf, load_model
 from data import UserError, load_benchmark, padded, picking_windows
@@ -225,7 +225,7 @@ def forgetful(setting: Setting, folder: Path, texts: dict, s) -> tuple:
         raise UserError(f"--layer {setting.layer}: the model has layers 0 to {len(decoder_layers(model)) - 1}")
     forget, retain = picking_windows(tokenizer, texts["forget"], texts["retain"], s)
     result = train(model, tokenizer, forget, retain, setting, s.adaptive, s.seed)
-    show.save_model(model, tokenizer, folder)
+    records.save_model(model, tokenizer, folder)
     return result
 
 
@@ -263,7 +263,7 @@ def run(**changes) -> dict:
         raise UserError("RMU is trained by one process: start rmu.py without accelerate launch")
     setting = setting_of(s)
     s.layer = setting.layer
-    path = show.outputs("rmu.py", s, flags)
+    path = records.outputs("rmu.py", s, flags)
     lm = load_model(s.model, s.device, s.dtype)
     texts, sources = load_benchmark(s, lm.tokenizer)
     keep_robust(lm, texts, sources, s)
@@ -285,19 +285,19 @@ def run(**changes) -> dict:
             points = points_of(tried, scores_of([clean, scored(folder, texts, s), *floor], texts, s.seed), s)
         chosen = 1 + tried.index(setting)
         show.print_chosen([points[0], points[chosen], *points[1 + len(tried) :]], sources)
-        record = show.make_record("rmu.py", s, [], sources, {}, points, time.time() - started)
+        record = records.make_record("rmu.py", s, [], sources, {}, points, started)
         print(f"model: {folder}")
         record["identity"]["folder"] = identity(str(folder))
         record |= {"chosen": chosen, "folder": folder.name, "matrices": matrices, "coefficient": coefficient}
         record |= {
             "seconds_to_make": round(seconds, 2),
-            "peak_gb": show.peak_gb(),
+            "peak_gb": records.peak_gb(),
             "control_vector": u.tolist(),
             "log": log,
         }
         how = f"layer {setting.layer}, {setting.multiple:g} norms, alpha {setting.alpha:g}"
-        title = f"{show.short_name(s.model)}: {points[chosen]['method']}, {how}"
-        show.write_record(path, record, {"losses": lambda: show.curves(dict(zip(LOG, zip(*log))), title, LOG[:2])})
+        title = f"{records.short_name(s.model)}: {points[chosen]['method']}, {how}"
+        records.write_record(path, record, {"losses": lambda: show.curves(dict(zip(LOG, zip(*log))), title, LOG[:2])})
     return record
 
 

@@ -43,10 +43,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import pieces
 import processes
+import records
 import show
 from common import load_hf, load_model, load_sae
 from data import HERE, LETTERS, UserError, encode_prompts, halves, load_benchmark, load_rows, prompt, special_ids
@@ -139,7 +140,7 @@ def relearned(subject: Subject, sets: list[list], texts: dict, passing: Path, s,
     for mark in marks:
         with applied(model, tokenizer, subject.edit):
             next(steps)
-        show.save_model(model, tokenizer, passing)
+        records.save_model(model, tokenizer, passing)
         found[str(mark)] = examine(replace(subject, model=str(passing)), texts, s, only)
     return found
 
@@ -179,12 +180,12 @@ def subject_of(path: str, s) -> tuple[Subject, dict]:
     return subject, record
 
 
-def load_texts(records: list[dict], s) -> tuple[dict, dict]:
+def load_texts(given: list[dict], s) -> tuple[dict, dict]:
     """What is asked and trained on, the same for all records. Raises UserError where they were not scored alike."""
-    first = records[0]
+    first = given[0]
     alike = ("model", "data", "forget_corpus", "seed", "pick_on", "limit", "subjects", "skip_long", "prompt", "robust")
     for name in alike:
-        if any(record["settings"].get(name) != first["settings"].get(name) for record in records):
+        if any(record["settings"].get(name) != first["settings"].get(name) for record in given):
             raise UserError(f"these records differ in {name}: compare like with like")
         setattr(s, name, first["settings"].get(name))
     s.prompt = s.prompt or "plain"  # records of earlier versions do not say
@@ -194,7 +195,7 @@ def load_texts(records: list[dict], s) -> tuple[dict, dict]:
     benchmark, sources = load_benchmark(s, tokenizer)
     reworded, sources["wmdp_bio_reworded"] = load_rows("wmdp_bio_reworded", s.model, s.data)
     for name in ("wmdp_bio", "mmlu"):
-        if any(record["data"][name]["sha256"] != sources[name]["sha256"] for record in records):
+        if any(record["data"][name]["sha256"] != sources[name]["sha256"] for record in given):
             raise UserError(f"{name} is not what these records were scored on")
     questions, parts = benchmark["quizzes"]["wmdp_bio"]
     if reworded and len(reworded) != len(questions):
@@ -366,10 +367,10 @@ def points_of(subjects: list[Subject], found: list[dict], texts: dict, s) -> lis
     return points
 
 
-def decides(subjects: list[Subject], records: list[dict], sources: dict, s) -> list:
+def decides(subjects: list[Subject], given: list[dict], sources: dict, s) -> list:
     """All that the subjects' answers depend on: two edits of one setting may have other features."""
     edits = [[one.edit.method, one.edit.setting, one.edit.arguments, list(one.edit.at)] for one in subjects]
-    known = [identity(model_source(one.model)) for one in subjects] + [record.get("identity") for record in records]
+    known = [identity(model_source(one.model)) for one in subjects] + [record.get("identity") for record in given]
     settled = {name: value for name, value in vars(s).items() if name not in ("out", "batch_size", "records")}
     return [edits, known, settled, sources]
 
@@ -382,27 +383,27 @@ def run(**changes) -> dict:
     if not s.records:
         raise UserError("give one or several records of baselines.py or rmu.py")
     pairs = [subject_of(path, s) for path in s.records]
-    records = [record for _, record in pairs]
-    s.pick_text, s.layer = "prompt", records[0]["layer"]
-    texts, sources = load_texts(records, s)
+    given = [record for _, record in pairs]
+    s.pick_text, s.layer = "prompt", given[0]["layer"]
+    texts, sources = load_texts(given, s)
     if s.relearn:
         check_room("--relearn", s.model, s.device, s.dtype)
-    path = show.outputs("robustness.py", s, flags)
+    path = records.outputs("robustness.py", s, flags)
     twins = [Subject(name, NEVER_KNEW) for name in [never_knew(s.model)] if name]
     subjects = [Subject(s.model), *twins, *(subject for subject, _ in pairs)]
-    with pieces.keeping(path, decides(subjects, records, sources, s)) as folder:
+    with pieces.keeping(path, decides(subjects, given, sources, s)) as folder:
         points = points_of(subjects, try_all(subjects, texts, folder, s), texts, s)
         names = [show.label(Edit(point["method"], setting=point["setting"])) for point in points]
         text = table(names, points)
         print(f"\n{text}")
         pieces.write_whole(path.with_suffix(".md"), lambda file: file.write_text(text + "\n"))
-        record = show.make_record("robustness.py", s, [], sources, {}, points, time.time() - started)
-        about = f"{show.short_name(s.model)}: n {len(texts['rows'])}"
+        record = records.make_record("robustness.py", s, [], sources, {}, points, started)
+        about = f"{records.short_name(s.model)}: n {len(texts['rows'])}"
         title = f"{about}, bars 95% intervals" + (f", {s.relearn} steps" if s.relearn else "")
         figures = {"rows": lambda: figure_of(names, points, title)}
         if s.relearn:
             figures["curves"] = lambda: curves_of(names, points, about)
-        show.write_record(path, record, figures)
+        records.write_record(path, record, figures)
     return record
 
 

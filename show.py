@@ -1,163 +1,20 @@
 """
-Show and keep results: tables, figures, result records.
+Show results: tables and figures.
 """
 
-import hashlib
-import json
-import os
-import re
-import shutil
-import sys
-import tempfile
-from importlib.metadata import version
-from pathlib import Path
+from collections import Counter
 
 import matplotlib.pyplot as plt
 import torch
 
 import processes
 from common import Rates, activation_ratio
-from data import UserError
-from edits import NEVER_KNEW, Edit, Latents, layer_of, residuals
-from flags import settings
-from hub import identity, identity_of_never_knew, model_source
-from pieces import write_whole
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
-LONGEST_NAME = 120  # characters of a record's name; figures add to it, and file systems end at 255 bytes
-
-
-SHORT = {"layer": "L", "n_features": "n", "clamp": "c", "method": ""}
-NOT_IN_NAMES = ("model", "out", "plot", "all", "relearn", "batch_size", "max_rows", "device", "device_map",
-                "no_sanity", "max_batch_size", "use_cache", "output_path", "log_samples")  # fmt: skip
-
-
-def outputs(script: str, s, flags, without: tuple[str, ...] = ()) -> Path:
-    """Path of the record, its folder made and known to be writable before any work is done. Raises UserError.
-
-    Its default name has a part for the layer, for the number of features and for all else that decides about results
-    and differs from the default of the parser `flags`, so that no run overwrites what another one found. without: what
-    `script` says already.
-    """
-    own = vars(flags.parse_args([]))  # not every script has --model
-    usual = vars(settings(flags, {"model": s.model} if "model" in own else {}))
-    always = ("layer", "n_features")
-    said = {name: vars(s)[name] for name in usual if name not in (*NOT_IN_NAMES, *without)}
-    parts = [part(name, value) for name, value in said.items()
-             if value is not None and (name in always or value != usual[name])]  # fmt: skip
-    name = "_".join([Path(script).stem, short_name(s.model), *parts])
-    if len(name) > LONGEST_NAME:
-        name = name[:LONGEST_NAME] + "_" + hashlib.sha256(name.encode()).hexdigest()[:8]
-    name += ".json"
-    path = Path(s.out or "results/")
-    path = path if path.suffix == ".json" else path / name
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent):
-            return path
-    except OSError as error:
-        raise UserError(f"cannot write to {path.parent}: {error.strerror}; give another --out") from error
-
-
-def part(name: str, value) -> str:
-    """A setting in a file name: "c-40", "seed1", "robust", "sae_layer_3-1f0a" (two folders may have the same name)."""
-    if isinstance(value, list):
-        value = "-".join(f"{x:g}" if isinstance(x, float) else str(x) for x in value)
-    elif isinstance(value, float):
-        value = f"{value:g}"
-    text = "" if value is True else str(value)
-    if "/" in text or os.sep in text or ":" in text:
-        text = f"-{Path(text).name}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
-    return SHORT.get(name, name.replace("_", "-")) + re.sub(r"[^\w.+-]+", "-", text)
-
-
-def short_name(model: str) -> str:
-    """A model in file names and titles: its preset's name, or the last part of its hub id or folder."""
-    return Path(model).name
+from edits import NEVER_KNEW, Edit, Latents, hidden, layer_of, residuals
 
 
 def plain(text: str) -> str:
     """The text for a figure, where matplotlib would take what stands between two $ for mathematics."""
     return text.replace("$", r"\$")
-
-
-def save_model(model, tokenizer, folder: Path) -> None:
-    """Write a model folder; one of the same name that an earlier run wrote makes place for it."""
-    half_written = folder.with_name(f".{os.getpid()}.{folder.name}")
-    try:
-        model.save_pretrained(half_written)
-        tokenizer.save_pretrained(half_written)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(half_written, folder)
-    finally:
-        shutil.rmtree(half_written, ignore_errors=True)
-
-
-def peak_gb() -> float | None:
-    """Most memory that this process has had: of the GPU where there is one, else of the process as a whole. None on
-    Windows, which does not say without another package."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
-    if resource is None:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes here
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
-
-
-def make_record(script: str, s, saes: list, sources: dict, sanity, points: list, seconds: float) -> dict:
-    """What was run, on what, and one point per edit with its scores; docs/records.md describes the fields. Of several
-    SAEs, or where --layer takes several, what is said of the SAE is a list."""
-    packages = ("torch", "transformers", "transformer-lens", "sae-lens", "datasets")
-
-    def of_saes(name):
-        values = [getattr(sae, name) for sae in saes]
-        return values if len(values) > 1 or isinstance(s.layer, list) else next(iter(values), None)
-
-    return {
-        "script": script,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "seconds": round(seconds, 1),
-        "model": s.model,
-        "identity": {
-            "model": identity(model_source(s.model)),
-            "never_knew": identity_of_never_knew(s.model),
-            "sae": of_saes("identity"),
-        },
-        "sae": of_saes("source"),
-        "layer": s.layer,
-        "hook_point": of_saes("hook_point"),
-        "seed": s.seed,
-        "dtype": s.dtype,
-        "attention": "eager",
-        "settings": vars(s),
-        "versions": {name: version(name) for name in packages},
-        "data": sources,
-        "sanity": sanity,
-        "points": points,
-    }
-
-
-def write_record(path: Path, record: dict | None, figures: dict, formats: tuple[str, ...] = ("png",)) -> None:
-    """Write the record, if there is one, then figures {suffix: function that draws it} beside it, and print the
-    record's path last: a figure that cannot be drawn loses no result."""
-    if record is not None:
-        text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-        write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
-    try:
-        for suffix, draw in figures.items():
-            figure = draw()
-            for form in formats:
-                target = path.with_name(f"{path.stem}_{suffix}.{form}")
-                write_whole(target, lambda file, form=form, figure=figure: figure.savefig(file, format=form, dpi=150))
-                print(f"figure: {target}")
-            plt.close(figure)
-    finally:
-        if record is not None:
-            print(f"record: {path}")
 
 
 NAMES = {"wmdp_bio": "WMDP-Bio", "mmlu": "MMLU", "wikitext": "Wikitext", "openwebtext": "OpenWebText"}
@@ -353,6 +210,84 @@ def scatter(features: list[int], forget: Rates, retain: Rates, title: str):
     axes.set_xlabel("firing rate on the retain set (leftmost: never)")
     axes.set_ylabel("firing rate on the forget set")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+WIDTH = 88  # characters of a line of tokens
+
+
+def token_figure(model, windows: list[list[int]], values: list[torch.Tensor], title: str):
+    """Figure: each window's tokens in reading order, the darker the larger its value; values: (pos,) each, of which
+    what is below 0 is drawn as 0, and the first token's, usually BOS, is not drawn."""
+    most = max([value[1:].max().item() for value in values] + [1e-9])
+    lines, at, y = [], 0, 0
+    for ids, value in zip(windows, values):
+        for token, strength in list(zip(ids, value.tolist()))[1:]:
+            text = model.tokenizer.decode(token)
+            shown = plain(text.replace("\n", "\u21b5"))
+            if at and at + len(shown) > WIDTH:
+                at, y = 0, y + 1
+            lines.append((at, y, shown, max(0.0, strength) / most))
+            at = at + len(shown)
+            if "\n" in text:
+                at, y = 0, y + 1
+        at, y = 0, y + (2 if at else 1)
+    size = 8  # points; a character of the monospaced font is 0.602 as wide
+    figure, axes = plt.subplots(figsize=(WIDTH * size * 0.602 / 72, 0.5 + 0.19 * (y + 1)), layout="constrained")
+    for x, row, text, share in lines:
+        if share:
+            axes.add_patch(plt.Rectangle((x, row - 0.5), len(text), 1, color=plt.cm.Oranges(0.1 + 0.75 * share), lw=0))
+        axes.text(x, row, text, family="monospace", size=size, va="center", c="w" if share > 0.75 else "k")
+    axes.set(xlim=(0, WIDTH), ylim=(y - 0.5, -0.5))
+    axes.axis("off")
+    figure.suptitle(plain(f"{title} (white 0, darkest {most:.1f})"), size=10)
+    return figure
+
+
+@torch.inference_mode()
+def contexts_figure(model, sae, feature: int, windows: list[list[int]], n: int = 3):
+    """Figure: the n windows in which a feature is most active, as token_figure shows them."""
+    latents, found = Latents(sae, [feature]), []
+    for index, ids in enumerate(windows):
+        h = hidden(model.original_model, torch.tensor([ids], device=model.cfg.device), layer_of(sae))
+        found.append((latents.encode(h)[0][0, :, 0].cpu(), index))
+    found.sort(key=lambda pair: -pair[0][1:].max().item())
+    values, best = zip(*found[:n])
+    return token_figure(model, [windows[i] for i in best], values, f"feature {feature}, where it is most active")
+
+
+def letter_figure(tried: dict[str, torch.Tensor], right: int, title: str):
+    """Figure: the probabilities (4,) of the letters under each {name: probabilities}, the right one marked."""
+    figure, axes = plt.subplots(figsize=(5.2, 2.8), layout="constrained")
+    for number, (name, values) in enumerate(tried.items()):
+        places = [letter + 0.27 * (number - (len(tried) - 1) / 2) for letter in range(4)]
+        axes.bar(
+            places,
+            values,
+            0.25,
+            label=f"{name} (together {values.sum():.2f})",
+            color=("0.2", "#e59866", "#c0392b")[number % 3],
+        )
+    axes.set_xticks(range(4), [f"{letter}{' (right)' if k == right else ''}" for k, letter in enumerate("ABCD")])
+    axes.set(ylabel="probability", ylim=(0, 1))
+    figure.suptitle(plain(title), size=10)
+    figure.legend(loc="outside lower center", ncols=1, frameon=False, fontsize=8)
+    return figure
+
+
+def documents_figure(added: torch.Tensor, windows: list[list[int]], documents: list[int], title: str):
+    """Figure: each document's loss added, nats per token, in order of size; added: (windows,), summed over tokens."""
+    total, count = Counter(), Counter()
+    for loss, ids, document in zip(added.tolist(), windows, documents):
+        total[document] += loss
+        count[document] += len(ids) - 1
+    found = sorted(total[document] / count[document] for document in total)
+    figure, axes = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
+    axes.plot(range(1, len(found) + 1), found, "o", ms=3.5, color=COLOURS["sae-ablation"])
+    axes.axhline(0, color="0.4", ls="--", lw=1)
+    axes.set(xlabel="document, in order of the loss added", ylabel="loss added, nats per token")
+    axes.grid(axis="y", alpha=0.3)
+    figure.suptitle(plain(title), size=10)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import sys
 from dataclasses import replace
@@ -372,6 +373,36 @@ def listing(tmp_path, name, value) -> str:
     path = tmp_path / f"{name}.json"
     path.write_text(json.dumps(value))
     return str(path)
+
+
+def lesson(script: str, **flags) -> dict:
+    """The names that a lesson leaves behind, run as a command with these flags. Raises what it raises."""
+    said = {"--" + name.replace("_", "-"): value for name, value in flags.items()}
+    argv = [script, *(flag if value is True else f"{flag}={value}" for flag, value in said.items())]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        patch.setattr(sys, "excepthook", sys.excepthook)
+        return runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def command(monkeypatch, script: str, *flags) -> int:
+    """Exit code of the script's command line, run in this process."""
+    monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, flags)])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    return code_of(lambda: runpy.run_path(str(ROOT / script), run_name="__main__"))
+
+
+def code_of(run) -> int:
+    """What a process would end with that does no more than run()."""
+    try:
+        try:
+            run()
+        except (Exception, KeyboardInterrupt) as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+            return 1
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 @pytest.fixture(scope="session", autouse=True)

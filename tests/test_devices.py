@@ -42,7 +42,7 @@ def everything(model, sae) -> dict:
     """What the lessons compute of a model, as numbers on the CPU."""
     windows = some_ids(model, (6, 20)).tolist()
     rates = common.firing_rates(model, sae, windows)
-    rows = [*standard_rows(sae, FEATURES, [2, 4], -30.0), edit_of("sae-ablation", sae, features=[3], clamp=-5.0)]
+    rows = [*standard_rows(sae, FEATURES, [[2, 4]], -30.0), edit_of("sae-ablation", sae, features=[3], clamp=-5.0)]
     prompts = [[2, *range(5, 17), 30 + i] for i in range(5)]  # twelve tokens in common: a stage of their own
     with common.ablate(model, sae, FEATURES, -30.0):
         logits = model(some_ids(model).to(model.cfg.device))

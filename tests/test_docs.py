@@ -5,13 +5,19 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
+from functools import cache
+from pathlib import Path
 
+import jupytext
 import pytest
 from conftest import ROOT
 
 import show
 from edits import Edit
 
+LESSONS = ["feature_ablate_1.py", "feature_ablate_2.py", "feature_ablate_3.py"]
+MAIN = "--layer 7 --n-features 50"
 HEAD = ["row", "WMDP-Bio stand-in, %", "change, points", "in words, %", "MMLU stand-in, %", "change, points"]
 
 
@@ -43,22 +49,59 @@ def documented() -> list[tuple[str, str]]:
     for path in (ROOT / "README.md", ROOT / "docs/results.md"):
         text = path.read_text()
         for table in re.finditer(re.escape(f"| {' | '.join(HEAD)} |\n") + r"(?:\|.*\n)+", text):
-            commands = re.findall(r"^python feature_ablate_2\.py (.*)$", text[: table.start()], re.MULTILINE)
+            commands = re.findall(r"python feature_ablate_2\.py (.*)$", text[: table.start()], re.MULTILINE)
             found.append((commands[-1], table[0].strip()))
     return found
 
 
-def test_there_are_tables():
+def marked(script: str) -> dict[str, list[tuple[str, str]]]:
+    """{flags: [(number, expression)]} of a lesson's prose: numbers in bold, and in the comment of their cell, in order,
+    what they are in the names of the lesson when it has run; the comment may begin with flags."""
+    found = {}
+    for cell in jupytext.read(ROOT / script).cells:
+        numbers = re.findall(r"\*\*([+-]?\d[\d.]*)\*\*", cell.source if cell.cell_type == "markdown" else "")
+        comments = re.findall(r"<!-- (.*?) -->", cell.source, re.DOTALL)
+        assert len(comments) == bool(numbers), cell.source
+        for comment in comments:
+            *flags, expressions = re.fullmatch(r"(?:(--.*?): )?(.*)", " ".join(comment.split())).groups()
+            pairs = zip(numbers, expressions.split(", "), strict=True)
+            found.setdefault(flags[0] or MAIN, []).extend(pairs)
+    return found
+
+
+@cache
+def run_of(script: str, flags: str) -> tuple[dict, list[float]]:
+    """A lesson's record, and the values of what is marked in it, from a process of its own."""
+    expressions = [expression for _, expression in marked(script).get(flags, [])]
+    with tempfile.TemporaryDirectory() as folder:
+        sys_argv = [script, *shlex.split(flags), "--out", f"{folder}/r.json"]
+        code = f"import json, runpy, sys; sys.argv = {sys_argv}; names = runpy.run_path({script!r})\n" \
+               f"values = [float(eval(one, names)) for one in {expressions}]\n" \
+               f"open({folder!r} + '/values.json', 'w').write(json.dumps(values))"  # fmt: skip
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+        return tuple(json.loads((Path(folder) / name).read_text()) for name in ("r.json", "values.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, flags", [(script, flags) for script in LESSONS for flags in marked(script)])
+def test_numbers_of_a_lessons_prose_are_those_of_its_run(script, flags):
+    pairs = marked(script)[flags]
+    for (quoted, expression), value in zip(pairs, run_of(script, flags)[1], strict=True):
+        answers = "accuracy" in expression or "change" in expression  # a close one may be rounded otherwise
+        unit = 10.0 ** -len(quoted.partition(".")[2])
+        assert value == pytest.approx(float(quoted), abs=1.0 if answers else 0.6 * unit), expression
+
+
+def test_there_are_tables_and_marked_numbers():
     flags = [flags for flags, _ in documented()]
-    assert flags[0] == "--layer 7 --n-features 50" and len(flags) == 2
+    assert flags[0] == MAIN and len(flags) == 2
+    assert all(len(marked(script)[MAIN]) >= 5 for script in LESSONS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags, table", documented())
-def test_a_table_is_what_its_command_gives(flags, table, tmp_path):
-    command = [sys.executable, ROOT / "feature_ablate_2.py", *shlex.split(flags), "--out", tmp_path / "r.json"]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
-    found = table_of(json.loads((tmp_path / "r.json").read_text()))
+def test_a_table_is_what_its_command_gives(flags, table):
+    found = table_of(run_of("feature_ablate_2.py", flags)[0])
     number = r"[+-]?\d+\.\d"
     assert re.sub(number, "#", found) == re.sub(number, "#", table)
     for mine, quoted in zip(re.findall(number, found), re.findall(number, table), strict=True):

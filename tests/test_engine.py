@@ -201,7 +201,7 @@ def test_equal_edits_share_a_row(model, sae):
 
 def test_the_row_that_must_change_nothing_goes_all_the_way_of_an_edit(model, sae):
     """All picked features set to what they are: copies of its own, the residual stream to the bit, the same letters."""
-    rows = standard_rows(sae, list(FIRST), list(SECOND), -5.0)
+    rows = standard_rows(sae, list(FIRST), [list(SECOND)], -5.0)
     kept, run = stack(model, rows, some_ids(model))
     batch = len(run.ordinary)
     patched = [k for k, place in enumerate(run.rows[1].tolist()) if place >= batch]

@@ -38,7 +38,8 @@ def test_questions_beyond_the_models_positions_are_named_or_left_out(short, make
     lengths = [len(ids) for ids in encode_prompts(short.tokenizer, [prompt(row) for row in QUESTIONS])[0]]
     short.tokenizer.model_max_length = max(lengths) - 1
     longest = lengths.index(max(lengths))
-    s = argparse.Namespace(limit=None, seed=0, robust=False, prompt="plain", batch_size=4, max_rows=8, skip_long=False)
+    s = argparse.Namespace(limit=None, seed=0, robust=False, prompt="plain", batch_size=4, max_rows=8, skip_long=False,
+                           model="mine", device=None, dtype="float32")  # fmt: skip
     rest = ("Quiz", QUESTIONS, [0, 1, 2], [NONE], s)
     named = rf"question {longest} \('{QUESTIONS[longest]['question'].strip()[:20]}"
     with pytest.raises(

@@ -12,14 +12,12 @@ from pathlib import Path
 import lm_eval
 import pytest
 import yaml
-from conftest import CLAMP, N_QUESTIONS, listing
+from conftest import CLAMP, N_QUESTIONS, lesson, listing
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import baselines
-import feature_ablate_1
-import feature_ablate_2
 import lm_eval_ablated
 import pareto
 from common import load_model, load_sae
@@ -86,8 +84,8 @@ def points(record: dict) -> dict:
 def test_scores_and_letters_are_the_lessons_on_every_question(tmp_path):
     same = dict(layer=3, n_features=10, pick_on="all")
     lessons = [
-        script.run(**same, out=str(tmp_path / f"{script.__name__}.json"))
-        for script in (feature_ablate_1, feature_ablate_2)
+        lesson(script, **same, out=tmp_path / f"{script}.json")["record"]
+        for script in ("feature_ablate_1.py", "feature_ablate_2.py")
     ]
     theirs = lm_eval_ablated.run(**same, unablated=True, out=str(tmp_path / "lm_eval.json"))
     for record in lessons:
@@ -380,9 +378,8 @@ def clone(tmp_path_factory):
     for path in [*ROOT.glob("*.py"), ROOT / "lm_eval_tasks", ROOT / "tiny"]:
         (folder / path.name).symlink_to(path)
     (folder / "features.json").write_text("[45, 78, 286]")
-    feature_ablate_2.run(
-        layer=7, n_features=50, limit=20, out=str(folder / "results/feature_ablate_2_tiny_L7_n50.json")
-    )
+    out = folder / "results/feature_ablate_2_tiny_L7_n50.json"
+    lesson("feature_ablate_2.py", layer=7, n_features=50, limit=20, out=out)
     return folder
 
 

@@ -162,7 +162,10 @@ for line in sys.stdin:
         except SystemExit as stop:
             code = stop.code
         except BaseException as error:
-            code = repr(error)
+            try:
+                sys.excepthook(type(error), error, error.__traceback__)
+            except SystemExit as stop:
+                code = stop.code
     print(json.dumps([code, printed.getvalue(), errors.getvalue()]), flush=True)
 """
 

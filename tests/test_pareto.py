@@ -4,7 +4,6 @@ import argparse
 import itertools
 import json
 import random
-import runpy
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from conftest import CLAMP
+from conftest import CLAMP, code_of, command, lesson
 
 import baselines
 import evaluation
@@ -133,15 +132,6 @@ def test_the_printed_frontier_is_the_brute_force_one(seed):
 # ----------------------------------------------------------------------------------- pieces that are kept
 
 
-def call(monkeypatch, *given):
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "pareto.py"), *map(str, given)])
-    try:
-        runpy.run_path(str(ROOT / "pareto.py"), run_name="__main__")
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
 def without_time(path):
     record = json.loads(Path(path).read_text())
     return {name: value for name, value in record.items() if name not in ("seconds", "command")}
@@ -215,8 +205,8 @@ def test_methods_and_layers_are_swept_in_one_pass(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_the_sweep_scores_what_the_lessons_score(undisturbed, tmp_path):
-    lessons = [runpy.run_path(str(ROOT / f"feature_ablate_{k}.py"))["run"] for k in (2, 3)]
-    quiz, loss = (run(n_features=30, clamp=-60.0, limit=6, out=str(tmp_path / "r.json"))["points"] for run in lessons)
+    flags = dict(n_features=30, clamp=-60.0, limit=6, out=tmp_path / "r.json")
+    quiz, loss = (lesson(f"feature_ablate_{k}.py", **flags)["record"]["points"] for k in (2, 3))
     swept = json.loads(undisturbed.read_text())["points"]
     for place, setting in ((3, (30, 0.0)), (4, (30, -60.0))):
         point = next(p for p in swept[1:5] if (p["setting"]["n_features"], p["setting"]["clamp"]) == setting)
@@ -258,8 +248,8 @@ def test_a_stopped_sweep_says_what_it_kept_and_takes_it_up(monkeypatch, capfd, t
     settings = dict(limit=6, n_features=[2], clamp=[0.0], out=str(tmp_path / "sweep.json"))
     monkeypatch.setattr(evaluation, "score_letters", stop_at_the_second)
     monkeypatch.setattr(sys, "argv", ["pareto.py"])
-    with pytest.raises(SystemExit, match="130"):
-        command_line(lambda **_: pareto.run(**settings), pareto.flags)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    assert code_of(lambda: command_line(lambda **_: pareto.run(**settings), pareto.flags)) == 130
     assert "stopped: 1 finished pieces are kept" in capfd.readouterr().err
     done.clear()
     pareto.run(**{**settings, "batch_size": 4})  # WMDP-Bio is not scored again: MMLU is the first and only call
@@ -306,7 +296,7 @@ def test_a_damaged_piece_ends_the_run_in_one_line(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(Path, "exists", lambda path: True if path.suffix == ".json" else path.is_dir())
     monkeypatch.setattr(Path, "read_text", lambda path, real=Path.read_text, **options:
                         "{" if ".pieces" in str(path) else real(path, **options))  # fmt: skip
-    assert call(monkeypatch, *SMALL, "--out", tmp_path / "r.json") == 2
+    assert command(monkeypatch, "pareto.py", *SMALL, "--out", tmp_path / "r.json") == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and "wmdp_bio_0000.json is damaged" in errors[0]
 
@@ -336,15 +326,16 @@ def test_another_model_sae_data_grid_or_setting_has_another_fingerprint(tmp_path
 
 
 def test_plot_shows_the_points_of_any_records(monkeypatch, capfd, undisturbed, tmp_path):
-    lesson = tmp_path / "lesson.json"
+    of_lesson = tmp_path / "lesson.json"
     clean, other = json.loads(undisturbed.read_text())["points"][:2]
     other = {**other, "method": "rmu", "setting": {"alpha": 100.0}}
     for score in (other["scores"], clean["scores"]):
         del score["mmlu_tuning"], score["openwebtext"]
-    lesson.write_text(json.dumps({"points": [clean, other], "data": json.loads(undisturbed.read_text())["data"]}))
+    of_lesson.write_text(json.dumps({"points": [clean, other], "data": json.loads(undisturbed.read_text())["data"]}))
     only_loss = tmp_path / "loss.json"
     only_loss.write_text(json.dumps({"points": [{"method": "none", "scores": {"openwebtext": {}}}], "data": {}}))
-    assert call(monkeypatch, "--plot", undisturbed, lesson, only_loss, "--out", tmp_path / "all.json") == 0
+    flags = ("--plot", undisturbed, of_lesson, only_loss, "--out", tmp_path / "all.json")
+    assert command(monkeypatch, "pareto.py", *flags) == 0
     said = capfd.readouterr()
     assert "| RMU, first batch's norm | 1 |" in said.out and "loss.json has no scores of both quizzes" in said.err
     assert {"all_frontier.png", "all_frontier.svg", "all.md"} <= {path.name for path in tmp_path.iterdir()}
@@ -418,7 +409,7 @@ def test_a_method_looks_the_same_in_both_panels_and_none_is_left_out(undisturbed
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_code_2(monkeypatch, capfd, tmp_path, given, said):
-    assert call(monkeypatch, *given, "--out", tmp_path / "r.json") == 2
+    assert command(monkeypatch, "pareto.py", *given, "--out", tmp_path / "r.json") == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and all(word in errors[0] for word in said)
     assert not list(tmp_path.iterdir())

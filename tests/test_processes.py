@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import processes
-import show
+import records
 
 ROOT = Path(__file__).resolve().parent.parent
 # without GPUs accelerate starts several processes only when it takes them for GPUs (accelerate#2741)
@@ -34,12 +34,9 @@ FREE = ("command", "seconds", "settings")  # what two records of one run may dif
 DRIVER = """
 import runpy, shlex, sys
 sys.path.insert(0, {root!r})
-from processes import one_voice
-with one_voice():
-    for script, flags in {flags!r}.items():
-        lesson = runpy.run_path({root!r} + "/" + script)
-        argv = [*shlex.split(flags), "--out", {folder!r} + "/" + script + ".json"]
-        lesson["run"](**vars(lesson["flags"].parse_args(argv)))
+for script, flags in {flags!r}.items():
+    sys.argv = [script, *shlex.split(flags), "--out", {folder!r} + "/" + script + ".json"]
+    runpy.run_path({root!r} + "/" + script, run_name="__main__")
 """
 
 
@@ -154,5 +151,5 @@ def test_a_lost_process_is_told_as_that(monkeypatch):
 
 def test_only_the_first_process_writes(monkeypatch, tmp_path):
     monkeypatch.setattr(processes, "is_first", lambda: False)
-    show.write_record(tmp_path / "r.json", {"points": []}, {})
+    records.write_record(tmp_path / "r.json", {"points": []}, {})
     assert not list(tmp_path.iterdir())

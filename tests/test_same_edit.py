@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import lesson
 
 import baselines
 import common
-import feature_ablate_2
 import lm_eval_ablated
 import pareto
 import robustness
@@ -40,10 +40,8 @@ def tuned(renamed, tmp_path_factory):
 
 
 def test_lesson_2(renamed, tmp_path):
-    record = feature_ablate_2.run(
-        sae=renamed, layer=4, n_features=N, clamp=CLAMP, limit=LIMIT, out=str(tmp_path / "r.json")
-    )
-    assert accuracies(record["points"][4]) == RIGHT
+    flags = dict(sae=renamed, layer=4, n_features=N, clamp=CLAMP, limit=LIMIT, out=tmp_path / "r.json")
+    assert accuracies(lesson("feature_ablate_2.py", **flags)["record"]["points"][4]) == RIGHT
 
 
 def test_pareto(renamed, tmp_path):

@@ -3,7 +3,7 @@
 import ast
 import json
 import os
-import runpy
+import re
 import shutil
 import signal
 import subprocess
@@ -11,14 +11,13 @@ import sys
 import time
 from pathlib import Path
 
-import jupytext
-import nbclient
 import pytest
-from conftest import LAYERS
+from conftest import LAYERS, command, lesson
 
 import data
 import evaluation
 import hub
+import methods
 from edits import NONE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,18 +26,8 @@ SCRIPTS = [*LESSONS, "pareto.py", "rmu.py", "baselines.py", "robustness.py", "lm
            "make_tiny.py"]  # fmt: skip
 
 
-def call(monkeypatch, script, *flags):
-    """Exit code of the script's command line, run in this process."""
-    monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, flags)])
-    try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
 def record(monkeypatch, script, out, *flags):
-    assert call(monkeypatch, script, "--out", out, *flags) == 0
+    assert command(monkeypatch, script, "--out", out, *flags) == 0
     return json.loads(Path(out).read_text())
 
 
@@ -80,7 +69,6 @@ def narrow_sae(folder):
         (["--sae", "no-such-release:x"], ["no-such-release"]),
         (["--clamp", "3"], ["--clamp 3"]),
         (["--pick", "best"], ["best", "retain-threshold"]),
-        (["--subjects", "alchemy"], ["alchemy", "zoology"]),
         (["--prompt", "chat"], ["chat template"]),
         (["--layers", "3"], ["--layers"]),
         (["--lay", "3"], ["--lay"]),
@@ -88,7 +76,7 @@ def narrow_sae(folder):
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_code_2(monkeypatch, capfd, tmp_path, flags, said):
-    assert call(monkeypatch, "feature_ablate_2.py", "--out", tmp_path / "record.json", *flags) == 2
+    assert command(monkeypatch, "feature_ablate_2.py", "--out", tmp_path / "record.json", *flags) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert len(lines) == 1
     assert all(word in lines[0] for word in said)
@@ -97,24 +85,31 @@ def test_a_mistake_gets_one_line_and_exit_code_2(monkeypatch, capfd, tmp_path, f
 
 def test_a_broken_line_is_named(monkeypatch, capfd, data_folder, tmp_path):
     bad_line(data_folder)
-    assert call(monkeypatch, "feature_ablate_2.py", "--data", data_folder, "--out", tmp_path / "r.json") == 2
+    assert command(monkeypatch, "feature_ablate_2.py", "--data", data_folder, "--out", tmp_path / "r.json") == 2
     assert "wmdp_bio.jsonl, line 17: has no 'choices'" in capfd.readouterr().err
 
 
 def test_an_sae_of_the_wrong_width_is_refused(monkeypatch, capfd, tmp_path):
     narrow_sae(tmp_path / "layer_7")
-    assert call(monkeypatch, "feature_ablate_2.py", "--sae", tmp_path / "layer_7", "--out", tmp_path / "r.json") == 2
+    assert command(monkeypatch, "feature_ablate_2.py", "--sae", tmp_path / "layer_7", "--out", tmp_path / "r.json") == 2
     assert "reads 64 dimensions" in capfd.readouterr().err
 
 
 def test_an_output_that_cannot_be_written_is_refused_at_once(monkeypatch, capfd, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    assert call(monkeypatch, "feature_ablate_2.py", "--out", tmp_path / "file" / "r.json") == 2
+    assert command(monkeypatch, "feature_ablate_2.py", "--out", tmp_path / "file" / "r.json") == 2
     if os.geteuid():  # root may write anywhere
         locked = tmp_path / "locked"
         locked.mkdir(mode=0o500)
-        assert call(monkeypatch, "feature_ablate_2.py", "--out", locked / "r.json") == 2
+        assert command(monkeypatch, "feature_ablate_2.py", "--out", locked / "r.json") == 2
     assert "cannot write to" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("script", LESSONS[:2])
+def test_a_mistake_in_what_is_asked_last_comes_before_the_work(monkeypatch, capfd, tmp_path, script):
+    monkeypatch.setattr(methods, "measure", None)
+    assert command(monkeypatch, script, "--subjects", "alchemy", "--out", tmp_path / "r.json") == 2
+    assert "error: --subjects: no alchemy; there are" in capfd.readouterr().err
 
 
 def test_ctrl_c_leaves_nothing_half_written(tmp_path):
@@ -169,8 +164,7 @@ def test_a_record_says_what_was_scored(monkeypatch, tmp_path):
 )
 def test_the_model_that_never_knew_has_a_row(script, lines, twin, tmp_path, capsys):
     assert hub.never_knew("tiny") == "never-knew" and hub.never_knew("gpt2") is None
-    lesson = runpy.run_path(str(ROOT / script))
-    found = lesson["run"](limit=8, n_features=3, layer=3, seed=1, out=str(tmp_path / "r.json"))
+    found = lesson(script, limit=8, n_features=3, layer=3, seed=1, out=tmp_path / "r.json")["record"]
     clean, *_, last = found["points"]
     assert last["method"] == "never-knew" and len(found["points"]) == 7
     assert capsys.readouterr().out.count("\n  trained without the facts") == lines
@@ -189,21 +183,12 @@ def test_the_model_that_never_knew_has_a_row(script, lines, twin, tmp_path, caps
 
 
 def test_random_features_are_drawn_several_times(tmp_path, capsys):
-    lesson = runpy.run_path(str(ROOT / "feature_ablate_2.py"))
-    found = lesson["run"](controls=3, n_features=4, limit=6, out=str(tmp_path / "r.json"))
+    found = lesson("feature_ablate_2.py", controls=3, n_features=4, limit=6, out=tmp_path / "r.json")["record"]
     draws = [point["setting"]["features"] for point in found["points"] if point["method"] == "random-features"]
     assert len(draws) == 3 and len({tuple(ids) for ids in draws}) == 3
     assert "3 draws of random features" in capsys.readouterr().out
     with pytest.raises(data.UserError, match="--controls 0: at least 1"):
-        lesson["run"](controls=0)
-
-
-def test_run_takes_flags_by_name(monkeypatch, tmp_path):
-    lesson = runpy.run_path(str(ROOT / "feature_ablate_3.py"))
-    with pytest.raises(TypeError, match="n_featurs"):
-        lesson["run"](n_featurs=3)
-    found = lesson["run"](n_features=3, limit=5, out=str(tmp_path / "r.json"))
-    assert len(found["points"][3]["setting"]["features"]) == 3
+        lesson("feature_ablate_2.py", controls=0)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -212,20 +197,9 @@ def test_scripts_are_notebooks(script, tmp_path):
     assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", LESSONS)
-def test_the_notebook_form_runs_to_the_end(script, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    notebook = jupytext.read(ROOT / script)
-    if script != LESSONS[1]:  # one with its defaults, the others as README has it, by calling run
-        notebook.cells[-1].source = "record = run(limit=8)"
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert list((tmp_path / "results").glob("*.json"))
-
-
 # Each module imports of lines above its own, and of its own line; of the last line, the scripts, none another
 HOUSE = [["processes"], ["data"], ["edits", "hub"], ["flags", "common"], ["engine"], ["evaluation"],
-         ["pieces"], ["methods", "training", "show"], ["lm_eval_model"],
+         ["pieces"], ["methods", "training", "records", "show"], ["lm_eval_model"],
          [script.removesuffix(".py") for script in SCRIPTS]]  # fmt: skip
 
 
@@ -259,18 +233,18 @@ def test_flags_answer_before_the_slow_imports():
     assert done.stdout.strip() == "[]", done.stderr
     for script in SCRIPTS:
         source = (ROOT / script).read_text()
-        before = source[: source.index("answered(flags, __name__)")]
+        before = source[: re.search(r"answered\(flags, __name__\)|= parse\(flags\)", source).start()]
         assert imported(before) <= {"argparse", "pathlib", "data", "flags"}, script
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_teaches(script, monkeypatch, capsys):
-    assert call(monkeypatch, script, "--help") == 0
+    assert command(monkeypatch, script, "--help") == 0
     assert f"python {script}" in capsys.readouterr().out
 
 
 def test_list_shows_the_presets(monkeypatch, capsys):
-    assert call(monkeypatch, "feature_ablate_1.py", "--list") == 0
+    assert command(monkeypatch, "feature_ablate_1.py", "--list") == 0
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
     assert set(rows) == {"tiny", "never-knew", "gemma-2-2b-it", "gemma-3-1b-it", "gemma-3-4b-it", "gpt2"}
     assert "3, 5, 7, 9, 15" in rows["tiny"] and "2048" in rows["tiny"]

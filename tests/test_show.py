@@ -13,6 +13,7 @@ from conftest import CLAMP
 import baselines
 import lm_eval_ablated
 import pareto
+import records
 import show
 import train_sae
 from data import UserError
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def name(**changes):
     flags = parser("a script")
     flags.add_argument("--prompt", default="plain")
-    return show.outputs("lesson.py", settings(flags, changes), flags).name
+    return records.outputs("lesson.py", settings(flags, changes), flags).name
 
 
 def test_a_record_of_other_settings_has_another_name(tmp_path, monkeypatch):
@@ -49,7 +50,7 @@ def test_a_sweep_or_an_evaluation_of_another_method_has_another_name(tmp_path, m
     monkeypatch.chdir(tmp_path)
 
     def name(script, **changes):
-        return show.outputs(f"{script.__name__}.py", settings(script.flags, changes), script.flags).name
+        return records.outputs(f"{script.__name__}.py", settings(script.flags, changes), script.flags).name
 
     swept = [name(pareto), name(pareto, method=["dsg"]), name(pareto, method=["dsg", "clamp"])]
     assert len(set(swept)) == 3 and swept[1].endswith("_dsg.json")
@@ -58,7 +59,7 @@ def test_a_sweep_or_an_evaluation_of_another_method_has_another_name(tmp_path, m
     assert len(set(scored)) == 3
     assert "None" not in name(lm_eval_ablated, **rest | {"n_features": None}, method="diff-in-means")
     s = settings(baselines.flags, {"method": "dsg"})
-    tuned = show.outputs("baselines_dsg.py", s, baselines.flags, without=("method",)).name
+    tuned = records.outputs("baselines_dsg.py", s, baselines.flags, without=("method",)).name
     assert tuned == "baselines_dsg_tiny_L7.json"
 
 
@@ -67,14 +68,14 @@ def test_a_record_is_written_before_a_figure_that_fails(tmp_path, capsys):
         raise ValueError("ParseException: unknown symbol")
 
     with pytest.raises(ValueError, match="unknown symbol"):
-        show.write_record(tmp_path / "r.json", {"points": []}, {"accuracy": fail})
+        records.write_record(tmp_path / "r.json", {"points": []}, {"accuracy": fail})
     assert json.loads((tmp_path / "r.json").read_text()) == {"points": []}
     assert f"record: {tmp_path / 'r.json'}" in capsys.readouterr().out
 
 
 def test_a_record_is_valid_json_or_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
-        show.write_record(tmp_path / "r.json", {"points": [float("nan")]}, {})
+        records.write_record(tmp_path / "r.json", {"points": [float("nan")]}, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -92,7 +93,7 @@ def test_titles_with_dollars_and_losses_without_intervals_are_drawn(tmp_path, ca
     figures = {"accuracy": lambda: show.quiz_figure({"MMLU": [SCORE, SCORE]}, ROWS, title),
                "loss": lambda: show.loss_figure({"web": [LOSS, LOST]}, ROWS, title),
                "subjects": lambda: show.subject_figure(ROWS, by_subject, title)}  # fmt: skip
-    show.write_record(tmp_path / "r.json", {"points": [LOST]}, figures)
+    records.write_record(tmp_path / "r.json", {"points": [LOST]}, figures)
     assert len(list(tmp_path.glob("*.png"))) == 3
     show.print_loss("web", ROWS, [LOSS, LOST])
     assert "+0.2000\n" in capsys.readouterr().out
@@ -134,7 +135,7 @@ def test_a_subject_that_changed_has_a_star(capsys):
 @pytest.mark.slow
 def test_what_windows_lacks_is_not_needed():
     # other packages take what Linux has: they come first
-    program = "import sys, evaluation; sys.modules['resource'] = None; import show; print(show.peak_gb())"
+    program = "import sys, evaluation; sys.modules['resource'] = None; import records; print(records.peak_gb())"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout == "None\n", done.stderr

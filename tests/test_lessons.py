@@ -1,0 +1,83 @@
+"""The three lessons as notebooks: something to look at under every cell, names, one line for a mistake."""
+
+import ast
+import re
+
+import jupytext
+import nbclient
+import nbformat
+import pytest
+from conftest import ROOT, lesson
+
+LESSONS = ["feature_ablate_1.py", "feature_ablate_2.py", "feature_ablate_3.py"]
+
+
+def execute(notebook, folder):
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    return notebook.cells
+
+
+def shown(cell, kind):
+    """What a cell put out of one kind: "stdout", "stderr", or "image/png"."""
+    if "/" in kind:
+        return [out["data"][kind] for out in cell.outputs if kind in out.get("data", {})]
+    return "".join(out["text"] for out in cell.outputs if out.get("name") == kind)
+
+
+def only_names(source: str) -> bool:
+    """Imports and flags: cells that define names and need show nothing."""
+    return all(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(source).body) or "parse(" in source
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", LESSONS)
+def test_every_cell_shows_something(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = jupytext.read(ROOT / script)
+    flags = next(cell for cell in notebook.cells if "args = parse(flags)" in cell.source)
+    flags.source += "\nargs.limit = 8"
+    after = "print('a number', len(features) * sae.cfg.d_sae + model.cfg.d_model, len(rows + scores), record['layer'])"
+    notebook.cells.append(nbformat.v4.new_code_cell(after))
+    cells = [cell for cell in execute(notebook, tmp_path) if cell.cell_type == "code"]
+    for cell in cells:
+        assert cell.outputs or only_names(cell.source), cell.source
+        assert "arning" not in shown(cell, "stderr"), cell.source
+    assert sum(len(shown(cell, "image/png")) for cell in cells) >= 4
+    assert re.search(r"a number \d+", shown(cells[-1], "stdout"))
+    assert list((tmp_path / "results").glob("*.json"))
+
+
+@pytest.mark.slow
+def test_percent_run_leaves_its_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    lines = [f"%run {ROOT}/feature_ablate_2.py --layer 3 --n-features 5 --limit 8", "record['layer'], len(features)"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(line) for line in lines])
+    first, last = execute(notebook, tmp_path)
+    assert len(shown(first, "image/png")) >= 4 and "record: " in shown(first, "stdout")
+    assert last.outputs[0]["data"]["text/plain"] == "(3, 5)"
+
+
+def test_a_mistake_is_one_line_in_a_notebook(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    cells = ["from common import load_model", "load_model('no-such-model')"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    with pytest.raises(nbclient.exceptions.CellExecutionError):
+        execute(notebook, tmp_path)
+    (out,) = [out for out in notebook.cells[1].outputs if out.output_type == "error"]
+    assert len(out.traceback) == 1 and out.traceback[0].startswith("error: ") and "no-such-model" in out.traceback[0]
+
+
+def test_a_lesson_is_short_and_imports_little():
+    for script in LESSONS:
+        source = (ROOT / script).read_text()
+        names = [alias.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)
+                 for alias in node.names]  # fmt: skip
+        assert 120 <= len(source.splitlines()) <= 180 and len(names) <= 12, script
+        assert not re.search(r"^def run|^if __name__", source, re.MULTILINE)
+
+
+def test_the_hook_of_lesson_1_is_common_ablates_to_the_last_bit(tmp_path, capsys):
+    """It is written in the lesson; that it agrees is what the lesson prints."""
+    lesson(LESSONS[0], layer=3, n_features=10, limit=4, out=tmp_path / "r.json")
+    out = capsys.readouterr().out
+    assert out.count("common.ablate's to the last bit: True") == 2
