@@ -109,6 +109,7 @@ from lm_eval_model import (
     load_ablated,
     load_saes,
     logged,
+    metric_of,
     model_args,
     of_record,
     read_json,
@@ -266,8 +267,9 @@ def right_in_all_orders(lm: AblatedLM, tasks: list, chosen: dict, s, question: b
         asked, parts = {name: alive[name] for name in twins}, {name: (None, [twin]) for name, twin in twins.items()}
         with patch("lm_eval.evaluator.add_env_info"):  # asks git and pip, for files that are not written here
             found = ask(lm, parts, asked, quiet, ablated=False)
-        right = [(name, i) for name, twin in twins.items() if found
-                 for i, row in zip(asked[name], logged(found, [twin]), strict=True) if row["acc"] == 1.0]  # fmt: skip
+        rows = [(name, i, row) for name, twin in twins.items() if found
+                for i, row in zip(asked[name], logged(found, [twin]), strict=True)]  # fmt: skip
+        right = [(name, i) for name, i, row in rows if row[metric_of(row)] == 1]
         right = processes.from_all(right)  # lm-eval gives results to the first process alone
         alive |= {name: [i for other, i in right if other == name] for name in twins}
     return alive

@@ -385,20 +385,42 @@ def load_ablated(s) -> AblatedLM:
 
 
 def logged(results: dict, tasks: list) -> list[dict]:
-    """The logged documents of several tasks in one list, by task and document, each once."""
+    """The logged documents of several tasks in one list, by task and document, each once; where a task asks for a
+    choice with its "choices"."""
     out = []
     for task in tasks:
         rows = results["samples"].get(task.task_name, [])
-        out += sorted((row for row in rows if row["filter"] == rows[0]["filter"]), key=lambda row: row["doc_id"])
+        rows = sorted((row for row in rows if row["filter"] == rows[0]["filter"]), key=lambda row: row["doc_id"])
+        if task.OUTPUT_TYPE == "multiple_choice":
+            rows = [{**row, "choices": task.doc_to_choice(row["doc"])} for row in rows]
+        out += rows
     return out
 
 
+def choices_of(row: dict) -> list:
+    """What a question is answered by; what was asked may be more, as each choice without the question, too."""
+    return row.get("choices", row["filtered_resps"])
+
+
+def metric_of(row: dict) -> str | None:
+    """The metric that a document is scored by here: acc, or else the first that is a number."""
+    names = [name for name in row["metrics"] if isinstance(row[name], (int, float))]
+    return "acc" if "acc" in names else next(iter(names), None)
+
+
 def answer(row: dict) -> str:
-    """The letter of the choice of largest log-likelihood; "-" where a task does not choose among up to 26."""
-    choices = row["filtered_resps"]
-    if not 2 <= len(choices) <= 26 or isinstance(choices[0], str):
+    """The letter of the choice that the row's metric takes for the answer, as lm-eval's own process_results: the one of
+    largest log-likelihood, by acc_norm per character; "-" where a task does not choose among up to 26."""
+    choices, said = choices_of(row), row["filtered_resps"]
+    if not 2 <= len(choices) <= 26 or isinstance(said[0], str):
         return "-"
-    return chr(ord("A") + max(range(len(choices)), key=lambda i: choices[i][0]))
+    values, metric = np.array([value for value, _ in said]), metric_of(row)
+    values, alone = values[: len(choices)], values[len(choices) :]
+    if metric in ("acc_norm", "acc_bytes"):
+        values = values / [len(choice if metric == "acc_norm" else choice.encode()) for choice in choices]
+    elif metric == "acc_mutual_info":
+        values = values - alone
+    return chr(ord("A") + int(values.argmax()))
 
 
 def letters_of(rows: list[dict]) -> dict:
@@ -414,12 +436,10 @@ def letters_of(rows: list[dict]) -> dict:
 
 def by_question(rows: list[dict]) -> dict:
     """{"metric": name, "value", "answers", "subject", what letters_of finds}: but for the name they have an entry for
-    each question; one that is asked in several orders is right if all are. The metric is acc, or else the first that is
-    a number."""
-    names = [name for name in rows[0]["metrics"] if isinstance(rows[0][name], (int, float))]
-    if not names:
+    each question; one that is asked in several orders is right if all are. The metric is metric_of's."""
+    metric, groups = metric_of(rows[0]), {}
+    if metric is None:
         return {}
-    metric, groups = "acc" if "acc" in names else names[0], {}
     for position, row in enumerate(rows):
         groups.setdefault(row["doc"]["number"] if "all_orders" in row["metrics"] else position, []).append(row)
     return {
@@ -462,6 +482,6 @@ def scores_of(runs: list[list[dict]], lm: AblatedLM, seed: int) -> list[dict | N
     if not all(set(table["value"]) <= {0.0, 1.0} for table in tables):
         return [{"metric": now["metric"], "n": len(now["value"]),
                  **mean_score(now["value"], clean and clean["value"])} for now, clean in pairs]  # fmt: skip
-    choices = len(first["filtered_resps"])
+    choices = len(choices_of(first))
     chance = (1 / choices if choices > 1 else 0.0) ** (24 if "all_orders" in first["metrics"] else 1)
     return [quiz_score(now, clean, chance) for now, clean in pairs]

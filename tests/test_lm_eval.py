@@ -357,6 +357,41 @@ def test_other_tasks_are_scored_too(tmp_path):
         assert sum(name.startswith("samples_") for name in files) == 2
 
 
+NORMED = """task: normed_{metric}
+output_type: multiple_choice
+doc_to_text: "{{{{question.strip()}}}}\\nAnswer in words:"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+test_split: test
+metric_list: [{{metric: {metric}, aggregation: mean, higher_is_better: true}}]
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+"""
+
+
+@pytest.mark.parametrize("metric", ["acc_norm", "acc_bytes", "acc_mutual_info", "acc"])
+def test_the_letters_are_those_that_the_accuracy_counts(tmp_path, metric):
+    """Whatever lm-eval divides or subtracts: of questions on which a length, or a word alone, decides."""
+    asked = [("Which organ pumps blood?", ["the cat", "the heart of an animal", "e", "é"], 1),
+             ("What is cholera caused by?", ["e", "a bacterium of the genus Vibrio", "a", "o"], 1),
+             ("What do lungs take in?", ["air from around the body", "x", "é", "é é é"], 0)]  # fmt: skip
+    rows = [dict(zip(("question", "choices", "answer"), row)) for row in asked]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "normed.yaml").write_text(NORMED.format(metric=metric, path=path))
+    flags = dict(layer=3, features=listing(tmp_path, "f", [45]), include_path=str(tmp_path), tasks=f"normed_{metric}")
+    record = lm_eval_ablated.run(**flags, out=str(tmp_path / "r.json"))
+    score = record["points"][0]["scores"][f"normed_{metric}"]
+    right = [letter == LETTERS[row["answer"]] for letter, row in zip(score["letters"], rows, strict=True)]
+    assert score["accuracy"] == pytest.approx(sum(right) / 3)
+    assert score["accuracy"] == pytest.approx(record["lm_eval"]["ablated"][f"normed_{metric}"][f"{metric},none"])
+    assert score["chance"] == 0.25
+    (tmp_path / "normed.yaml").write_text(NORMED.format(metric="acc", path=path))
+    plain = lm_eval_ablated.run(**{**flags, "tasks": "normed_acc"}, out=str(tmp_path / "r.json"))
+    same = plain["points"][0]["scores"]["normed_acc"]["letters"] == score["letters"]
+    assert same == (metric == "acc")  # else the questions show nothing
+
+
 # ----------------------------------------------------------------------- the commands that we tell users
 
 
