@@ -389,7 +389,7 @@ def train_chosen(setting: dict, folder: Path, texts: dict, measured: Measured, s
 # %%
 # Not --layer, which is the SAE's: whose residual stream RMU steers is its own setting
 RMU_FLAGS = ("model", "data", "limit", "batch_size", "seed", "device", "dtype", "subjects", "pick_on",
-             "pick_text", "forget_corpus", "skip_long", "prompt", "robust", "context")  # fmt: skip
+             "pick_text", "forget_corpus", "skip_long", "prompt", "robust", "wmdp", "context")  # fmt: skip
 
 
 def command_of(method: str, out: Path, s) -> list[str]:
@@ -475,7 +475,8 @@ def cost_table(tuned: list[dict]) -> str:
         score, setting = point["scores"], {k: v for k, v in point["setting"].items() if k not in ("training", "layer")}
         cells = [f"{100 * score[name]['accuracy']:.1f}" for name in ("wmdp_bio_tuning", "wmdp_bio", "mmlu")]
         hidden = show.beside(score["wmdp_bio"])
-        cells[2:2] = [f"{100 * hidden['in_words']:.1f}", f"{hidden['letters_mass']:.2f}"]
+        sure = f"{hidden['letters_mass']:.2f}" if "letters_mass" in hidden else ""  # cloze questions have no letters
+        cells[2:2] = [f"{100 * hidden['in_words']:.1f}", sure]
         cells += [f"{score['openwebtext']['loss_added']:+.3f}", f"{record['seconds_to_make']:.1f}"]
         name = show.method_name(point["method"])
         peak = "" if record["peak_gb"] is None else f"{record['peak_gb']:.2f}"

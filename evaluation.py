@@ -13,12 +13,15 @@ from scipy import stats
 
 from common import load_never_knew
 from data import (
+    CLOZE,
+    IN_WORDS,
     LETTERS,
     UserError,
     batches,
     encode_prompts,
     encode_words,
     fitting,
+    is_cloze,
     prompt,
     refuse_long,
     sample,
@@ -139,11 +142,14 @@ def score_loss(
     return nats, over_processes(targets)
 
 
-def score_words(model, questions: list[dict], edits, batch_size=16, desc=None, max_rows=64) -> torch.Tensor:
+def score_words(
+    model, questions: list[dict], edits, batch_size=16, desc=None, max_rows=64, form=IN_WORDS
+) -> torch.Tensor:
     """Log-probability per character of each option as an answer in words, (n_edits, n_questions, 4), fp64: asked
     without header, options and letters. Per character, as lm-eval's acc_norm has it: else the shortest option wins.
-    A pass holds four times as many of these short windows as of prompts. Raises UserError as score_letters does."""
-    windows, first = encode_words(model.tokenizer, questions)
+    A pass holds four times as many of these short windows as of prompts. form: IN_WORDS or CLOZE, the prompt. Raises
+    UserError as score_letters does."""
+    windows, first = encode_words(model.tokenizer, questions, form)
     nats = score_loss(model, windows, edits, 4 * batch_size, desc, 4 * max_rows, first=first)[0]
     return per_character(nats, questions)
 
@@ -283,11 +289,14 @@ def quiz_scores(letters, questions: list[dict], by_subject: bool = True, in_word
 
     Beside the accuracy each carries `letters_mass`, the probability of the four letters together (low: the model does
     not answer with a letter at all), and `right_probability`, that of the right one; with score_words' `in_words` also
-    the accuracy of answers in words. Where all questions have a subject, `subjects` are scored too.
+    the accuracy of answers in words. Of cloze questions, which are answered by no letter, `letters` are score_words'
+    values in the form CLOZE, and there is no such probability. Where all questions have a subject, `subjects` are
+    scored too.
     """
     probability = np.exp(np.asarray(letters, dtype=np.float64))
     chosen, answers = probability.argmax(-1), np.array([row["answer"] for row in questions])
     means = {"letters_mass": probability.sum(-1), "right_probability": probability[:, np.arange(len(answers)), answers]}
+    means = {} if is_cloze(questions) else means
     worded = None if in_words is None else np.asarray(in_words).argmax(-1)
     named = by_subject and all(row.get("subject") for row in questions)
     member = np.array([row["subject"] for row in questions]) if named else None
@@ -313,7 +322,8 @@ def score_quiz(
     """One score per edit, and for the record {"questions": indices scored, "skipped_long"}. NEVER_KNEW, which is last
     if it is among the edits, is the twin that common.load_never_knew has of --model.
 
-    s: the settings; in_words: ask for answers in words, too, which takes four windows a question.
+    s: the settings; in_words: ask for answers in words, too, which takes four windows a question. Cloze questions are
+    answered in words anyway, in the form of their release (CLOZE), and with in_words in ours as well.
 
     Of `indices`, --limit keeps a seeded sample, --skip-long those within the model's positions, and --robust those
     right under all orders of the options.
@@ -330,15 +340,25 @@ def score_quiz(
         raise UserError("no question is left to score: take away --robust or --skip-long, or give more questions")
     prompts, letters = encode_prompts(model.tokenizer, [prompt(row, style=s.prompt) for row in asked], s.prompt)
 
-    def score(rows, desc=None):
-        return score_letters(model, rows, letters, own, s.batch_size, desc, s.max_rows)
+    cloze = is_cloze(asked)
 
-    foretell(model, title, prompts, score, s.batch_size)
-    found = [score(prompts, title)]
+    def score(lm, edits, desc=None):
+        if cloze:
+            return score_words(lm, asked, edits, s.batch_size, desc, s.max_rows, CLOZE)
+        return score_letters(lm, prompts, letters, edits, s.batch_size, desc, s.max_rows)
+
+    def try_out(rows):
+        if cloze:
+            return score_loss(model, rows, own, 4 * s.batch_size, max_rows=4 * s.max_rows)
+        return score_letters(model, rows, letters, own, s.batch_size, max_rows=s.max_rows)
+
+    rows = encode_words(model.tokenizer, asked, CLOZE)[0] if cloze else prompts
+    foretell(model, title, rows, try_out, s.batch_size)
+    found = [score(model, own, title)]
     worded = [score_words(model, asked, own, s.batch_size, f"{title} in words", s.max_rows)] if in_words else []
     if NEVER_KNEW in edits:
         twin = load_never_knew(s.model, s.device, s.dtype)
-        found.append(score_letters(twin, prompts, letters, [NONE], s.batch_size))
+        found.append(score(twin, [NONE]))
         worded += [score_words(twin, asked, [NONE], s.batch_size)] if in_words else []
     worded = torch.cat(worded) if in_words else None
     return quiz_scores(torch.cat(found), asked, in_words=worded), {"questions": indices, "skipped_long": skipped}
@@ -406,34 +426,40 @@ def keep_robust(lm, texts: dict, sources: dict, s) -> None:
 def answers(lm, texts: dict, edits: list[Edit], s, run=None) -> list[dict]:
     """What a model answers under each edit: {quiz: the letters' log-probabilities, (n_questions, 4)}, for the forget
     quiz {"wmdp_bio_words": those of answers in words, per character}, and {"openwebtext": losses in nats, targets,
-    documents}.
+    documents}. Cloze questions have those of answers in words in the letters' place, in the form CLOZE.
 
     texts: data.load_benchmark's; s: the settings. run(name, items, score) -> score(items), (n_edits, n_items, ...), may
     keep what it has in pieces; items: lists of ids.
     """
     run = run or (lambda name, items, score: score(items, name))
     found, rows = [{} for _ in edits], getattr(s, "max_rows", 64)
-    for name, (questions, parts) in texts["quizzes"].items():
-        asked = sorted({i for part in parts.values() for i in part})
-        texts_asked = [prompt(questions[i], style=s.prompt) for i in asked]
-        prompts, letters = encode_prompts(lm.tokenizer, texts_asked, s.prompt)
 
-        def letter_by_letter(some, desc=None, letters=letters):
+    def in_words(name, asked, form):
+        windows, first = encode_words(lm.tokenizer, asked, form)
+        begins = {tuple(window): at for window, at in zip(windows, first)}
+
+        def say(some, desc=None):
+            at = [begins[tuple(window)] for window in some]
+            return score_loss(lm, some, edits, 4 * s.batch_size, desc, rows, first=at)[0]
+
+        return rounded(per_character(run(name, windows, say), asked))
+
+    def in_letters(name, asked):
+        prompts, letters = encode_prompts(lm.tokenizer, [prompt(row, style=s.prompt) for row in asked], s.prompt)
+
+        def letter_by_letter(some, desc=None):
             return rounded(score_letters(lm, some, letters, edits, s.batch_size, desc, rows))
 
-        for one, values in zip(found, run(name, prompts, letter_by_letter)):
-            one[name] = values.tolist()
-    questions, parts = texts["quizzes"]["wmdp_bio"]
-    asked = [questions[i] for i in sorted({i for part in parts.values() for i in part})]
-    windows, first = encode_words(lm.tokenizer, asked)
-    begins = {tuple(window): at for window, at in zip(windows, first)}
+        return run(name, prompts, letter_by_letter)
 
-    def say(some, desc=None):
-        at = [begins[tuple(window)] for window in some]
-        return score_loss(lm, some, edits, 4 * s.batch_size, desc, rows, first=at)[0]
-
-    for one, values in zip(found, rounded(per_character(run("wmdp_bio_words", windows, say), asked))):
-        one["wmdp_bio_words"] = values.tolist()
+    quizzes = {name: [questions[i] for i in sorted({i for part in parts.values() for i in part})]
+               for name, (questions, parts) in texts["quizzes"].items()}  # fmt: skip
+    values = {name: in_words(name, asked, CLOZE) if is_cloze(asked) else in_letters(name, asked)
+              for name, asked in quizzes.items()}  # fmt: skip
+    values["wmdp_bio_words"] = in_words("wmdp_bio_words", quizzes["wmdp_bio"], IN_WORDS)
+    for name in values:
+        for one, value in zip(found, values[name]):
+            one[name] = value.tolist()
     windows, documents = token_windows(lm.tokenizer, texts["web"], max_tokens=SCORED_TOKENS, bos=True)
     special = set(special_ids(lm.tokenizer))
     targets = [sum(token not in special for token in window[1:]) for window in windows]

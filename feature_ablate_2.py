@@ -98,6 +98,7 @@ for clamp in (0.0, args.clamp):
 
 # %%
 show.print_quiz(name, rows, scores)
+show.print_published(sources)
 show.print_controls(rows, {name: scores})
 
 # %% [markdown]
@@ -110,7 +111,7 @@ show.print_controls(rows, {name: scores})
 # 100 * scores[6]["accuracy"] -->
 
 # %%
-panels = {"with letters": scores, "in words": [score["in_words"] for score in scores]}
+panels = {data.how_asked(wmdp): scores, "in words": [score["in_words"] for score in scores]}
 figures["words"] = show.quiz_figure(panels, rows, f"{name}: {title}")
 
 # %% [markdown]

@@ -14,7 +14,7 @@ import traceback
 import warnings
 from pathlib import Path
 
-from data import UserError, check_folder
+from data import WMDP, UserError, check_folder
 from hub import PRESETS, listed
 from processes import LostProcess, leave, speak_as_one
 
@@ -72,7 +72,8 @@ def parser(doc: str, without: tuple[str, ...] = (), quiz: bool = False) -> argpa
     add("--pick-text", default="prompt", choices=["prompt", "prose"], help="prompt: pick on the questions as they are "
         "asked, and a feature must be rare in MMLU's development questions too; prose: on question and answer without "
         "the template, against Wikitext alone, which picks features of any quiz (default: %(default)s)")  # fmt: skip
-    add("--data", help="folder with any of wmdp_bio, mmlu, mmlu_dev, wikitext, openwebtext, forget_corpus .jsonl")
+    add("--data", help="folder with any of wmdp_bio, wmdp_bio_robust, wmdp_bio_cloze, mmlu, mmlu_dev, wikitext, "
+        "openwebtext, forget_corpus .jsonl")  # fmt: skip
     add("--forget-corpus", metavar="FILE", help="your copy of the WMDP-Bio forget corpus, JSONL with a text in each "
         "line, or its hub id: picked and trained on in the questions' place")  # fmt: skip
     add("--context", type=int, default=128, help="tokens of a text that rates are counted on at a time; SAEBench and "
@@ -93,6 +94,9 @@ def parser(doc: str, without: tuple[str, ...] = (), quiz: bool = False) -> argpa
     if quiz:
         add("--prompt", default="plain", choices=["plain", "chat", "saebench"], help="lm-eval's template; in a chat "
             "turn; or SAEBench's chat turn, answered after 'Answer: ('")  # fmt: skip
+        add("--wmdp", default="all", choices=list(WMDP), help="what is asked in WMDP-Bio's place, and picked on: all "
+            "of it; robust, EleutherAI's 868 that their options do not give away; cloze, its 1,076 that can be asked "
+            "without options, answered in words (default: %(default)s)")  # fmt: skip
         add("--robust", action="store_true", help="score only questions right under all 24 orders of options")
         add("--subjects", help="MMLU subjects, comma-separated (default: SAEBench's four where they are, else all; "
             "lesson 1: all)")  # fmt: skip

@@ -94,7 +94,19 @@ from lm_eval.utils import make_table
 import processes
 import records
 import show
-from data import HERE, UserError, digest, first_line, halves, load_rows, picking_texts, picking_windows, sample
+from data import (
+    EMBEDDED,
+    HERE,
+    PUBLISHED,
+    UserError,
+    digest,
+    first_line,
+    halves,
+    load_rows,
+    picking_texts,
+    picking_windows,
+    sample,
+)
 from edits import NONE, Edit
 from evaluation import PERMUTATIONS, of_features
 from hub import check_same, model_source, sanity_gate
@@ -386,6 +398,8 @@ def source_of(name: str, tasks: list, chosen: dict, s) -> dict:
     else:
         stand_in = name.startswith("tiny_") and not s.data
         found = {"source": f"lm-eval task {name}", "sha256": digest(rows), "stand_in": stand_in}
+    if s.model not in EMBEDDED and (note := PUBLISHED.get(name.removeprefix("sae_"))):
+        found["published"] = note
     return {**found, "task": name, "questions": asked}
 
 
@@ -398,6 +412,7 @@ def print_scores(rows: list[Edit], scores: dict, sources: dict, runs: dict) -> N
                 print(f"\n{title}, {run_name}, lm-eval's own table\n\n{make_table(results)}")
         elif "accuracy" in values[0]:
             show.print_quiz(title, rows, values)
+            show.print_published(sources, name)
         elif "nats_per_token" in values[0]:
             show.print_loss(title, rows, values)
         else:

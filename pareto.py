@@ -345,6 +345,7 @@ def present(path: Path, points: list[dict], sources: dict, title: str, record: d
     names = ("wmdp_bio", "mmlu", "openwebtext")
     titles = [show.title_of(name, sources) if name in sources else name for name in names]
     print(f"\n{table(rows)}")
+    show.print_published({"wmdp_bio": {}} | sources)
     pieces.write_whole(path.with_suffix(".md"), lambda file: file.write_text(table(rows)))
     print(f"table: {path.with_suffix('.md')}")
     records.write_record(path, record, {"frontier": lambda: pareto_figure(points, titles, title)}, ("png", "svg"))

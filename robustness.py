@@ -183,17 +183,20 @@ def subject_of(path: str, s) -> tuple[Subject, dict]:
 def load_texts(given: list[dict], s) -> tuple[dict, dict]:
     """What is asked and trained on, the same for all records. Raises UserError where they were not scored alike."""
     first = given[0]
-    alike = ("model", "data", "forget_corpus", "seed", "pick_on", "limit", "subjects", "skip_long", "prompt", "robust")
+    alike = ("model", "data", "forget_corpus", "seed", "pick_on", "limit", "subjects", "skip_long", "prompt", "robust",
+             "wmdp")  # fmt: skip
     for name in alike:
         if any(record["settings"].get(name) != first["settings"].get(name) for record in given):
             raise UserError(f"these records differ in {name}: compare like with like")
         setattr(s, name, first["settings"].get(name))
     s.prompt = s.prompt or "plain"  # records of earlier versions do not say
-    if s.prompt != "plain" or s.robust:
-        raise UserError("these records were made with --prompt or --robust; the forms asked here vary the plain prompt")
+    if s.prompt != "plain" or s.robust or s.wmdp == "cloze":
+        raise UserError("these records were made with --prompt or --robust or --wmdp cloze; the forms asked here vary "
+                        "the plain prompt")  # fmt: skip
     tokenizer = load_tokenizer(model_source(s.model))
     benchmark, sources = load_benchmark(s, tokenizer)
     reworded, sources["wmdp_bio_reworded"] = load_rows("wmdp_bio_reworded", s.model, s.data)
+    reworded = [] if s.wmdp == "robust" else reworded  # they are the questions of WMDP-Bio's own file, one by one
     for name in ("wmdp_bio", "mmlu"):
         if any(record["data"][name]["sha256"] != sources[name]["sha256"] for record in given):
             raise UserError(f"{name} is not what these records were scored on")
@@ -396,6 +399,7 @@ def run(**changes) -> dict:
         names = [show.label(Edit(point["method"], setting=point["setting"])) for point in points]
         text = table(names, points)
         print(f"\n{text}")
+        show.print_published(sources)
         pieces.write_whole(path.with_suffix(".md"), lambda file: file.write_text(text + "\n"))
         record = records.make_record("robustness.py", s, [], sources, {}, points, started)
         about = f"{records.short_name(s.model)}: n {len(texts['rows'])}"

@@ -22,7 +22,8 @@ NAMES = {"wmdp_bio": "WMDP-Bio", "mmlu": "MMLU", "wikitext": "Wikitext", "openwe
 
 def title_of(name: str, sources: dict) -> str:
     """A data set's name, with what it really is where a stand-in was scored."""
-    return NAMES.get(name, name) + (" stand-in" if sources[name]["stand_in"] else "")
+    which = f" {sources[name]['wmdp'].capitalize()}" if "wmdp" in sources[name] else ""
+    return NAMES.get(name, name) + which + (" stand-in" if sources[name]["stand_in"] else "")
 
 
 NAMES_OF_METHODS = {
@@ -82,15 +83,23 @@ def print_quiz(title: str, edits: list[Edit], scores: list[dict]) -> None:
     print(f"  {'':36}{'accuracy, %':<22}change, points")
     for edit, score in zip(edits, scores):
         print(f"  {label(edit):36}{accuracy_cell(score):22}{change_cell(score)}")
-    if "letters_mass" not in scores[0]:  # of a task of lm-eval that asks for no letters
-        return
+    shares = {"letters_mass": "P(a letter), change", "right_probability": "P(right letter), change"}
+    shares = {name: head for name, head in shares.items() if name in scores[0]}  # not of questions without letters
     in_words = "in_words" in scores[0]
-    head = f"  {'':36}{'P(a letter), change':<30}{'P(right letter), change':<30}{'in words, %' * in_words}"
+    if not shares and not in_words:
+        return
+    head = f"  {'':36}{''.join(f'{head:<30}' for head in shares.values())}{'in words, %' * in_words}"
     print(f"\n{head.rstrip()}")
     for edit, score in zip(edits, scores):
-        cells = "".join(f"{mean_cell(score[name]):30}" for name in ("letters_mass", "right_probability"))
+        cells = "".join(f"{mean_cell(score[name]):30}" for name in shares)
         worded = f"{accuracy_cell(score['in_words'])} {change_cell(score['in_words'])}" if in_words else ""
         print(f"  {label(edit):36}{cells}{worded}".rstrip())
+
+
+def print_published(sources: dict, name: str = "wmdp_bio") -> None:
+    """What others have published of a set that a real model was asked, a line below its table."""
+    if note := sources[name].get("published"):
+        print(f"\n{note}")
 
 
 def print_controls(edits: list[Edit], panels: dict[str, list[dict]]) -> None:
@@ -158,6 +167,7 @@ def print_chosen(points: list[dict], sources: dict) -> None:
     rows = [Edit(point["method"], setting=point["setting"]) for point in points]
     for name in ("wmdp_bio", "mmlu"):
         print_quiz(title_of(name, sources), rows, [point["scores"][name] for point in points])
+        print_published(sources, name)
     print_loss(title_of("openwebtext", sources), rows, [point["scores"]["openwebtext"] for point in points])
 
 

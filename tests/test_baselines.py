@@ -275,3 +275,23 @@ def test_robust_keeps_what_the_model_gets_right_in_all_orders(two_settings, monk
         assert found["points"][0]["scores"][f"{name}_tuning"]["accuracy"] == 1
     with pytest.raises(UserError, match="--prompt or --robust"):
         robustness.run(records=[str(tmp_path / "r.json")], out=str(tmp_path / "o.json"))
+
+
+def test_a_method_is_tuned_on_other_sets_and_asked_again_on_the_robust_one(two_settings, tmp_path):
+    """The cloze set's answers have no letters, so the forms of robustness.py, which ask for some, are not theirs."""
+    flags = dict(method="zero-ablation", **SMALL)
+    cloze = baselines.run(**flags, wmdp="cloze", out=str(tmp_path / "cloze.json"))
+    table = baselines.cost_table([cloze]).splitlines()
+    cells = dict(zip(table[0].split(" | "), table[2].split(" | ")))
+    assert cells["P(a letter)"] == "" and float(cells["in words"]) >= 50
+    with pytest.raises(UserError, match="--wmdp cloze"):
+        robustness.run(records=[str(tmp_path / "cloze.json")], out=str(tmp_path / "o.json"))
+    rows = (ROOT / "tiny/data/wmdp_bio.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "wmdp_bio_robust.jsonl").write_text("".join(rows[:100]))
+    robust = baselines.run(**flags, wmdp="robust", data=str(tmp_path), out=str(tmp_path / "robust.json"))
+    assert max(robust["data"]["wmdp_bio"]["questions"]) < 100
+    again = robustness.run(records=[str(tmp_path / "robust.json")], out=str(tmp_path / "o.json"))
+    assert again["settings"]["wmdp"] == again["data"]["wmdp_bio"]["wmdp"] == "robust"
+    letters = robust["points"][robust["chosen"]]["scores"]["wmdp_bio"]["letters"]
+    assert again["points"][1]["scores"]["as tuned"]["letters"] == letters
+    assert "other wording" not in again["points"][1]["scores"]

@@ -72,6 +72,69 @@ def test_the_hub_is_asked_in_order_and_a_failure_names_the_way_out(monkeypatch, 
     assert asked[4:] == [("cais/wmdp", None)]
 
 
+ROWS = [{"question": f"{i}. Which organ pumps blood?", "choices": ["lung", "heart", "skin", "bone"], "answer": 1}
+        for i in range(40)]  # fmt: skip
+
+
+def quiz_settings(**changes):
+    return argparse.Namespace(**{"model": "some/model", "data": None, "seed": 0, "pick_on": "half", **changes})
+
+
+def test_robust_and_cloze_questions_come_from_their_releases(monkeypatch):
+    asked = []
+
+    def load(dataset, config, split, revision=None):
+        asked.append((dataset, config, split))
+        return ROWS[len(asked) : len(asked) + 2]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    sources = {}
+    rows, picking, reporting = data.load_quiz("wmdp_bio", quiz_settings(wmdp="robust"), sources)
+    assert asked == [("EleutherAI/wmdp_bio_robust_mcqa", config, "robust") for config in data.CATEGORIES]
+    assert len(rows) == 12 and not data.is_cloze(rows) and sorted(picking + reporting) == [*range(12)]
+    found = sources["wmdp_bio"]
+    assert found["wmdp"] == "robust" and "about 35%" in found["published"] and not found["stand_in"]
+    assert found["source"] == f"EleutherAI/wmdp_bio_robust_mcqa {'+'.join(data.CATEGORIES)} robust"
+    asked.clear()
+    rows, *_ = data.load_quiz("wmdp_bio", quiz_settings(wmdp="cloze"), sources)
+    assert asked == [("EleutherAI/wmdp_bio_cloze", None, "cloze_compatible")]
+    assert data.is_cloze(rows) and "about 24%" in sources["wmdp_bio"]["published"]
+    assert sources["wmdp_bio"]["source"] == "EleutherAI/wmdp_bio_cloze cloze_compatible"
+    assert not data.is_cloze(data.load_quiz("mmlu", quiz_settings(wmdp="cloze", model="tiny"), sources)[0])
+
+
+def test_a_hub_row_of_another_form_is_refused(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{**ROWS[0], "choices": ["lung", "heart"]}])
+    with pytest.raises(UserError, match="wmdp_bio_cloze from the hub: needs a question, 4 choices"):
+        data.load_rows("wmdp_bio_cloze", "some/model")
+
+
+def test_a_question_is_on_the_same_half_in_all_sets(tmp_path):
+    for name, rows in (("wmdp_bio", ROWS), ("wmdp_bio_robust", ROWS[::-3]), ("wmdp_bio_cloze", ROWS[5:30])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sides = []
+    for which in data.WMDP:
+        rows, *halves = data.load_quiz("wmdp_bio", quiz_settings(wmdp=which, data=str(tmp_path)), {})
+        sides.append([{rows[i]["question"] for i in half} for half in halves])
+    assert [sum(map(len, both)) for both in sides] == [40, 14, 25]
+    for picking, reporting in sides[1:]:
+        assert picking and reporting and picking <= sides[0][0] and reporting <= sides[0][1]
+
+
+def test_tiny_has_a_stand_in_for_the_cloze_set_and_no_robust_one(tmp_path):
+    sources = {}
+    rows, *halves = data.load_quiz("wmdp_bio", quiz_settings(wmdp="cloze", model="tiny"), sources)
+    whole, *same = data.load_quiz("wmdp_bio", quiz_settings(model="tiny"), {})
+    assert [row["question"] for row in rows] == [row["question"] for row in whole] and halves == same
+    assert sources["wmdp_bio"]["stand_in"] and "published" not in sources["wmdp_bio"]
+    with pytest.raises(UserError, match=r"leave --wmdp out, or give --data FOLDER with wmdp_bio_robust\.jsonl"):
+        data.load_quiz("wmdp_bio", quiz_settings(wmdp="robust", model="tiny"), {})
+    (tmp_path / "wmdp_bio_robust.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    own = quiz_settings(wmdp="robust", model="tiny", data=str(tmp_path))
+    assert data.load_quiz("wmdp_bio", own, sources)[0][3]["question"] == ROWS[3]["question"]
+    assert sources["wmdp_bio"]["source"] == str(tmp_path / "wmdp_bio_robust.jsonl")
+
+
 def corpus_settings(tmp_path, forget_corpus=None):
     return argparse.Namespace(model="some/model", data=str(tmp_path), forget_corpus=forget_corpus)
 

@@ -11,10 +11,14 @@ from pathlib import Path
 
 import jupytext
 import pytest
+import torch
 from conftest import ROOT
 
 import show
-from edits import Edit
+from common import load_model
+from data import CLOZE, load_rows
+from edits import NONE, Edit
+from evaluation import score_words
 
 LESSONS = ["feature_ablate_1.py", "feature_ablate_2.py", "feature_ablate_3.py"]
 MAIN = "--layer 7 --n-features 50"
@@ -123,3 +127,15 @@ def test_what_was_measured_of_tiny_is_quoted():
     for name, sae in measured["sae"].items():
         shares = f"{sae['variance_explained']:.3f} | {sae['loss_recovered']:.3f} | {sae['l0']:.1f}"
         assert f"| {name.replace('_', ' ')} | {shares} | {100 * sae['dead_share']:.1f}% |" in text
+
+
+@pytest.mark.slow
+def test_what_tiny_gets_right_in_the_cloze_prompt():
+    text = (ROOT / "docs/real_models.md").read_text()
+    quoted = re.search(r"([\d.]+)% of\n(\d+), its twin that never knew ([\d.]+)%", text).groups()
+    rows = load_rows("wmdp_bio_cloze")[0]
+    answers = torch.tensor([row["answer"] for row in rows])
+    for name, share in zip(("tiny", "never-knew"), quoted[::2]):
+        chosen = score_words(load_model(name, "cpu"), rows, [NONE], 64, form=CLOZE)[0].argmax(-1)
+        assert 100 * (chosen == answers).float().mean().item() == pytest.approx(float(share), abs=0.5)
+    assert len(rows) == int(quoted[1])

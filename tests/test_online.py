@@ -24,7 +24,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import common
 import edits
-from data import special_ids
+from data import CATEGORIES, special_ids
 
 ROOT = Path(__file__).resolve().parent.parent
 SAEBENCH = ["high_school_us_history", "college_computer_science", "high_school_geography", "human_aging"]
@@ -115,6 +115,14 @@ def write_datasets(root: Path) -> None:
     quiz = {"question": Value("string"), "choices": Sequence(Value("string")), "answer": letters}
     wmdp = Dataset.from_list([question(i) for i in range(24)], Features({"answer": letters, **quiz}))
     put(root, "cais/wmdp", "wmdp-bio", {"test": wmdp})
+    plain = Features({**quiz, "answer": Value("int64")})
+    for number, category in enumerate(CATEGORIES):
+        rows = [question(i) for i in range(number, 24, 6)]
+        put(root, "EleutherAI/wmdp_bio_robust_mcqa", category, {
+            "robust": Dataset.from_list(rows, plain), "shortcut": Dataset.from_list(rows[:1], plain),
+        })  # fmt: skip
+    rows = Dataset.from_list([question(i) for i in range(0, 24, 2)], plain)
+    put(root, "EleutherAI/wmdp_bio_cloze", "default", {"cloze_compatible": rows})
     rows = [{**question(i), "subject": SAEBENCH[i % 4]} for i in range(40)]
     mmlu = Dataset.from_list(rows, Features({"subject": Value("string"), **quiz}))
     put(root, "cais/mmlu", "all", {"test": mmlu.select(range(32)), "dev": mmlu.select(range(32, 40))})
@@ -136,15 +144,18 @@ def write_datasets(root: Path) -> None:
 
 
 def put(root: Path, repo: str, config: str, parts: dict) -> None:
-    """Parquet files and a card with the configuration, as the hub has them."""
+    """Parquet files and a card with the configurations, as the hub has them."""
     folder = root / "datasets" / repo
     (folder / config).mkdir(parents=True)
-    files = []
     for split, rows in parts.items():
         rows.to_parquet(folder / config / f"{split}-00000-of-00001.parquet")
-        files.append(f"  - split: {split}\n    path: {config}/{split}-*")
-    card = f"---\nconfigs:\n- config_name: {config}\n  data_files:\n" + "\n".join(files) + "\n---\n"
-    (folder / "README.md").write_text(card)
+    card = "---\nconfigs:\n"
+    for one in sorted(path for path in folder.iterdir() if path.is_dir()):
+        card += f"- config_name: {one.name}\n  data_files:\n"
+        for path in sorted(one.iterdir()):
+            split = path.name.split("-")[0]
+            card += f"  - split: {split}\n    path: {one.name}/{split}-*\n"
+    (folder / "README.md").write_text(card + "---\n")
 
 
 # ------------------------------------------------------------------------------------------------ worker
@@ -314,6 +325,33 @@ def test_a_download_is_announced_once(lost, hub):
     ]  # fmt: skip
     assert f"{size / 1e6:.1f} MB to {folder}" in said[0][0] and " free)" in said[0][0]
     assert not said[1]
+
+
+SETS = {"robust": ("EleutherAI/wmdp_bio_robust_mcqa", "35%", 24), "cloze": ("EleutherAI/wmdp_bio_cloze", "24%", 12)}
+
+
+def test_wmdp_bios_other_sets_by_flag_and_by_task_the_second_time_offline(online, home, tmp_path):
+    offline = Worker(home, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    flags = flags_of("gemma-3-1b-it", "feature_ablate_2.py", tmp_path)
+    by_task = [*FAMILIES["gemma-3-1b-it"], "--n-features", 4, "--pick-on", "all", "--out", tmp_path / "r.json",
+               "--tasks", ",".join(f"sae_wmdp_bio_{which}" for which in SETS)]  # fmt: skip
+    try:
+        for worker in (online, offline):
+            for which, (source, floor, _) in SETS.items():
+                code, said, errors = worker("feature_ablate_2.py", *flags, "--wmdp", which)
+                assert code == 0, errors[-2000:]
+                record = json.loads((tmp_path / "r.json").read_text())
+                found = record["data"]["wmdp_bio"]
+                assert found["source"].startswith(source) and found["wmdp"] == record["settings"]["wmdp"] == which
+                assert f"WMDP-Bio {which.capitalize()}: n" in said and f"about {floor}" in said
+            code, said, errors = worker("lm_eval_ablated.py", *by_task)
+            assert code == 0, errors[-2000:]
+            record = json.loads((tmp_path / "r.json").read_text())
+            for which, (_, floor, n) in SETS.items():
+                score = record["points"][0]["scores"][f"sae_wmdp_bio_{which}"]
+                assert score["n"] == n == len(score["letters"]) and f"about {floor}" in said
+    finally:
+        offline.process.kill()
 
 
 def test_ones_own_forget_corpus_and_the_form_that_asks_for_it(online, hub, tmp_path):
