@@ -3,6 +3,8 @@ Measure what edits do: multiple choice and next-token loss, many edits in one pa
 """
 
 import itertools
+import re
+import string
 import time
 from dataclasses import replace
 
@@ -18,10 +20,12 @@ from data import (
     LETTERS,
     UserError,
     batches,
+    encode,
     encode_prompts,
     encode_words,
     fitting,
     is_cloze,
+    pad_id,
     prompt,
     refuse_long,
     sample,
@@ -29,10 +33,11 @@ from data import (
     token_windows,
     words,
 )
-from edits import NEVER_KNEW, NONE, Edit, edit_of
+from edits import NEVER_KNEW, NONE, Edit, applied, edit_of
 from engine import OnePass, check_engine
 from hub import never_knew
 from processes import count as count_processes
+from processes import from_all
 from processes import total as over_processes
 
 CHANCE = 0.25
@@ -158,6 +163,56 @@ def per_character(nats: torch.Tensor, questions: list[dict]) -> torch.Tensor:
     """score_words' result from the losses of encode_words' windows, (n_edits, 4 n_questions)."""
     lengths = torch.tensor([[max(1, len(choice.strip())) for choice in row["choices"]] for row in questions])
     return -nats.reshape(len(nats), -1, 4) / lengths
+
+
+@torch.inference_mode()
+def written_answers(model, questions: list[dict], edits, room: int, batch_size=16, desc=None) -> list[list[str]]:
+    """The first line of what the model writes as an answer in words, greedily: a text per edit and question.
+
+    Asked as by score_words, in batches padded on the left; room: new tokens, at the most. An edit that looks at a whole
+    prompt is run without a cache, on all that is written so far. Raises UserError for a prompt that leaves the model
+    too few positions.
+    """
+    rows = [encode(model.tokenizer, IN_WORDS.format(row["question"].strip())) for row in questions]
+    pad, found = pad_id(model.tokenizer), []
+    refuse_long(model.tokenizer, [row + [pad] * room for row in rows])
+    backwards = [row[::-1] for row in rows]
+    for picked, ids in batches(backwards, batch_size, model.tokenizer, model.cfg.device, desc):
+        ids, lengths = ids.flip(1), torch.tensor([len(rows[i]) for i in picked], device=ids.device)
+        mask = torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - lengths[:, None]
+        for k, edit in enumerate(edits):
+            with applied(model, model.tokenizer, edit):
+                written = model.original_model.generate(
+                    ids, attention_mask=mask.long(), do_sample=False, temperature=None, top_p=None, top_k=None,
+                    max_new_tokens=room, use_cache=not edit.whole, pad_token_id=pad,
+                )[:, ids.shape[1] :]  # fmt: skip
+            texts = model.tokenizer.batch_decode(written, skip_special_tokens=True)
+            found += [((k, i), text.split("\n")[0].strip()) for i, text in zip(picked, texts)]
+    found = dict(from_all(found))  # each process has written its share
+    return [[found[k, i] for i in range(len(rows))] for k in range(len(edits))]
+
+
+def normalised(text: str) -> str:
+    """In lower case, without punctuation and articles, as SQuAD grades an answer (its evaluate-v1.1.py; Rajpurkar et
+    al., arXiv 1606.05250)."""
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def score_open(model, questions: list[dict], edits, batch_size=16, desc=None, max_rows=64) -> list[dict]:
+    """One score per edit of open answers, the first being the clean model's: {"exact": as accuracy_score, of answers
+    that are the right one but for what `normalised` takes away, "right_nats_per_token": as mean_score, over the
+    questions, of what a token of the right answer costs}. A model has room to write one token more than the longest
+    right answer has, by which an answer that goes on is told. Raises UserError as score_letters does."""
+    right = [row["choices"][row["answer"]] for row in questions]
+    windows, first = encode_words(model.tokenizer, [{**row, "choices": [x]} for row, x in zip(questions, right)])
+    nats, tokens = score_loss(model, windows, edits, 4 * batch_size, desc, 4 * max_rows, first=first)
+    nats, room = (nats / tokens.clamp(min=1)).numpy(), 1 + max(len(ids) - at for ids, at in zip(windows, first))
+    said = written_answers(model, questions, edits, room, batch_size, desc)
+    exact = np.array([[normalised(x) == normalised(y) for x, y in zip(texts, right)] for texts in said])
+    pairs = [(exact[k], nats[k], *((exact[0], nats[0]) if k else (None, None))) for k in range(len(edits))]
+    return [{"exact": accuracy_score(one, "", clean, chance=0.0), "right_nats_per_token": mean_score(cost, before)}
+            for one, cost, clean, before in pairs]  # fmt: skip
 
 
 def token_losses(run: OnePass, h: torch.Tensor, ids: torch.Tensor, real: torch.Tensor, chunk: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # lm-eval may be started anywhere
 from data import load_rows
-from evaluation import PERMUTATIONS
+from evaluation import PERMUTATIONS, normalised
 
 WINDOW = 64  # words, 85 to 130 tokens: about lesson 3's windows of 128 tokens, without knowing the tokenizer
 WORDS = 12_000  # of the texts, in order: about lesson 3's 20,000 tokens
@@ -48,6 +48,11 @@ def right_in_all_orders(items: list[tuple[int, float]]) -> float:
     """Share of questions that are right in all of their orders. items: (question, right)."""
     whole = [min(right for _, right in group) for _, group in groupby(sorted(items), key=lambda item: item[0])]
     return sum(whole) / len(whole)
+
+
+def is_right(doc: dict, results: list[str]) -> dict:
+    """Is what was written the right option, graded as evaluation.score_open does? results: the text."""
+    return {"exact_match": float(normalised(results[0]) == normalised(doc["choices"][doc["answer"]]))}
 
 
 def texts(model: str = "tiny", data=None, **_) -> DatasetDict:

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import QUESTIONS, some_ids
+from conftest import FAMILIES, QUESTIONS, hf, some_ids
 from scipy import stats
 
 import evaluation
-from data import UserError, encode_prompts, prompt
-from edits import NONE, Edit, applied
+from common import load_model
+from data import UserError, encode_prompts, load_rows, prompt
+from edits import NONE, Edit, applied, edit_of
 from engine import pushed
-from evaluation import accuracy_score, loss_scores, quiz_scores, robust_subset, score_letters, score_words
+from evaluation import accuracy_score, loss_scores, normalised, quiz_scores, robust_subset, score_letters, score_words
 
 # ------------------------------------------------------------------------------ longer than the model's positions
 
@@ -192,6 +193,90 @@ def test_answers_in_words_by_hand(gemma):
                 answer = log_probs[len(gemma.tokenizer(asked)["input_ids"]) - 1 :]
                 assert score.item() == pytest.approx(answer.sum().item() / max(1, len(choice.strip())), abs=1e-5)
     assert not torch.allclose(found[0], found[1], atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------ open answers
+
+
+def test_answers_are_graded_as_squad_does():
+    assert normalised("The  Heart.") == "heart" and normalised("an X-ray, of the lung!") == "xray of lung"
+    assert normalised("theatre") == "theatre" and normalised("Lung") != normalised("Lungs")
+
+
+def greedy(lm, tokenizer, row, edit, room) -> list[int]:
+    """Token by token, each from a pass over all that is written so far."""
+    ids = tokenizer(f"{row['question'].strip()}\nAnswer in words:", return_tensors="pt")["input_ids"]
+    start = ids.shape[1]
+    for _ in range(room):
+        with torch.no_grad(), applied(lm, tokenizer, edit):
+            ids = torch.cat([ids, lm(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
+        if ids[0, -1] == tokenizer.eos_token_id:
+            break
+    return ids[0, start:].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_what_is_written_is_transformers_own_greedy_answer(get_model, make_sae, model_folder, family, batch_size):
+    """Of every family, in batches and one at a time: under no edit, a clamp, and one that looks at the whole prompt."""
+    model, some = get_model(family), list(range(24))
+    sae, (lm, tokenizer) = make_sae(model), hf(model_folder(family), torch.float32)
+    edits = [NONE, edit_of("sae-ablation", sae, features=some, clamp=-9.0),
+             edit_of("dsg", sae, features=some, clamp=-9.0, gate=0.05)]  # fmt: skip
+    assert edits[2].whole
+    found = evaluation.written_answers(model, QUESTIONS, edits, 9, batch_size)
+    for edit, texts in zip(edits, found):
+        for row, text in zip(QUESTIONS, texts):
+            written = greedy(lm, tokenizer, row, edit, 9)
+            assert text == tokenizer.decode(written, skip_special_tokens=True).split("\n")[0].strip()
+            if edit.whole:
+                continue
+            ids = tokenizer(f"{row['question'].strip()}\nAnswer in words:", return_tensors="pt")
+            with applied(lm, tokenizer, edit):
+                own = lm.generate(**ids, do_sample=False, max_new_tokens=9, pad_token_id=0)
+            assert own[0, ids["input_ids"].shape[1] :].tolist() == written
+    assert len({tuple(texts) for texts in found}) == 3
+
+
+def test_open_answers_are_scored_as_they_are_written(gemma, gemma_sae):
+    """Right are the texts that are written, their likelihood is score_words' per token, and changes are paired."""
+    edits = [NONE, edit_of("sae-ablation", gemma_sae, features=list(range(24)), clamp=-9.0)]
+    rows = [{**row, "choices": list(row["choices"])} for row in QUESTIONS]
+    for row, text in zip(rows[:2], evaluation.written_answers(gemma, rows, [NONE], 9)[0]):
+        row["choices"][row["answer"]] = f"{text.upper()} ."
+    room = 1 + max(len(gemma.tokenizer(f" {row['choices'][row['answer']]}")["input_ids"]) - 1 for row in rows)
+    clean, ablated = evaluation.score_open(gemma, rows, edits, 2)
+    texts = evaluation.written_answers(gemma, rows, edits, room)
+    for score, said in zip((clean, ablated), texts):
+        right = [normalised(text) == normalised(row["choices"][row["answer"]]) for text, row in zip(said, rows)]
+        assert score["exact"]["accuracy"] == pytest.approx(sum(right) / 3) and score["exact"]["chance"] == 0.0
+        assert score["exact"]["low"] <= score["exact"]["accuracy"] <= score["exact"]["high"]
+    words, costs = score_words(gemma, rows, edits), []
+    for values, score in zip(words, (clean, ablated)):
+        nats = []
+        for row, by_option in zip(rows, values):
+            asked, answer = f"{row['question'].strip()}\nAnswer in words:", row["choices"][row["answer"]].strip()
+            tokens = len(gemma.tokenizer(f"{asked} {answer}")["input_ids"]) - len(gemma.tokenizer(asked)["input_ids"])
+            nats.append(-by_option[row["answer"]].item() * len(answer) / tokens)
+        costs.append(np.array(nats))
+        assert score["right_nats_per_token"]["mean"] == pytest.approx(np.mean(nats), abs=1e-5)
+    assert ablated["right_nats_per_token"]["change"] == pytest.approx((costs[1] - costs[0]).mean(), abs=1e-5)
+    assert "change" in ablated["exact"] and "change" not in clean["exact"]
+
+
+def test_tiny_writes_most_answers_and_its_twin_none(twin):
+    rows = load_rows("wmdp_bio")[0][::8]
+    (clean,), (never,) = (evaluation.score_open(lm, rows, [NONE], 32) for lm in (load_model("tiny"), twin))
+    assert clean["exact"]["accuracy"] > 0.75 and never["exact"]["accuracy"] < 0.05
+    assert clean["right_nats_per_token"]["mean"] < 0.5 and never["right_nats_per_token"]["mean"] > 5
+
+
+def test_a_prompt_without_room_for_its_answer_is_refused(gemma):
+    long = {**QUESTIONS[0], "question": "the heart " * 160}
+    most = gemma.tokenizer.model_max_length
+    assert len(gemma.tokenizer(long["question"] + "\nAnswer in words:")["input_ids"]) < most < 9000
+    with pytest.raises(UserError, match=f"the model {most} positions"):
+        evaluation.written_answers(gemma, [long], [NONE], most)
 
 
 NATS = torch.tensor([[2.0, 4.0, 6.0, 3.0], [3.0, 4.0, 9.0, 5.0]], dtype=torch.float64)

@@ -23,7 +23,7 @@ import pareto
 from common import load_model, load_sae
 from data import CLOZE, LETTERS, UserError, encode_prompts, halves, prompt
 from edits import NONE, edit_of
-from evaluation import score_letters, score_loss
+from evaluation import score_letters, score_loss, score_open
 from flags import GRIDS, settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -363,6 +363,20 @@ def test_a_lessons_cloze_answers_are_lm_evals(tmp_path, capsys):
     assert clean["wmdp_bio"]["letters"] == points(mine)["none", None]["wmdp_bio"]["letters"]
     assert clean["wmdp_bio"]["in_words"]["letters"] == points(mine)["none", None]["wmdp_bio"]["in_words"]["letters"]
     assert "letters_mass" in clean["mmlu"] and "letters_mass" not in clean["wmdp_bio"]
+
+
+def test_open_answers_are_graded_as_our_own_scorer_grades_them(manager, tmp_path):
+    flags = dict(layer=3, n_features=10, tasks="tiny_wmdp_bio_open", limit=30, unablated=True)
+    record = lm_eval_ablated.run(**flags, out=str(tmp_path / "r.json"))
+    docs = manager.load(["tiny_wmdp_bio_open"])["tasks"]["tiny_wmdp_bio_open"].eval_docs
+    rows = [docs[i] for i in record["data"]["tiny_wmdp_bio_open"]["questions"]]
+    features = record["points"][1]["setting"]["features"]
+    model = load_model("tiny", "cpu")
+    edit = edit_of("sae-ablation", load_sae(None, 3, model), features=features, clamp=CLAMP)
+    for point, score in zip(record["points"], score_open(model, rows, [NONE, edit]), strict=True):
+        found = point["scores"]["tiny_wmdp_bio_open"]
+        assert all(found[name] == score["exact"][name] for name in set(score["exact"]) - {"letters"})
+    assert found["accuracy"] < 0.9 < record["points"][0]["scores"]["tiny_wmdp_bio_open"]["accuracy"]
 
 
 def test_few_shot_examples_are_development_questions(manager):
