@@ -15,10 +15,10 @@ import torch
 from conftest import ROOT
 
 import show
-from common import load_model
-from data import CLOZE, load_rows
-from edits import NONE, Edit
-from evaluation import score_words
+from common import load_model, load_sae
+from data import CLOZE, halves, load_rows
+from edits import NONE, Edit, edit_of
+from evaluation import score_open, score_words
 
 LESSONS = ["feature_ablate_1.py", "feature_ablate_2.py", "feature_ablate_3.py"]
 MAIN = "--layer 7 --n-features 50"
@@ -139,3 +139,20 @@ def test_what_tiny_gets_right_in_the_cloze_prompt():
         chosen = score_words(load_model(name, "cpu"), rows, [NONE], 64, form=CLOZE)[0].argmax(-1)
         assert 100 * (chosen == answers).float().mean().item() == pytest.approx(float(share), abs=0.5)
     assert len(rows) == int(quoted[1])
+
+
+@pytest.mark.slow
+def test_what_is_written_right_is_quoted():
+    text = " ".join((ROOT / "docs/results.md").read_text().split())
+    shares = re.search(r"writes ([\d.]+)% right and .* none; .*, leaves ([\d.]+)% \[32", text).groups()
+    costs = re.search(r"answer costs ([\d.]+), ([\d.]+) and ([\d.]+) nats", text).groups()
+    setting = run_of("feature_ablate_2.py", MAIN)[0]["points"][4]["setting"]
+    rows, model = load_rows("wmdp_bio")[0], load_model("tiny", "cpu")
+    rows = [rows[i] for i in halves(rows, 0)[1]]
+    clamp = edit_of("sae-ablation", load_sae(None, 7, model), features=setting["features"], clamp=setting["clamp"])
+    clean, clamped = score_open(model, rows, [NONE, clamp], 64)
+    (never,) = score_open(load_model("never-knew", "cpu"), rows, [NONE], 64)
+    found = [100 * score["exact"]["accuracy"] for score in (clean, clamped)]
+    assert found == pytest.approx([float(share) for share in shares], abs=1.0) and never["exact"]["accuracy"] == 0
+    found = [score["right_nats_per_token"]["mean"] for score in (clean, never, clamped)]
+    assert found == pytest.approx([float(cost) for cost in costs], abs=0.006)

@@ -334,7 +334,7 @@ def test_wmdp_bios_other_sets_by_flag_and_by_task_the_second_time_offline(online
     offline = Worker(home, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
     flags = flags_of("gemma-3-1b-it", "feature_ablate_2.py", tmp_path)
     by_task = [*FAMILIES["gemma-3-1b-it"], "--n-features", 4, "--pick-on", "all", "--out", tmp_path / "r.json",
-               "--tasks", ",".join(f"sae_wmdp_bio_{which}" for which in SETS)]  # fmt: skip
+               "--tasks", ",".join(f"sae_wmdp_bio_{which}" for which in (*SETS, "open"))]  # fmt: skip
     try:
         for worker in (online, offline):
             for which, (source, floor, _) in SETS.items():
@@ -350,6 +350,7 @@ def test_wmdp_bios_other_sets_by_flag_and_by_task_the_second_time_offline(online
             for which, (_, floor, n) in SETS.items():
                 score = record["points"][0]["scores"][f"sae_wmdp_bio_{which}"]
                 assert score["n"] == n == len(score["letters"]) and f"about {floor}" in said
+            assert record["points"][0]["scores"]["sae_wmdp_bio_open"]["n"] == SETS["cloze"][2]
     finally:
         offline.process.kill()
 
