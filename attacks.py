@@ -9,11 +9,13 @@ looks for the delta that raises
 
     margin = logit of the wanted letter - mean logit of the other three
 
-Not so: the release projects the gradient, after which Adam, which scales each coordinate, leaves the subspace again;
-here delta itself is projected after each step. Its bound, 20 at any token of Gemma-2-2B, is here a share of the
-length of h, and its rate, 0.08, the same multiple of the bound (0.192 of it over sqrt(d_model)). And it is asked what
-the paper's main text does not ask: how often the same push brings a wrong option. Only what it brings beyond that can
-have been in the model; the rest is in the push.
+Without the projection it is the release's own, step by step (run side by side: the same delta to a millionth of its
+length). Not so: the release projects the gradient, after which Adam, which scales each coordinate, leaves the subspace
+again (a quarter of its delta's length lay along edited features' directions); here delta itself is projected after
+each step. Its bound, 20 at any token of Gemma-2-2B, is here a share of the length of h, and its rate, 0.08, the same
+multiple of the bound (0.192 of it over sqrt(d_model)). And it is asked what the paper's main text does not ask: how
+often the same push brings a wrong option. Only what comes beyond that can have been in the model; the rest is in the
+push.
 """
 
 import random
