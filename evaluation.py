@@ -199,17 +199,28 @@ def normalised(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def score_open(model, questions: list[dict], edits, batch_size=16, desc=None, max_rows=64) -> list[dict]:
-    """One score per edit of open answers, the first being the clean model's: {"exact": as accuracy_score, of answers
-    that are the right one but for what `normalised` takes away, "right_nats_per_token": as mean_score, over the
-    questions, of what a token of the right answer costs}. A model has room to write one token more than the longest
-    right answer has, by which an answer that goes on is told. Raises UserError as score_letters does."""
-    right = [row["choices"][row["answer"]] for row in questions]
-    windows, first = encode_words(model.tokenizer, [{**row, "choices": [x]} for row, x in zip(questions, right)])
-    nats, tokens = score_loss(model, windows, edits, 4 * batch_size, desc, 4 * max_rows, first=first)
-    nats, room = (nats / tokens.clamp(min=1)).numpy(), 1 + max(len(ids) - at for ids, at in zip(windows, first))
+def right_windows(tokenizer, questions: list[dict]) -> tuple[list[list[int]], list[int]]:
+    """encode_words' windows of the right answers alone."""
+    return encode_words(tokenizer, [{**row, "choices": [row["choices"][row["answer"]]]} for row in questions])
+
+
+def exact_answers(model, questions: list[dict], edits, batch_size=16, desc=None) -> np.ndarray:
+    """(n_edits, n_questions) bool: is what the model writes the right answer, but for what `normalised` takes away? It
+    has room for one token more than the longest right answer has, by which an answer that goes on is told."""
+    windows, first = right_windows(model.tokenizer, questions)
+    room = 1 + max(len(ids) - at for ids, at in zip(windows, first))
     said = written_answers(model, questions, edits, room, batch_size, desc)
-    exact = np.array([[normalised(x) == normalised(y) for x, y in zip(texts, right)] for texts in said])
+    right = [normalised(row["choices"][row["answer"]]) for row in questions]
+    return np.array([[normalised(text) == one for text, one in zip(texts, right)] for texts in said])
+
+
+def score_open(model, questions: list[dict], edits, batch_size=16, desc=None, max_rows=64) -> list[dict]:
+    """One score per edit of open answers, the first being the clean model's: {"exact": as accuracy_score, of
+    `exact_answers`, "right_nats_per_token": as mean_score, over the questions, of what a token of the right answer
+    costs}. Raises UserError as score_letters does."""
+    windows, first = right_windows(model.tokenizer, questions)
+    nats, tokens = score_loss(model, windows, edits, 4 * batch_size, desc, 4 * max_rows, first=first)
+    nats, exact = (nats / tokens.clamp(min=1)).numpy(), exact_answers(model, questions, edits, batch_size, desc)
     pairs = [(exact[k], nats[k], *((exact[0], nats[0]) if k else (None, None))) for k in range(len(edits))]
     return [{"exact": accuracy_score(one, "", clean, chance=0.0), "right_nats_per_token": mean_score(cost, before)}
             for one, cost, clean, before in pairs]  # fmt: skip

@@ -61,7 +61,7 @@ from attacks import LastToken, directions, fine_tune, other_option, pushed, roun
 from common import load_hf, load_model, load_sae
 from data import HERE, LETTERS, UserError, encode_prompts, halves, load_benchmark, load_rows, prompt
 from edits import NEVER_KNEW, NONE, Edit, applied, edit_of
-from evaluation import CHANCE, bootstrap, quiz_scores, score_letters, score_words, wilson
+from evaluation import CHANCE, accuracy_score, bootstrap, exact_answers, quiz_scores, score_letters, score_words, wilson
 from hub import check_same, identity, load_tokenizer, model_source, never_knew
 from training import check_room, training_windows
 
@@ -133,6 +133,12 @@ def examine(subject: Subject, texts: dict, s, only: tuple[str, ...] = (), bits: 
 
 
 # %%
+def written(subject: Subject, texts: dict, s) -> list[bool]:
+    """Whether what it writes as an answer in words is right, question by question."""
+    lm = load_model(subject.model, s.device, s.dtype, edit_special=subject.edit_special)
+    return exact_answers(lm, texts["rows"], [subject.edit], s.batch_size, "open answers")[0].tolist()
+
+
 def recovered(subject: Subject, before: dict, clean: dict, texts: dict, s) -> dict:
     """The recovery attack on the questions that the unablated model gets right and the subject does not: their places,
     the right option, the control's, and what is answered when pushed towards each. before, clean: `examine`'s."""
@@ -277,6 +283,7 @@ def outcomes(answers: dict, texts: dict) -> dict:
     stages = {name: before[name] for name in ("as tuned", "other wording", "in words") if name in before}
     stages[f"{min(BITS)} bits"] = answers["rounded"][str(min(BITS))]["as tuned"]
     found = {name: (np.argmax(values, 1) == right) * 1.0 for name, values in stages.items()}
+    found["open answer"] = np.array(answers["written"]) * 1.0
     found["pushed"], one = found["as tuned"].copy(), answers["recovery"]
     came = {name: np.equal(wanted, one["answered"][name]) * 1.0 for name, wanted in one["wanted"].items()}
     found["pushed"][one["questions"]] = came["right"] - came["wrong"]
@@ -294,7 +301,10 @@ def survives(answers: dict, clean: dict, floor: dict | None, texts: dict) -> dic
         return (a.mean(axis) - b.mean(axis)) / (a.mean(axis) - c.mean(axis))
 
     own, before = outcomes(answers, texts), outcomes(clean, texts)
-    least = outcomes(floor, texts) if floor else {name: np.full(len(texts["rows"]), CHANCE) for name in own}
+    by_chance = {name: np.full(len(texts["rows"]), CHANCE) for name in own} | {
+        "open answer": np.zeros(len(texts["rows"]))
+    }
+    least = outcomes(floor, texts) if floor else by_chance
     found = {}
     for name, after in own.items():
         low, high = bootstrap(way, before[name], after, least[name])
@@ -466,6 +476,7 @@ def try_all(subjects: list[Subject], texts: dict, folder: Path, s) -> list[dict]
                                      for name, one in zip(names, subjects)})  # fmt: skip
     passing, jobs = folder / "tried", {}
     for name, one, own in zip(names, subjects, before):
+        jobs[f"{name}_written"] = partial(written, one, texts, s)
         jobs[f"{name}_rounded"] = partial(rounded, one, texts, s)
         jobs[f"{name}_recovery"] = partial(recovered, one, own, before[0], texts, s)
         for stage in ("retain", "forget", "asked") if s.relearn else ():
@@ -488,6 +499,7 @@ def points_of(subjects: list[Subject], found: list[dict], texts: dict, s) -> lis
         counts = np.bincount(np.argmax(answers["before"]["as tuned"], 1), minlength=4)
         point = {"method": subject.edit.method, "setting": subject.edit.setting, "scores": scores}
         point["letters"] = dict(zip(LETTERS, (counts / counts.sum()).tolist()))
+        point["open"] = accuracy_score(np.array(answers["written"]), "", chance=0.0)
         point["rounded"] = {bits: scores_of(one, texts) for bits, one in answers["rounded"].items()}
         point["recovery"] = {**answers["recovery"], "share": SHARE, "reached": reached(answers["recovery"])}
         point["survives"] = survives(answers, found[0], floor, texts)
