@@ -156,6 +156,9 @@ def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str
 # ---------------------------------------------------------------------------------------------- pick
 
 
+PICKING_RULES = ("ratio", "retain-threshold", "dsg", "attribution", "output-score")
+
+
 @dataclass
 class Rates:
     """How often and how strongly each of d_sae features is active on a set of non-special tokens."""
@@ -205,12 +208,16 @@ def activation_ratio(forget: Rates, retain: Rates) -> torch.Tensor:
     return ((forget.fires + 1) / (forget.n_tokens + 1)) / ((retain.fires + 1) / (retain.n_tokens + 1))
 
 
-def pick_features(forget: Rates, retain: Rates, n: int, rule: str = "ratio", tau: float = 0.01) -> list[int]:
+def pick_features(
+    forget: Rates, retain: Rates, n: int, rule: str = "ratio", tau: float = 0.01, score: torch.Tensor | None = None
+) -> list[int]:
     """The n features to ablate, best first, ties by index; features that never fire on the forget set are left out.
 
     ratio: highest `activation_ratio`. retain-threshold: retain rate below tau, then highest forget rate (SAEBench,
     arXiv 2503.09532; Farrell et al., arXiv 2410.19278). dsg: squared mean activation, its forget/retain ratio in the
     top 5 per cent and itself above the lowest 5, then highest on the forget set (Muhamed et al., arXiv 2504.08192).
+    attribution, output-score: by `score`, (d_sae,), from methods.SCORES: the highest of those above 0; and highest
+    `activation_ratio` among the quarter of highest score (Arad et al., arXiv 2505.20063, drop features of low score).
     Raises UserError if the rule leaves fewer than n.
     """
     allowed = forget.fires > 0
@@ -223,8 +230,13 @@ def pick_features(forget: Rates, retain: Rates, n: int, rule: str = "ratio", tau
         score, other = (forget.total / forget.n_tokens) ** 2, (retain.total / retain.n_tokens) ** 2
         ratio = score / (other + 1e-21)
         allowed &= (score >= score.quantile(0.05)) & (ratio >= ratio.quantile(0.95))
+    elif rule == "attribution":
+        allowed &= score > 0
+    elif rule == "output-score":
+        allowed &= score >= score.quantile(0.75)
+        score = activation_ratio(forget, retain)
     else:
-        raise UserError(f"--pick {rule}: the rules are ratio, retain-threshold, dsg")
+        raise UserError(f"--pick {rule}: the rules are {', '.join(PICKING_RULES)}")
     if n > len(allowed):
         raise UserError(f"--n-features {n}: the SAE has {len(allowed)} features")
     if n > int(allowed.sum()):

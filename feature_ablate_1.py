@@ -30,7 +30,7 @@ import evaluation
 import methods
 import records
 import show
-from common import ablate, matched_random, pick_features
+from common import ablate, matched_random
 
 # %% [markdown]
 # ## One question
@@ -86,7 +86,7 @@ print(f"{h.shape[1]} tokens of {h.shape[2]} numbers; {active:.0f} of {a.shape[2]
 # %%
 measured = methods.measure(model, args.layer, sae, *data.picking_texts(wmdp, picking, args, sources), args.clamp, args)
 forget, retain = measured.rates
-features = pick_features(forget, retain, args.n_features, args.pick)
+features = measured.features(args.n_features)
 show.print_features(features, forget, retain, show.top_tokens(model, sae, features, measured.forget), sae, most=8)
 title = f"{records.short_name(args.model)}, layer {args.layer}: {args.n_features} features ablated"
 figures = {"features": show.scatter(features, forget, retain, title)}

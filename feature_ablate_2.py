@@ -32,7 +32,7 @@ import evaluation
 import methods
 import records
 import show
-from common import matched_random, pick_features
+from common import matched_random
 
 # %% [markdown]
 # ## Pick
@@ -48,7 +48,7 @@ mmlu, _, half = data.load_quiz("mmlu", args, sources)  # asked last, but a mista
 kept = [i for i in data.utility(mmlu, args.subjects) if i in half]
 measured = methods.measure(model, args.layer, sae, *data.picking_texts(wmdp, picking, args, sources), args.clamp, args)
 forget, retain = measured.rates
-features = pick_features(forget, retain, args.n_features, args.pick)
+features = measured.features(args.n_features)
 show.print_features(features, forget, retain, show.top_tokens(model, sae, features, measured.forget), sae)
 title = f"{records.short_name(args.model)}, layer {args.layer}: {args.n_features} features ablated"
 figures = {"features": show.scatter(features, forget, retain, title)}

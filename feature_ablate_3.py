@@ -32,7 +32,7 @@ import evaluation
 import methods
 import records
 import show
-from common import ablate, matched_random, pick_features
+from common import ablate, matched_random
 
 # %% [markdown]
 # ## Pick features, on biology against ordinary text (lesson 1 counts it out)
@@ -44,7 +44,7 @@ wmdp, picking, reporting = data.load_quiz("wmdp_bio", args, sources)
 web, sources["openwebtext"] = data.load_rows("openwebtext", args.model, args.data)
 measured = methods.measure(model, args.layer, sae, *data.picking_texts(wmdp, picking, args, sources), args.clamp, args)
 forget, retain = measured.rates
-features = pick_features(forget, retain, args.n_features, args.pick)
+features = measured.features(args.n_features)
 show.print_features(features, forget, retain, show.top_tokens(model, sae, features, measured.forget), sae)
 title = f"{records.short_name(args.model)}, layer {args.layer}: {args.n_features} features ablated"
 figures = {"features": show.scatter(features, forget, retain, title)}

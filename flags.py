@@ -66,7 +66,9 @@ def parser(doc: str, without: tuple[str, ...] = (), quiz: bool = False) -> argpa
     add("--layer", type=int, default=7, help="layer of the SAE; tiny has 3, 5, 7, 9, 15 (default: %(default)s)")
     add("--n-features", type=int, default=50, help="how many features to ablate (default: %(default)s)")
     add("--clamp", type=float, help="negative value that active features are set to (default: the preset's)")
-    add("--pick", default="ratio", help="rule: ratio, retain-threshold or dsg (default: %(default)s)")
+    add("--pick", default="ratio", help="rule: ratio, of firing rates; retain-threshold (SAEBench); dsg (Dynamic SAE "
+        "Guardrails); attribution, activation times gradient of the right answer, on the picking half; output-score, "
+        "ratio among features that make the model say what they stand for (default: %(default)s)")  # fmt: skip
     add("--pick-on", default="half", choices=["half", "all"], help="half: pick on one half of the WMDP-Bio questions "
         "and score the other; all: pick and score on all, the old leaky number (default: %(default)s)")  # fmt: skip
     add("--pick-text", default="prompt", choices=["prompt", "prose"], help="prompt: pick on the questions as they are "

@@ -5,14 +5,16 @@ In a setting of a method's grid (flags.GRIDS) clamps are multiples of --clamp, t
 `edit_for` makes it an edit from what a forget and a retain set say about a model's layer and its SAE (`Measured`).
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 
 import torch
 
+import processes
 from common import Rates, firing_rates, largest, load_model, load_sae, matched_random, pick_features, summed
-from data import batches, picking_windows
-from edits import Edit, Latents, edit_of, gate_of, hidden, layer_of, residuals, watch_tokens
+from data import UserError, batches, encode, encode_prompts, halves, load_rows, padded, picking_windows, prompt
+from edits import Edit, Latents, decoder_layers, edit_of, gate_of, hidden, layer_of, residuals, watch_tokens
 from engine import check_engine
 from flags import GRIDS
 from hub import sanity_gate
@@ -51,7 +53,8 @@ class Measured:
         return forget, largest(retain)
 
     def features(self, n: int, rule: str | None = None) -> list[int]:
-        return pick_features(*self.rates, n, rule or self.s.pick)
+        rule = rule or self.s.pick
+        return pick_features(*self.rates, n, rule, score=SCORES[rule](self) if rule in SCORES else None)
 
     def control(self, n: int, most: int) -> list[int]:
         """The first n of random features matched to the `most` best ones."""
@@ -68,6 +71,89 @@ class Measured:
             return total / n
 
         return (mean(self.forget) - torch.stack([mean(part) for part in self.retain]).mean(0)).tolist()
+
+
+@contextmanager
+def in_place(model, layer: int, change):
+    """Within it the model, Hugging Face's, goes on from change(h) behind the layer."""
+
+    def hook(module, args, output):
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    handle = decoder_layers(model)[layer].register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@cache
+def attributions(m: Measured) -> torch.Tensor:
+    """(d_sae,) what each feature's activation adds to the right answer, to first order: activation times the gradient
+    of the right letter's log-probability, summed over a question's ordinary tokens; the mean over the picking half.
+
+    As for Farrell et al., arXiv 2410.19278, section on attribution, but that they take the logit, and then leave out
+    what moves MMLU. Questions are asked as --prompt says.
+    """
+    rows, _ = load_rows("wmdp_bio", m.s.model, m.s.data)
+    rows, style = [rows[i] for i in halves(rows, m.s.seed, m.s.pick_on)[0]], getattr(m.s, "prompt", "plain")
+    windows, letters = encode_prompts(m.lm.tokenizer, [prompt(row, style=style) for row in rows], style)
+    model, everything, kept = m.lm.original_model, Latents(m.sae, range(m.sae.cfg.d_sae)), {}
+    total = torch.zeros(m.sae.cfg.d_sae, dtype=torch.float64)
+
+    def leaf(h):
+        kept["h"] = h.detach().requires_grad_(True)
+        return kept["h"]
+
+    with watch_tokens(model, m.lm.tokenizer) as seen, in_place(model, m.place, leaf):
+        for numbers, ids in batches(windows, m.size, m.lm.tokenizer, m.lm.cfg.device, "attribution"):
+            with torch.enable_grad():
+                logits = model(ids, use_cache=False).logits.float()
+                said = logits[range(len(ids)), [len(windows[i]) - 1 for i in numbers]].log_softmax(-1)
+                right = torch.tensor(letters).reshape(4, -1)[[rows[i]["answer"] for i in numbers]]  # one id, or two
+                gain = said.gather(1, right.to(said.device)).max(1).values.sum()
+                (slope,) = torch.autograd.grad(gain, kept["h"])
+            with torch.no_grad():
+                acts, scale = everything.encode(kept["h"])
+                found = acts * ((slope.to(acts.dtype) * scale) @ everything.W_dec.T)
+                total += summed(found[seen["ordinary"].to(found.device)])
+    return processes.total(total) / len(rows)
+
+
+@cache
+@torch.inference_mode()
+def output_scores(m: Measured, text: str = "From my experience,", top: int = 20, factor: float = 10.0) -> torch.Tensor:
+    """(d_sae,) the output scores of Arad et al., arXiv 2505.20063, by their code (github.com/technion-cs-nlp/
+    saes-are-good-for-steering): does a feature make the model say what its decoder vector says?
+
+    (1 - rank / d_vocab) * probability, of the likeliest of the `top` tokens that the final norm and the unembedding
+    make of W_dec[i], behind a neutral text, when at its last token `factor` times the largest activation there is added
+    to the feature's. Raises UserError where the final norm cannot be told.
+    """
+    model, everything = m.lm.original_model, Latents(m.sae, range(m.sae.cfg.d_sae))
+    norms = [one for one in model.get_decoder().children()
+             if (sizes := {p.ndim for p in one.parameters()}) and sizes == {1}]  # fmt: skip
+    if len(norms) != 1:
+        raise UserError(f"--pick output-score: cannot tell which module of {type(model).__name__} is its final norm")
+    ids = padded([encode(m.lm.tokenizer, text)], m.lm.tokenizer, m.lm.cfg.device)
+    acts, scale = everything.encode(hidden(model, ids, m.place)[:, -1])
+    steps, found = factor * acts.max() * everything.W_dec * scale, []
+    for some, vectors in zip(steps.split(256), everything.W_dec.split(256)):
+
+        def amplified(h, some=some):
+            return torch.cat([h[:, :-1], (h[:, -1:] + some[:, None].to(h.device)).to(h.dtype)], 1)
+
+        with in_place(model, m.place, amplified):
+            said = model(ids.expand(len(some), -1), use_cache=False).logits[:, -1].float().softmax(-1)
+        head = model.get_output_embeddings()
+        weight = next(head.parameters())
+        own = head(norms[0](vectors.to(weight.device, weight.dtype)[:, None]))[:, 0].topk(top).indices
+        best = said.gather(1, own.to(said.device)).max(1, keepdim=True).values
+        found.append(best[:, 0] * (1 - (said > best).sum(1) / said.shape[1]))
+    return torch.cat(found).cpu().double()
+
+
+SCORES = {"attribution": attributions, "output-score": output_scores}  # rules that look at more than rates
 
 
 @cache

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG, D_SAE, ordinary_mask, residual, some_windows
+from conftest import CONFIG, D_SAE, QUESTIONS, fill, hf, ordinary_mask, residual, some_windows
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
 import baselines
 import edits
 import methods
-from common import load_model, load_sae
-from data import load_benchmark
+from common import activation_ratio, load_model, load_sae
+from data import UserError, load_benchmark, prompt
 from flags import settings
 
 
@@ -83,3 +84,74 @@ def test_a_gate_is_the_share_that_one_retain_text_in_twenty_exceeds(small, monke
     latents = edits.Latents(measured.sae, [3, 17])
     shares = [(latents.encode(h)[0] > 0).any(1).double().mean().item() for part in retain for h in part]
     assert methods.gate_for(measured, 2) == pytest.approx(np.quantile(shares, 0.95), abs=1e-6)
+
+
+@pytest.fixture
+def wide(model_folder, monkeypatch):
+    """Measured on a float64 model with a float64 SAE, whose picking half is conftest's questions."""
+    model, tokenizer = hf(model_folder("gemma2"))
+    model.requires_grad_(False)
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=32, d_sae=64, dtype="float64"))
+    fill(sae, 3.0, 0)
+    sae.hook_point = "blocks.1.hook_resid_post"
+    monkeypatch.setattr(methods, "load_rows", lambda *asked: (QUESTIONS, {}))
+    s = SimpleNamespace(batch_size=2, pick="ratio", seed=0, pick_on="all", model="tiny", data=None)
+    lm = SimpleNamespace(original_model=model, tokenizer=tokenizer, cfg=SimpleNamespace(device="cpu"))
+    return methods.Measured(lm, sae.requires_grad_(False), 1, [], [], -1.0, s)
+
+
+def stream_and_rest(model, ids, layer=1):
+    """What the layer puts out, (pos, d_model), and a function from another to the next token's log-probabilities."""
+    h = edits.hidden(model, ids, layer)[0]
+
+    def rest(stream):
+        with methods.in_place(model, layer, lambda _: stream[None]):
+            return model(ids).logits[0, -1].log_softmax(-1)
+
+    return h, rest
+
+
+def test_attribution_by_hand(wide):
+    """Activations as the leaf of the graph, question by question."""
+    model, tokenizer, sae = wide.lm.original_model, wide.lm.tokenizer, wide.sae
+    total = torch.zeros(D_SAE, dtype=torch.float64)
+    for question in QUESTIONS:
+        ids = torch.tensor([tokenizer(prompt(question))["input_ids"]])
+        h, rest = stream_and_rest(model, ids)
+        acts = sae.encode(h).requires_grad_(True)
+        (right,) = tokenizer(f" {'ABCD'[question['answer']]}", add_special_tokens=False)["input_ids"][-1:]
+        (slope,) = torch.autograd.grad(rest(h + (acts - acts.detach()) @ sae.W_dec)[right], acts)
+        total += (acts.detach() * slope)[1:].sum(0)  # without BOS
+    found = methods.attributions(wide)
+    assert (total > 0.01).sum() > 5 and (total < -0.01).sum() > 5
+    assert found.tolist() == pytest.approx((total / len(QUESTIONS)).tolist(), rel=1e-4, abs=1e-6)
+
+
+def test_output_scores_by_hand(wide):
+    model, sae = wide.lm.original_model, wide.sae
+    found = methods.output_scores(wide, "The cat sat on", top=3, factor=2.0)
+    h, rest = stream_and_rest(model, torch.tensor([wide.lm.tokenizer("The cat sat on")["input_ids"]]))
+    step = 2.0 * sae.encode(h[-1]).max()
+    for feature in range(D_SAE):
+        moved = h.clone()
+        moved[-1] += step * sae.W_dec[feature]
+        says = rest(moved).exp()
+        own = model.lm_head(model.model.norm(sae.W_dec[feature])).topk(3).indices.tolist()
+        order = says.argsort(descending=True).tolist()
+        rank = min(order.index(token) for token in own)
+        assert found[feature].item() == pytest.approx((1 - rank / len(order)) * says[own].max().item(), rel=1e-5)
+
+
+def test_rules_that_look_at_more_than_rates_are_asked_by_name(small, monkeypatch):
+    measured, _ = small
+    score = torch.arange(D_SAE).double() - 40
+    monkeypatch.setattr(methods, "SCORES", dict.fromkeys(methods.SCORES, lambda m: score))
+    fires, ratio = measured.rates[0].fires > 0, activation_ratio(*measured.rates)
+    by_score = [i for i in range(63, 40, -1) if fires[i]]
+    assert measured.features(5, "attribution") == by_score[:5]
+    best = sorted((i for i in range(48, 64) if fires[i]), key=lambda i: -ratio[i])
+    assert measured.features(3, "output-score") == best[:3]
+    with pytest.raises(UserError, match="leaves only"):
+        measured.features(60, "attribution")  # what hinders the right answer is not picked
+    measured.s.pick = "attribution"
+    assert not set(measured.control(5, 5)) & set(by_score[:5])
