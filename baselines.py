@@ -41,24 +41,39 @@ TRAINED = {
     "npo": grid(lr=(0.25, 0.5), alpha=(1, 30), beta=(0.1, 1)),
     "simnpo": grid(lr=(0.7, 1, 1.4, 2), gamma=(0.125, 0.25)),
     "crisp": grid(lr=(0.5, 1), k=(30,), alpha=(0.01, 0.1), pull=(5, 30)),
+    "npo-sam": grid(lr=(0.25, 0.5), alpha=(2.25, 30), beta=(1,), rho=(0.01, 0.1)),
+    "mudman": grid(lr=(0.25, 0.5, 1, 2), retain=(1e-3, 1e-2)),
+    "circuit-breakers": grid(lr=(0.25, 0.5, 1, 2), retain=(1, 10)),
+    "undo": grid(lr=(1,), alpha=(0.1, 0.25, 0.4, 0.6), beta=(0, 0.1)),
 }
-STEPS, CRISP_STEPS = 120, 60
+# Steps; the learning rate that a grid's `lr` multiplies on tiny, whose thin matrices need more, and elsewhere. 1e-5:
+# open-unlearning's; CRISP's: its paper's on Gemma-2-2B; the others: their releases'
+TRAINING = {
+    "crisp": (60, 1.6e-2, 4e-5),
+    "npo-sam": (60, 4e-4, 1e-5),
+    "mudman": (60, 0.1, 0.1),
+    "circuit-breakers": (40, 4e-3, 1e-4),
+    "undo": (60, 4e-4, 2e-5),
+}
+STEPS, RATE_ON_TINY, RATE = 120, 4e-4, 1e-5
+TAUGHT = {"lr": 1, "k": 30, "alpha": 0.1, "pull": 5}  # what UNDO starts from: CRISP, with what it chose on tiny
 flags = parser(__doc__, quiz=True, without=("--n-features", "--max-rows", "--device-map"))
 flags.add_argument("--method", choices=[*GRIDS, *TRAINED], default="clamp", help="(default: %(default)s)")
 flags.add_argument("--all", action="store_true", help="every method in turn, RMU too, then the figure and a table")
-flags.add_argument("--steps", type=int, help=f"of training (default: {STEPS}, of CRISP {CRISP_STEPS}; gradient-ascent "
-                   "has its own)")  # fmt: skip
-flags.add_argument("--lr", type=float, help="learning rate that the grid multiplies (default: 1e-5; tiny has its own)")
-flags.add_argument("--loss-on", default="answer", choices=["answer", "text"], help="of gradient-ascent, grad-diff, npo "
-                   "and simnpo: of questions on the answer only, as in open-unlearning, or on all their text; a forget "
+flags.add_argument("--steps", type=int, help=f"of training (default: {STEPS}; {TRAINING['crisp'][0]} of crisp and "
+                   "circuit-breakers; gradient-ascent has its own)")  # fmt: skip
+flags.add_argument("--lr", type=float, help="learning rate that the grid multiplies (default: 1e-5, or the release's; "
+                   "tiny has its own)")  # fmt: skip
+flags.add_argument("--loss-on", default="answer", choices=["answer", "text"], help="of objectives on next-token "
+                   "losses: of questions on the answer only, as in open-unlearning, or on all their text; a forget "
                    "corpus and Wikitext have no answers and count whole (default: %(default)s)")  # fmt: skip
 flags.add_argument("--relearn", type=int, metavar="STEPS", help="then run robustness.py on what came out")
 latent_flags(flags)
 answered(flags, __name__)
 
 # %%
+import argparse
 import json
-import random
 import shutil
 import subprocess
 import sys
@@ -68,95 +83,33 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 
 import pieces
 import processes
 import records
 import show
-from common import Rates, load_hf, load_model, load_sae
-from data import HERE, UserError, load_benchmark, padded, special_ids
-from edits import NEVER_KNEW, NONE, Latents, decoder_layers, layer_of
+from common import load_hf, load_model, load_sae
+from data import HERE, UserError, load_benchmark
+from edits import NEVER_KNEW, NONE, layer_of
 from engine import check_engine
 from evaluation import answers, answers_of_never_knew, best_setting, keep_robust, scores_of
 from hub import identity, identity_of_never_knew, model_source, sae_source
 from methods import Measured, edit_for, measure
-from training import Master, Nll, check_room, distance, linear_modules, passes, reach, text_nll, training_windows
+from training import check_room, training_windows
+from unlearning import LOSSES, by_circuit_breakers, by_crisp, by_mudman, by_nll, by_undo
 
 NLL_LOG = ("forget text, nats per token", "retain text, nats per token")  # what logs hold
-CRISP_LOG = ("active features on forget text, L_unl", "squared distance of retain text, L_ret")
-BATCH = 4  # forget and as many retain texts a step
-# Learning rate that a grid's `lr` multiplies. 1e-5: open-unlearning's; tiny's thin matrices need more
-LEARNING_RATE = {"tiny": 4e-4}
-LORA_RATE = {"tiny": 1.6e-2}  # of CRISP; elsewhere 4e-5, the paper's on Gemma-2-2B
+LOGS = {
+    "crisp": ("active features on forget text, L_unl", "squared distance of retain text, L_ret"),
+    "circuit-breakers": ("forget text: cosine to what it was", "retain text: distance from what it was"),
+    "undo": ("forget text, forward KL per token", "retain text, forward KL per token"),
+}
 # Where CRISP reads features; Gemma-2's are the paper's. Elsewhere: --layer
 CRISP_LAYERS = {"tiny": (3, 5, 7, 9), "gemma-2-2b-it": (4, 6, 8, 10, 12, 14)}
 
 # %% [markdown]
-# ## Training objectives on next-token losses
-
-
-# %%
-# Each takes the forget and the retain batch, and what the forget texts' nats were before training, (batch,); it returns
-# the forget and the retain part of the loss. Formulas and defaults are those of github.com/locuslab/open-unlearning
-def gradient_ascent(forget: Nll, retain: Nll, before: torch.Tensor) -> tuple:
-    """-NLL_f: nothing holds the model back but the number of steps."""
-    return -forget.mean, 0 * retain.mean
-
-
-def grad_diff(forget: Nll, retain: Nll, before: torch.Tensor, alpha: float = 1.0) -> tuple:
-    """-NLL_f + alpha NLL_r."""
-    return -forget.mean, alpha * retain.mean
-
-
-def npo(forget: Nll, retain: Nll, before: torch.Tensor, alpha: float = 1.0, beta: float = 0.1) -> tuple:
-    """Negative Preference Optimization (Zhang et al., arXiv 2404.05868): -2/beta mean log sigmoid(beta (NLL_f(x) -
-    NLL_f,before(x))), NLL summed over a text. The smaller beta, the nearer to gradient ascent."""
-    return -2 / beta * F.logsigmoid(beta * (forget.nats - before)).mean(), alpha * retain.mean
-
-
-def simnpo(forget, retain, before, alpha=1.0, beta: float = 4.5, delta: float = 0.0, gamma: float = 0.125) -> tuple:
-    """SimNPO (Fan et al., arXiv 2410.07163): gamma times -2/beta mean log sigmoid(beta (NLL_f(x)/|x| - delta)), without
-    a model to refer to."""
-    away = -2 / beta * F.logsigmoid(beta * (forget.nats / forget.n - delta)).mean()
-    return gamma * away, alpha * retain.mean
-
-
-LOSSES = {"gradient-ascent": gradient_ascent, "grad-diff": grad_diff, "npo": npo, "simnpo": simnpo}
-
-
-def by_nll(
-    method: str, setting: dict, model, tokenizer, forget: list[tuple], retain_sets: list[list[tuple]], seed: int
-) -> list:
-    """Train all parameters in place on (ids, start) windows, targets behind start. Returns the log, a row a step:
-    forget and retain NLL in nats per target.
-
-    As open-unlearning's trainer: AdamW without weight decay, gradients clipped to norm 1, a rate that falls to 0.
-    """
-    weights = {name: value for name, value in setting.items() if name not in ("lr", "steps", "loss_on")}
-    rng, special = random.Random(seed), torch.tensor(special_ids(tokenizer))
-    before = []
-    with torch.no_grad():
-        for start in range(0, len(forget), BATCH):
-            before += text_nll(model, forget[start : start + BATCH], tokenizer, special).nats.tolist()
-    away_texts, *back_texts = (passes(texts, BATCH, rng) for texts in ([*zip(forget, before)], *retain_sets))
-    model.requires_grad_(True)
-    master = Master(model.parameters(), setting["lr"], clip=1.0, steps=setting["steps"], weight_decay=0.0)
-    log = []
-    for number in tqdm(range(setting["steps"]), desc=method, unit="step", leave=False):
-        windows, was = zip(*next(away_texts))
-        away = text_nll(model, windows, tokenizer, special)
-        back = text_nll(model, next(back_texts[number % len(back_texts)]), tokenizer, special)
-        master.step(sum(LOSSES[method](away, back, torch.tensor(was).to(away.nats), **weights)))
-        log.append([away.mean.item(), back.mean.item()])
-    return log
-
-
-# %% [markdown]
-# ## CRISP: features as the target of training
+# ## CRISP reads SAEs of several layers
 
 
 # %%
@@ -173,113 +126,52 @@ def read_by_crisp(m: Measured) -> tuple[dict, dict]:
     return saes, {layer: replace(m, sae=sae, sanity={}).rates for layer, sae in saes.items()}
 
 
-def salient(forget: Rates, retain: Rates, k: int, rho: float = 3.0) -> list[int]:
-    """CRISP's k features: of the 10 k that are active on the most forget tokens beyond their number on as many retain
-    tokens, the first whose activation summed over the forget tokens is at least rho times that over the retain tokens
-    and 1. The release has as many tokens of both; here retain counts are scaled."""
-    more = forget.rate - retain.rate
-    strength = forget.total / (retain.total * forget.n_tokens / retain.n_tokens + 1)
-    candidates = more.sort(descending=True, stable=True).indices[: 10 * k].tolist()
-    return [i for i in candidates if strength[i] >= rho][:k]
-
-
-def crisp_forget(sae, features: list[int], was, now, ordinary, pull: float) -> torch.Tensor:
-    """CRISP's forgetting term at one layer, as its release has it: the mean of the positive among
-
-        JumpReLU(pre_i + |pull * mean over all features of pre|)
-
-    over the features and ordinary tokens, pre being the SAE's encoder output before its nonlinearity; what stands
-    behind the + is there only where the feature was active before training. It is never below 0, where the paper's
-    a_i + lambda c_t (eq. 9) has no floor. was, now: residual stream (batch, pos, d_model) before and in training;
-    ordinary: (batch, pos). Raises UserError for SAEs of another kind.
-    """
-    if sae.cfg.architecture() not in ("standard", "jumprelu") or sae.cfg.normalize_activations != "none":
-        raise UserError(f"{sae.source}: CRISP needs a standard or JumpReLU SAE without normalisation")
-    latents = Latents(sae, features)
-    x = now.to(sae.dtype) - (sae.b_dec if sae.cfg.apply_b_dec_to_input else 0)
-    pre, mean = x @ latents.W_enc + sae.b_enc[features], x @ sae.W_enc.mean(1) + sae.b_enc.mean()
-    pre = torch.where(latents.encode(was)[0] > 0, pre + (pull * mean).abs()[..., None], pre)
-    threshold = sae.threshold[features] if sae.cfg.architecture() == "jumprelu" else 0.0
-    active = (pre > threshold) & (pre > 0) & ordinary[..., None]
-    return pre[active].mean() if active.any() else 0 * pre.sum()
-
-
-def by_crisp(
-    setting: dict, model, tokenizer, forget: list, retain_sets: list[list], seed: int, saes: dict, rates: dict
-):
-    """CRISP (Ashuach et al., arXiv 2508.13650; github.com/tomerashuach/CRISP): LoRA training that silences features.
-
-    alpha L_unl + (1 - alpha) (L_ret + 0.01 L_coh): the mean of crisp_forget over the layers; the distance of retain
-    text's residual stream there from what it was; the same behind the final norm. Loss, optimiser and LoRA are the
-    release's. Not so: SAEs are read at their own hook point, where the release reads the input of the layer that they
-    are named by; L_coh is on Wikitext, not on 20 curated sentences; retain sets take turns; four texts a step, not one.
-    saes, rates: by layer. Returns the trained model and the log. Raises UserError for an SAE behind the last layer,
-    and where no feature is salient.
-    """
-    blocks = len(decoder_layers(model))
-    if max(saes) == blocks - 1:
-        raise UserError(f"CRISP reads SAEs behind layers 0 to {blocks - 2}: --layer {max(saes)} is the last")
-    rng, picked = random.Random(seed), {layer: salient(*rates[layer], setting["k"]) for layer in saes}
-    if not any(picked.values()):
-        raise UserError("CRISP: no feature is three times as active on forget text as on retain text")
-    special = torch.tensor(special_ids(tokenizer), device=model.device)
-    away_texts, coherent, *back_texts = (passes(part, BATCH, rng) for part in (forget, retain_sets[0], *retain_sets))
-    torch.manual_seed(seed)
-    matrices = linear_modules(model, reach(saes))
-    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.05, target_modules=matrices)
-    adapted = get_peft_model(model, lora)
-    for name, module in adapted.named_modules():  # the adapter's dropout, and none of the model's own
-        module.training = "lora_dropout" in name
-    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    master, log = Master(trained, setting["lr"], amsgrad=True), []
-
-    def both(texts):
-        """Residual streams as they were and as they are, [layer + 1] behind a layer, [-1] behind the final norm."""
-        ids = padded(texts, tokenizer, model.device)
-        with torch.no_grad(), adapted.disable_adapter():
-            was = adapted(ids, use_cache=False, output_hidden_states=True).hidden_states
-        now = adapted(ids, use_cache=False, output_hidden_states=True).hidden_states
-        return was, now, ~torch.isin(ids, special)
-
-    for number in tqdm(range(setting["steps"]), desc="crisp", unit="step", leave=False):
-        was, now, ordinary = both(next(away_texts))
-        parts = [crisp_forget(saes[layer], ids, was[layer + 1], now[layer + 1], ordinary, setting["pull"])
-                 for layer, ids in picked.items() if ids]  # fmt: skip
-        away = torch.stack(parts).mean()
-        was, now, ordinary = both(next(back_texts[number % len(back_texts)]))
-        back = torch.stack([distance(was[layer + 1], now[layer + 1], ordinary) for layer in saes]).mean()
-        was, now, ordinary = both(next(coherent))
-        coherence = distance(was[-1], now[-1], ordinary)
-        master.step(setting["alpha"] * away + (1 - setting["alpha"]) * (back + 0.01 * coherence))
-        log.append([away.item(), back.item()])
-    return adapted.merge_and_unload().eval(), log
-
-
 # %% [markdown]
 # ## The run
 
 
 # %%
+def by_lora(train, setting: dict, texts: dict, measured: Measured, *rest) -> tuple:
+    """What `train`, which takes token ids alone, makes of the model, and its log."""
+    s, tokenizer = measured.s, measured.lm.tokenizer
+    forget, retain = training_windows(tokenizer, texts, s)
+    forget, *retain = [[ids for ids, _ in part] for part in (forget, *retain)]
+    return train(setting, load_hf(s.model, s.device, s.dtype)[0], tokenizer, forget, retain, s.seed, *rest)
+
+
+@cache
+def taught(measured: Measured):
+    """The model that UNDO starts from, trained once a run."""
+    s = argparse.Namespace(**{**vars(measured.s), "steps": None, "lr": None})
+    return by_lora(by_crisp, absolute("crisp", TAUGHT, s), load_benchmark(s)[0], measured, *read_by_crisp(measured))[0]
+
+
 def forgetful(method: str, setting: dict, folder: Path, texts: dict, measured: Measured, s) -> list:
     """Load the model, train it, save it to the folder; the log of training."""
-    model, tokenizer = load_hf(s.model, s.device, s.dtype)
-    forget, retain = training_windows(tokenizer, texts, s, setting.get("loss_on", "text"))
+    tokenizer = measured.lm.tokenizer
     if method == "crisp":
-        forget, *retain = [[ids for ids, _ in part] for part in (forget, *retain)]
-        model, log = by_crisp(setting, model, tokenizer, forget, retain, s.seed, *read_by_crisp(measured))
+        model, log = by_lora(by_crisp, setting, texts, measured, *read_by_crisp(measured))
+    elif method == "circuit-breakers":
+        model, log = by_lora(by_circuit_breakers, setting, texts, measured)
     else:
-        log = by_nll(method, setting, model, tokenizer, forget, retain, s.seed)
+        model = taught(measured) if method == "undo" else load_hf(s.model, s.device, s.dtype)[0]
+        windows = training_windows(tokenizer, texts, s, setting.get("loss_on", "text"))
+        if method == "undo":
+            model, log = by_undo(setting, model, tokenizer, *windows, s.seed)
+        elif method == "mudman":
+            log = by_mudman(setting, model, tokenizer, *windows, s.seed)
+        else:
+            log = by_nll(method, setting, model, tokenizer, *windows, s.seed)
     records.save_model(model, tokenizer, folder)
     return log
 
 
 def absolute(method: str, one: dict, s) -> dict:
     """A training setting of the grid with its learning rate, its number of steps, and where its loss lies."""
-    if method == "crisp":
-        steps, rate, where = CRISP_STEPS, LORA_RATE.get(s.model, 4e-5), {}
-    else:
-        steps, rate, where = STEPS, LEARNING_RATE.get(s.model, 1e-5), {"loss_on": s.loss_on}
-    return {"steps": s.steps or steps, **one, "lr": one["lr"] * (s.lr or rate), **where}
+    steps, on_tiny, elsewhere = TRAINING.get(method, (STEPS, RATE_ON_TINY, RATE))
+    rate = s.lr or (on_tiny if s.model == "tiny" else elsewhere)
+    where = {"loss_on": s.loss_on} if method in LOSSES or method == "mudman" else {}
+    return {"steps": s.steps or steps, **one, "lr": one["lr"] * rate, **where}
 
 
 def try_edits(method: str, folder: Path, texts: dict, measured: Measured, s) -> list[dict]:
@@ -321,10 +213,11 @@ def decides(s, method: str) -> list:
     """All that a method's record depends on, besides the data."""
     free = ("out", "batch_size", "all", "method", "relearn", "no_sanity")
     settled = {name: value for name, value in vars(s).items() if name not in free}
-    layers = crisp_layers(s) if method == "crisp" else (s.layer,) if method in BY_FEATURES else ()
+    layers = crisp_layers(s) if method in ("crisp", "undo") else (s.layer,) if method in BY_FEATURES else ()
     saes = [identity(sae_source(s.sae, layer, s.model)) for layer in layers]
     models = [identity(model_source(s.model)), identity_of_never_knew(s.model)]
-    return [pieces.FORM, method, settled, {**GRIDS, **TRAINED}.get(method), models, saes]
+    grids = {**GRIDS, **TRAINED}.get(method), *([TAUGHT] if method == "undo" else [])
+    return [pieces.FORM, method, settled, *grids, models, saes]
 
 
 def run(**changes) -> dict:
@@ -341,7 +234,7 @@ def run(**changes) -> dict:
     if not 0 <= s.layer < lm.cfg.n_layers:
         raise UserError(f"--layer {s.layer}: the model has layers 0 to {lm.cfg.n_layers - 1}")
     sae = load_sae(s.sae, s.layer, lm, s.model) if s.method in BY_FEATURES else None
-    if s.method in LOSSES:
+    if s.method in (*LOSSES, "mudman", "undo"):
         check_room(s.method, s.model, s.device, s.dtype)
     measured = measure(lm, s.layer, sae, texts["forget"], texts["retain"], s.clamp, s)
     check_engine(lm, [measured.place] if s.method in GRIDS else [])
@@ -362,7 +255,7 @@ def run(**changes) -> dict:
             seconds, log = train_chosen(best["setting"], path.with_suffix(".model"), texts, measured, s)
             extra |= {"folder": path.with_suffix(".model").name, "log": log}
             title = f"{records.short_name(s.model)}: {s.method}, {show.setting_text(best['setting'])}"
-            names = CRISP_LOG if s.method == "crisp" else NLL_LOG
+            names = LOGS.get(s.method, NLL_LOG)
             figures["losses"] = lambda: show.curves(dict(zip(names, zip(*log))), title)
         show.print_chosen([points[0], best, *floor], sources)
         saes = [] if sae is None else [sae]

@@ -39,6 +39,9 @@ NAMES_OF_METHODS = {
     "simnpo": "SimNPO",
     "dsg": "DSG",
     "crisp": "CRISP",
+    "npo-sam": "sharpness-aware NPO",
+    "mudman": "MUDMAN",
+    "undo": "UNDO",
 }
 
 

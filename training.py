@@ -66,34 +66,54 @@ def nll(model, ids: torch.Tensor, targets: torch.Tensor) -> Nll:
     return Nll((losses * targets[:, 1:]).sum(1), targets[:, 1:].sum(1))
 
 
-def text_nll(model, windows: list[tuple[list[int], int]], tokenizer, special: torch.Tensor) -> Nll:
-    """`nll` of (ids, start) windows: targets are the tokens from `start` on that are not special."""
-    ids = padded([one for one, _ in windows], tokenizer, model.device)
+def target_mask(windows: list[tuple[list[int], int]], tokenizer, special: torch.Tensor, device) -> tuple:
+    """Ids (batch, pos) of (ids, start) windows, and which are targets: from `start` on all that are not special."""
+    ids = padded([one for one, _ in windows], tokenizer, device)
     starts = torch.tensor([start for _, start in windows], device=ids.device)
     behind = torch.arange(ids.shape[1], device=ids.device) >= starts[:, None]
-    return nll(model, ids, behind & ~torch.isin(ids, special.to(ids.device)))
+    return ids, behind & ~torch.isin(ids, special.to(ids.device))
+
+
+def text_nll(model, windows: list[tuple[list[int], int]], tokenizer, special: torch.Tensor) -> Nll:
+    """`nll` of (ids, start) windows, with the targets of `target_mask`."""
+    return nll(model, *target_mask(windows, tokenizer, special, model.device))
+
+
+def finite(loss: torch.Tensor) -> torch.Tensor:
+    """The loss. Raises UserError where it is no number."""
+    if not torch.isfinite(loss):
+        raise UserError("the loss is no number any more: a smaller --lr or a milder setting")
+    return loss
 
 
 class Master:
     """AdamW on fp32 copies of parameters that run in a smaller dtype: an update of less than a 256th of a bfloat16
     weight would be rounded away. Parameters in fp32 or fp64 are their own copies.
 
-    clip: largest norm of the gradient. steps: over so many the rate goes down to 0 in a line, as Hugging Face's trainer
-    has it by default; None: it stays. options: AdamW's.
+    optimizer: another class of torch.optim. clip: largest norm of the gradient. steps: over so many the rate goes down
+    to 0 in a line, as Hugging Face's trainer has it by default; None: it stays. options: the optimizer's.
     """
 
-    def __init__(self, parameters, lr: float, clip: float | None = None, steps: int | None = None, **options):
+    def __init__(
+        self, parameters, lr: float, optimizer=torch.optim.AdamW, clip: float | None = None, steps: int | None = None,
+        **options,
+    ):  # fmt: skip
         self.parameters, self.clip = list(parameters), clip
         self.copies = [one if wide(one) is one else wide(one.detach()).requires_grad_(True) for one in self.parameters]
-        self.optimizer = torch.optim.AdamW(self.copies, lr=lr, **options)
+        self.optimizer = optimizer(self.copies, lr=lr, **options)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: 1 - n / steps if steps else 1.0)
 
     def step(self, loss: torch.Tensor) -> None:
         """One step down the loss. Raises UserError where it is no number."""
-        if not torch.isfinite(loss):
-            raise UserError("the loss is no number any more: a smaller --lr or a milder setting")
-        self.optimizer.zero_grad()
-        loss.backward()
+        self.backward(loss)
+        self.update()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the loss's gradient to what the parameters have. Raises UserError where the loss is no number."""
+        finite(loss).backward()
+
+    def update(self) -> None:
+        """One step along the parameters' gradients, which are empty then."""
         for copy, one in zip(self.copies, self.parameters):
             if copy is not one and one.grad is not None:
                 copy.grad, one.grad = wide(one.grad), None
@@ -105,6 +125,7 @@ class Master:
             for copy, one in zip(self.copies, self.parameters):
                 if copy is not one:
                     one.copy_(copy)
+        self.optimizer.zero_grad()
 
 
 def free_bytes(device: torch.device) -> int:

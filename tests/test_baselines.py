@@ -1,16 +1,11 @@
-"""The training baselines' losses by hand, which weights they reach, tuning that goes on where it stopped, and --all.
-
-Losses are computed here a second time in float64, from the formulas of the methods' released code.
-"""
+"""Which weights the training baselines reach, tuning that goes on where it stopped, and --all."""
 
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import CONFIG, FAMILIES, LAYERS, fill, hf, nats_by_hand, some_ids, target_mask
-from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+from conftest import CONFIG, LAYERS
 from safetensors.torch import load_file
 
 import baselines
@@ -19,122 +14,12 @@ import methods
 import pareto
 import rmu
 import robustness
-from common import Rates, load_model
+from common import load_model
 from data import UserError, load_benchmark
-from edits import decoder_layers
 from flags import settings
 from show import method_name
-from training import nll
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def log_sigmoid(x):
-    return -np.log1p(np.exp(-x))
-
-
-@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
-def test_losses_by_hand(model_folder, get_model, family):
-    model, tokenizer = hf(model_folder(family))
-    forget, retain = some_ids(get_model(family)), some_ids(get_model(family), seed=1)
-    answers, whole = (target_mask(ids, tokenizer, torch.tensor(starts))
-                      for ids, starts in ((forget, [1, 15, 22, 23]), (retain, [1, 1, 1, 1])))  # fmt: skip
-    (nats_f, n_f), (nats_r, n_r) = (nats_by_hand(model, *pair) for pair in ((forget, answers), (retain, whole)))
-    assert n_f[3] == 1
-    before = nats_f - np.array([3.0, -2.0, 0.5, 0.0])
-    found_f, found_r = nll(model, forget, answers), nll(model, retain, whole)
-    alpha, beta, delta, gamma = 3.0, 0.2, 1.5, 0.4
-    expected = {
-        "gradient-ascent": ({}, -nats_f.sum() / n_f.sum(), 0.0),
-        "grad-diff": (dict(alpha=alpha), -nats_f.sum() / n_f.sum(), alpha * nats_r.sum() / n_r.sum()),
-        "npo": (dict(alpha=alpha, beta=beta), -2 / beta * log_sigmoid(beta * (nats_f - before)).mean(),
-                alpha * nats_r.sum() / n_r.sum()),
-        "simnpo": (dict(alpha=alpha, beta=beta, delta=delta, gamma=gamma),
-                   -2 / beta * gamma * log_sigmoid(beta * (nats_f / n_f - delta)).mean(),
-                   alpha * nats_r.sum() / n_r.sum()),
-    }  # fmt: skip
-    assert set(expected) == set(baselines.LOSSES)
-    for method, (weights, away, back) in expected.items():
-        parts = baselines.LOSSES[method](found_f, found_r, torch.from_numpy(before), **weights)
-        assert [float(part.detach()) for part in parts] == pytest.approx([away, back], rel=1e-8, abs=1e-8)
-
-
-def test_a_small_beta_makes_npo_gradient_ascent(model_folder, get_model):
-    model, tokenizer = hf(model_folder("llama"))
-    ids = some_ids(get_model("llama"))
-    forget = nll(model, ids, target_mask(ids, tokenizer, torch.ones(4)))
-    before = forget.nats.detach().clone()
-    away, _ = baselines.npo(forget, forget, before, beta=1e-6)
-    matrix = decoder_layers(model)[1].mlp.down_proj.weight
-    found, wanted = (torch.autograd.grad(loss, matrix, retain_graph=True)[0]
-                     for loss in (away, -forget.nats.mean()))  # fmt: skip
-    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-12)
-
-
-def rates(fires, total, n):
-    return Rates(torch.tensor(fires), torch.tensor(total, dtype=torch.float64), n)
-
-
-def test_crisp_picks_what_is_frequent_and_strong_on_forget_text():
-    forget = rates([50, 40, 30, 90, 0], [100.0, 10.0, 90.0, 400.0, 0.0], 100)
-    retain = rates([10, 10, 10, 980, 0], [50.0, 90.0, 10.0, 900.0, 0.0], 1000)
-    # 0: strength 100 / (5 + 1); 1: 10 / (9 + 1), too weak; 2: 90 / (1 + 1); 3: more often on retain text; 4: never
-    assert baselines.salient(forget, retain, 5) == [0, 2, 3]  # 3: its strength is 400 / (90 + 1)
-    assert baselines.salient(forget, retain, 1) == [0]
-    # ten that are more frequent, and too weak, stand before the eleventh: a release of k = 1 finds none
-    forget = rates([50] * 10 + [40], [1.0] * 10 + [99.0], 100)
-    retain = rates([0] * 11, [1.0] * 10 + [0.0], 100)
-    assert baselines.salient(forget, retain, 1) == [] and baselines.salient(forget, retain, 2) == [10]
-
-
-@pytest.fixture
-def sae64():
-    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=32, d_sae=64, dtype="float64"))
-    fill(sae, 1.0, 0)
-    return sae.requires_grad_(False)
-
-
-@pytest.mark.parametrize("pull", [0.0, 5.0])
-def test_crisp_forgetting_term_by_hand(sae64, pull):
-    """The release: JumpReLU(pre + |lambda mean(pre over all features)|) where active before, the mean of positives."""
-    noise = torch.Generator().manual_seed(3)
-    features, was, now = [1, 4, 9, 30], *torch.randn(2, 3, 7, 32, generator=noise, dtype=torch.float64)
-    ordinary = torch.ones(3, 7, dtype=torch.bool)
-    ordinary[:, 0], ordinary[1, 5:] = False, False
-
-    def pre_of(h):
-        x = h.numpy() - sae64.b_dec.numpy() * sae64.cfg.apply_b_dec_to_input
-        return x @ sae64.W_enc.numpy() + sae64.b_enc.numpy()
-
-    before, pre = pre_of(was)[..., features], pre_of(now)
-    shift = np.abs(pull * pre.mean(-1, keepdims=True))
-    threshold = sae64.threshold.numpy()[features]
-    moved = pre[..., features] + shift * (before > np.maximum(threshold, 0))
-    acts = np.maximum(moved, 0) * (moved > threshold) * ordinary.numpy()[..., None]
-    found = baselines.crisp_forget(sae64, features, was, now, ordinary, pull)
-    assert found.item() == pytest.approx(acts[acts > 0].mean(), abs=1e-8)
-    silent = baselines.crisp_forget(sae64, features, was, now, torch.zeros_like(ordinary), pull)
-    assert silent == 0  # and never below: a feature that is off is let alone
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_crisp_reads_behind_a_layer_and_behind_the_final_norm(model_folder, get_model, family):
-    model, _ = hf(model_folder(family), torch.float32)
-    kept, ids = {}, some_ids(get_model(family))
-    for layer, block in enumerate(decoder_layers(model)[:3]):
-        block.register_forward_hook(
-            lambda module, args, out, layer=layer: kept.update({layer: out[0] if isinstance(out, tuple) else out})
-        )
-    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: kept.update(end=args[0]))
-    found = model(ids, use_cache=False, output_hidden_states=True).hidden_states
-    assert all(torch.equal(found[layer + 1], kept[layer]) for layer in range(3))
-    assert torch.equal(found[-1], kept["end"])
-
-
-def test_crisp_refuses_other_saes(gemma, make_sae):
-    with pytest.raises(UserError, match="standard or JumpReLU"):
-        h = torch.zeros(1, 1, 32)
-        baselines.crisp_forget(make_sae(gemma, "topk"), [0], h, h, torch.ones(1, 1, dtype=torch.bool), 5.0)
 
 
 @pytest.fixture
