@@ -18,9 +18,9 @@ Training on next-token losses lies on the answers, as in open-unlearning, or wit
 tuning half's questions are those that are trained on: where a method scores far better on them than on the reporting
 half, it unlearnt questions, not what they ask for.
 
-The edits are in edits.py. ELM (arXiv 2410.02760) is not here: it needs a model that answers differently as a novice and
-as an expert, and tiny does not (docs/methods.md); on real models use its authors' code, and --model with the folder
-it saves.
+The edits are in edits.py, the training is in unlearning.py. ELM (arXiv 2410.02760) is not here: it needs a model that
+answers differently as a novice and as an expert, and tiny does not (docs/methods.md); on real models use its authors'
+code, and --model with the folder it saves.
 """
 
 # %% [markdown]
@@ -56,6 +56,7 @@ TRAINING = {
     "undo": (60, 4e-4, 2e-5),
 }
 STEPS, RATE_ON_TINY, RATE = 120, 4e-4, 1e-5
+BESIDE = {"npo-sam": 4, "undo": 4, "mudman": 8}  # bytes a weight: perturbed; the teacher; adversary and running mean
 TAUGHT = {"lr": 1, "k": 30, "alpha": 0.1, "pull": 5}  # what UNDO starts from: CRISP, with what it chose on tiny
 flags = parser(__doc__, quiz=True, without=("--n-features", "--max-rows", "--device-map"))
 flags.add_argument("--method", choices=[*GRIDS, *TRAINED], default="clamp", help="(default: %(default)s)")
@@ -235,7 +236,7 @@ def run(**changes) -> dict:
         raise UserError(f"--layer {s.layer}: the model has layers 0 to {lm.cfg.n_layers - 1}")
     sae = load_sae(s.sae, s.layer, lm, s.model) if s.method in BY_FEATURES else None
     if s.method in (*LOSSES, "mudman", "undo"):
-        check_room(s.method, s.model, s.device, s.dtype)
+        check_room(s.method, s.model, s.device, s.dtype, BESIDE.get(s.method, 0))
     measured = measure(lm, s.layer, sae, texts["forget"], texts["retain"], s.clamp, s)
     check_engine(lm, [measured.place] if s.method in GRIDS else [])
     with pieces.keeping(path, [decides(s, s.method), sources]) as folder:

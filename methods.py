@@ -92,8 +92,8 @@ def attributions(m: Measured) -> torch.Tensor:
     """(d_sae,) what each feature's activation adds to the right answer, to first order: activation times the gradient
     of the right letter's log-probability, summed over a question's ordinary tokens; the mean over the picking half.
 
-    As for Farrell et al., arXiv 2410.19278, section on attribution, but that they take the logit, and then leave out
-    what moves MMLU. Questions are asked as --prompt says.
+    Not so: in their notebooks Farrell et al. (arXiv 2410.19278) take the logit, and then leave out what moves MMLU.
+    Questions are asked as --prompt says, also where a forget corpus is picked on.
     """
     rows, _ = load_rows("wmdp_bio", m.s.model, m.s.data)
     rows, style = [rows[i] for i in halves(rows, m.s.seed, m.s.pick_on)[0]], getattr(m.s, "prompt", "plain")

@@ -138,17 +138,18 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def check_room(what: str, model: str, device: str | None, dtype: str) -> None:
+def check_room(what: str, model: str, device: str | None, dtype: str, beside: int = 0) -> None:
     """Say what training all weights of a model (as for load_model) needs and what is free, before it is loaded.
 
-    In bytes a weight: its own 2 or 4, for bfloat16 a copy in fp32 (4), a gradient (4), AdamW's two moments (8).
+    In bytes a weight: its own 2 or 4, for bfloat16 a copy in fp32 (4), a gradient (4), AdamW's two moments (8), and
+    what else the method keeps, `beside`.
     Activations come on top and are not counted. Raises UserError where even this does not fit.
     """
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_source(model)))
     n = sum(one.numel() for one in empty.parameters())
     parts = {"weights": getattr(torch, dtype).itemsize, "fp32 copies": 4 * (dtype != "float32"), "gradients": 4,
-             "Adam's moments": 8}  # fmt: skip
+             "Adam's moments": 8, "other copies": beside}  # fmt: skip
     need, free = n * sum(parts.values()) / 1e9, free_bytes(torch.device(device or best_device())) / 1e9
     shares = ", ".join(f"{name} {n * size / 1e9:.2f}" for name, size in parts.items() if size)
     text = f"{what} trains all {n / 1e6:,.1f} million weights: {need:.2f} GB ({shares}) and activations"

@@ -58,20 +58,23 @@ def test_a_stopped_tuning_goes_on_and_ends_with_the_same_record(two_settings, mo
 
 
 @pytest.mark.slow
-def test_gradients_reach_all_weights_and_crisp_those_of_its_layers(two_settings, tmp_path):
+def test_gradients_reach_all_weights_and_lora_those_of_its_layers(two_settings, monkeypatch, tmp_path):
+    monkeypatch.setitem(baselines.TRAINING, "crisp", (2, 1.6e-2, 4e-5))  # UNDO's teacher
     original = load_file(ROOT / "tiny/model/model.safetensors")
     s = settings(baselines.flags, SMALL)
     lm = load_model("tiny")
     texts = load_benchmark(s)[0]
     measured = methods.measure(lm, s.layer, None, texts["forget"], texts["retain"], s.clamp, s)
-    for method, layers in (("grad-diff", range(CONFIG["num_hidden_layers"])), ("crisp", range(2, 7))):
+    lora = {"crisp": range(2, 7), "circuit-breakers": range(13)}
+    for method in ("grad-diff", "npo-sam", "mudman", "undo", *lora):
+        layers = lora.get(method, range(CONFIG["num_hidden_layers"]))
         setting = baselines.absolute(method, baselines.TRAINED[method][0], s)
         baselines.forgetful(method, setting, tmp_path / "r.model", texts, measured, s)
         after = load_file(tmp_path / "r.model/model.safetensors")
         changed = {name for name in original if not torch.equal(original[name].float(), after[name].float())}
         matrices = {name for name in original if ".layers." in name and original[name].ndim == 2}
         assert {name for name in changed & matrices} == {n for n in matrices if int(n.split(".")[2]) in layers}
-        assert ("model.embed_tokens.weight" in changed) == (method == "grad-diff")
+        assert ("model.embed_tokens.weight" in changed) == (method not in lora)
 
 
 def test_the_saes_layer_is_not_the_one_that_rmu_steers():

@@ -102,6 +102,10 @@ def test_room_is_counted_by_hand_and_refused(model_folder, monkeypatch, capsys, 
     monkeypatch.setattr(training, "free_bytes", lambda device: n * size - 1)
     with pytest.raises(UserError, match=r"GB are free\. rmu\.py and .* train few weights"):
         training.check_room("npo", folder, "cpu", dtype)
+    monkeypatch.setattr(training, "free_bytes", lambda device: n * (size + 3))
+    training.check_room("undo", folder, "cpu", dtype, beside=3)
+    with pytest.raises(UserError, match="other copies"):
+        training.check_room("undo", folder, "cpu", dtype, beside=4)
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "text"])
