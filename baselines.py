@@ -42,29 +42,27 @@ TRAINED = {
     "simnpo": grid(lr=(0.7, 1, 1.4, 2), gamma=(0.125, 0.25)),
     "crisp": grid(lr=(0.5, 1), k=(30,), alpha=(0.01, 0.1), pull=(5, 30)),
     "npo-sam": grid(lr=(0.25, 0.5), alpha=(2.25, 30), beta=(1,), rho=(0.01, 0.1)),
-    "mudman": grid(lr=(0.25, 0.5, 1, 2), retain=(1e-3, 1e-2)),
-    "circuit-breakers": grid(lr=(0.25, 0.5, 1, 2), retain=(1, 10)),
+    "mudman": grid(lr=(1, 2, 4, 8), retain=(1e-3, 0.1)),
+    "circuit-breakers": grid(lr=(0.25, 0.5, 1, 2), retain=(0.1, 1)),
     "undo": grid(lr=(1,), alpha=(0.1, 0.25, 0.4, 0.6), beta=(0, 0.1)),
 }
-# Steps; the learning rate that a grid's `lr` multiplies on tiny, whose thin matrices need more, and elsewhere. 1e-5:
-# open-unlearning's; CRISP's: its paper's on Gemma-2-2B; the others: their releases'
+# Steps, and the learning rate that a grid's `lr` multiplies, on tiny, whose thin matrices need more, and elsewhere.
+# 1e-5: open-unlearning's; 4e-5: the CRISP paper's on Gemma-2-2B; below them the releases' own
+OTHERS = (120, 4e-4), (120, 1e-5)
 TRAINING = {
-    "crisp": (60, 1.6e-2, 4e-5),
-    "npo-sam": (60, 4e-4, 1e-5),
-    "mudman": (60, 0.1, 0.1),
-    "circuit-breakers": (40, 4e-3, 1e-4),
-    "undo": (60, 4e-4, 2e-5),
+    "crisp": ((60, 1.6e-2), (60, 4e-5)),
+    "npo-sam": ((60, 4e-4), (125, 1e-5)),
+    "mudman": ((60, 0.1), (100, 0.1)),
+    "circuit-breakers": ((40, 1.6e-2), (150, 1e-4)),
+    "undo": ((60, 4e-4), (3000, 2e-5)),
 }
-STEPS, RATE_ON_TINY, RATE = 120, 4e-4, 1e-5
 BESIDE = {"npo-sam": 4, "undo": 4, "mudman": 8}  # bytes a weight: perturbed; the teacher; adversary and running mean
 TAUGHT = {"lr": 1, "k": 30, "alpha": 0.1, "pull": 5}  # what UNDO starts from: CRISP, with what it chose on tiny
 flags = parser(__doc__, quiz=True, without=("--n-features", "--max-rows", "--device-map"))
 flags.add_argument("--method", choices=[*GRIDS, *TRAINED], default="clamp", help="(default: %(default)s)")
 flags.add_argument("--all", action="store_true", help="every method in turn, RMU too, then the figure and a table")
-flags.add_argument("--steps", type=int, help=f"of training (default: {STEPS}; {TRAINING['crisp'][0]} of crisp and "
-                   "circuit-breakers; gradient-ascent has its own)")  # fmt: skip
-flags.add_argument("--lr", type=float, help="learning rate that the grid multiplies (default: 1e-5, or the release's; "
-                   "tiny has its own)")  # fmt: skip
+flags.add_argument("--steps", type=int, help="of training (default: each method's own)")
+flags.add_argument("--lr", type=float, help="learning rate that the grid multiplies (default: each method's own)")
 flags.add_argument("--loss-on", default="answer", choices=["answer", "text"], help="of objectives on next-token "
                    "losses: of questions on the answer only, as in open-unlearning, or on all their text; a forget "
                    "corpus and Wikitext have no answers and count whole (default: %(default)s)")  # fmt: skip
@@ -169,10 +167,9 @@ def forgetful(method: str, setting: dict, folder: Path, texts: dict, measured: M
 
 def absolute(method: str, one: dict, s) -> dict:
     """A training setting of the grid with its learning rate, its number of steps, and where its loss lies."""
-    steps, on_tiny, elsewhere = TRAINING.get(method, (STEPS, RATE_ON_TINY, RATE))
-    rate = s.lr or (on_tiny if s.model == "tiny" else elsewhere)
+    steps, rate = TRAINING.get(method, OTHERS)[s.model != "tiny"]
     where = {"loss_on": s.loss_on} if method in LOSSES or method == "mudman" else {}
-    return {"steps": s.steps or steps, **one, "lr": one["lr"] * rate, **where}
+    return {"steps": s.steps or steps, **one, "lr": one["lr"] * (s.lr or rate), **where}
 
 
 def try_edits(method: str, folder: Path, texts: dict, measured: Measured, s) -> list[dict]:

@@ -141,7 +141,7 @@ def by_mudman(
     Not so: all weights are trained, as in the authors' later code, where the paper's takes the MLPs' gates, which not
     every family has; the unlearning loss is -NLL, one of the paper's three, where the release's example has the
     entropy; g is taken before the adversary's step, in the release by a second backward pass behind it.
-    """  # fmt: skip
+    """
     rng, special = random.Random(seed), torch.tensor(special_ids(tokenizer))
     away_texts, *back_texts = (passes(texts, BATCH, rng) for texts in (forget, *retain_sets))
     model.requires_grad_(True)
