@@ -44,7 +44,7 @@ TRAINED = {
     "npo-sam": grid(lr=(0.25, 0.5), alpha=(2.25, 30), beta=(1,), rho=(0.01, 0.1)),
     "mudman": grid(lr=(1, 2, 4, 8), retain=(1e-3, 0.1)),
     "circuit-breakers": grid(lr=(0.25, 0.5, 1, 2), retain=(0.1, 1)),
-    "undo": grid(lr=(1,), alpha=(0.1, 0.25, 0.4, 0.6), beta=(0, 0.1)),
+    "undo": grid(lr=(0.5, 1), alpha=(0.05, 0.1, 0.25, 0.5), beta=(0.1,)),
 }
 # Steps, and the learning rate that a grid's `lr` multiplies, on tiny, whose thin matrices need more, and elsewhere.
 # 1e-5: open-unlearning's; 4e-5: the CRISP paper's on Gemma-2-2B; below them the releases' own
@@ -54,7 +54,7 @@ TRAINING = {
     "npo-sam": ((60, 4e-4), (125, 1e-5)),
     "mudman": ((60, 0.1), (100, 0.1)),
     "circuit-breakers": ((40, 1.6e-2), (150, 1e-4)),
-    "undo": ((60, 4e-4), (3000, 2e-5)),
+    "undo": ((60, 8e-4), (3000, 2e-5)),
 }
 BESIDE = {"npo-sam": 4, "undo": 4, "mudman": 8}  # bytes a weight: perturbed; the teacher; adversary and running mean
 TAUGHT = {"lr": 1, "k": 30, "alpha": 0.1, "pull": 5}  # what UNDO starts from: CRISP, with what it chose on tiny
