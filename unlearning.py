@@ -129,8 +129,8 @@ def by_mudman(
     relearning: float = 1e-3,
     fork: int = 32,
 ) -> list:
-    """MUDMAN (Sondej et al., arXiv 2506.12484; github.com/filyp/MUDMAN): a step of unlearning, masked and of a given
-    length, on a model that an adversary teaches again. Every step, by plain gradient descent,
+    """MUDMAN (Sondej et al., arXiv 2506.12484; github.com/filyp/MUDMAN): steps of a given length, masked, up the forget
+    loss of an adversary that keeps relearning the text. Every step, by plain gradient descent,
 
         r <- momentum r + (1 - momentum) grad NLL_r(w),   w <- w - retain r
         g = grad NLL_f(v),   w <- w - lr mask(-g, r) / ||g||,   v <- v - relearning g
