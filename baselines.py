@@ -44,7 +44,7 @@ TRAINED = {
     "crisp": grid(lr=(0.5, 1), k=(30,), alpha=(0.01, 0.1), pull=(5, 30)),
     "npo-sam": grid(lr=(0.5, 2), alpha=(2.25, 30), beta=(1,), rho=(0.01, 0.1)),
     "mudman": grid(lr=(1, 2, 4, 8), retain=(1e-3, 0.1)),
-    "circuit-breakers": grid(lr=(0.25, 0.5, 1, 2), retain=(0.1, 1)),
+    "circuit-breakers": grid(lr=(0.5, 0.7, 1, 1.4), retain=(0.3, 1)),
     "undo": grid(lr=(0.5, 1), alpha=(0.05, 0.1, 0.25, 0.5), beta=(0.1,)),
 }
 # Steps, and the learning rate that a grid's `lr` multiplies, on tiny, whose thin matrices need more, and elsewhere.
