@@ -34,7 +34,7 @@ from flags import BY_FEATURES, GRIDS, answered, command_line, grid, latent_flags
 # over a factor of 64, 3 to 240 steps, alpha 1 to 1,000, beta 0.02 to 1, gamma 0.125 to 1, delta 0 to 4; of CRISP k 10
 # to 100, alpha 0.01 to 0.3, pull 1 to 30), and in 19 on today's, after which NPO and GradDiff had lower rates. The
 # releases' own are among them: alpha 1 and beta 0.1; gamma 0.125 and delta 0; alpha 0.01 and pull 5 (30 in CRISP's
-# paper, with k 30). Those of the last four come of 4 to 6 trial runs each: gamma 2.25 (here alpha), rho 0.01 and 0.1;
+# paper, with k 30). Those of the last four come of 4 to 6 trial runs each: gamma 2.25 (here alpha) and rho 0.1;
 # step 0.1 and retaining rate 1e-3; retain 1; alpha 0.25 and beta 0.1 are their releases'
 TRAINED = {
     "gradient-ascent": grid(lr=(1, 1.5, 2, 3), steps=(10, 20)),
@@ -42,7 +42,7 @@ TRAINED = {
     "npo": grid(lr=(0.25, 0.5), alpha=(1, 30), beta=(0.1, 1)),
     "simnpo": grid(lr=(0.7, 1, 1.4, 2), gamma=(0.125, 0.25)),
     "crisp": grid(lr=(0.5, 1), k=(30,), alpha=(0.01, 0.1), pull=(5, 30)),
-    "npo-sam": grid(lr=(0.5, 2), alpha=(2.25, 30), beta=(1,), rho=(0.01, 0.1)),
+    "npo-sam": grid(lr=(0.5, 1, 1.4, 2), alpha=(2.25, 30), beta=(1,), rho=(0.1,)),
     "mudman": grid(lr=(1, 2, 4, 8), retain=(1e-3, 1e-2)),
     "circuit-breakers": grid(lr=(0.5, 0.7, 1, 1.4), retain=(0.3, 1)),
     "undo": grid(lr=(0.5, 1), alpha=(0.05, 0.1, 0.25, 0.5), beta=(0.1,)),
