@@ -45,7 +45,7 @@ TRAINED = {
     "npo-sam": grid(lr=(0.5, 1, 1.4, 2), alpha=(2.25, 30), beta=(1,), rho=(0.1,)),
     "mudman": grid(lr=(1, 2, 4, 8), retain=(1e-3, 1e-2)),
     "circuit-breakers": grid(lr=(0.5, 0.7, 1, 1.4), retain=(0.3, 1)),
-    "undo": grid(lr=(0.5, 1), alpha=(0.05, 0.1, 0.25, 0.5), beta=(0.1,)),
+    "undo": grid(lr=(0.25, 1), alpha=(0.05, 0.1, 0.25, 0.5), beta=(0.1,)),
 }
 # Steps, and the learning rate that a grid's `lr` multiplies, on tiny, whose thin matrices need more, and elsewhere.
 # 1e-5: open-unlearning's; 4e-5: the CRISP paper's on Gemma-2-2B; below them the releases' own
