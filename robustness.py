@@ -148,6 +148,8 @@ def recovered(subject: Subject, before: dict, clean: dict, texts: dict, s) -> di
     right, layer = [right[i] for i in lost], min(subject.edit.at, default=subject.layer)
     targets = {"right": right, "wrong": other_option(right, [now[i] for i in lost], s.seed)}
     found = {"layer": layer, "questions": lost, "wanted": targets, "answered": {name: [] for name in targets}}
+    if not lost:
+        return found
     model, tokenizer = load_hf(subject.model, s.device, s.dtype)
     tokenizer.edit_special = subject.edit_special
     rows, letters = encode_prompts(tokenizer, [texts["forms"]["as tuned"][0][i] for i in lost])
