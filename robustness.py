@@ -342,17 +342,19 @@ def survival_table(rows: list[tuple[str, dict]]) -> str:
 def survival_figure(rows: list[tuple[str, dict]], title: str):
     """Figure: a row a method, a mark a stage: 0 is the unablated model, 1 one that never knew."""
     figure, axes = plt.subplots(figsize=(7.6, 1.8 + 0.34 * len(rows)), layout="constrained")
-    for (stage, marker), colour in zip(zip(rows[0][1]["survives"], "osD^vP*"), plt.get_cmap("tab10").colors):
+    stages, colours = list(rows[0][1]["survives"]), plt.get_cmap("tab10").colors
+    for number, stage in enumerate(stages):
         shares = [point["survives"][stage] for _, point in rows]
         at = np.array([one["share"] for one in shares])
         spread = np.abs([at - [one["low"] for one in shares], [one["high"] for one in shares] - at])
-        height = np.arange(len(rows)) + 0.09 * (list(rows[0][1]["survives"]).index(stage) - 3)
-        axes.errorbar(at, height, xerr=spread, fmt=marker, ms=4.5, color=colour, elinewidth=0.7, label=stage)
+        height = np.arange(len(rows)) + 0.09 * (number - (len(stages) - 1) / 2)
+        axes.errorbar(at, height, xerr=spread, fmt="osD^vP*X"[number], ms=4.5, color=colours[number], elinewidth=0.7,
+                      label=stage)  # fmt: skip
     axes.set_yticks(range(len(rows)), [show.plain(name) for name, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     for at in (0, 1):
         axes.axvline(at, color="0.4", ls="--", lw=1)
-    axes.set(xlabel="share of the way from the unablated model (0) to one that never knew (1)")
+    axes.set_xlabel("share of the way from the unablated model, 0, to one that never knew, 1", size=9)
     axes.grid(axis="x", alpha=0.3)
     figure.suptitle(show.plain(title), size=10)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
