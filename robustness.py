@@ -297,20 +297,22 @@ def outcomes(answers: dict, texts: dict) -> dict:
 
 def survives(answers: dict, clean: dict, floor: dict | None, texts: dict) -> dict:
     """{stage: (before - after) / (before - floor)} with 95% bootstrap interval over questions: how far the subject is
-    on the way from the unablated model to one that never knew, all at that stage; without such a model, to chance."""
+    on the way from the unablated model to one that never knew, all at that stage; without such a model, to chance. None
+    where there is no way, or too few questions for an interval."""
 
     def way(a, b, c, axis=-1):
-        return (a.mean(axis) - b.mean(axis)) / (a.mean(axis) - c.mean(axis))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (a.mean(axis) - b.mean(axis)) / (a.mean(axis) - c.mean(axis))
 
     own, before = outcomes(answers, texts), outcomes(clean, texts)
-    by_chance = {name: np.full(len(texts["rows"]), CHANCE) for name in own} | {
-        "open answer": np.zeros(len(texts["rows"]))
-    }
-    least = outcomes(floor, texts) if floor else by_chance
+    nobody = np.zeros(len(texts["rows"]))  # writes the right words by chance
+    least = outcomes(floor, texts) if floor else {name: nobody + CHANCE for name in own} | {"open answer": nobody}
     found = {}
     for name, after in own.items():
-        low, high = bootstrap(way, before[name], after, least[name])
-        found[name] = {"share": float(way(before[name], after, least[name])), "low": low, "high": high}
+        sets = before[name], after, least[name]
+        values = [way(*sets), *bootstrap(way, *sets)]
+        values = [float(x) if x is not None and np.isfinite(x) else None for x in values]
+        found[name] = dict(zip(("share", "low", "high"), values))
     return found
 
 
@@ -322,7 +324,7 @@ def survives(answers: dict, clean: dict, floor: dict | None, texts: dict) -> dic
 def by_survival(names: list[str], points: list[dict]) -> list[tuple[str, dict]]:
     """The unlearned ones, that first of which most survives where least does."""
     rows = [pair for pair in zip(names, points) if pair[1]["method"] not in ("none", "never-knew")]
-    return sorted(rows, key=lambda pair: -min(one["share"] for one in pair[1]["survives"].values()))
+    return sorted(rows, key=lambda pair: -min(one["share"] or 0.0 for one in pair[1]["survives"].values()))
 
 
 def survival_table(rows: list[tuple[str, dict]]) -> str:
@@ -332,7 +334,8 @@ def survival_table(rows: list[tuple[str, dict]]) -> str:
     head = ["", "WMDP-Bio %", "MMLU %", *stages, "pushed to right, %", "to a wrong one, %"]
     cells = []
     for name, point in rows:
-        ways = [f"{one['share']:.2f} [{one['low']:.2f}, {one['high']:.2f}]" for one in point["survives"].values()]
+        ways = ["-" if None in one.values() else f"{one['share']:.2f} [{one['low']:.2f}, {one['high']:.2f}]"
+                for one in point["survives"].values()]  # fmt: skip
         push = [f"{100 * one['share']:.0f}" for one in point["recovery"]["reached"].values()] or ["", ""]
         cells.append([name, *(f"{100 * point['scores'][form]['accuracy']:.1f}" for form in ("as tuned", "MMLU")),
                       *ways, *push])  # fmt: skip
@@ -345,8 +348,8 @@ def survival_figure(rows: list[tuple[str, dict]], title: str):
     stages, colours = list(rows[0][1]["survives"]), plt.get_cmap("tab10").colors
     for number, stage in enumerate(stages):
         shares = [point["survives"][stage] for _, point in rows]
-        at = np.array([one["share"] for one in shares])
-        spread = np.abs([at - [one["low"] for one in shares], [one["high"] for one in shares] - at])
+        at, low, high = (np.array([one[key] for one in shares], dtype=float) for key in ("share", "low", "high"))
+        spread = np.abs([at - low, high - at])
         height = np.arange(len(rows)) + 0.09 * (number - (len(stages) - 1) / 2)
         axes.errorbar(at, height, xerr=spread, fmt="osD^vP*X"[number], ms=4.5, color=colours[number], elinewidth=0.7,
                       label=stage)  # fmt: skip

@@ -164,6 +164,20 @@ def test_what_survives_is_the_way_to_the_model_that_never_knew():
     assert all(one["low"] <= one["share"] <= one["high"] for one in found.values())
     by_chance = robustness.survives(own, clean, None, texts)  # 25% of letters; nobody writes the right words by chance
     assert by_chance["as tuned"]["share"] == pytest.approx(20 / 30) and by_chance["open answer"]["share"] == 0.25
+    nowhere = robustness.survives(own, floor, floor, texts)["in words"]
+    assert nowhere == {"share": None, "low": None, "high": None}
+    assert "| - |" in robustness.survival_table(
+        [
+            (
+                "one",
+                {
+                    "survives": {"in words": nowhere},
+                    "recovery": {"reached": {}},
+                    "scores": {form: {"accuracy": 1} for form in ("as tuned", "MMLU")},
+                },
+            )
+        ]
+    )
     shares = robustness.reached(recovery)
     assert (shares["right"]["share"], shares["wrong"]["share"]) == (0.5, 0.2) and robustness.reached(
         clean["recovery"]
