@@ -166,19 +166,9 @@ def test_what_survives_is_the_way_to_the_model_that_never_knew():
     assert by_chance["as tuned"]["share"] == pytest.approx(20 / 30) and by_chance["open answer"]["share"] == 0.25
     nowhere = robustness.survives(own, floor, floor, texts)["in words"]
     assert nowhere == {"share": None, "low": None, "high": None}
-    assert "| - |" in robustness.survival_table(
-        [
-            (
-                "one",
-                {
-                    "survives": {"in words": nowhere},
-                    "recovery": {"reached": {}},
-                    "scores": {form: {"accuracy": 1} for form in ("as tuned", "MMLU")},
-                },
-            )
-        ]
-    )
+    accuracies = {form: {"accuracy": 1} for form in ("as tuned", "MMLU")}
+    point = {"survives": {"in words": nowhere}, "recovery": {"reached": {}}, "scores": accuracies}
+    assert "| - |" in robustness.survival_table([("one", point)])
     shares = robustness.reached(recovery)
-    assert (shares["right"]["share"], shares["wrong"]["share"]) == (0.5, 0.2) and robustness.reached(
-        clean["recovery"]
-    ) == {}
+    assert (shares["right"]["share"], shares["wrong"]["share"]) == (0.5, 0.2)
+    assert robustness.reached(clean["recovery"]) == {}
