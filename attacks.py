@@ -66,13 +66,15 @@ def round_weights(model, bits: int) -> None:
 
 
 def directions(edit: Edit, layer: int) -> torch.Tensor | None:
-    """An orthonormal basis (d_model, k) of what the edit behind `layer` looks at, None where there is no such edit."""
+    """An orthonormal basis (d_model, k) of what the edit behind `layer` looks at, None where there is no such edit. In
+    a TopK SAE others may still push an edited feature out, which no direction rules out."""
     function = edit.at.get(layer)
     if function is None:
         return None
     if isinstance(function, OfLatents):
-        columns = function.latents.W_enc.detach().double()
-        columns = columns - columns.mean(0) if function.latents.centre else columns
+        latents = function.latents
+        columns = latents.sae.W_enc[:, latents.features].detach().double()
+        columns = columns - columns.mean(0) if latents.centre else columns
     else:
         columns = torch.tensor(edit.arguments["direction"], dtype=torch.float64)[:, None]
     u, sizes, _ = torch.linalg.svd(columns.cpu(), full_matrices=False)

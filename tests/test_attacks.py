@@ -69,6 +69,15 @@ def test_a_push_is_bounded_unseen_by_the_edit_and_all_that_is_trained(attacked):
     assert all(parameter.grad is None for parameter in latents.sae.parameters())
 
 
+@pytest.mark.parametrize("kind", ["jumprelu", "gated", "topk"])
+def test_what_an_edit_looks_at_are_its_features_encoder_columns(gemma, make_sae, kind):
+    sae = make_sae(gemma, kind)
+    basis = directions(edit_of("clamp", sae, features=[4, 9, 2], clamp=-1.0), 1)
+    columns = sae.W_enc[:, [4, 9, 2]].double()
+    assert basis.shape == (sae.cfg.d_in, 3) and directions(NONE, 1) is None
+    torch.testing.assert_close(basis @ basis.T @ columns, columns, atol=1e-10, rtol=0)
+
+
 def test_the_margin_by_hand_and_one_step_of_adam(monkeypatch):
     """In fp64: loss, gradient, projection and bound, with a linear model in place of the later layers."""
     generator = torch.Generator().manual_seed(0)
