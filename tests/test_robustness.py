@@ -138,3 +138,13 @@ def test_an_edit_of_other_features_has_other_pieces():
     assert len({one, other, *saes}) == 4
     s.out = "elsewhere"
     assert json.dumps(robustness.decides([made[0]], [{}], {}, s)) == one
+
+
+def test_all_takes_every_tuned_record_of_the_folder(monkeypatch, tmp_path):
+    for name, text in {"b": '{"chosen": 1}', "a": '{"chosen": 2}', "lesson": '{"points": []}', "half": '{"cho'}.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    wanted = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    assert robustness.tuned_records(str(tmp_path)) == robustness.tuned_records(str(tmp_path / "o.json")) == wanted
+    monkeypatch.chdir(tmp_path)  # where there is no results/
+    with pytest.raises(UserError, match="give one or several records"):
+        robustness.run(all=True)
