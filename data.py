@@ -497,12 +497,17 @@ def refuse_long(tokenizer, rows: list[list[int]]) -> None:
 
 
 def fitting(tokenizer, title: str, questions: list[dict], indices: list[int], skip: bool, style="plain") -> list[int]:
-    """Of `indices` the questions whose prompt is no longer than the model's positions; how many are not is printed.
+    """Of `indices` the questions whose prompt is no longer than the model's positions; how many are not is printed. Of
+    a cloze question the longest answer belongs to it.
 
     Raises UserError for one that is longer unless `skip` (--skip-long).
     """
-    texts, most = [prompt(questions[i], style=style) for i in indices], tokenizer.model_max_length
-    prompts = encode_prompts(tokenizer, texts, style)[0] if texts else []
+    asked, most = [questions[i] for i in indices], tokenizer.model_max_length
+    if is_cloze(asked):
+        windows, _ = encode_words(tokenizer, asked, CLOZE)
+        prompts = [max(windows[at : at + 4], key=len) for at in range(0, len(windows), 4)]
+    else:
+        prompts = encode_prompts(tokenizer, [prompt(row, style=style) for row in asked], style)[0] if asked else []
     fit = [i for i, row in zip(indices, prompts) if len(row) <= most]
     if len(fit) < len(indices):
         index, row = next((i, row) for i, row in zip(indices, prompts) if len(row) > most)

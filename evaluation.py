@@ -404,21 +404,23 @@ def score_quiz(
     asked = [questions[i] for i in indices]
     if not asked:
         raise UserError("no question is left to score: take away --robust or --skip-long, or give more questions")
-    prompts, letters = encode_prompts(model.tokenizer, [prompt(row, style=s.prompt) for row in asked], s.prompt)
+    if is_cloze(asked):  # of a tokenizer that cannot write the letters, too
+        rows, _ = encode_words(model.tokenizer, asked, CLOZE)
 
-    cloze = is_cloze(asked)
-
-    def score(lm, edits, desc=None):
-        if cloze:
+        def score(lm, edits, desc=None):
             return score_words(lm, asked, edits, s.batch_size, desc, s.max_rows, CLOZE)
-        return score_letters(lm, prompts, letters, edits, s.batch_size, desc, s.max_rows)
 
-    def try_out(rows):
-        if cloze:
-            return score_loss(model, rows, own, 4 * s.batch_size, max_rows=4 * s.max_rows)
-        return score_letters(model, rows, letters, own, s.batch_size, max_rows=s.max_rows)
+        def try_out(some):
+            return score_loss(model, some, own, 4 * s.batch_size, max_rows=4 * s.max_rows)
+    else:
+        rows, letters = encode_prompts(model.tokenizer, [prompt(row, style=s.prompt) for row in asked], s.prompt)
 
-    rows = encode_words(model.tokenizer, asked, CLOZE)[0] if cloze else prompts
+        def score(lm, edits, desc=None, some=rows):
+            return score_letters(lm, some, letters, edits, s.batch_size, desc, s.max_rows)
+
+        def try_out(some):
+            return score(model, own, some=some)
+
     foretell(model, title, rows, try_out, s.batch_size)
     found = [score(model, own, title)]
     worded = [score_words(model, asked, own, s.batch_size, f"{title} in words", s.max_rows)] if in_words else []

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import FAMILIES, QUESTIONS, hf, some_ids
 from scipy import stats
 
+import data
 import evaluation
 from common import load_model
 from data import UserError, encode_prompts, load_rows, prompt
@@ -52,6 +53,22 @@ def test_questions_beyond_the_models_positions_are_named_or_left_out(short, make
     left = [k for k in range(3) if lengths[k] < max(lengths)]
     assert asked == {"questions": left, "skipped_long": 3 - len(left)} and scores[0]["n"] == len(left)
     assert f"Quiz: {3 - len(left)} of 3 questions are left out" in capsys.readouterr().err
+
+
+def test_cloze_questions_need_no_letters_and_are_as_long_as_their_longest_answer(short, monkeypatch):
+    """A tokenizer that has no token for a letter is none of their business, and options do not count."""
+    for module in (data, evaluation):
+        monkeypatch.setattr(module, "encode_prompts", None)
+    rows = [{**row, "cloze": True} for row in QUESTIONS]
+    windows, _ = data.encode_words(short.tokenizer, rows, data.CLOZE)
+    lengths = [max(map(len, windows[4 * k : 4 * k + 4])) for k in range(3)]
+    s = argparse.Namespace(limit=None, seed=0, robust=False, prompt="plain", batch_size=4, max_rows=8, skip_long=True,
+                           model="mine", device=None, dtype="float32")  # fmt: skip
+    short.tokenizer.model_max_length = sorted(lengths)[1]
+    scores, asked = evaluation.score_quiz(short, "Quiz", rows, [0, 1, 2], [NONE], s)
+    assert asked["questions"] == [k for k in range(3) if lengths[k] <= sorted(lengths)[1]] and asked["skipped_long"] > 0
+    values = evaluation.score_words(short, [rows[k] for k in asked["questions"]], [NONE], form=data.CLOZE)[0]
+    assert scores[0]["letters"] == "".join("ABCD"[k] for k in values.argmax(-1).tolist())
 
 
 # ----------------------------------------------------------------------------------------- statistics
