@@ -5,7 +5,6 @@ In a setting of a method's grid (flags.GRIDS) clamps are multiples of --clamp, t
 `edit_for` makes it an edit from what a forget and a retain set say about a model's layer and its SAE (`Measured`).
 """
 
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 
@@ -14,7 +13,7 @@ import torch
 import processes
 from common import Rates, firing_rates, largest, load_model, load_sae, matched_random, pick_features, summed
 from data import UserError, batches, encode, encode_prompts, halves, load_rows, padded, picking_windows, prompt
-from edits import Edit, Latents, decoder_layers, edit_of, gate_of, hidden, layer_of, residuals, watch_tokens
+from edits import Edit, Latents, applied, edit_of, gate_of, hidden, layer_of, residuals, watch_tokens
 from engine import check_engine
 from flags import GRIDS
 from hub import sanity_gate
@@ -73,24 +72,11 @@ class Measured:
         return (mean(self.forget) - torch.stack([mean(part) for part in self.retain]).mean(0)).tolist()
 
 
-@contextmanager
-def in_place(model, layer: int, change):
-    """Within it the model, Hugging Face's, goes on from change(h) behind the layer."""
-
-    def hook(module, args, output):
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-    handle = decoder_layers(model)[layer].register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 @cache
 def attributions(m: Measured) -> torch.Tensor:
     """(d_sae,) what each feature's activation adds to the right answer, to first order: activation times the gradient
-    of the right letter's log-probability, summed over a question's ordinary tokens; the mean over the picking half.
+    of the right letter's log-probability, summed over a question's tokens that edits may touch; the mean over the
+    picking half.
 
     Not so: in their notebooks Farrell et al. (arXiv 2410.19278) take the logit, and then leave out what moves MMLU.
     Questions are asked as --prompt says, also where a forget corpus is picked on.
@@ -101,11 +87,11 @@ def attributions(m: Measured) -> torch.Tensor:
     model, everything, kept = m.lm.original_model, Latents(m.sae, range(m.sae.cfg.d_sae)), {}
     total = torch.zeros(m.sae.cfg.d_sae, dtype=torch.float64)
 
-    def leaf(h):
-        kept["h"] = h.detach().requires_grad_(True)
+    def leaf(h, editable):
+        kept["h"], kept["editable"] = h.detach().requires_grad_(True), editable
         return kept["h"]
 
-    with watch_tokens(model, m.lm.tokenizer) as seen, in_place(model, m.place, leaf):
+    with applied(model, m.lm.tokenizer, Edit("attribution", {m.place: leaf})):
         for numbers, ids in batches(windows, m.size, m.lm.tokenizer, m.lm.cfg.device, "attribution"):
             with torch.enable_grad():
                 logits = model(ids, use_cache=False).logits.float()
@@ -116,7 +102,7 @@ def attributions(m: Measured) -> torch.Tensor:
             with torch.no_grad():
                 acts, scale = everything.encode(kept["h"])
                 found = acts * ((slope.to(acts.dtype) * scale) @ everything.W_dec.T)
-                total += summed(found[seen["ordinary"].to(found.device)])
+                total += summed(found[kept["editable"]])
     return processes.total(total) / len(rows)
 
 
@@ -140,10 +126,10 @@ def output_scores(m: Measured, text: str = "From my experience,", top: int = 20,
     steps, found = factor * acts.max() * everything.W_dec * scale, []
     for some, vectors in zip(steps.split(256), everything.W_dec.split(256)):
 
-        def amplified(h, some=some):
+        def amplified(h, editable, some=some):
             return torch.cat([h[:, :-1], (h[:, -1:] + some[:, None].to(h.device)).to(h.dtype)], 1)
 
-        with in_place(model, m.place, amplified):
+        with applied(model, m.lm.tokenizer, Edit("output-score", {m.place: amplified})):
             said = model(ids.expand(len(some), -1), use_cache=False).logits[:, -1].float().softmax(-1)
         head = model.get_output_embeddings()
         weight = next(head.parameters())

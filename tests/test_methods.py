@@ -100,12 +100,12 @@ def wide(model_folder, monkeypatch):
     return methods.Measured(lm, sae.requires_grad_(False), 1, [], [], -1.0, s)
 
 
-def stream_and_rest(model, ids, layer=1):
+def stream_and_rest(model, tokenizer, ids, layer=1):
     """What the layer puts out, (pos, d_model), and a function from another to the next token's log-probabilities."""
     h = edits.hidden(model, ids, layer)[0]
 
     def rest(stream):
-        with methods.in_place(model, layer, lambda _: stream[None]):
+        with edits.applied(model, tokenizer, edits.Edit("", {layer: lambda h, ordinary: stream[None]})):
             return model(ids).logits[0, -1].log_softmax(-1)
 
     return h, rest
@@ -117,7 +117,7 @@ def test_attribution_by_hand(wide):
     total = torch.zeros(D_SAE, dtype=torch.float64)
     for question in QUESTIONS:
         ids = torch.tensor([tokenizer(prompt(question))["input_ids"]])
-        h, rest = stream_and_rest(model, ids)
+        h, rest = stream_and_rest(model, tokenizer, ids)
         acts = sae.encode(h).requires_grad_(True)
         (right,) = tokenizer(f" {'ABCD'[question['answer']]}", add_special_tokens=False)["input_ids"][-1:]
         (slope,) = torch.autograd.grad(rest(h + (acts - acts.detach()) @ sae.W_dec)[right], acts)
@@ -128,9 +128,9 @@ def test_attribution_by_hand(wide):
 
 
 def test_output_scores_by_hand(wide):
-    model, sae = wide.lm.original_model, wide.sae
+    model, tokenizer, sae = wide.lm.original_model, wide.lm.tokenizer, wide.sae
     found = methods.output_scores(wide, "The cat sat on", top=3, factor=2.0)
-    h, rest = stream_and_rest(model, torch.tensor([wide.lm.tokenizer("The cat sat on")["input_ids"]]))
+    h, rest = stream_and_rest(model, tokenizer, torch.tensor([tokenizer("The cat sat on")["input_ids"]]))
     step = 2.0 * sae.encode(h[-1]).max()
     for feature in range(D_SAE):
         moved = h.clone()
