@@ -101,7 +101,7 @@ class LastToken:
         with torch.no_grad(), applied(model, tokenizer, edit):
             handle = self.blocks[-1].register_forward_hook(lambda *call: kept.update(output=call[-1]))
             try:
-                self.clean = model(**whole, past_key_values=cache, use_cache=True).logits[:, -1]
+                model(**whole, past_key_values=cache, use_cache=True)
             finally:
                 handle.remove()
         self.in_tuples = isinstance(kept["output"], tuple)
