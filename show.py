@@ -237,7 +237,7 @@ def token_figure(model, windows: list[list[int]], values: list[torch.Tensor], ti
     for ids, value in zip(windows, values):
         for token, strength in list(zip(ids, value.tolist()))[1:]:
             text = model.tokenizer.decode(token)
-            shown = plain(text.replace("\n", "\u21b5"))
+            shown = text.replace("\n", "\u21b5")
             if at and at + len(shown) > WIDTH:
                 at, y = 0, y + 1
             lines.append((at, y, shown, max(0.0, strength) / most))
@@ -250,7 +250,7 @@ def token_figure(model, windows: list[list[int]], values: list[torch.Tensor], ti
     for x, row, text, share in lines:
         if share:
             axes.add_patch(plt.Rectangle((x, row - 0.5), len(text), 1, color=plt.cm.Oranges(0.1 + 0.75 * share), lw=0))
-        axes.text(x, row, text, family="monospace", size=size, va="center", c="w" if share > 0.75 else "k")
+        axes.text(x, row, plain(text), family="monospace", size=size, va="center", c="w" if share > 0.75 else "k")
     axes.set(xlim=(0, WIDTH), ylim=(y - 0.5, -0.5))
     axes.axis("off")
     figure.suptitle(plain(f"{title} (white 0, darkest {most:.1f})"), size=10)

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 from conftest import CLAMP
 
 import baselines
@@ -97,6 +99,38 @@ def test_titles_with_dollars_and_losses_without_intervals_are_drawn(tmp_path, ca
     assert len(list(tmp_path.glob("*.png"))) == 3
     show.print_loss("web", ROWS, [LOSS, LOST])
     assert "+0.2000\n" in capsys.readouterr().out
+    plt.close("all")
+
+
+def test_tokens_stand_where_they_are_read_and_are_as_dark_as_their_value():
+    words = ["<bos>", "It", " cost", " 5$", " at\n", "noon", "x" * 86]
+    model = SimpleNamespace(tokenizer=SimpleNamespace(decode=words.__getitem__))
+    figure = show.token_figure(model, [[*range(7)]], [torch.tensor([9.0, 0.0, 2.0, 1.0, -3.0, 4.0, 0.0])], "title")
+    (axes,) = figure.axes
+    drawn = [(text.get_text(), *text.get_position()) for text in axes.texts]
+    assert drawn == [("It", 0, 0), (" cost", 2, 0), (r" 5\$", 7, 0), (" at\u21b5", 10, 0), ("noon", 0, 1),
+                     ("x" * 86, 0, 2)]  # fmt: skip
+    boxes = {(box.get_x(), round(box.get_y() + 0.5)): box for box in axes.patches}
+    assert {at: box.get_width() for at, box in boxes.items()} == {(2, 0): 5, (7, 0): 3, (0, 1): 4}  # above 0, no BOS
+    dark = {at: sum(box.get_facecolor()[:3]) for at, box in boxes.items()}
+    assert dark[0, 1] < dark[2, 0] < dark[7, 0] and "darkest 4.0" in figure.get_suptitle()
+    plt.close("all")
+
+
+def test_a_documents_loss_is_per_token_over_its_windows():
+    figure = show.documents_figure(torch.tensor([3.0, -1.0, 0.5]), [[0] * 5, [0] * 5, [0] * 6], [7, 7, 2], "title")
+    assert figure.axes[0].lines[0].get_ydata() == pytest.approx([0.5 / 5, 2.0 / 8])
+    plt.close("all")
+
+
+def test_letters_are_bars_and_the_right_one_is_marked():
+    tried = {"unablated": torch.tensor([0.1, 0.7, 0.1, 0.1]), "clamp": torch.tensor([0.4, 0.2, 0.2, 0.0])}
+    figure = show.letter_figure(tried, 1, "title")
+    (axes,) = figure.axes
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([0.1, 0.7, 0.1, 0.1, 0.4, 0.2, 0.2, 0.0])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["A", "B (right)", "C", "D"]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["unablated (together 1.00)",
+                                                                     "clamp (together 0.80)"]  # fmt: skip
     plt.close("all")
 
 
