@@ -252,6 +252,11 @@ def held(was, now, ordinary: torch.Tensor) -> torch.Tensor:
     return (wide(now) - wide(was)).norm(dim=-1)[:, ordinary].mean()
 
 
+def broken_layers(n: int) -> list[int]:
+    """Where circuit breakers look in a model of n layers: what enters layers 10 and 20 of 32, and as deep in others."""
+    return [round(n * layer / 32) for layer in (10, 20)]
+
+
 def by_circuit_breakers(
     setting: dict, model, tokenizer, forget: list[list[int]], retain_sets: list[list[list[int]]], seed: int
 ) -> tuple:
@@ -260,18 +265,16 @@ def by_circuit_breakers(
 
         10 (1 - t / 2T) rerouted(forget text) + retain 10 (t / 2T) held(retain text)
 
-    The first is read at what enters layers 10 and 20 of a model of 32, and as deep in others, the second at the
-    embeddings and behind all layers up to the deeper of the two, which are the ones that LoRA (rank 16, alpha 16)
-    adapts. As the release with `retain` 1, 150 steps and a rate of 1e-4 that stays, AdamW without weight decay, clipped
-    to norm 1. Not so: `retain`; LoRA's second matrices start a thousandth from 0, where the cosine, at its peak, has no
-    gradient (in the release's bfloat16 rounding gives it one); BOS and padding are left out of both means, padding
-    counts as held there; four texts a step, not sixteen; the last layer read is not followed by the final norm, since
-    the model is not cut behind it.
+    The first is read at `broken_layers`, the second at the embeddings and behind all layers up to the deeper of the
+    two, which are the ones that LoRA (rank 16, alpha 16) adapts. As the release with `retain` 1, 150 steps and a rate
+    of 1e-4 that stays, AdamW without weight decay, clipped to norm 1. Not so: `retain`; LoRA's second matrices start a
+    thousandth from 0, where the cosine, at its peak, has no gradient (in the release's bfloat16 rounding gives it one);
+    BOS and padding are left out of both means, padding counts as held there; four texts a step, not sixteen; the last
+    layer read is not followed by the final norm, since the model is not cut behind it.
     Returns the trained model and the log.
     """
     n = len(decoder_layers(model))
-    at = [round(n * share / 32) for share in (10, 20)]
-    rng = random.Random(seed)
+    at, rng = broken_layers(n), random.Random(seed)
     away_texts, *back_texts = (passes(texts, BATCH, rng) for texts in (forget, *retain_sets))
     adapted, trained = with_lora(model, list(range(min(at[1] + 1, n))), seed, r=16, lora_alpha=16)
     for name, parameter in adapted.named_parameters():

@@ -117,6 +117,7 @@ def test_a_question_is_on_the_same_half_in_all_sets(tmp_path):
         rows, *halves = data.load_quiz("wmdp_bio", quiz_settings(wmdp=which, data=str(tmp_path)), {})
         sides.append([{rows[i]["question"] for i in half} for half in halves])
     assert [sum(map(len, both)) for both in sides] == [40, 14, 25]
+    assert sides[0] == [{ROWS[i]["question"] for i in half} for half in data.halves(ROWS, quiz_settings().seed)]
     for picking, reporting in sides[1:]:
         assert picking and reporting and picking <= sides[0][0] and reporting <= sides[0][1]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+import flags
 import lm_eval_ablated
 import train_sae
 from data import UserError
@@ -21,13 +22,22 @@ def test_a_flag_that_is_not_finite_is_refused(flags):
         settings(parser("a script"), flags)
 
 
+def test_a_last_word_is_said_behind_what_other_packages_hang_in_front(monkeypatch):
+    """torch.distributed puts its own excepthook in front as the processes connect, which loses ours on the way."""
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(flags, "speak_as_one", lambda: setattr(sys, "excepthook", print))
+    flags.parse(parser("a script"))
+    assert sys.excepthook is flags.ended
+
+
 @pytest.mark.parametrize("console", ["ipykernel_launcher.py -f kernel.json", "colab_kernel_launcher.py -f x",
                                      "pydevconsole.py --mode=client --port=9"])  # fmt: skip
 def test_a_consoles_arguments_are_not_ours(monkeypatch, console):
     monkeypatch.setattr(sys, "argv", console.split())
-    flags, taken = parser("a script"), []
-    command_line(lambda **given: taken.append(given), flags)
-    assert taken == [vars(flags.parse_args([]))]  # what is not given is not made up: a record's own may count
+    p, taken = parser("a script"), []
+    command_line(lambda **given: taken.append(given), p)
+    assert taken == [vars(p.parse_args([]))]  # what is not given is not made up: a record's own may count
 
 
 def test_a_console_that_lacks_a_character_is_no_traceback():
