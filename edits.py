@@ -89,21 +89,26 @@ def watch_tokens(module: torch.nn.Module, tokenizer):
 
 def unwatched_parts(model) -> list[tuple]:
     """(module, name, part) for what TransformerLens has put around the parts of each block, where nobody listens at a
-    hook point inside. model: a TransformerBridge."""
+    hook point inside and it computes nothing by a formula of its own. model: a TransformerBridge."""
+    # TransformerLens listens to norms itself, but only with a fork of a block's input does it do anything with it
+    forks = any(getattr(model.cfg, name, False) for name in ("use_attn_in", "use_split_qkv_input", "use_hook_mlp_in"))
+    handles = [] if forks else [getattr(block, "_capture_hook_handles", []) for block in model.blocks]
+    own = {handle.id for some in handles for handle in some}
 
-    def watched(part):
-        return any(m._forward_hooks or m._forward_pre_hooks for m in part.modules()
-                   if isinstance(m, HookPoint | GeneralizedComponent))  # fmt: skip
+    def needed(part):
+        listeners = (set(m._forward_hooks) | set(m._forward_pre_hooks) for m in part.modules()
+                     if isinstance(m, HookPoint | GeneralizedComponent))  # fmt: skip
+        return any(some - own for some in listeners) or not getattr(part, "use_native_layernorm_autograd", True)
 
     return [(module, name, part) for block in model.blocks for module in block.modules()
             if not isinstance(module, GeneralizedComponent) for name, part in module.named_children()
-            if isinstance(part, GeneralizedComponent) and not watched(part)]  # fmt: skip
+            if isinstance(part, GeneralizedComponent) and not needed(part)]  # fmt: skip
 
 
 @contextmanager
 def without(parts: list[tuple]):
     """Within it Hugging Face's own modules stand in the place of these `unwatched_parts`: the same numbers to the bit,
-    on a small model a fifth to a third sooner (norms are not computed twice). Hooks of whole blocks still work."""
+    on a small model about a fifth sooner (norms are not computed twice). Hooks of whole blocks still work."""
     for module, name, part in parts:
         module._modules[name] = part.original_component
     try:

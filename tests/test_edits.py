@@ -559,17 +559,21 @@ def test_without_hook_points_inside_blocks_the_numbers_are_the_same(model):
         wanted = model(ids)
         parts = edits.unwatched_parts(model)
         with edits.without(parts):
+            left = [part for block in model.blocks for part in block.original_component.modules()
+                    if isinstance(part, edits.GeneralizedComponent)]  # fmt: skip
+            assert not [part for part in left if getattr(part, "use_native_layernorm_autograd", True)]
             assert not edits.unwatched_parts(model)  # all are out
             assert torch.equal(model(ids), wanted)
         assert len(parts) >= 4 * model.cfg.n_layers and len(edits.unwatched_parts(model)) == len(parts)
 
 
-def test_a_hook_inside_a_block_is_not_passed_over(gemma):
+def test_a_hook_inside_a_block_is_not_passed_over(gemma, monkeypatch):
     """Scored with somebody's own hook in place, it is the hooked model that is scored."""
     ids, pushed = some_ids(gemma).tolist(), lambda x, hook: x + 1.0
     usual = evaluation.score_letters(gemma, ids, [20, 21, 22, 23], [edits.NONE])
     everything = len(edits.unwatched_parts(gemma))
-    for point in ("blocks.1.mlp.hook_out", "blocks.2.attn.q.hook_out"):
+    for point in ("blocks.1.mlp.hook_out", "blocks.2.attn.q.hook_out", "blocks.1.hook_mlp_in"):
+        monkeypatch.setattr(gemma.cfg, "use_hook_mlp_in", point.endswith("mlp_in"))
         with gemma.hooks(fwd_hooks=[(point, pushed)]):
             assert 0 < len(edits.unwatched_parts(gemma)) < everything
             found = evaluation.score_letters(gemma, ids, [20, 21, 22, 23], [edits.NONE])
