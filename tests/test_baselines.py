@@ -152,6 +152,7 @@ def test_a_foreign_record_and_records_that_differ_are_refused(two_settings, tmp_
         robustness.run(records=[str(tmp_path / "0.json"), str(tmp_path / "1.json")], out=str(tmp_path / "o.json"))
 
 
+@pytest.mark.slow
 def test_robust_keeps_what_the_model_gets_right_in_all_orders(two_settings, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "PERMUTATIONS", evaluation.PERMUTATIONS[:3])
     flags = dict(method="zero-ablation", **SMALL)
@@ -165,6 +166,7 @@ def test_robust_keeps_what_the_model_gets_right_in_all_orders(two_settings, monk
         robustness.run(records=[str(tmp_path / "r.json")], out=str(tmp_path / "o.json"))
 
 
+@pytest.mark.slow
 def test_a_method_is_tuned_on_other_sets_and_asked_again_on_the_robust_one(two_settings, tmp_path):
     """The cloze set's answers have no letters, so the forms of robustness.py, which ask for some, are not theirs."""
     flags = dict(method="zero-ablation", **SMALL)

@@ -155,6 +155,7 @@ def test_loss_is_our_own_scorers(tmp_path):
 # -------------------------------------------------------------------------- several processes, caches
 
 
+@pytest.mark.slow
 def test_the_command_line_keeps_caches_apart(tmp_path):
     features = listing(tmp_path, "list", [45, 78, 286])
     flags = dict(features=features, layer=3, tasks="tiny_wmdp_bio", limit=9, use_cache=str(tmp_path / "cache"))
@@ -339,6 +340,7 @@ def test_the_cloze_tasks_ask_as_their_release_does(manager):
     ]
 
 
+@pytest.mark.slow
 def test_a_lessons_cloze_answers_are_lm_evals(tmp_path, capsys):
     """In lesson 2, and in a sweep, of the same questions; the second half of what lesson 2 shows stays in our words."""
     same = dict(layer=3, n_features=10, limit=25)
@@ -365,6 +367,7 @@ def test_a_lessons_cloze_answers_are_lm_evals(tmp_path, capsys):
     assert "letters_mass" in clean["mmlu"] and "letters_mass" not in clean["wmdp_bio"]
 
 
+@pytest.mark.slow
 def test_open_answers_are_graded_as_our_own_scorer_grades_them(manager, tmp_path):
     flags = dict(layer=3, n_features=10, tasks="tiny_wmdp_bio_open", limit=30, unablated=True)
     record = lm_eval_ablated.run(**flags, out=str(tmp_path / "r.json"))

@@ -330,6 +330,7 @@ def test_a_download_is_announced_once(lost, hub):
 SETS = {"robust": ("EleutherAI/wmdp_bio_robust_mcqa", "35%", 24), "cloze": ("EleutherAI/wmdp_bio_cloze", "24%", 12)}
 
 
+@pytest.mark.slow
 def test_wmdp_bios_other_sets_by_flag_and_by_task_the_second_time_offline(online, home, tmp_path):
     offline = Worker(home, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
     flags = flags_of("gemma-3-1b-it", "feature_ablate_2.py", tmp_path)

@@ -171,6 +171,7 @@ def test_the_same_seed_trains_the_same_weights_and_another_does_not(trained, tmp
         assert all(torch.equal(files[0][name], files[1][name]) for name in files[0]) == equal
 
 
+@pytest.mark.slow
 def test_adaptive_pushes_each_token_by_its_own_norm(trained, tmp_path):
     fixed, _ = trained
     adaptive = rmu.run(steps=40, limit=2, adaptive=True, out=str(tmp_path / "a.json"))

@@ -14,6 +14,7 @@ import pareto
 import robustness
 from common import load_model, load_sae
 from edits import layer_of
+from flags import settings
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 N, CLAMP, LIMIT = 20, -160.0, 40
@@ -53,9 +54,12 @@ def test_baselines(tuned):
     assert accuracies(json.loads(tuned.read_text())["points"][1]) == RIGHT
 
 
-def test_robustness(tuned, tmp_path):
-    record = robustness.run(records=[str(tuned)], out=str(tmp_path / "r.json"))
-    scores = record["points"][1]["scores"]
+def test_robustness(tuned):
+    s = settings(robustness.flags, {"records": [str(tuned)]})
+    subject, record = robustness.subject_of(str(tuned), s)
+    s.pick_text, s.layer = "prompt", record["layer"]
+    texts, _ = robustness.load_texts([record], s)
+    scores = robustness.scores_of(robustness.examine(subject, texts, s, ("as tuned", "MMLU")), texts)
     assert tuple(round(scores[name]["accuracy"], 3) for name in ("as tuned", "MMLU")) == RIGHT
 
 
