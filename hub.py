@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -137,17 +137,13 @@ def release_of(name: str) -> Release | None:
 
 # ----------------------------------------------------------------------------------------- downloads
 
-WEIGHTS = (".safetensors", ".npz")
 
+def announce(repo: str, *files: str, ignored: tuple[str, ...] = ()) -> None:
+    """Print what loading a repository's files, given as patterns, will download, if anything. Raises UserError if the
+    disk of the cache has no room for it. Says nothing where the hub does not answer: loading will say why."""
+    from huggingface_hub import constants
 
-def announce(repo: str, folder: str = "") -> None:
-    """Print what loading the weights in a repository's folder will download, if anything. Raises UserError if the disk
-    of the cache has no room for it. Says nothing where the hub does not answer: loading will say why."""
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    sizes = dict(weights_in(repo, folder))
-    missing = sum(size for path, size in sizes.items() if not isinstance(try_to_load_from_cache(repo, path), str))
-    cache = Path(constants.HF_HUB_CACHE)
+    missing, cache = to_download(repo, files, ignored), Path(constants.HF_HUB_CACHE)
     disk = next(place for place in (cache, *cache.parents) if place.exists())
     free = shutil.disk_usage(disk).free
     if missing > free:
@@ -157,23 +153,19 @@ def announce(repo: str, folder: str = "") -> None:
         print(f"download: {repo}, {readable(missing)} to {cache} ({readable(free)} free)", file=sys.stderr)
 
 
-def weights_in(repo: str, folder: str) -> list[tuple[str, int]]:
-    """Path and size of each weight file; [] where the hub is off or does not answer at once (its client would wait)."""
-    from huggingface_hub import constants, get_session
-    from huggingface_hub.utils import build_hf_headers
+def to_download(repo: str, files: tuple[str, ...], ignored: tuple[str, ...]) -> int:
+    """Bytes of a repository's files, given as patterns, that are not in the cache; 0 where the hub is off, does not let
+    us in or does not answer within 10 s."""
+    from huggingface_hub import HfApi, snapshot_download
+    from tqdm import tqdm
 
-    if constants.HF_HUB_OFFLINE:
-        return []
     try:
-        address = f"{constants.ENDPOINT}/api/models/{repo}/tree/main/{folder}".rstrip("/")
-        answer = get_session().get(address, headers=build_hf_headers(), timeout=10)
-        answer.raise_for_status()
-        files = [(Path(file["path"]), file["size"]) for file in answer.json()]
-        # Mistral's repositories hold the weights a second time, for Mistral's own code
-        return [(str(path), size) for path, size in files
-                if path.suffix in WEIGHTS and not path.name.startswith("consolidated")]  # fmt: skip
+        commit = HfApi().model_info(repo, timeout=10).sha  # snapshot_download would ask, and wait for minutes
+        found = snapshot_download(repo, revision=commit, allow_patterns=[*files], ignore_patterns=[*ignored],
+                                  tqdm_class=partial(tqdm, disable=True), dry_run=True)  # fmt: skip
     except Exception:  # anything from OSError to the HTTP client's own errors
-        return []
+        return 0
+    return sum(file.file_size or 0 for file in found if file.will_download)
 
 
 def readable(size: int) -> str:
@@ -184,8 +176,8 @@ def announce_sae(release: str, sae_id: str) -> None:
     """As announce, for an SAE of SAELens's table; one that is not in the table is left to SAELens."""
     entry = release_of(release)
     if entry and sae_id in entry.saes_map:
-        path = entry.saes_map[sae_id]
-        announce(entry.repo_id, str(Path(path).parent) if Path(path).suffix in WEIGHTS else path)
+        path = entry.saes_map[sae_id]  # a file, or a folder
+        announce(entry.repo_id, path, *(f"{path}/*{kind}" for kind in (".safetensors", ".npz", ".pt")))
 
 
 def tensor_shapes(repo_id: str, filename: str) -> dict[str, list[int]]:
@@ -248,7 +240,8 @@ def ready(name: str) -> str:
     if Path(path).is_dir():
         refuse_damaged(path)
     elif "/" in path:
-        announce(path)
+        # Mistral's repositories hold the weights a second time, for Mistral's own code; others in folders
+        announce(path, "*.safetensors", ignored=("consolidated*", "*/*"))
     else:
         raise UserError(f"no model {name!r}: give a preset ({', '.join(PRESETS)}), a hub id ORG/NAME or a folder")
     return path

@@ -30,6 +30,7 @@ from sae_lens import (
     TopKSAEConfig,
 )
 from sae_lens.saes.sae import SAEMetadata
+from stand_in_hub import serving
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -441,3 +442,16 @@ def wordy(model_folder, tmp_path_factory):
     model = common.load_model(str(folder), "cpu")
     assert model.tokenizer("a")["input_ids"][0] != 2
     return model
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A stand-in of the hub, nothing in it, which this process asks, with a token and an empty cache."""
+    with serving(tmp_path / "hub") as served:
+        files = served.address + "/{repo_id}/resolve/{revision}/{filename}"
+        known = {"ENDPOINT": served.address, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "cache"),
+                 "HUGGINGFACE_CO_URL_TEMPLATE": files}  # fmt: skip
+        for name, value in known.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        monkeypatch.setenv("HF_TOKEN", "hf_of_someone")
+        yield served

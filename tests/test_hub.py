@@ -3,11 +3,14 @@
 import json
 import os
 import shutil
+import socket
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ordinary_mask, some_windows, write_sae
+from huggingface_hub import hf_hub_download
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
 import common
@@ -119,10 +122,60 @@ def test_sanity_gate_stops_a_sae_read_with_the_wrong_architecture(gemma, tmp_pat
 
 
 def test_a_full_disk_is_noticed_before_the_download(monkeypatch):
-    monkeypatch.setattr(hub, "weights_in", lambda repo, folder: [("model.safetensors", 5 * 10**9)])
+    monkeypatch.setattr(hub, "to_download", lambda *asked: 5 * 10**9)
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 10**9))
     with pytest.raises(UserError, match=r"some/model needs 5\.0 GB of disk.* has 3\.0 GB.*HF_HOME"):
-        hub.announce("some/model")
+        hub.announce("some/model", "*.safetensors")
+
+
+def weigh(folder, **sizes):
+    for name, size in sizes.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".safetensors").write_bytes(bytes(size))
+
+
+def test_what_a_download_takes_is_asked_of_the_hub(stand_in, capfd):
+    """Of a model what is loaded of it, not what lies beside; of an SAE its folder; and nothing once it is there."""
+    folder = stand_in.root / "models/some"
+    weigh(folder / "model", model_1=20_000, model_2=30_000, consolidated=50_000, onnx__model=70_000)
+    assert hub.ready("some/model") == "some/model"
+    entry = hub.release_of("gemma-scope-2-1b-it-res-all")
+    sae_id, inside = next((name, path) for name, path in entry.saes_map.items() if "layer_1_" in name)
+    weigh(stand_in.root / "models" / entry.repo_id / inside, params=90_000)
+    weigh(stand_in.root / "models" / entry.repo_id / inside.replace("layer_1_", "layer_2_"), params=10_000)
+    hub.announce_sae("gemma-scope-2-1b-it-res-all", sae_id)
+    said = [line.split(" to ")[0] for line in capfd.readouterr().err.splitlines()]
+    assert said == ["download: some/model, 0.1 MB", f"download: {entry.repo_id}, 0.1 MB"]
+    assert hub.to_download("some/model", ("*.safetensors",), ("consolidated*", "*/*")) == 50_000
+    hf_hub_download("some/model", "model_1.safetensors")
+    assert hub.to_download("some/model", ("*.safetensors",), ("consolidated*", "*/*")) == 30_000
+    hf_hub_download("some/model", "model_2.safetensors")
+    capfd.readouterr()
+    hub.ready("some/model")
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["off", "gated", "unreachable"])
+def test_where_the_hub_gives_no_sizes_nothing_is_said(stand_in, monkeypatch, capfd, what):
+    weigh(stand_in.root / "models/some/model", model=20_000)
+    stand_in.gated.update(["some/model"] if what == "gated" else [])
+    if what == "off":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if what == "unreachable":
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    started = time.time()
+    hub.ready("some/model")
+    assert not capfd.readouterr().err and time.time() - started < 5
+    assert stand_in.asked == [] or what == "gated"
+
+
+@pytest.mark.slow
+def test_a_hub_that_does_not_answer_is_not_waited_for(stand_in, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.time()
+        assert hub.to_download("some/model", ("*.safetensors",), ()) == 0 and time.time() - started < 20
 
 
 def test_presets_have_an_sae_for_every_layer():
