@@ -27,7 +27,7 @@ code, and --model with the folder it saves.
 # Start a notebook in this folder, beside the helper files. Flags come first: --help need not wait for other imports.
 
 # %%
-from flags import BY_FEATURES, GRIDS, answered, command_line, grid, latent_flags, parser, settings
+from flags import BY_FEATURES, GRIDS, PUSH, answered, command_line, grid, latent_flags, parser, settings
 
 # Eight settings a method, as flags.py has them for edits; learning rates are multiples of the model's. The ranges lie
 # between doing nothing and losing MMLU, by the tuning half alone: in a hundred trial runs on a tiny of 12 layers (rates
@@ -68,6 +68,7 @@ flags.add_argument("--loss-on", default="answer", choices=["answer", "text"], he
                    "losses: of questions on the answer only, as in open-unlearning, or on all their text; a forget "
                    "corpus and Wikitext have no answers and count whole (default: %(default)s)")  # fmt: skip
 flags.add_argument("--relearn", type=int, metavar="STEPS", help="then run robustness.py on what came out")
+flags.add_argument("--push", metavar="ORG/NAME", help=PUSH)
 latent_flags(flags)
 answered(flags, __name__)
 
@@ -87,6 +88,7 @@ from tqdm import tqdm
 
 import pieces
 import processes
+import publish
 import records
 import show
 from common import load_hf, load_model, load_sae
@@ -210,7 +212,7 @@ def tune(method: str, folder: Path, texts: dict, measured: Measured, s) -> list[
 
 def decides(s, method: str) -> list:
     """All that a method's record depends on, besides the data."""
-    free = ("out", "batch_size", "all", "method", "relearn", "no_sanity")
+    free = ("out", "push", "batch_size", "all", "method", "relearn", "no_sanity")
     settled = {name: value for name, value in vars(s).items() if name not in free}
     layers = crisp_layers(s) if method in ("crisp", "undo") else (s.layer,) if method in BY_FEATURES else ()
     saes = [identity(sae_source(s.sae, layer, s.model)) for layer in layers]
@@ -224,9 +226,15 @@ def run(**changes) -> dict:
     s, started = settings(flags, changes), time.time()
     if processes.count() > 1:
         raise UserError("baselines.py is one process: start it without accelerate launch")
+    if s.push and (s.all or s.method not in TRAINED):
+        what = "--all trains many models" if s.all else f"{s.method} is an edit, which trains no model"
+        raise UserError(f"--push: {what}; it takes one --method of {', '.join(TRAINED)}")
+    publish.check_repo(s.push)
     if s.all:
         return run_all(s)
     path = records.outputs(f"baselines_{s.method}.py", s, flags, without=("method",))
+    if record := publish.pushed_before(path, s):
+        return record
     lm = load_model(s.model, s.device, s.dtype, edit_special=s.edit_special)
     texts, sources = load_benchmark(s, lm.tokenizer)
     keep_robust(lm, texts, sources, s)
@@ -263,6 +271,7 @@ def run(**changes) -> dict:
             record["identity"]["folder"] = identity(str(path.with_name(extra["folder"])))
         record |= extra | {"seconds_to_make": round(float(seconds), 2), "peak_gb": records.peak_gb()}
         records.write_record(path, record, figures)
+    publish.push_model(record, path, s.push)
     return record
 
 

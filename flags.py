@@ -43,6 +43,10 @@ USUAL = {"clamp": 1, "threshold": 0.25, "refusal": 1, "strength": 1, "behind": F
 BY_FEATURES = [name for name in GRIDS if name != "diff-in-means"]
 
 
+PUSH = ("then upload what was trained, with a card, to that repository of the hub; a new one is public, unless the "
+        "organization's default is another")  # fmt: skip
+
+
 class ListPresets(argparse.Action):
     def __call__(self, parser, *_):
         print(listed())

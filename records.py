@@ -28,7 +28,7 @@ except ImportError:  # Windows
 
 LONGEST_NAME = 120  # characters of a record's name; figures add to it, and file systems end at 255 bytes
 SHORT = {"layer": "L", "n_features": "n", "clamp": "c", "method": ""}
-NOT_IN_NAMES = ("model", "out", "plot", "all", "relearn", "batch_size", "max_rows", "device", "device_map",
+NOT_IN_NAMES = ("model", "out", "push", "plot", "all", "relearn", "batch_size", "max_rows", "device", "device_map",
                 "no_sanity", "max_batch_size", "use_cache", "output_path", "log_samples")  # fmt: skip
 
 
@@ -99,6 +99,11 @@ def peak_gb() -> float | None:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
 
+def command() -> str:
+    """The command line of this run, its script without a folder."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
 def make_record(script: str, s, saes: list, sources: dict, sanity, points: list, started: float) -> dict:
     """What was run, on what, and one point per edit with its scores; docs/records.md describes the fields. Of several
     SAEs, or where --layer takes several, what is said of the SAE is a list. started: time.time() when it began."""
@@ -110,7 +115,7 @@ def make_record(script: str, s, saes: list, sources: dict, sanity, points: list,
 
     return {
         "script": script,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "seconds": round(time.time() - started, 1),
         "model": s.model,
         "identity": {

@@ -33,7 +33,7 @@ on tiny, and how long it takes: docs/results.md.
 # Start a notebook in this folder, beside the helper files. Flags come first: --help need not wait for other imports.
 
 # %%
-from flags import answered, command_line, parser, settings
+from flags import PUSH, answered, command_line, parser, settings
 
 WITHOUT = ("--sae", "--n-features", "--clamp", "--pick", "--max-rows", "--no-sanity", "--device-map", "--edit-special")
 flags = parser(__doc__, quiz=True, without=WITHOUT)
@@ -45,6 +45,7 @@ flags.add_argument("--lr", type=float, help="learning rate of AdamW (default: th
 flags.add_argument("--adaptive", action="store_true", help="Adaptive RMU by its paper: each token by its own norm "
                    "before training, not all by the first batch's mean norm")  # fmt: skip
 flags.add_argument("--sweep", action="store_true", help="train with every multiple and alpha of a grid, and choose")
+flags.add_argument("--push", metavar="ORG/NAME", help=PUSH)
 answered(flags, __name__)
 
 # %%
@@ -60,6 +61,7 @@ from tqdm import tqdm
 
 import pieces
 import processes
+import publish
 import records
 import show
 from common import load_hf, load_model
@@ -252,7 +254,8 @@ def sweep(setting: Setting, folder: Path, texts: dict, s) -> tuple[list[Setting]
 
 def decides(setting: Setting, sources: dict, s) -> list:
     """All that a sweep depends on."""
-    settled = {name: value for name, value in vars(s).items() if name not in ("out", "batch_size", "multiple", "alpha")}
+    free = ("out", "push", "batch_size", "multiple", "alpha")
+    settled = {name: value for name, value in vars(s).items() if name not in free}
     return [settled, asdict(setting), sources, identity(model_source(s.model))]
 
 
@@ -261,9 +264,12 @@ def run(**changes) -> dict:
     s, started = settings(flags, changes), time.time()
     if processes.count() > 1:
         raise UserError("RMU is trained by one process: start rmu.py without accelerate launch")
+    publish.check_repo(s.push)
     setting = setting_of(s)
     s.layer = setting.layer
     path = records.outputs("rmu.py", s, flags)
+    if record := publish.pushed_before(path, s):
+        return record
     lm = load_model(s.model, s.device, s.dtype)
     texts, sources = load_benchmark(s, lm.tokenizer)
     keep_robust(lm, texts, sources, s)
@@ -298,6 +304,7 @@ def run(**changes) -> dict:
         how = f"layer {setting.layer}, {setting.multiple:g} norms, alpha {setting.alpha:g}"
         title = f"{records.short_name(s.model)}: {points[chosen]['method']}, {how}"
         records.write_record(path, record, {"losses": lambda: show.curves(dict(zip(LOG, zip(*log))), title, LOG[:2])})
+    publish.push_model(record, path, s.push)
     return record
 
 

@@ -17,7 +17,7 @@ The first command trains tiny's own SAEs; docs/results.md says what they reach, 
 import argparse
 
 from data import HERE
-from flags import answered, command_line, settings
+from flags import PUSH, answered, command_line, settings
 
 flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 flags.add_argument("--model", default="tiny", help="preset, hub id or folder (default: %(default)s)")
@@ -35,6 +35,7 @@ flags.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
 flags.add_argument("--device", help="cuda, mps or cpu (default: cuda if there is one)")
 flags.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model, not of SAEs")
 flags.add_argument("--out", default="my_saes", help="folder to write to (default: %(default)s)")
+flags.add_argument("--push", metavar="ORG/NAME", help=PUSH)
 answered(flags, __name__)
 
 # %%
@@ -52,6 +53,7 @@ from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 import processes
+import publish
 from common import firing_rates, load_model
 from data import UserError, batches, first_line, read_jsonl, token_windows
 from edits import NONE, Edit, edit_of, layer_of, watch_tokens
@@ -166,6 +168,7 @@ def run(**changes) -> dict:
     """run(layers=[7], tokens=10**6): any flag by name. Writes OUT/layer_L and OUT/measured.json; returns the latter."""
     s = settings(flags, changes)
     check(s)
+    publish.check_repo(s.push)
     if processes.count() > 1:
         raise UserError("SAEs are trained by one process: start train_sae.py without accelerate launch")
     torch.manual_seed(s.seed)
@@ -193,6 +196,8 @@ def run(**changes) -> dict:
         measured[f"layer_{layer}"] = measure(model, sae, held_out[:400], training[:4000], s.batch_size)
         print(f"layer {layer}: {measured[f'layer_{layer}']}")
     (Path(s.out) / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
+    if s.push:
+        publish.push_saes(Path(s.out), measured, s.text, s.model, s.push)
     return measured
 
 

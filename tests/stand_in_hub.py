@@ -2,9 +2,11 @@
 A stand-in for the model and dataset hub, over HTTP on the loopback: what huggingface_hub and datasets ask for, no more.
 
 A folder ROOT/models/ORG/NAME or ROOT/datasets/ORG/NAME is a repository with one revision, `main`. Some repositories can
-be made to fail: gated ones let nobody in, lost ones have no revision `main`, broken ones end downloads half-way.
+be made to fail: gated ones let nobody in, lost ones have no revision `main`, broken ones end downloads half-way. With a
+token one may upload, but not to the organizations in `closed`; all files come within commits, none by LFS or Xet.
 """
 
+import base64
 import hashlib
 import json
 import threading
@@ -15,10 +17,11 @@ from urllib.parse import parse_qs, unquote, urlparse
 
 
 class Hub:
-    """What the server serves and how; asked: (method, path) of every request so far."""
+    """What the server serves and how; asked: (method, path) of every request so far; validated: cards that it read."""
 
     def __init__(self, root: Path):
         self.root, self.gated, self.lost, self.broken, self.asked = root, set(), set(), set(), []
+        self.closed, self.validated = set(), []
 
     def commit(self, repo: str) -> str:
         return hashlib.sha1(repo.encode()).hexdigest()
@@ -81,6 +84,11 @@ class Handler(BaseHTTPRequestHandler):
         url = urlparse(self.path)
         self.hub.asked.append((self.command, unquote(self.path)))
         parts = unquote(url.path).strip("/").split("/")
+        if {"create", "preupload", "commit"} & set(parts):
+            return self.upload(parts[1:], body)
+        if parts == ["api", "validate-yaml"]:
+            self.hub.validated.append(json.loads(body)["content"])
+            return self.json({"errors": [], "warnings": []})
         if parts[0] == "api":
             return self.api(parts[1:], parse_qs(url.query), body)
         kind = "datasets" if parts[0] == "datasets" else "models"
@@ -150,6 +158,28 @@ class Handler(BaseHTTPRequestHandler):
             return self.json([everything[path] for path in wanted if path in everything])
         branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": self.hub.commit(repo)}
         return self.json({"branches": [branch], "tags": [], "converts": []})
+
+    def upload(self, parts: list[str], body: str):
+        asked = json.loads(body.splitlines()[0])
+        repo = f"{asked['organization']}/{asked['name']}" if parts[1] == "create" else "/".join(parts[1:3])
+        folder = self.hub.root / "models" / repo
+        if "Authorization" not in self.headers:
+            return self.refuse(401, "", "Invalid username or password.")
+        if repo.split("/")[0] in self.hub.closed:
+            return self.refuse(403, "", "You don't have the rights to create a model under this namespace")
+        if parts[1] == "create":
+            there = folder.is_dir()
+            folder.mkdir(parents=True, exist_ok=True)
+            return self.reply(409 if there else 200, json.dumps({"url": f"{self.hub.address}/{repo}"}).encode())
+        if "preupload" in parts:
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            return self.json({"files": [{"path": file["path"], **modes} for file in asked["files"]]})
+        for one in map(json.loads, body.splitlines()[1:]):
+            path = folder / one["value"]["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(base64.b64decode(one["value"]["content"]))
+        commit = self.hub.commit(repo)
+        return self.json({"commitUrl": f"{self.hub.address}/{repo}/commit/{commit}", "commitOid": commit})
 
     def info(self, kind: str, repo: str) -> dict:
         siblings = [{"rfilename": name} for name in self.hub.files(kind, repo)]
