@@ -2,7 +2,9 @@
 Show results: tables and figures.
 """
 
+import json
 from collections import Counter
+from urllib.parse import quote
 
 import matplotlib.pyplot as plt
 import torch
@@ -193,18 +195,34 @@ def top_tokens(model, sae, features: list[int], windows: list[list[int]], k: int
     ]
 
 
+LONGEST_ADDRESS = 8000  # characters; many servers take no more
+
+
+def quick_list(source: str, features: list[int]) -> tuple[str, int]:
+    """Address of one Neuronpedia page of the first features, as many as it has room for, and how many those are.
+    source: MODEL/SAE, as Neuronpedia calls them. SAELens's own function opens a browser."""
+    model, sae = source.split("/")
+    rows = [{"modelId": model, "layer": sae, "index": str(feature)} for feature in features]
+    while True:
+        asked = quote(json.dumps(rows, separators=(",", ":")), safe=":,")
+        address = f"https://neuronpedia.org/quick-list/?name=picked%20features&features={asked}"
+        if len(address) <= LONGEST_ADDRESS:
+            return address, len(rows)
+        rows.pop()
+
+
 def print_features(features, forget: Rates, retain: Rates, tokens: list[list[str]], sae, most: int = 20) -> None:
-    """The chosen features: firing rates, ratio, the tokens they are most active on, their Neuronpedia page."""
+    """The chosen features: firing rates, ratio, the tokens they are most active on, a Neuronpedia page of them."""
     ratio = activation_ratio(forget, retain)
-    page = sae.cfg.metadata.neuronpedia_id
-    if page:
-        print(f"\npages: https://neuronpedia.org/{page}/FEATURE")
     print(f"\n  {'feature':>8}{'forget rate':>13}{'retain rate':>13}{'ratio':>9}   most active on")
     for feature, words in list(zip(features, tokens))[:most]:
         print(f"  {feature:8}{100 * forget.rate[feature]:12.3f}%{100 * retain.rate[feature]:12.3f}%"
               f"{ratio[feature]:9.1f}   {' '.join(map(repr, words))}")  # fmt: skip
     if len(features) > most:
         print(f"  ... and {len(features) - most} more, all in the record")
+    if source := sae.cfg.metadata.neuronpedia_id:
+        address, n = quick_list(source, features)
+        print(f"\nNeuronpedia, {'all' if n == len(features) else f'the first {n}'} of these features: {address}")
 
 
 def scatter(features: list[int], forget: Rates, retain: Rates, title: str):

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import parse_qs, urlparse
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
 from conftest import CLAMP
+from sae_lens.analysis.neuronpedia_integration import get_neuronpedia_quick_list
 
 import baselines
 import lm_eval_ablated
@@ -18,6 +20,7 @@ import pareto
 import records
 import show
 import train_sae
+from common import Rates
 from data import UserError
 from edits import NONE, Edit
 from flags import parser, settings
@@ -191,3 +194,26 @@ def test_an_sae_that_cannot_be_trained_is_refused_before_the_work(monkeypatch, t
     monkeypatch.setattr(train_sae, "read_texts", None)  # the work
     with pytest.raises(UserError, match=said):
         train_sae.run(**flags, out=str(tmp_path))
+
+
+def test_one_neuronpedia_page_has_the_picked_features(monkeypatch, capsys):
+    rates, picked = Rates(torch.ones(64), torch.ones(64), 100), list(range(60, 0, -1))
+    about = SimpleNamespace(neuronpedia_id=None, model_name="gemma-2-2b")
+    sae = SimpleNamespace(cfg=SimpleNamespace(metadata=about))
+    show.print_features(picked, rates, rates, [["x"]] * 60, sae)
+    assert "euronpedia" not in capsys.readouterr().out
+    about.neuronpedia_id = "gemma-2-2b/12-gemmascope-res-16k"
+    show.print_features(picked, rates, rates, [["x"]] * 60, sae)
+    said = capsys.readouterr().out.splitlines()[-1]
+    monkeypatch.setattr("webbrowser.open", lambda address: None)
+    theirs, ours = urlparse(get_neuronpedia_quick_list(sae, picked)), urlparse(said.split()[-1])
+    assert said.startswith("Neuronpedia, all of these features: ") and ours[:3] == theirs[:3]
+    theirs, ours = (json.loads(parse_qs(address.query)["features"][0]) for address in (theirs, ours))
+    assert ours == theirs and len(ours) == 60
+
+
+def test_an_address_has_no_more_features_than_there_is_room_for():
+    address, n = show.quick_list("gemma-2-2b/12-gemmascope-res-16k", list(range(16000, 16384)))
+    assert 50 < n < 384 and len(address) <= 8000
+    rows = json.loads(parse_qs(urlparse(address).query)["features"][0])
+    assert [row["index"] for row in rows] == [str(16000 + i) for i in range(n)]
