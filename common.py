@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 import hub
 import processes
 from data import HERE, UserError, first_line
-from edits import Latents, alike, applied, edit_of, layer_of, log_probs, random_ids, residuals
+from edits import Latents, alike, applied, edit_of, few_rows, layer_of, log_probs, random_ids, residuals
 
 disable_progress_bar()  # "Loading weights" would come before the first line of ours
 
@@ -185,9 +185,10 @@ def firing_rates(model, sae, windows, batch_size: int = 16, desc: str | None = N
     total = torch.zeros_like(fires, dtype=torch.float64)
     everything = Latents(sae, range(sae.cfg.d_sae))
     for h, _ in residuals(model, layer_of(sae), windows, batch_size, desc):
-        acts, _ = everything.encode(h)
-        fires += summed((acts > 0).float()).long()
-        total += summed(acts)
+        for rows in few_rows(sae, h):
+            acts, _ = everything.encode(rows)
+            fires += summed((acts > 0).float()).long()
+            total += summed(acts)
         n += len(h)
     fires, total, n = map(processes.total, (fires, total, n))
     return Rates(fires, total, int(n))

@@ -214,12 +214,21 @@ def alike(found: torch.Tensor, wanted: torch.Tensor, model, run) -> bool:
 
 # ----------------------------------------------------------------------------------------------- latents
 
+AT_ONCE = 2**25  # activations of all features, at most; an SAE's pass holds them four times over, 0.5 GB in all
+
+
+def few_rows(sae: SAE, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """h (..., d_model) as pieces (n, d_model), of so few tokens that the SAE makes no more than AT_ONCE activations of
+    one: a batch's (batch, pos, d_sae) may take more memory than the model."""
+    return h.flatten(0, -2).split(max(1, AT_ONCE // sae.cfg.d_sae))
+
 
 class Latents:
     """Some of an SAE's features: encodes and decodes only these, so that an edit costs next to nothing.
 
-    features: their ids, (n,). The formulas are SAELens's own, per architecture and normalisation (tests compare).
-    Raises ValueError for features the SAE lacks and for one named twice.
+    features: their ids, (n,); of range(d_sae), which is all of them, no weights are copied. The formulas are SAELens's
+    own, per architecture and normalisation (tests compare). Raises ValueError for features the SAE lacks and for one
+    named twice.
     """
 
     def __init__(self, sae: SAE, features: list[int]):
@@ -227,27 +236,40 @@ class Latents:
             raise ValueError("a feature is named twice")
         if len(features) and not 0 <= min(features) <= max(features) < sae.cfg.d_sae:
             raise ValueError(f"feature ids must lie in 0..{sae.cfg.d_sae - 1}")
-        self.sae, self.features = sae, torch.as_tensor(features, dtype=torch.long, device=sae.W_dec.device)
-        self.arch = sae.cfg.architecture()
-        pick = self.features
-        self.W_dec = sae.W_dec[pick]  # (n, d_model)
-        self.W_enc = sae.W_enc if self.arch == "topk" else sae.W_enc[:, pick].contiguous()
-        if self.arch == "topk" and sae.cfg.rescale_acts_by_decoder_norm:
-            self.W_dec = self.W_dec / self.W_dec.norm(dim=-1, keepdim=True)
+        self.sae, self.features = sae, torch.as_tensor(features, dtype=torch.long)
+        self.arch, self.all = sae.cfg.architecture(), features == range(sae.cfg.d_sae)
+        self.take(sae.W_dec.device)
         # GPT-2's SAEs were trained with centred writing weights: each residual vector had mean zero
         kwargs = sae.cfg.metadata.model_from_pretrained_kwargs or {}
         self.centre = bool(kwargs.get("center_writing_weights"))
 
+    def take(self, device: torch.device) -> None:
+        """Take the features' weights from the SAE, which is on the device."""
+        self.features = self.features.to(device)
+        self.rows = self.sae.W_dec if self.all else self.sae.W_dec[self.features]
+        whole = self.all or self.arch == "topk"
+        self.W_enc = self.sae.W_enc if whole else self.sae.W_enc[:, self.features].contiguous()
+
+    def own(self, x: torch.Tensor) -> torch.Tensor:
+        """Of x (..., d_sae) what is the features', (..., n)."""
+        return x if self.all else x[..., self.features]
+
+    @property
+    def W_dec(self) -> torch.Tensor:
+        """(n, d_model), what a feature's activation of 1 adds."""
+        rescaled = self.arch == "topk" and self.sae.cfg.rescale_acts_by_decoder_norm
+        return self.rows / self.rows.norm(dim=-1, keepdim=True) if rescaled else self.rows
+
     def follow(self, device: torch.device) -> None:
         """Move, once, to where the residual stream is: a large model's layers are spread over devices."""
-        if self.W_dec.device != device:
+        if self.rows.device != device:
             self.sae.to(device)
-            self.features, self.W_dec, self.W_enc = (x.to(device) for x in (self.features, self.W_dec, self.W_enc))
+            self.take(device)
 
     def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
         """h: (..., d_model), any dtype. Returns activations (..., n) in fp32 and the run-time scale of the decoder."""
         self.follow(h.device)
-        sae, pick, x, scale = self.sae, self.features, h.to(self.sae.dtype), 1.0
+        sae, own, x, scale = self.sae, self.own, h.to(self.sae.dtype), 1.0
         if self.centre:
             x = x - x.mean(-1, keepdim=True)
         if sae.cfg.normalize_activations == "constant_norm_rescale":
@@ -260,16 +282,15 @@ class Latents:
         if sae.cfg.apply_b_dec_to_input:
             x = x - sae.b_dec
         if self.arch == "topk":
-            pre = x @ self.W_enc + sae.b_enc
-            if sae.cfg.rescale_acts_by_decoder_norm:
-                pre = pre * sae.W_dec.norm(dim=-1)
-            return sae.activation_fn(pre)[..., pick], scale
+            norms = sae.W_dec.norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else 1.0
+            acts = [own(sae.activation_fn((rows @ self.W_enc + sae.b_enc) * norms)) for rows in few_rows(sae, x)]
+            return torch.cat(acts).unflatten(0, x.shape[:-1]), scale
         pre = x @ self.W_enc
         if self.arch == "gated":
-            return (pre + sae.b_gate[pick] > 0) * torch.relu(pre * sae.r_mag[pick].exp() + sae.b_mag[pick]), scale
-        pre = pre + sae.b_enc[pick]
+            return (pre + own(sae.b_gate) > 0) * torch.relu(pre * own(sae.r_mag).exp() + own(sae.b_mag)), scale
+        pre = pre + own(sae.b_enc)
         acts = torch.relu(pre)
-        return (acts * (pre > sae.threshold[pick]) if self.arch == "jumprelu" else acts), scale
+        return (acts * (pre > own(sae.threshold)) if self.arch == "jumprelu" else acts), scale
 
     def moved(self, h: torch.Tensor, change: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
         """h (..., d_model) with `change` (..., n) added to the activations, in h's dtype."""
@@ -277,10 +298,22 @@ class Latents:
 
 
 def passed(sae: SAE, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """All activations (..., d_sae) for h (..., d_model), and what the SAE makes of them, both by SAELens, in fp32."""
-    mean = h.float().mean(-1, keepdim=True) if Latents(sae, []).centre else 0.0
-    acts = sae.encode(h.float() - mean)
-    return acts, sae.decode(acts) + mean
+    """How many features are active (...,) at h (..., d_model), and what the SAE makes of it in fp32, by SAELens.
+
+    But a gated SAE's activations are Latents': SAELens would copy the whole W_enc for each of the pieces.
+    """
+    gated = sae.cfg.architecture() == "gated"
+    latents, found = Latents(sae, range(sae.cfg.d_sae) if gated else []), []
+    for rows in few_rows(sae, h.float()):
+        mean = rows.mean(-1, keepdim=True) if latents.centre else 0.0
+        if gated:
+            sae.process_sae_in(rows - mean)  # decode goes by the norms that it leaves behind
+            acts, _ = latents.encode(rows)
+        else:
+            acts = sae.encode(rows - mean)
+        found.append(((acts > 0).sum(-1), sae.decode(acts) + mean))
+    active, back = (torch.cat(parts).unflatten(0, h.shape[:-1]) for parts in zip(*found))
+    return active, back
 
 
 # ----------------------------------------------------------------------------------------------- methods

@@ -351,8 +351,8 @@ def fit_of(model, sae, windows: list[list[int]]) -> tuple[float, float, int]:
         for h, _ in residuals(model, layer_of(sae), windows, 16, shared=False):
             h = h.float()
             origin = h.mean(0) if origin is None else origin  # sums of squares far from it would lose digits
-            acts, back = passed(sae, h)
-            active += (acts > 0).sum().item()
+            fires, back = passed(sae, h)
+            active += fires.sum().item()
             error, norm = (h - back).pow(2).sum(-1, keepdim=True), h.norm(dim=-1, keepdim=True)
             rows = torch.cat([h - origin, error, norm], 1)
             sums = torch.cat([rows.sum(0), rows[:, :-2].pow(2).sum()[None]]).cpu().double()

@@ -13,7 +13,7 @@ import torch
 import processes
 from common import Rates, firing_rates, largest, load_model, load_sae, matched_random, pick_features, summed
 from data import UserError, batches, encode, encode_prompts, halves, load_rows, padded, picking_windows, prompt
-from edits import Edit, Latents, applied, edit_of, gate_of, hidden, layer_of, residuals, watch_tokens
+from edits import Edit, Latents, applied, edit_of, few_rows, gate_of, hidden, layer_of, residuals, watch_tokens
 from engine import check_engine
 from flags import GRIDS
 from hub import sanity_gate
@@ -100,9 +100,9 @@ def attributions(m: Measured) -> torch.Tensor:
                 gain = said.gather(1, right.to(said.device)).max(1).values.sum()
                 (slope,) = torch.autograd.grad(gain, kept["h"])
             with torch.no_grad():
-                acts, scale = everything.encode(kept["h"])
-                found = acts * ((slope.to(acts.dtype) * scale) @ everything.W_dec.T)
-                total += summed(found[kept["editable"]])
+                for h, down in zip(*(few_rows(m.sae, x[kept["editable"]]) for x in (kept["h"], slope))):
+                    acts, scale = everything.encode(h)
+                    total += summed(acts * ((down.to(acts.dtype) * scale) @ everything.W_dec.T))
     return processes.total(total) / len(rows)
 
 
@@ -123,8 +123,9 @@ def output_scores(m: Measured, text: str = "From my experience,", top: int = 20,
         raise UserError(f"--pick output-score: cannot tell which module of {type(model).__name__} is its final norm")
     ids = padded([encode(m.lm.tokenizer, text)], m.lm.tokenizer, m.lm.cfg.device)
     acts, scale = everything.encode(hidden(model, ids, m.place)[:, -1])
-    steps, found = factor * acts.max() * everything.W_dec * scale, []
-    for some, vectors in zip(steps.split(256), everything.W_dec.split(256)):
+    found = []
+    for vectors in everything.W_dec.split(256):
+        some = factor * acts.max() * vectors * scale
 
         def amplified(h, editable, some=some):
             return torch.cat([h[:, :-1], (h[:, -1:] + some[:, None].to(h.device)).to(h.dtype)], 1)

@@ -256,6 +256,7 @@ def write_sae(
     norm: str = "none",
     b_dec: bool = False,
     d_in: int = D_MODEL,
+    d_sae: int = D_SAE,
     seed: int = 0,
     spoil=None,
     **metadata,
@@ -263,7 +264,7 @@ def write_sae(
     """Save an SAE of that kind with random weights. `spoil(sae)` may change it before it is written."""
     metadata = SAEMetadata(**{"hook_name": HOOK, "model_name": model_name, **metadata})
     options = dict(
-        d_in=d_in, d_sae=D_SAE, apply_b_dec_to_input=b_dec, normalize_activations=norm, metadata=metadata
+        d_in=d_in, d_sae=d_sae, apply_b_dec_to_input=b_dec, normalize_activations=norm, metadata=metadata
     )  # fmt: skip
     if kind == "standard":
         sae = StandardSAE(StandardSAEConfig(**options))
