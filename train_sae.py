@@ -6,9 +6,10 @@ Train SAEs for a model that has none, at several layers in one run, with SAELens
     python train_sae.py --model gpt2 --layers 7 --text Skylion007/openwebtext --width 16384 --tokens 200000000
 
 Works for any model that the other scripts do. The text is a hub data set, a text file (documents separated by blank
-lines) or a JSONL file with a "text" in each line; one document in twenty is held out and measured on. Trained as
-BatchTopK (Bussmann, Leask and Nanda, arXiv 2412.06410), which SAELens saves as a JumpReLU SAE; each folder OUT/layer_L
-is what --sae takes.
+lines) or a JSONL file with a "text" in each line; one document in twenty is held out and measured on. A text of more
+tokens than --tokens asks for is not tokenised whole: documents are drawn at random until there are enough. Over a
+shorter one training goes several times, its windows in a new order each time. Trained as BatchTopK (Bussmann, Leask and
+Nanda, arXiv 2412.06410), which SAELens saves as a JumpReLU SAE; each folder OUT/layer_L is what --sae takes.
 
 The first command trains tiny's own SAEs; docs/results.md says what they reach, and how long it takes.
 """
@@ -64,6 +65,7 @@ from hub import check_sae, sanity_gate
 TRAINING_BATCH = 1024  # tokens per optimiser step
 BUFFER = 2**16  # tokens that are mixed before they are served, so that a step does not see one document only
 HELD_OUT = 20  # one document in so many
+MEASURED, COUNTED = 400, 4000  # windows of held-out text, and of training text for the share of dead features
 
 # %% [markdown]
 # ## Text and activations
@@ -85,6 +87,14 @@ def read_texts(source: str, most: int = 200_000) -> list[str]:
         return [row["text"] for row in islice(load_dataset(source, split="train", streaming=True), most)]
     except Exception as error:  # the hub's libraries raise anything from OSError to RuntimeError
         raise UserError(f"cannot load {source} from the hub: {first_line(error)}") from error
+
+
+def drawn_windows(tokenizer, texts: list[str], context: int, tokens: int, seed: int) -> list[list[int]]:
+    """Windows of documents that are drawn at random until they have `tokens`, in the order of the texts; of all
+    documents, where these have no more."""
+    order = random.Random(seed).sample(range(len(texts)), len(texts))
+    windows, sources = token_windows(tokenizer, [texts[i] for i in order], context, tokens, bos=True)
+    return [windows[at] for at in sorted(range(len(windows)), key=lambda at: order[sources[at]])]
 
 
 def hook_name(layer: int) -> str:
@@ -115,8 +125,8 @@ def activations(model, windows: list[list[int]], layers: list[int], batch_size: 
 
 
 # %%
-def train(model, windows, s) -> dict[int, BatchTopKTrainingSAE]:
-    """One SAE per layer, all on the same stream of activations."""
+def train(model, windows, s) -> dict[int, Path]:
+    """One SAE per layer, all on the same stream of activations; returns the folders that they are saved in."""
     saes = {}
     for layer in s.layers:
         metadata = SAEMetadata(hook_name=hook_name(layer), model_name=Path(s.model).name, context_size=s.context)
@@ -135,7 +145,10 @@ def train(model, windows, s) -> dict[int, BatchTopKTrainingSAE]:
     names = {str(layer): hook_name(layer) for layer in s.layers}
     mixed = multi_hook_concat_split_iter(BUFFER, TRAINING_BATCH, stream, list(names.values()))
     MultiSAETrainer(config, saes, names, mixed).fit()
-    return {layer: saes[str(layer)] for layer in s.layers}
+    folders = {layer: Path(s.out) / f"layer_{layer}" for layer in s.layers}
+    for layer, folder in folders.items():
+        saes[str(layer)].save_inference_model(folder)
+    return folders
 
 
 def measure(model, sae: SAE, held_out, training, batch_size: int) -> dict:
@@ -182,19 +195,21 @@ def run(**changes) -> dict:
     texts = read_texts(s.text)
     held_out = read_texts(s.held_out) if s.held_out else texts[::HELD_OUT]
     texts = texts if s.held_out else [text for i, text in enumerate(texts) if i % HELD_OUT]
-    training, held_out = (token_windows(model.tokenizer, part, s.context, bos=True)[0] for part in (texts, held_out))
+    # beside --tokens: what is in the buffer at the end, and what the scale of the activations is estimated on; and a
+    # window may leave one token behind it that makes no other
+    needed = max(s.tokens + 2 * BUFFER, COUNTED * (s.context + 1))
+    training = drawn_windows(model.tokenizer, texts, s.context, needed, s.seed)
+    held_out = token_windows(model.tokenizer, held_out, s.context, MEASURED * (s.context + 1), bos=True)[0]
     if not training or not held_out:
         raise UserError(f"--text {s.text}: too little text to train and measure on")
     measured = {}
-    for layer, trained in train(model, training, s).items():
-        folder = Path(s.out) / f"layer_{layer}"
-        trained.save_inference_model(folder)
+    for layer, folder in train(model, training, s).items():  # all are saved before the first is measured
         sae = SAE.load_from_disk(folder, device=str(model.cfg.device), dtype="float32")
         sae.source = str(folder)
         check_sae(sae, model, layer)
         sae.requires_grad_(False)
-        measured[f"layer_{layer}"] = measure(model, sae, held_out[:400], training[:4000], s.batch_size)
-        print(f"layer {layer}: {measured[f'layer_{layer}']}")
+        measured[folder.name] = measure(model, sae, held_out[:MEASURED], training[:COUNTED], s.batch_size)
+        print(f"layer {layer}: {measured[folder.name]}")
     (Path(s.out) / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
     if s.push:
         publish.push_saes(Path(s.out), measured, s.text, s.model, s.push)
