@@ -204,8 +204,7 @@ def identity(source: str) -> str:
     if Path(source).is_dir():
         whole = hashlib.sha256()
         for path in sorted(path for path in Path(source).iterdir() if path.is_file() and path.name[0] != "."):
-            with path.open("rb") as file:
-                whole.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+            whole.update(path.name.encode() + content_hash(path))
         return f"sha256:{whole.hexdigest()[:32]}"
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
@@ -217,6 +216,23 @@ def identity(source: str) -> str:
     main = cached / "refs/main"
     commits = [main.read_text()] if main.is_file() else sorted(path.name for path in cached.glob("snapshots/*"))
     return ":".join(filter(None, (f"{repo}@{'+'.join(commits) or 'unknown'}", inside)))
+
+
+LARGE = 2**26  # bytes: no file of so many is written anew between two ticks of the clock of a file system
+KNOWN_HASHES = {}  # {path, size and times of a large file: its hash}
+
+
+def content_hash(path: Path) -> bytes:
+    """SHA-256 of a file, read piece by piece; a large one is read again only after somebody has touched it."""
+    stat = path.stat()
+    key = (path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    if key in KNOWN_HASHES:
+        return KNOWN_HASHES[key]
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").digest()
+    if stat.st_size >= LARGE:
+        KNOWN_HASHES[key] = found
+    return found
 
 
 def check_same(path: str, record: dict, what: str, source: str, layer: int | None = None) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import time
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
@@ -206,6 +207,25 @@ def test_identity_is_content_whatever_the_path_and_the_time_say(tmp_path, name):
     (tmp_path / "a" / name).write_bytes(b"1235")  # of the same length
     os.utime(tmp_path / "a" / name, (1, 1))
     assert identity(str(tmp_path / "a")) != first
+
+
+def test_large_weights_are_read_once_and_never_whole(tmp_path, monkeypatch):
+    """A sweep asks what its model is for its pieces and for its record."""
+    file, reads = tmp_path / "model.safetensors", []
+    with file.open("wb") as content:
+        content.truncate(hub.LARGE)
+    os.utime(file, (1, 1))
+    digest = hub.hashlib.file_digest
+    monkeypatch.setattr(hub.hashlib, "file_digest", lambda *args: reads.append(1) or digest(*args))
+    tracemalloc.start()
+    first = identity(str(tmp_path))
+    assert tracemalloc.get_traced_memory()[1] < hub.LARGE / 20
+    tracemalloc.stop()
+    assert identity(str(tmp_path)) == first and len(reads) == 1
+    with file.open("r+b") as content:
+        content.write(b"x")
+    os.utime(file, (1, 1))
+    assert identity(str(tmp_path)) != first
 
 
 def test_a_repositorys_identity_is_its_commit(monkeypatch, tmp_path):
