@@ -59,7 +59,7 @@ TRAINING = {
 }
 BESIDE = {"npo-sam": 4, "undo": 4, "mudman": 8}  # bytes a weight: perturbed; the teacher; adversary and running mean
 TAUGHT = {"lr": 1, "k": 30, "alpha": 0.1, "pull": 5}  # what UNDO starts from: CRISP, with what it chose on tiny
-flags = parser(__doc__, quiz=True, without=("--n-features", "--max-rows", "--device-map"))
+flags = parser(__doc__, quiz=True, without=("--n-features", "--device-map"))
 flags.add_argument("--method", choices=[*GRIDS, *TRAINED], default="clamp", help="(default: %(default)s)")
 flags.add_argument("--all", action="store_true", help="every method in turn, RMU too, then the figure and a table")
 flags.add_argument("--steps", type=int, help="of training (default: each method's own)")
@@ -86,6 +86,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import memory
 import pieces
 import processes
 import publish
@@ -98,8 +99,18 @@ from engine import check_engine
 from evaluation import answers, answers_of_never_knew, best_setting, keep_robust, scores_of
 from hub import identity, identity_of_never_knew, model_source, sae_source
 from methods import Measured, edit_for, measure
-from training import check_room, training_windows
-from unlearning import LOSSES, by_circuit_breakers, by_crisp, by_mudman, by_nll, by_undo
+from training import reach, training_windows
+from unlearning import (
+    LOSSES,
+    RANKS,
+    adapted_layers,
+    by_circuit_breakers,
+    by_crisp,
+    by_mudman,
+    by_nll,
+    by_undo,
+    lora_matrices,
+)
 
 NLL_LOG = ("forget text, nats per token", "retain text, nats per token")  # what logs hold
 LOGS = {
@@ -212,7 +223,7 @@ def tune(method: str, folder: Path, texts: dict, measured: Measured, s) -> list[
 
 def decides(s, method: str) -> list:
     """All that a method's record depends on, besides the data."""
-    free = ("out", "push", "batch_size", "all", "method", "relearn", "no_sanity")
+    free = ("out", "push", "batch_size", "max_memory", "all", "method", "relearn", "no_sanity")
     settled = {name: value for name, value in vars(s).items() if name not in free}
     layers = crisp_layers(s) if method in ("crisp", "undo") else (s.layer,) if method in BY_FEATURES else ()
     saes = [identity(sae_source(s.sae, layer, s.model)) for layer in layers]
@@ -242,7 +253,11 @@ def run(**changes) -> dict:
         raise UserError(f"--layer {s.layer}: the model has layers 0 to {lm.cfg.n_layers - 1}")
     sae = load_sae(s.sae, s.layer, lm, s.model) if s.method in BY_FEATURES else None
     if s.method in (*LOSSES, "mudman", "undo"):
-        check_room(s.method, s.model, s.device, s.dtype, BESIDE.get(s.method, 0))
+        memory.check_room(s.method, s.model, s.device, s.dtype, BESIDE.get(s.method, 0))
+    elif s.method in RANKS:
+        layers = reach(crisp_layers(s)) if s.method == "crisp" else adapted_layers(lm.cfg.n_layers)
+        memory.check_room(s.method, s.model, s.device, s.dtype,
+                          trained=lambda empty: lora_matrices(empty, layers, RANKS[s.method]))  # fmt: skip
     measured = measure(lm, s.layer, sae, texts["forget"], texts["retain"], s.clamp, s)
     check_engine(lm, [measured.place] if s.method in GRIDS else [])
     with pieces.keeping(path, [decides(s, s.method), sources]) as folder:

@@ -32,6 +32,18 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
+LESS_MEMORY = "--dtype bfloat16 takes half of what float32 does; else take a smaller model, SAE or --batch-size"
+
+
+def ran_out(error: BaseException) -> bool:
+    """Is it the error of a device that has no memory left?"""
+    if not isinstance(error, RuntimeError):
+        return False
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return type(error).__name__ == "OutOfMemoryError" or should_reduce_batch_size(error)
+
+
 # --------------------------------------------------------------------------------- questions and texts
 
 # Where a data set is found if no folder has it: hub id, configuration, split, revision, the first that loads. Where

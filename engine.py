@@ -10,12 +10,13 @@ batch begin with, as a quiz's header, is run once for all of them.
 import itertools
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, KVSharingDict
 
+import memory
 from data import UserError, first_line, padded, special_ids
 from edits import (
     NONE,
@@ -64,14 +65,15 @@ class OnePass:
     Calling it runs the unablated model and returns what leaves its final norm, (batch, pos, d_model). Then `rows`
     (n_edits, batch) says which row belongs to which edit and prompt, rows 0 to batch - 1 being the unablated prompts
     and the others `copies`; `source` (n_rows,) is each row's prompt; and `run_copies` runs the later layers on the
-    copies, at most `max_rows` at a time. A copy branches off behind the first layer at which its edit changes anything.
-    Tokens before the first that any of its layers changes are not run again: later layers are causal, so they take the
-    unablated prompt's keys and values. Likewise the tokens that prompts begin with, all alike or some, are a stage of
-    their own, run once for each different beginning, and not again while the next batch begins with the same.
+    copies, as many at a time as there is memory for, at most COPY_TOKENS tokens; max_memory: as memory.free_bytes has
+    it. A copy branches off behind the first layer at which its edit changes anything. Tokens before the first that any
+    of its layers changes are not run again: later layers are causal, so they take the unablated prompt's keys and
+    values. Likewise the tokens that prompts begin with, all alike or some, are a stage of their own, run once for each
+    different beginning, and not again while the next batch begins with the same.
     """
 
-    def __init__(self, model, edits: list[Edit], max_rows: int = 64):
-        self.model, self.edits, self.max_rows = model, edits, max_rows
+    def __init__(self, model, edits: list[Edit], max_memory: float | None = None):
+        self.model, self.edits, self.max_memory = model, edits, max_memory
         self.layers = sorted({layer for edit in edits for layer in edit.at})
         # what such an edit does at its second layer hangs on the whole prompt as its first one leaves it
         self.in_one_piece = any(edit.whole and len(edit.at) > 1 for edit in edits)
@@ -202,30 +204,54 @@ class OnePass:
     def run_copies(self):
         """Yield (rows, start, h): rows of copies (n,), and from token `start` on what leaves the final norm,
         (n, pos - start, d_model)."""
-        batch = len(self.rows[0])
         order = sorted(range(len(self.copies)), key=lambda i: (self.copies[i].layer, self.copies[i].start))
         for layer, group in itertools.groupby(order, key=lambda i: self.copies[i].layer):
-            group = list(group)
-            for at in range(0, len(group), self.max_rows):
-                some = group[at : at + self.max_rows]
-                copies, rows = [self.copies[i] for i in some], torch.tensor(some) + batch
-                start = copies[0].start
-                h, cache = self.edited(copies, layer, start), for_rows(self.cache, self.source[rows], start, layer + 1)
-                out, first = [], 0
-                for stage, places in zip(self.stages, self.places):
-                    length = stage.ids.shape[1]
-                    skip = max(0, start - first)
-                    if skip < length:
-                        ones, again = alike_so_far(copies, places)
-                        if len(ones) < len(copies):
-                            cache = for_rows(cache, ones, start, layer + 1)
-                        piece = h[ones.to(h.device), first + skip - start : first + length - start]
-                        of = [copies[i] for i in ones]
-                        out.append(self.later_layers(piece, layer, of, stage, places, first, skip, cache)[again])
-                        if len(ones) < len(copies):
-                            cache = for_rows(cache, again, first + length, layer + 1)
-                    first += length
-                yield rows, start, self.model.ln_final(torch.cat(out, 1))
+            some, total = list(group), self.ordinary.shape[1]
+            tokens = total - self.copies[some[0]].start  # later ones have fewer
+            room = self.at_once(tokens, total, self.model.cfg.n_layers - layer - 1)
+            size = min(room, memory.COPY_TOKENS // tokens)
+            yield from memory.in_parts(some, size, partial(self.run_some, layer=layer))
+
+    def at_once(self, tokens: int, total: int, layers: int) -> int:
+        """How many prompts or copies there is memory for, of which `tokens` tokens, the last of `total`, run through
+        `layers` layers."""
+        free = memory.free_bytes(torch.device(self.model.cfg.device), self.max_memory)
+        return int(memory.SHARE * free / memory.row_bytes(self.model, tokens, total, layers))
+
+    def over(self, some_batches, score) -> None:
+        """score(picked, ids) of each batch's prompts, of as many at a time as there is memory for."""
+        for picked, ids in some_batches:
+            tokens = ids.shape[1]
+            memory.refuse_without_room(self.model, tokens, self.max_memory)
+            room = self.at_once(tokens, tokens, self.model.cfg.n_layers)
+
+            def part(places, picked=picked, ids=ids):
+                score([picked[i] for i in places], ids[places])
+
+            for _ in memory.in_parts(list(range(len(picked))), min(room, len(picked)), part):
+                pass
+
+    def run_some(self, some: list[int], layer: int) -> tuple:
+        """`run_copies`' triple of these copies."""
+        batch = len(self.rows[0])
+        copies, rows = [self.copies[i] for i in some], torch.tensor(some) + batch
+        start = copies[0].start
+        h, cache = self.edited(copies, layer, start), for_rows(self.cache, self.source[rows], start, layer + 1)
+        out, first = [], 0
+        for stage, places in zip(self.stages, self.places):
+            length = stage.ids.shape[1]
+            skip = max(0, start - first)
+            if skip < length:
+                ones, again = alike_so_far(copies, places)
+                if len(ones) < len(copies):
+                    cache = for_rows(cache, ones, start, layer + 1)
+                piece = h[ones.to(h.device), first + skip - start : first + length - start]
+                of = [copies[i] for i in ones]
+                out.append(self.later_layers(piece, layer, of, stage, places, first, skip, cache)[again])
+                if len(ones) < len(copies):
+                    cache = for_rows(cache, again, first + length, layer + 1)
+            first += length
+        return rows, start, self.model.ln_final(torch.cat(out, 1))
 
     def later_layers(self, h, layer: int, copies: list[Copy], stage: Stage, places, first: int, skip: int, cache):
         """Run the layers behind `layer` on h (n, pos - skip, d_model), given what they were given for the stage's
@@ -374,7 +400,7 @@ def check_engine(model, layers) -> None:
 
 @torch.inference_mode()
 def try_engine(model, layer: int | None) -> None:
-    """check_engine for one layer (None: for no edit); copies are as many as there are prompts, and more."""
+    """check_engine for one layer (None: for no edit)."""
     plain, special = model.original_model, special_ids(model.tokenizer)
     ids = random_ids(plain, (3, 20))
     common_id = next(i for i in range(len(special) + 1) if i not in special)
@@ -396,8 +422,8 @@ def try_engine(model, layer: int | None) -> None:
         return torch.stack([torch.cat(rows) for rows in found])
 
     wanted = one_by_one()
-    for max_rows, in_one_piece in ((3, True), (4, False)):
-        run = OnePass(model, edits, max_rows)
+    for in_one_piece in (True, False):
+        run = OnePass(model, edits)
         run.in_one_piece = in_one_piece
         h = run(padded(prompts, model.tokenizer, ids.device)).clone()[run.source]
         for rows, start, copies in run.run_copies():

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
+import memory
 from common import load_never_knew
 from data import (
     CLOZE,
@@ -87,7 +88,7 @@ def refuse_not_numbers(found: torch.Tensor, rows: list[list[int]], edits, what: 
 
 
 @torch.inference_mode()
-def score_letters(model, prompts, letters, edits, batch_size=16, desc=None, max_rows=64) -> torch.Tensor:
+def score_letters(model, prompts, letters, edits, batch_size=16, desc=None, max_memory=None) -> torch.Tensor:
     """Log-probability of each answer letter after each prompt: (n_edits, n_prompts, 4), fp32, over the vocabulary.
 
     prompts: lists of ids; letters: the four letters' ids, or several for each, of which the likeliest counts. Only the
@@ -99,8 +100,9 @@ def score_letters(model, prompts, letters, edits, batch_size=16, desc=None, max_
     letters = torch.tensor(letters).reshape(4, -1)
     out = torch.zeros(len(edits), len(prompts), 4)  # what other processes score stays 0 here
     last = torch.tensor([len(row) - 1 for row in prompts])
-    run = OnePass(model, edits, max_rows)
-    for picked, ids in batches(prompts, batch_size, model.tokenizer, model.cfg.device, desc):
+    run = OnePass(model, edits, max_memory)
+
+    def score(picked, ids):
         clean = run(ids)
         ends, scores = last[picked][run.source], torch.empty(len(run.source), 4)
         for rows, start, h in itertools.chain([(torch.arange(len(ids)), 0, clean)], run.run_copies()):
@@ -108,6 +110,8 @@ def score_letters(model, prompts, letters, edits, batch_size=16, desc=None, max_
             logits = run.head(h[torch.arange(len(h), device=h.device), end][:, None])[:, 0]
             scores[rows] = logits.log_softmax(-1)[:, letters].amax(-1).cpu()
         out[:, picked] = scores[run.rows]
+
+    run.over(batches(prompts, batch_size, model.tokenizer, model.cfg.device, desc), score)
     out = over_processes(out)
     refuse_not_numbers(out, prompts, edits, "question", model.tokenizer)
     return out
@@ -115,7 +119,7 @@ def score_letters(model, prompts, letters, edits, batch_size=16, desc=None, max_
 
 @torch.inference_mode()
 def score_loss(
-    model, windows, edits, batch_size=16, desc=None, max_rows=64, chunk=2**25, first=None
+    model, windows, edits, batch_size=16, desc=None, max_memory=None, chunk=2**25, first=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed next-token loss of each window, (n_edits, n_windows) in nats, fp64, and its targets (n_windows,).
 
@@ -126,8 +130,9 @@ def score_loss(
     check_engine(model, {min(edit.at) for edit in edits if edit.at})
     nats = torch.zeros(len(edits), len(windows), dtype=torch.float64)
     targets = torch.zeros(len(windows), dtype=torch.long)
-    run = OnePass(model, edits, max_rows)
-    for picked, ids in batches(windows, batch_size, model.tokenizer, model.cfg.device, desc, first=first):
+    run = OnePass(model, edits, max_memory)
+
+    def score(picked, ids):
         clean = run(ids)
         ids, real = ids.to(clean.device), run.ordinary[:, 1:].to(clean.device)  # (batch, pos - 1): is t + 1 a target
         if first is not None:
@@ -142,20 +147,22 @@ def score_loss(
             sums[rows] = of_clean[source, :start].sum(1) + new.sum(1)
         nats[:, picked] = sums[run.rows]
         targets[picked] = real.sum(1).cpu()
+
+    run.over(batches(windows, batch_size, model.tokenizer, model.cfg.device, desc, first=first), score)
     nats = over_processes(nats)
     refuse_not_numbers(nats, windows, edits, "text", model.tokenizer)
     return nats, over_processes(targets)
 
 
 def score_words(
-    model, questions: list[dict], edits, batch_size=16, desc=None, max_rows=64, form=IN_WORDS
+    model, questions: list[dict], edits, batch_size=16, desc=None, max_memory=None, form=IN_WORDS
 ) -> torch.Tensor:
     """Log-probability per character of each option as an answer in words, (n_edits, n_questions, 4), fp64: asked
     without header, options and letters. Per character, as lm-eval's acc_norm has it: else the shortest option wins.
     A pass holds four times as many of these short windows as of prompts. form: IN_WORDS or CLOZE, the prompt. Raises
     UserError as score_letters does."""
     windows, first = encode_words(model.tokenizer, questions, form)
-    nats = score_loss(model, windows, edits, 4 * batch_size, desc, 4 * max_rows, first=first)[0]
+    nats = score_loss(model, windows, edits, 4 * batch_size, desc, max_memory, first=first)[0]
     return per_character(nats, questions)
 
 
@@ -214,12 +221,12 @@ def exact_answers(model, questions: list[dict], edits, batch_size=16, desc=None)
     return np.array([[normalised(text) == one for text, one in zip(texts, right)] for texts in said])
 
 
-def score_open(model, questions: list[dict], edits, batch_size=16, desc=None, max_rows=64) -> list[dict]:
+def score_open(model, questions: list[dict], edits, batch_size=16, desc=None, max_memory=None) -> list[dict]:
     """One score per edit of open answers, the first being the clean model's: {"exact": as accuracy_score, of
     `exact_answers`, "right_nats_per_token": as mean_score, over the questions, of what a token of the right answer
     costs}. Raises UserError as score_letters does."""
     windows, first = right_windows(model.tokenizer, questions)
-    nats, tokens = score_loss(model, windows, edits, 4 * batch_size, desc, 4 * max_rows, first=first)
+    nats, tokens = score_loss(model, windows, edits, 4 * batch_size, desc, max_memory, first=first)
     nats, exact = (nats / tokens.clamp(min=1)).numpy(), exact_answers(model, questions, edits, batch_size, desc)
     pairs = [(exact[k], nats[k], *((exact[0], nats[0]) if k else (None, None))) for k in range(len(edits))]
     return [{"exact": accuracy_score(one, "", clean, chance=0.0), "right_nats_per_token": mean_score(cost, before)}
@@ -238,20 +245,26 @@ def token_losses(run: OnePass, h: torch.Tensor, ids: torch.Tensor, real: torch.T
     return out
 
 
-def foretell(model, title: str, rows: list[list[int]], score, batch_size: int = 16) -> float | None:
-    """Print how long score(rows) will take, and return it in seconds: timed on a batch of rows of middling length.
+def foretell(
+    model, title: str, rows: list[list[int]], score, batch_size: int = 16, max_memory: float | None = None
+) -> float | None:
+    """Print what memory and how long score(rows) will take, and return the seconds: timed on a batch of rows of
+    middling length.
 
     rows: lists of ids. None, and no word, for what takes seconds anyway.
     """
     tokens = sum(map(len, rows))
     if tokens * sum(p.numel() for p in model.original_model.parameters()) < WORTH_FORETELLING:
         return None
+    memory.refuse_without_room(model, max(map(len, rows)), max_memory)
+    need, free = memory.room_for(model, max(map(len, rows)), max_memory)
     at = max(0, (len(rows) - batch_size) // 2)
     some = sorted(rows, key=len)[at : at + batch_size]
     started = time.perf_counter()
     score(some)
     seconds = (time.perf_counter() - started) * tokens / sum(map(len, some)) / count_processes()
-    print(f"{title}: {len(rows)} rows of {tokens / len(rows):.0f} tokens to score, about {seconds / 60:.1f} min")
+    print(f"{title}: {len(rows)} rows of {tokens / len(rows):.0f} tokens to score, about {seconds / 60:.1f} min; the "
+          f"longest takes {need:.2f} GB, {free:.1f} GB are free")  # fmt: skip
     return seconds
 
 
@@ -408,22 +421,22 @@ def score_quiz(
         rows, _ = encode_words(model.tokenizer, asked, CLOZE)
 
         def score(lm, edits, desc=None):
-            return score_words(lm, asked, edits, s.batch_size, desc, s.max_rows, CLOZE)
+            return score_words(lm, asked, edits, s.batch_size, desc, s.max_memory, CLOZE)
 
         def try_out(some):
-            return score_loss(model, some, own, 4 * s.batch_size, max_rows=4 * s.max_rows)
+            return score_loss(model, some, own, 4 * s.batch_size, max_memory=s.max_memory)
     else:
         rows, letters = encode_prompts(model.tokenizer, [prompt(row, style=s.prompt) for row in asked], s.prompt)
 
         def score(lm, edits, desc=None, some=rows):
-            return score_letters(lm, some, letters, edits, s.batch_size, desc, s.max_rows)
+            return score_letters(lm, some, letters, edits, s.batch_size, desc, s.max_memory)
 
         def try_out(some):
             return score(model, own, some=some)
 
-    foretell(model, title, rows, try_out, s.batch_size)
+    foretell(model, title, rows, try_out, s.batch_size, s.max_memory)
     found = [score(model, own, title)]
-    worded = [score_words(model, asked, own, s.batch_size, f"{title} in words", s.max_rows)] if in_words else []
+    worded = [score_words(model, asked, own, s.batch_size, f"{title} in words", s.max_memory)] if in_words else []
     if NEVER_KNEW in edits:
         twin = load_never_knew(s.model, s.device, s.dtype)
         found.append(score(twin, [NONE]))
@@ -439,9 +452,9 @@ def score_texts(model, title: str, texts: list[str], edits, s) -> tuple[list[dic
     windows, documents = token_windows(model.tokenizer, texts[: s.limit], max_tokens=SCORED_TOKENS, bos=True)
 
     def losses(some, desc=None):
-        return score_loss(model, some, own, s.batch_size, desc, s.max_rows)
+        return score_loss(model, some, own, s.batch_size, desc, s.max_memory)
 
-    foretell(model, title, windows, losses, s.batch_size)
+    foretell(model, title, windows, losses, s.batch_size, s.max_memory)
     nats, targets = losses(windows, title)
     if NEVER_KNEW in edits:
         twin = load_never_knew(s.model, s.device, s.dtype)
@@ -500,7 +513,7 @@ def answers(lm, texts: dict, edits: list[Edit], s, run=None) -> list[dict]:
     keep what it has in pieces; items: lists of ids.
     """
     run = run or (lambda name, items, score: score(items, name))
-    found, rows = [{} for _ in edits], getattr(s, "max_rows", 64)
+    found, most = [{} for _ in edits], getattr(s, "max_memory", None)
 
     def in_words(name, asked, form):
         windows, first = encode_words(lm.tokenizer, asked, form)
@@ -508,7 +521,7 @@ def answers(lm, texts: dict, edits: list[Edit], s, run=None) -> list[dict]:
 
         def say(some, desc=None):
             at = [begins[tuple(window)] for window in some]
-            return score_loss(lm, some, edits, 4 * s.batch_size, desc, rows, first=at)[0]
+            return score_loss(lm, some, edits, 4 * s.batch_size, desc, most, first=at)[0]
 
         return rounded(per_character(run(name, windows, say), asked))
 
@@ -516,7 +529,7 @@ def answers(lm, texts: dict, edits: list[Edit], s, run=None) -> list[dict]:
         prompts, letters = encode_prompts(lm.tokenizer, [prompt(row, style=s.prompt) for row in asked], s.prompt)
 
         def letter_by_letter(some, desc=None):
-            return rounded(score_letters(lm, some, letters, edits, s.batch_size, desc, rows))
+            return rounded(score_letters(lm, some, letters, edits, s.batch_size, desc, most))
 
         return run(name, prompts, letter_by_letter)
 
@@ -533,7 +546,7 @@ def answers(lm, texts: dict, edits: list[Edit], s, run=None) -> list[dict]:
     targets = [sum(token not in special for token in window[1:]) for window in windows]
 
     def lose(some, desc=None):
-        return score_loss(lm, some, edits, s.batch_size, desc, rows)[0]
+        return score_loss(lm, some, edits, s.batch_size, desc, most)[0]
 
     for one, nats in zip(found, run("openwebtext", windows, lose)):
         one["openwebtext"] = [nats.tolist(), targets, documents]

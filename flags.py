@@ -14,7 +14,7 @@ import traceback
 import warnings
 from pathlib import Path
 
-from data import WMDP, UserError, check_folder
+from data import LESS_MEMORY, WMDP, UserError, check_folder, first_line, ran_out
 from hub import PRESETS, listed
 from processes import LostProcess, leave, speak_as_one
 
@@ -89,7 +89,8 @@ def parser(doc: str, without: tuple[str, ...] = (), quiz: bool = False) -> argpa
     add("--skip-long", action="store_true", help="leave out, and count, questions longer than the model's positions")
     add("--limit", type=int, help="score only that many questions (a seeded sample) or documents of each data set")
     add("--batch-size", type=int, default=16, help="prompts per pass; changes memory, not results (default: 16)")
-    add("--max-rows", type=int, default=64, help="edited copies per pass; changes memory, not results (default: 64)")
+    add("--max-memory", type=float, metavar="GB", help="of the device's memory, that a run may have, weights among it; "
+        "changes time, not results (default: what is free)")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of split, control features and bootstrap (default: %(default)s)")
     add("--device", help="cuda, cuda:1, mps or cpu (default: cuda if there is one; accelerate launch decides "
         "for each process)")  # fmt: skip
@@ -151,7 +152,7 @@ def settings(p: argparse.ArgumentParser, flags: dict) -> argparse.Namespace:
 
 def refuse_bad_numbers(s: argparse.Namespace) -> None:
     """Raises UserError if a number of the settings, or one in a list of them, is NaN, infinite, or too small."""
-    least = {"seed": 0, "n_features": 1, "controls": 1, "batch_size": 1, "max_rows": 1, "limit": 1, "context": 1}
+    least = {"seed": 0, "n_features": 1, "controls": 1, "batch_size": 1, "limit": 1, "context": 1}
     for name, value in vars(s).items():
         for number in value if isinstance(value, list | tuple) else [value]:
             flag = f"--{name.replace('_', '-')} {number}"
@@ -186,6 +187,8 @@ def ended(kind, error, trace) -> None:
     """In place of sys.excepthook: a script's end that is not its last line."""
     say = speak_as_one()
     atexit.unregister(leave)
+    if ran_out(error):
+        error = UserError(f"no memory is left ({first_line(error)}): {LESS_MEMORY}")
     if isinstance(error, UserError | LostProcess):
         say(f"error: {error}")
         raise SystemExit(2 if isinstance(error, UserError) else 1)

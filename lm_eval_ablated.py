@@ -31,7 +31,7 @@ On tiny the first command prints the scores that lesson 2 does.
 # %%
 from flags import BY_FEATURES, GRIDS, USUAL, answered, command_line, latent_flags, parser, settings
 
-flags = parser(__doc__, without=("--max-rows", "--skip-long"))
+flags = parser(__doc__, without=("--max-memory", "--skip-long"))
 
 
 def number_or_auto(text: str) -> int | str:

@@ -28,7 +28,7 @@ except ImportError:  # Windows
 
 LONGEST_NAME = 120  # characters of a record's name; figures add to it, and file systems end at 255 bytes
 SHORT = {"layer": "L", "n_features": "n", "clamp": "c", "method": ""}
-NOT_IN_NAMES = ("model", "out", "push", "plot", "all", "relearn", "batch_size", "max_rows", "device", "device_map",
+NOT_IN_NAMES = ("model", "out", "push", "plot", "all", "relearn", "batch_size", "max_memory", "device", "device_map",
                 "no_sanity", "max_batch_size", "use_cache", "output_path", "log_samples")  # fmt: skip
 
 

@@ -35,7 +35,7 @@ on tiny, and how long it takes: docs/results.md.
 # %%
 from flags import PUSH, answered, command_line, parser, settings
 
-WITHOUT = ("--sae", "--n-features", "--clamp", "--pick", "--max-rows", "--no-sanity", "--device-map", "--edit-special")
+WITHOUT = ("--sae", "--n-features", "--clamp", "--pick", "--no-sanity", "--device-map", "--edit-special")
 flags = parser(__doc__, quiz=True, without=WITHOUT)
 flags.add_argument("--layer", type=int, help="whose residual stream is steered (default: the model's setting)")
 flags.add_argument("--multiple", type=float, help="how far, in norms of forget text (default: the model's setting)")
@@ -59,6 +59,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import memory
 import pieces
 import processes
 import publish
@@ -122,8 +123,11 @@ def rmu_loss(
 
 
 def down_projections(model, layer: int) -> dict[str, torch.nn.Parameter]:
-    """{name: matrix} of the layer and the two before it. Raises UserError for a family without a known one."""
+    """{name: matrix} of the layer and the two before it. Raises UserError for a family without a known one, and for a
+    layer that the model lacks."""
     found, blocks = {}, decoder_layers(model)
+    if not 0 <= layer < len(blocks):
+        raise UserError(f"--layer {layer}: the model has layers 0 to {len(blocks) - 1}")
     for number in range(max(0, layer - 2), layer + 1):
         for name, matrix in blocks[number].named_parameters():
             if name in DOWN_PROJECTIONS:
@@ -223,8 +227,6 @@ def setting_of(s) -> Setting:
 def forgetful(setting: Setting, folder: Path, texts: dict, s) -> tuple:
     """Load the model, train it, save it to the folder; what `train` returns."""
     model, tokenizer = load_hf(s.model, s.device, s.dtype)
-    if not 0 <= setting.layer < len(decoder_layers(model)):
-        raise UserError(f"--layer {setting.layer}: the model has layers 0 to {len(decoder_layers(model)) - 1}")
     forget, retain = picking_windows(tokenizer, texts["forget"], texts["retain"], s)
     result = train(model, tokenizer, forget, retain, setting, s.adaptive, s.seed)
     records.save_model(model, tokenizer, folder)
@@ -254,7 +256,7 @@ def sweep(setting: Setting, folder: Path, texts: dict, s) -> tuple[list[Setting]
 
 def decides(setting: Setting, sources: dict, s) -> list:
     """All that a sweep depends on."""
-    free = ("out", "push", "batch_size", "multiple", "alpha")
+    free = ("out", "push", "batch_size", "max_memory", "multiple", "alpha")
     settled = {name: value for name, value in vars(s).items() if name not in free}
     return [settled, asdict(setting), sources, identity(model_source(s.model))]
 
@@ -270,6 +272,7 @@ def run(**changes) -> dict:
     path = records.outputs("rmu.py", s, flags)
     if record := publish.pushed_before(path, s):
         return record
+    memory.check_room("RMU", s.model, s.device, s.dtype, trained=lambda empty: down_projections(empty, setting.layer))
     lm = load_model(s.model, s.device, s.dtype)
     texts, sources = load_benchmark(s, lm.tokenizer)
     keep_robust(lm, texts, sources, s)

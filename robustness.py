@@ -29,7 +29,7 @@ was trained without the forget facts. --all takes every record in results/ (or i
 from flags import answered, command_line, parser, settings
 
 WITHOUT = ("--model", "--sae", "--layer", "--n-features", "--clamp", "--pick", "--pick-on", "--pick-text", "--data",
-           "--forget-corpus", "--device-map", "--max-rows", "--seed", "--limit", "--no-sanity", "--context",
+           "--forget-corpus", "--device-map", "--max-memory", "--seed", "--limit", "--no-sanity", "--context",
            "--edit-special")  # fmt: skip
 flags = parser(__doc__, without=WITHOUT)
 flags.add_argument("records", nargs="*", metavar="RECORD", help="of baselines.py or rmu.py")
@@ -53,6 +53,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import memory
 import pieces
 import processes
 import records
@@ -64,7 +65,7 @@ from edits import NEVER_KNEW, NONE, Edit, applied, edit_of
 from evaluation import accuracy_score, exact_answers, quiz_scores, score_letters, score_words
 from hub import check_same, identity, load_tokenizer, model_source, never_knew
 from survival import by_survival, reached, survival_figure, survival_table, survives
-from training import check_room, training_windows
+from training import training_windows
 
 KNOWS = 0.9  # of what the unablated model gets right: it is back
 LEARNING_RATE = {"tiny": 1e-3}  # elsewhere 2e-5, usual for fine-tuning whole models
@@ -463,7 +464,7 @@ def run(**changes) -> dict:
     s.pick_text, s.layer = "prompt", given[0]["layer"]
     texts, sources = load_texts(given, s)
     if s.relearn:
-        check_room("--relearn", s.model, s.device, s.dtype)
+        memory.check_room("--relearn", s.model, s.device, s.dtype)
     path = records.outputs("robustness.py", s, flags)
     twins = [Subject(name, NEVER_KNEW, layer=s.layer) for name in [never_knew(s.model)] if name]
     subjects = [Subject(s.model, layer=s.layer), *twins, *(subject for subject, _ in pairs)]

@@ -1,18 +1,15 @@
 """
-What scripts that train share: texts and batches of them, next-token losses, AdamW in fp32, and is there memory enough.
+What scripts that train share: texts and batches of them, next-token losses, AdamW in fp32.
 """
 
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import psutil
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from common import best_device
 from data import (
     LETTERS,
     RETAIN_TOKENS,
@@ -26,7 +23,6 @@ from data import (
     token_windows,
 )
 from edits import decoder_layers
-from hub import model_source
 
 QUESTION_TOKENS = 512  # of a question that is trained on with its answer, open-unlearning's
 
@@ -126,37 +122,6 @@ class Master:
                 if copy is not one:
                     one.copy_(copy)
         self.optimizer.zero_grad()
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that training could have on the device."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return psutil.virtual_memory().available
-
-
-def check_room(what: str, model: str, device: str | None, dtype: str, beside: int = 0) -> None:
-    """Say what training all weights of a model (as for load_model) needs and what is free, before it is loaded.
-
-    In bytes a weight: its own 2 or 4, for bfloat16 a copy in fp32 (4), a gradient (4), AdamW's two moments (8), and
-    what else the method keeps, `beside`.
-    Activations come on top and are not counted. Raises UserError where even this does not fit.
-    """
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_source(model)))
-    n = sum(one.numel() for one in empty.parameters())
-    parts = {"weights": getattr(torch, dtype).itemsize, "fp32 copies": 4 * (dtype != "float32"), "gradients": 4,
-             "Adam's moments": 8, "other copies": beside}  # fmt: skip
-    need, free = n * sum(parts.values()) / 1e9, free_bytes(torch.device(device or best_device())) / 1e9
-    shares = ", ".join(f"{name} {n * size / 1e9:.2f}" for name, size in parts.items() if size)
-    text = f"{what} trains all {n / 1e6:,.1f} million weights: {need:.2f} GB ({shares}) and activations"
-    if need > free:
-        raise UserError(f"{text}; {free:.2f} GB are free. rmu.py and `baselines.py --method crisp` train few weights, "
-                        "the edits of baselines.py none")  # fmt: skip
-    print(f"{text}; {free:.2f} GB are free")
 
 
 # --------------------------------------------------------------------------------------- what is trained on

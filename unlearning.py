@@ -220,6 +220,15 @@ def by_undo(setting: dict, model, tokenizer, forget: list[tuple], retain_sets: l
 # ---------------------------------------------------------------------- LoRA on what the residual stream holds
 
 
+RANKS = {"crisp": 4, "circuit-breakers": 16}  # their releases'
+
+
+def lora_matrices(model, layers: list[int], rank: int) -> dict:
+    """{name: a matrix as large as LoRA's two} of what with_lora trains, on the meta device."""
+    return {name: torch.empty(rank, sum(model.get_submodule(name).weight.shape), device="meta")
+            for name in linear_modules(model, layers)}  # fmt: skip
+
+
 def with_lora(model, layers: list[int], seed: int, **options):
     """The model with LoRA on all matrices of attention and MLP in these layers, and what is trained of it. options: of
     LoraConfig."""
@@ -257,6 +266,11 @@ def broken_layers(n: int) -> list[int]:
     return [round(n * layer / 32) for layer in (10, 20)]
 
 
+def adapted_layers(n: int) -> list[int]:
+    """Which of n layers circuit breakers train: all up to the deeper of `broken_layers`."""
+    return list(range(min(broken_layers(n)[1] + 1, n)))
+
+
 def by_circuit_breakers(
     setting: dict, model, tokenizer, forget: list[list[int]], retain_sets: list[list[list[int]]], seed: int
 ) -> tuple:
@@ -276,7 +290,7 @@ def by_circuit_breakers(
     n = len(decoder_layers(model))
     at, rng = broken_layers(n), random.Random(seed)
     away_texts, *back_texts = (passes(texts, BATCH, rng) for texts in (forget, *retain_sets))
-    adapted, trained = with_lora(model, list(range(min(at[1] + 1, n))), seed, r=16, lora_alpha=16)
+    adapted, trained = with_lora(model, adapted_layers(n), seed, r=RANKS["circuit-breakers"], lora_alpha=16)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=1e-3)
@@ -345,7 +359,7 @@ def by_crisp(
     if not any(picked.values()):
         raise UserError("CRISP: no feature is three times as active on forget text as on retain text")
     away_texts, coherent, *back_texts = (passes(part, BATCH, rng) for part in (forget, retain_sets[0], *retain_sets))
-    adapted, trained = with_lora(model, reach(saes), seed, r=4, lora_alpha=8)
+    adapted, trained = with_lora(model, reach(saes), seed, r=RANKS["crisp"], lora_alpha=8)
     master, log = Master(trained, setting["lr"], amsgrad=True), []
 
     for number in tqdm(range(setting["steps"]), desc="crisp", unit="step", leave=False):

@@ -15,6 +15,7 @@ import data
 import edits
 import engine
 import evaluation
+import memory
 from data import UserError, encode_prompts, prompt
 from edits import METHODS, NONE, Edit, applied, edit_of
 from engine import OnePass
@@ -86,7 +87,8 @@ def losses_one_by_one(model, edits, windows):
 
 def stack(model, edits, ids):
     """What leaves the final norm for every row, (n_rows, pos, d_model), and the run."""
-    run = OnePass(model, edits, max_rows=5)
+    run = OnePass(model, edits)
+    run.at_once = lambda *sizes, **more: 5
     kept = run(ids).clone()[run.source]
     for rows, start, h in run.run_copies():
         kept[rows, start:] = h
@@ -123,16 +125,17 @@ def test_loss_in_one_pass_equals_one_run_per_ablation(model, sae):
 
 
 @pytest.mark.parametrize("shared", [9, pytest.param(13, marks=pytest.mark.slow)])
-def test_what_all_prompts_begin_with_is_run_once(model, sae, shared):
+def test_what_all_prompts_begin_with_is_run_once(model, sae, shared, monkeypatch):
     """Longer than the sliding window, with special tokens and edited ones inside."""
     rows = [row[: 15 + 2 * k] for k, row in enumerate(some_ids(model, (8, 30), seed=5).tolist())]
     other = some_ids(model, (1, 30), seed=6)[0].tolist()  # the last batch begins otherwise
     prompts = [[*(rows[0] if k > 2 else other)[:shared], *row[shared:]] for k, row in enumerate(rows)]
     sizes = []
     engine.check_engine(model, [1])
+    monkeypatch.setattr(memory, "COPY_TOKENS", 7 * 29)
     handle = model.blocks[0].register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape[:2])))
-    found = score_letters(model, prompts, [20, 21, 22, 23], ablations(sae), batch_size=5, max_rows=7)
-    nats, targets = score_loss(model, prompts, ablations(sae), batch_size=5, max_rows=7)
+    found = score_letters(model, prompts, [20, 21, 22, 23], ablations(sae), batch_size=5)
+    nats, targets = score_loss(model, prompts, ablations(sae), batch_size=5)
     handle.remove()
     assert sizes == [(1, shared), (5, 29 - shared), (1, shared), (3, 19 - shared)] * 2
     wanted = letters_one_by_one(model, ablations(sae), prompts, [20, 21, 22, 23])
@@ -322,7 +325,7 @@ def plain_pass(model, edit: Edit, ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("header", [0, 9, 17])
-def test_every_method_in_one_pass_equals_a_plain_pass(model, make_sae, scale_of, header):
+def test_every_method_in_one_pass_equals_a_plain_pass(model, make_sae, scale_of, header, monkeypatch):
     """Two layers and both in one list, right-padded mixed lengths beyond the sliding window of 8, a shared header that
     is longer and shorter than it, and more rows than fit at once."""
     low, high = make_sae(model, spoil=dead), make_sae(model, layer=2, hook_name="blocks.2.hook_resid_post", seed=1)
@@ -333,8 +336,9 @@ def test_every_method_in_one_pass_equals_a_plain_pass(model, make_sae, scale_of,
     wanted = [[plain_pass(model, edit, ids) for ids in prompts] for edit in rows]
     letters = [20, 21, 22, 23]
     last = torch.stack([torch.stack([logs[-1, letters] for logs in row]) for row in wanted])
-    for batch_size, max_rows in ((7, 64), (3, 5)):
-        found = score_letters(model, prompts, letters, rows, batch_size, max_rows=max_rows)
+    for batch_size, tokens in ((7, 4096), (3, 100)):
+        monkeypatch.setattr(memory, "COPY_TOKENS", tokens)
+        found = score_letters(model, prompts, letters, rows, batch_size)
         torch.testing.assert_close(found, last, atol=1e-5, rtol=0)
         assert torch.equal(found.argmax(-1), last.argmax(-1))
     nats, targets = score_loss(model, prompts, rows, 7)
@@ -347,7 +351,7 @@ def test_every_method_in_one_pass_equals_a_plain_pass(model, make_sae, scale_of,
     assert all((m > 1e-3) == (edit.method not in ("none", "sae-patched")) for m, edit in zip(moved, rows))
 
 
-def test_answers_behind_one_question_share_it(model, make_sae, scale_of):
+def test_answers_behind_one_question_share_it(model, make_sae, scale_of, monkeypatch):
     """Questions are run once for all of their options, and once for each edit; every method, as in a plain pass."""
     low, high = make_sae(model, spoil=dead), make_sae(model, layer=2, hook_name="blocks.2.hook_resid_post", seed=1)
     low.scale = scale_of(model)
@@ -356,7 +360,7 @@ def test_answers_behind_one_question_share_it(model, make_sae, scale_of):
     windows = [[*questions[k // 4][: first[k]], *row[10 : 13 + k % 4]] for k, row in enumerate(options)]
     rows = every_method(low, high, [gate_between(model, sae, [0, 2], windows) for sae in (low, high)])
     rows = [edit for edit in rows if not edit.whole or len(edit.at) == 1]
-    run, ids = OnePass(model, rows, 1000), data.padded(windows, model.tokenizer, "cpu")
+    run, ids = OnePass(model, rows), data.padded(windows, model.tokenizer, "cpu")
     run(ids)
     assert run.stages[0].ids.tolist() == [question[:13] for question in questions] and len(run.stages) == 2
     sizes = []
@@ -366,8 +370,9 @@ def test_answers_behind_one_question_share_it(model, make_sae, scale_of):
     handle.remove()
     edited_questions = {(c.layer, c.edit, i if c.edit.whole else c.prompt // 4) for i, c in enumerate(run.copies)}
     assert sum(sizes) == len(edited_questions) + len(run.copies) and len(edited_questions) < 0.7 * len(run.copies)
-    for batch_size, max_rows in ((12, 64), (5, 7)):
-        nats, _ = score_loss(model, windows, rows, batch_size, max_rows=max_rows, first=first)
+    for batch_size, tokens in ((12, 4096), (5, 100)):
+        monkeypatch.setattr(memory, "COPY_TOKENS", tokens)
+        nats, _ = score_loss(model, windows, rows, batch_size, first=first)
         for k, edit in enumerate(rows):
             for j, ids in enumerate(windows):
                 goal = torch.tensor(ids[1:])
@@ -535,13 +540,14 @@ def test_scoring_checks_the_engine_first(get_model):
         score_letters(model, [[2, 30, 31]], [20, 21, 22, 23], [Edit("a", {1: lambda h, ordinary: -h})])
 
 
-def test_letters_of_a_model_whose_layers_share_keys_and_values(get_model, make_sae):
+def test_letters_of_a_model_whose_layers_share_keys_and_values(get_model, make_sae, monkeypatch):
     """As many copies as prompts, more and fewer."""
     model = get_model("gemma4")
     sae, prompts = make_sae(model, spoil=dead), rows_of_ids(model)
     wanted = letters_one_by_one(model, ablations(sae), prompts, [20, 21, 22, 23])
-    for batch_size, max_rows in ((3, 3), (4, 64), (10, 7)):
-        found = score_letters(model, prompts, [20, 21, 22, 23], ablations(sae), batch_size, max_rows=max_rows)
+    for batch_size, tokens in ((3, 40), (4, 4096), (10, 100)):
+        monkeypatch.setattr(memory, "COPY_TOKENS", tokens)
+        found = score_letters(model, prompts, [20, 21, 22, 23], ablations(sae), batch_size)
         torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)
 
 

@@ -40,8 +40,8 @@ def test_questions_beyond_the_models_positions_are_named_or_left_out(short, make
     lengths = [len(ids) for ids in encode_prompts(short.tokenizer, [prompt(row) for row in QUESTIONS])[0]]
     short.tokenizer.model_max_length = max(lengths) - 1
     longest = lengths.index(max(lengths))
-    s = argparse.Namespace(limit=None, seed=0, robust=False, prompt="plain", batch_size=4, max_rows=8, skip_long=False,
-                           model="mine", device=None, dtype="float32")  # fmt: skip
+    s = argparse.Namespace(limit=None, seed=0, robust=False, prompt="plain", batch_size=4, skip_long=False,
+                           max_memory=None, model="mine", device=None, dtype="float32")  # fmt: skip
     rest = ("Quiz", QUESTIONS, [0, 1, 2], [NONE], s)
     named = rf"question {longest} \('{QUESTIONS[longest]['question'].strip()[:20]}"
     with pytest.raises(
@@ -62,8 +62,8 @@ def test_cloze_questions_need_no_letters_and_are_as_long_as_their_longest_answer
     rows = [{**row, "cloze": True} for row in QUESTIONS]
     windows, _ = data.encode_words(short.tokenizer, rows, data.CLOZE)
     lengths = [max(map(len, windows[4 * k : 4 * k + 4])) for k in range(3)]
-    s = argparse.Namespace(limit=None, seed=0, robust=False, prompt="plain", batch_size=4, max_rows=8, skip_long=True,
-                           model="mine", device=None, dtype="float32")  # fmt: skip
+    s = argparse.Namespace(limit=None, seed=0, robust=False, prompt="plain", batch_size=4, skip_long=True,
+                           max_memory=None, model="mine", device=None, dtype="float32")  # fmt: skip
     short.tokenizer.model_max_length = sorted(lengths)[1]
     scores, asked = evaluation.score_quiz(short, "Quiz", rows, [0, 1, 2], [NONE], s)
     assert asked["questions"] == [k for k in range(3) if lengths[k] <= sorted(lengths)[1]] and asked["skipped_long"] > 0

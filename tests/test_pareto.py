@@ -405,7 +405,7 @@ def test_a_method_looks_the_same_in_both_panels_and_none_is_left_out(undisturbed
         (["--n-features", "1", "999999"], ["999999"]),
         (["--layers", "3", "4"], ["layer_4"]),
         (["--plot", "no-such.json"], ["no-such.json"]),
-        (["--max-rows", "0"], ["--max-rows"]),
+        (["--batch-size", "0"], ["--batch-size 0"]),
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_code_2(monkeypatch, capfd, tmp_path, given, said):

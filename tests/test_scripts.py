@@ -198,7 +198,7 @@ def test_scripts_are_notebooks(script, tmp_path):
 
 
 # Each module imports of lines above its own, and of its own line; of the last line, the scripts, none another
-HOUSE = [["processes"], ["data"], ["edits", "hub"], ["flags", "common"], ["engine"], ["evaluation"],
+HOUSE = [["processes"], ["data"], ["edits", "hub"], ["flags", "common"], ["memory"], ["engine"], ["evaluation"],
          ["pieces"], ["methods", "training", "records", "show"], ["unlearning", "attacks", "survival"],
          ["lm_eval_model", "publish"],
          [script.removesuffix(".py") for script in SCRIPTS]]  # fmt: skip

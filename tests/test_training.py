@@ -10,6 +10,7 @@ from conftest import hf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import baselines
+import memory
 import robustness
 import training
 from common import load_model
@@ -96,16 +97,16 @@ def test_copies_are_in_float32_and_the_model_stays_in_bfloat16(model_folder):
 def test_room_is_counted_by_hand_and_refused(model_folder, monkeypatch, capsys, dtype, size):
     folder = str(model_folder("llama"))
     n = sum(one.numel() for one in AutoModelForCausalLM.from_pretrained(folder).parameters())
-    monkeypatch.setattr(training, "free_bytes", lambda device: n * size)
-    training.check_room("npo", folder, "cpu", dtype)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: n * size)
+    memory.check_room("npo", folder, "cpu", dtype)
     assert f"npo trains all {n / 1e6:,.1f} million weights" in capsys.readouterr().out
-    monkeypatch.setattr(training, "free_bytes", lambda device: n * size - 1)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: n * size - 1)
     with pytest.raises(UserError, match=r"GB are free\. rmu\.py and .* train few weights"):
-        training.check_room("npo", folder, "cpu", dtype)
-    monkeypatch.setattr(training, "free_bytes", lambda device: n * (size + 3))
-    training.check_room("undo", folder, "cpu", dtype, beside=3)
+        memory.check_room("npo", folder, "cpu", dtype)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: n * (size + 3))
+    memory.check_room("undo", folder, "cpu", dtype, beside=3)
     with pytest.raises(UserError, match="other copies"):
-        training.check_room("undo", folder, "cpu", dtype, beside=4)
+        memory.check_room("undo", folder, "cpu", dtype, beside=4)
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "text"])
