@@ -12,7 +12,7 @@ from data import LESS_MEMORY, UserError, ran_out
 from hub import model_source
 
 COPY_TOKENS = 4096  # of edited copies that are run at a time, at most: more makes no machine faster
-SHARE = 0.8  # of what is free that is planned with: allocators lose some to fragments, and formulas err
+SHARE = 0.7  # of what is free that is planned with: allocators lose some to fragments, and formulas err
 
 
 def free_bytes(device: torch.device, most: float | None = None) -> int:
