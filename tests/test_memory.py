@@ -17,10 +17,9 @@ import data
 import edits
 import engine
 import evaluation
+import flags
 import hub
 import memory
-import robustness
-import train_sae
 import training
 from data import UserError
 from edits import NONE, Edit
@@ -174,7 +173,7 @@ def test_at_any_budget_the_answers_are_the_same(monkeypatch):
         sizes.append([])
         found.append(torch.cat([evaluation.score_letters(model, ids, letters, rows).double(),
                                 evaluation.score_words(model, questions, rows)]))  # fmt: skip
-    assert max(sizes[0]) > 40 > max(sizes[1]) > max(sizes[2])
+    assert max(sizes[0]) > 1.5 * max(sizes[1]) > 3 * max(sizes[2])
     for other in found[1:]:
         assert torch.equal(other.argmax(-1), found[0].argmax(-1))
         torch.testing.assert_close(other, found[0], atol=2e-5, rtol=0)
@@ -212,17 +211,17 @@ RUNS = {
     "feature_ablate_1.py": (edits.Latents, "encode"), "feature_ablate_2.py": (edits.Latents, "encode"),
     "feature_ablate_3.py": (edits.Latents, "encode"), "pareto.py": (edits.Latents, "encode"),
     "rmu.py": (training.Master, "backward"), "baselines.py": (edits.Latents, "encode"),
-    "lm_eval_ablated.py": (edits.Latents, "encode"), "train_sae.py": (train_sae, "train"),
-    "robustness.py": (robustness, "load_texts"),
+    "lm_eval_ablated.py": (edits.Latents, "encode"), "train_sae.py": (engine, "check_engine"),
+    "robustness.py": (flags, "settings"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("script", RUNS)
-def test_elsewhere_it_is_one_line_and_exit_code_2(script, monkeypatch, capfd, tmp_path, chosen):
+def test_elsewhere_it_is_one_line_and_exit_code_2(script, monkeypatch, capfd, tmp_path):
     place, name = RUNS[script]
     monkeypatch.setattr(place, name, exhausted)
     more = {"rmu.py": ["--steps", "2"], "lm_eval_ablated.py": ["--tasks", "tiny_wmdp_bio"],
-            "robustness.py": [chosen]}.get(script, [])  # fmt: skip
+            "robustness.py": ["record.json"]}.get(script, [])  # fmt: skip
     more += [] if script in ("train_sae.py", "robustness.py") else ["--limit", "4"]
     assert command(monkeypatch, script, *more, "--out", tmp_path / "r.json") == 2
     said = capfd.readouterr().err
