@@ -94,6 +94,7 @@ class OnePass:
         first, places = (0, []) if self.in_one_piece else beginnings(ids.tolist())
         # places: which row of each stage is a prompt's. A cache without a config keeps sliding layers' keys, too
         self.stages, self.places, cache = [], [], DynamicCache()
+        self.streams, self.changed, self.acts, self.cache = {}, {}, {}, None  # of the prompts before: memory for these
         if first:
             begin = ids[[places.index(row) for row in range(max(places) + 1)], :first]
             if self.begin is None or not torch.equal(self.begin.ids, begin):
