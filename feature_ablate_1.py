@@ -3,7 +3,7 @@
 Lesson 1 of 3: what is a feature, and what does it cost to remove some?
 
     python feature_ablate_1.py --layer 7 --n-features 50
-    python feature_ablate_1.py --model gemma-2-2b-it --layer 7 --n-features 50 --dtype bfloat16
+    python feature_ablate_1.py --model gemma-2-2b-it --layer 7 --n-features 50
 
 A language model hands each token from layer to layer as one vector, the residual stream. A sparse autoencoder (SAE)
 writes that vector as a sum of a few out of thousands of fixed directions, its features: on any one token most of them

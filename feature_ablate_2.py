@@ -4,7 +4,7 @@ Lesson 2 of 3: does the model forget WMDP-Bio, and would you notice if it did no
 
     python feature_ablate_2.py --layer 7 --n-features 50
     python feature_ablate_2.py --layer 9 --n-features 20 --clamp -80
-    python feature_ablate_2.py --model gemma-2-2b-it --layer 7 --n-features 50 --dtype bfloat16
+    python feature_ablate_2.py --model gemma-2-2b-it --layer 7 --n-features 50
 
 Features of a sparse autoencoder (SAE; lesson 1 shows what they are) that fire on WMDP-Bio and not on ordinary text are
 ablated, and the other half of WMDP-Bio is asked, with MMLU beside it. Then the same facts are asked for in words: has

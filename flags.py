@@ -96,7 +96,8 @@ def parser(doc: str, without: tuple[str, ...] = (), quiz: bool = False) -> argpa
         "for each process)")  # fmt: skip
     add("--device-map", choices=["auto", "balanced", "sequential"], help="spread a model that is larger than one GPU "
         "over all of them")  # fmt: skip
-    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model; SAEs stay in float32")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the model; SAEs stay in float32 (default: the preset's, "
+        "which is bfloat16 for Gemma; elsewhere float32)")  # fmt: skip
     add("--no-sanity", action="store_true", help="go on even if the SAE does not fit the model")
     if quiz:
         add("--prompt", default="plain", choices=["plain", "chat", "saebench"], help="lm-eval's template; in a chat "
@@ -141,6 +142,8 @@ def settings(p: argparse.ArgumentParser, flags: dict) -> argparse.Namespace:
     given = getattr(s, "features", None)  # a record has its latent
     if "refusal-clamp" in (getattr(s, "method", None) or ()) and s.refusal_latent is None and not given:
         raise UserError("refusal-clamp needs --refusal-latent, a latent that is active when the model declines")
+    if "dtype" in known and s.dtype is None and "model" in known:
+        s.dtype = PRESETS[s.model].dtype if s.model in PRESETS else "float32"
     if "clamp" not in known:
         return s
     if s.clamp is None:

@@ -23,27 +23,30 @@ from processes import is_first
 
 @dataclass(frozen=True)
 class Preset:
-    """A model, the SAE for `--layer L` (a folder, or RELEASE:ID of SAELens's table), the default clamp, and the preset
-    of the same model trained without the forget set, which on real models nobody can afford."""
+    """A model, the SAE for `--layer L` (a folder, or RELEASE:ID of SAELens's table), the default clamp, the preset of
+    the same model trained without the forget set, which on real models nobody can afford, and the default dtype."""
 
     model: str
     sae: str | None = None
     clamp: float = -100.0
     never_knew: str | None = None
+    dtype: str = "bfloat16"
 
 
 # Clamps: tiny's was chosen on the picking half (docs/results.md); -100 and the gemma-2 SAEs are SAEBench's and
 # Farrell et al.'s middle setting (arXiv 2410.19278). Gemma-3 residuals are far larger, so -100 may do nothing.
 PRESETS = {
-    "tiny": Preset(str(HERE / "tiny/model"), str(HERE / "tiny/sae/layer_{layer}"), -40.0, "never-knew"),
-    "never-knew": Preset(str(HERE / "tiny/never_knew")),
+    "tiny": Preset(str(HERE / "tiny/model"), str(HERE / "tiny/sae/layer_{layer}"), -40.0, "never-knew",
+                   "float32"),
+    "never-knew": Preset(str(HERE / "tiny/never_knew"), dtype="float32"),
     "gemma-2-2b-it": Preset("google/gemma-2-2b-it",
                             "gemma-scope-2b-pt-res-canonical:layer_{layer}/width_16k/canonical", -100.0),
     "gemma-3-1b-it": Preset("google/gemma-3-1b-it",
                             "gemma-scope-2-1b-it-res-all:layer_{layer}_width_16k_l0_small", -100.0),
     "gemma-3-4b-it": Preset("google/gemma-3-4b-it",
                             "gemma-scope-2-4b-it-res-all:layer_{layer}_width_16k_l0_small", -100.0),
-    "gpt2": Preset("openai-community/gpt2", "gpt2-small-res-jb:blocks.{layer}.hook_resid_pre", -10.0),
+    "gpt2": Preset("openai-community/gpt2", "gpt2-small-res-jb:blocks.{layer}.hook_resid_pre", -10.0,
+                   dtype="float32"),
 }  # fmt: skip
 
 
@@ -92,8 +95,8 @@ def layers_of(preset: Preset) -> dict[int, tuple[str, float | None]]:
 
 
 def listed() -> str:
-    """A line for each preset: model, layers, width, L0s from lowest to highest, default clamp."""
-    lines = [f"{'preset':16}{'model':25}{'layers':12}{'width':8}{'L0':10}clamp"]
+    """A line for each preset: model, layers, width, L0s from lowest to highest, default clamp and dtype."""
+    lines = [f"{'preset':16}{'model':25}{'layers':16}{'width':8}{'L0':10}{'clamp':7}dtype"]
     for name, preset in PRESETS.items():
         model, layers = preset.model.removeprefix(f"{HERE}/"), layers_of(preset)
         if not layers:
@@ -104,7 +107,7 @@ def listed() -> str:
         l0s = sorted(l0 for _, l0 in layers.values() if l0)
         l0 = f"{l0s[0]:.0f} to {l0s[-1]:.0f}" if l0s else ""
         width = next(iter(layers.values()))[0]
-        lines.append(f"{name:16}{model:25}{span:12}{width:8}{l0:10}{preset.clamp:g}")
+        lines.append(f"{name:16}{model:25}{span:16}{width:8}{l0:10}{preset.clamp:<7g}{preset.dtype}")
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ Sweep the number of ablated features and the clamp: how much forgetting is to be
     python pareto.py
     python pareto.py --layers 3 5 7 9 --clamp 0 -10 -20 -40 -80
     python pareto.py --method clamp dsg diff-in-means --layers 3 5
-    python pareto.py --model gemma-2-2b-it --layers 3 7 --clamp 0 -25 -100 --dtype bfloat16
+    python pareto.py --model gemma-2-2b-it --layers 3 7 --clamp 0 -25 -100
     python pareto.py --plot results/*.json        # the points of any records on one figure
 
 Every combination, and as many random features of like firing rate on the retain sets, is scored on WMDP-Bio, MMLU and

@@ -6,7 +6,7 @@ RMU, Representation Misdirection for Unlearning: train a model to forget, save i
     python rmu.py --adaptive
     python rmu.py --sweep
     python rmu.py --multiple 4 --alpha 300 --layer 3
-    python rmu.py --model gemma-2-2b-it --dtype bfloat16
+    python rmu.py --model gemma-2-2b-it
 
 At one layer the residual stream of forget text is pushed to a fixed random direction, that of retain text is held
 where it was; only the down-projections of that layer and the two before it are trained (Li et al., arXiv 2403.03218).

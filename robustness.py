@@ -206,6 +206,7 @@ def subject_of(path: str, s) -> tuple[Subject, dict]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a record of baselines.py or rmu.py: {error}") from error
     check_same(path, record, "model", model_source(record["model"]))
+    s.dtype = s.dtype or record["dtype"]
     if edit:
         sae = record["sae"]
         if sae is not None:

@@ -131,8 +131,8 @@ def peak(model, tokens: int, layer: int, monkeypatch, budget: float = 1e12) -> f
 def test_gemma_2_2b_fits_a_card_of_12_gb(empty_model, no_values, monkeypatch, layer):
     model = empty_model(GEMMA_2_2B)
     found = {tokens: peak(model, tokens, layer, monkeypatch, 12.0) for tokens in (30, 150, 450, 600, 900, 1000)}
-    print({tokens: round(size, 1) for tokens, size in found.items()})
     assert min(found.values()) > 5.2 and max(found.values()) <= 11.0
+    assert f"takes {found[1000]:.1f} GB\nwith prompts of 1,000 tokens" in (TINY.parent / "README.md").read_text()
 
 
 @pytest.mark.slow
