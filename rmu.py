@@ -272,8 +272,8 @@ def run(**changes) -> dict:
     path = records.outputs("rmu.py", s, flags)
     if record := publish.pushed_before(path, s):
         return record
-    memory.check_room("RMU", s.model, s.device, s.dtype, trained=lambda empty: down_projections(empty, setting.layer))
     lm = load_model(s.model, s.device, s.dtype)
+    memory.check_room("RMU", s.model, s.device, s.dtype, trained=lambda empty: down_projections(empty, setting.layer))
     texts, sources = load_benchmark(s, lm.tokenizer)
     keep_robust(lm, texts, sources, s)
     clean, floor = answers(lm, texts, [NONE], s)[0], answers_of_never_knew(texts, s)

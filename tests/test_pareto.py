@@ -413,3 +413,10 @@ def test_a_mistake_gets_one_line_and_exit_code_2(monkeypatch, capfd, tmp_path, g
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and all(word in errors[0] for word in said)
     assert not list(tmp_path.iterdir())
+
+
+def test_every_method_looks_like_itself():
+    """All that baselines.py tunes, RMU's two and the sweep's own, on one figure."""
+    methods = {*baselines.GRIDS, *baselines.TRAINED, "rmu", "adaptive-rmu"}
+    colours, markers, _ = map(set, zip(*pareto.STYLES))
+    assert len(colours) == len(markers) >= len(methods)
