@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 import flags
+import hub
 import lm_eval_ablated
 import train_sae
 from data import UserError
@@ -78,3 +79,13 @@ def test_a_record_of_a_refusal_clamp_has_its_latent():
     with pytest.raises(UserError, match="needs --refusal-latent"):
         settings(lm_eval_ablated.flags, {"method": "refusal-clamp", "clamp": -1.0})
     settings(lm_eval_ablated.flags, {"method": "refusal-clamp", "clamp": -1.0, "features": "record.json"})
+
+
+def test_the_dtype_is_the_presets_unless_a_flag_says_otherwise():
+    """A real model in float32 would take twice the memory."""
+    found = {name: settings(parser("a script"), {"model": name}).dtype for name in hub.PRESETS}
+    assert found.pop("gemma-2-2b-it") == found["gemma-3-1b-it"] == found["gemma-3-4b-it"] == "bfloat16"
+    assert found["tiny"] == found["never-knew"] == found["gpt2"] == "float32"
+    assert settings(parser("a script"), {"model": "org/name"}).dtype == "float32"
+    assert settings(parser("a script"), {"model": "gemma-3-1b-it", "dtype": "float32"}).dtype == "float32"
+    assert all(line.split()[-1] == "bfloat16" for line in hub.listed().splitlines() if line.startswith("gemma"))

@@ -18,6 +18,7 @@ from data import UserError, load_benchmark, special_ids
 from edits import decoder_layers
 from flags import settings
 from training import QUESTION_TOKENS, Master, training_windows
+from unlearning import lora_matrices, with_lora
 
 TEXTS = ["The cat sat on the mat and looked at the moon.", "Rivers of Europe flow to the sea.",
          "Blood carries oxygen from the lungs to the heart."]  # fmt: skip
@@ -107,6 +108,20 @@ def test_room_is_counted_by_hand_and_refused(model_folder, monkeypatch, capsys, 
     memory.check_room("undo", folder, "cpu", dtype, beside=3)
     with pytest.raises(UserError, match="other copies"):
         memory.check_room("undo", folder, "cpu", dtype, beside=4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_of_what_trains_few_weights_only_these_need_gradients(model_folder, monkeypatch, capsys, family):
+    folder = str(model_folder(family))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    n, size = sum(one.numel() for one in model.parameters()), sum(map(torch.numel, with_lora(model, [0, 1], 0, r=4)[1]))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 4 * n + 12 * size)
+    rest = ("crisp", folder, "cpu", "float32", 0, lambda empty: lora_matrices(empty, [0, 1], 4))
+    memory.check_room(*rest)
+    assert f"crisp trains {size / 1e6:,.2f} of {n / 1e6:,.1f} million weights" in capsys.readouterr().out
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 4 * n + 12 * size - 1)
+    with pytest.raises(UserError, match=r"are free\. the edits of baselines\.py train none"):
+        memory.check_room(*rest)
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "text"])
