@@ -142,6 +142,7 @@ def test_mistakes_are_named(two_settings, tmp_path, flags, said):
     assert not list(tmp_path.glob("*.json"))
 
 
+@pytest.mark.slow
 def test_a_foreign_record_and_records_that_differ_are_refused(two_settings, tmp_path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(UserError, match=r"x\.json is not a record"):

@@ -155,6 +155,7 @@ def test_what_a_prompt_takes_is_what_the_formula_says(empty_model, no_values, mo
         assert 0.7 < live.most / 4 / memory.row_bytes(model, tokens, tokens, model.cfg.n_layers) < 1.0
 
 
+@pytest.mark.slow
 def test_at_any_budget_the_answers_are_the_same(monkeypatch):
     """With room for all, for some and for one or two prompts; in float32 the probabilities are to rounding."""
     model = common.load_model("tiny")

@@ -356,6 +356,7 @@ def test_wmdp_bios_other_sets_by_flag_and_by_task_the_second_time_offline(online
         offline.process.kill()
 
 
+@pytest.mark.slow
 def test_ones_own_forget_corpus_and_the_form_that_asks_for_it(online, hub, tmp_path):
     name = "cais/wmdp-bio-forget-corpus"
     flags = [*flags_of("gemma-3-1b-it", "feature_ablate_2.py", tmp_path), "--forget-corpus"]

@@ -165,6 +165,7 @@ def test_a_sweep_finds_the_words_that_are_found_alone(undisturbed):
         assert found["letters"] == "".join("ABCD"[i] for i in alone)
 
 
+@pytest.mark.slow
 def test_the_model_that_never_knew_is_a_line(twin, tmp_path):
     """In a sweep's figure, and in one of records; it is no method, and nothing is chosen from it."""
     record = pareto.run(limit=6, n_features=[2], clamp=[-60.0], out=str(tmp_path / "s.json"))
@@ -236,6 +237,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_record(tmp_path_factory,
     assert resumed == whole
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_says_what_it_kept_and_takes_it_up(monkeypatch, capfd, tmp_path):
     done, real = [], evaluation.score_letters
 

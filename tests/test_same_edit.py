@@ -40,11 +40,13 @@ def tuned(renamed, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_lesson_2(renamed, tmp_path):
     flags = dict(sae=renamed, layer=4, n_features=N, clamp=CLAMP, limit=LIMIT, out=tmp_path / "r.json")
     assert accuracies(lesson("feature_ablate_2.py", **flags)["record"]["points"][4]) == RIGHT
 
 
+@pytest.mark.slow
 def test_pareto(renamed, tmp_path):
     flags = dict(sae=renamed, layer=[4], n_features=[N], clamp=[CLAMP], limit=LIMIT, out=str(tmp_path / "r.json"))
     assert accuracies(pareto.run(**flags)["points"][1]) == RIGHT

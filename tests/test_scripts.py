@@ -144,6 +144,7 @@ def test_another_batch_size_agrees_and_so_does_another_run(monkeypatch, tmp_path
                 assert score["nats_per_token"] == pytest.approx(b["scores"][name]["nats_per_token"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_record_says_what_was_scored(monkeypatch, tmp_path):
     found = record(monkeypatch, "feature_ablate_2.py", tmp_path / "r.json", "--limit", 30)
     assert [point["method"] for point in found["points"]] == [
@@ -182,6 +183,7 @@ def test_the_model_that_never_knew_has_a_row(script, lines, twin, tmp_path, caps
         assert score["letters_mass"]["mean"] == pytest.approx(alone.exp().sum(-1).mean().item(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_random_features_are_drawn_several_times(tmp_path, capsys):
     found = lesson("feature_ablate_2.py", controls=3, n_features=4, limit=6, out=tmp_path / "r.json")["record"]
     draws = [point["setting"]["features"] for point in found["points"] if point["method"] == "random-features"]
