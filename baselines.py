@@ -223,8 +223,7 @@ def tune(method: str, folder: Path, texts: dict, measured: Measured, s) -> list[
 
 def decides(s, method: str) -> list:
     """All that a method's record depends on, besides the data."""
-    free = ("out", "push", "batch_size", "max_memory", "all", "method", "relearn", "no_sanity")
-    settled = {name: value for name, value in vars(s).items() if name not in free}
+    settled = {name: value for name, value in vars(s).items() if name not in (*records.FREE, "method")}
     layers = crisp_layers(s) if method in ("crisp", "undo") else (s.layer,) if method in BY_FEATURES else ()
     saes = [identity(sae_source(s.sae, layer, s.model)) for layer in layers]
     models = [identity(model_source(s.model)), identity_of_never_knew(s.model)]

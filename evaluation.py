@@ -256,7 +256,6 @@ def foretell(
     tokens = sum(map(len, rows))
     if tokens * sum(p.numel() for p in model.original_model.parameters()) < WORTH_FORETELLING:
         return None
-    memory.refuse_without_room(model, max(map(len, rows)), max_memory)
     need, free = memory.room_for(model, max(map(len, rows)), max_memory)
     at = max(0, (len(rows) - batch_size) // 2)
     some = sorted(rows, key=len)[at : at + batch_size]
@@ -513,7 +512,7 @@ def answers(lm, texts: dict, edits: list[Edit], s, run=None) -> list[dict]:
     keep what it has in pieces; items: lists of ids.
     """
     run = run or (lambda name, items, score: score(items, name))
-    found, most = [{} for _ in edits], getattr(s, "max_memory", None)
+    found = [{} for _ in edits]
 
     def in_words(name, asked, form):
         windows, first = encode_words(lm.tokenizer, asked, form)
@@ -521,7 +520,7 @@ def answers(lm, texts: dict, edits: list[Edit], s, run=None) -> list[dict]:
 
         def say(some, desc=None):
             at = [begins[tuple(window)] for window in some]
-            return score_loss(lm, some, edits, 4 * s.batch_size, desc, most, first=at)[0]
+            return score_loss(lm, some, edits, 4 * s.batch_size, desc, s.max_memory, first=at)[0]
 
         return rounded(per_character(run(name, windows, say), asked))
 
@@ -529,7 +528,7 @@ def answers(lm, texts: dict, edits: list[Edit], s, run=None) -> list[dict]:
         prompts, letters = encode_prompts(lm.tokenizer, [prompt(row, style=s.prompt) for row in asked], s.prompt)
 
         def letter_by_letter(some, desc=None):
-            return rounded(score_letters(lm, some, letters, edits, s.batch_size, desc, most))
+            return rounded(score_letters(lm, some, letters, edits, s.batch_size, desc, s.max_memory))
 
         return run(name, prompts, letter_by_letter)
 
@@ -546,7 +545,7 @@ def answers(lm, texts: dict, edits: list[Edit], s, run=None) -> list[dict]:
     targets = [sum(token not in special for token in window[1:]) for window in windows]
 
     def lose(some, desc=None):
-        return score_loss(lm, some, edits, s.batch_size, desc, most)[0]
+        return score_loss(lm, some, edits, s.batch_size, desc, s.max_memory)[0]
 
     for one, nats in zip(found, run("openwebtext", windows, lose)):
         one["openwebtext"] = [nats.tolist(), targets, documents]

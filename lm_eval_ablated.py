@@ -8,7 +8,7 @@ lm-eval with any edit in place: any of its tasks, any number of features, severa
     python lm_eval_ablated.py --method dsg --layer 3 --n-features 20 --clamp -10
     python lm_eval_ablated.py --tasks list
     accelerate launch --num_processes 8 lm_eval_ablated.py --model gemma-2-2b-it --layer 7 --n-features 50 \
-        --tasks wmdp_bio,mmlu --unablated --batch_size auto --dtype bfloat16
+        --tasks wmdp_bio,mmlu --unablated --batch_size auto
 
 Features are picked as in the lessons, or read with --features: a JSON list of ids of --layer's SAE, {"layer": [ids]}
 for several layers, or a record that a lesson, a sweep or baselines.py wrote, whose edit is taken as it is (--record is

@@ -11,7 +11,7 @@ from common import best_device
 from data import LESS_MEMORY, UserError, ran_out
 from hub import model_source
 
-COPY_TOKENS = 4096  # of edited copies that are run at a time, at most: more makes no machine faster
+COPY_TOKENS = 4096  # of edited copies that are run at a time, at most: on two CPU cores more gains nothing
 SHARE = 0.7  # of what is free that is planned with: allocators lose some to fragments, and formulas err
 
 
@@ -74,7 +74,7 @@ def in_parts(items: list, size: int, make):
                 raise
             if len(some) == 1:
                 raise UserError(f"no memory is left for a single prompt: {LESS_MEMORY}") from error
-            size, found = len(some) // 2, None
+            size = len(some) // 2
         else:
             at += len(some)
             yield found

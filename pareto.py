@@ -354,8 +354,7 @@ def present(path: Path, points: list[dict], sources: dict, title: str, record: d
 
 def decides(saes: list, sources: dict, s) -> list:
     """All that scores depend on."""
-    free = ("out", "plot", "batch_size", "max_memory", "no_sanity")  # these decide nothing about scores
-    settled = {name: value for name, value in vars(s).items() if name not in free}
+    settled = {name: value for name, value in vars(s).items() if name not in records.FREE}
     grids = [GRIDS[method] for method in s.method or ()]
     return [identity(model_source(s.model)), [sae.identity for sae in saes], settled, grids, sources]
 

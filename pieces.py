@@ -97,8 +97,8 @@ def piecewise(lm, folder: Path, s):
         columns = processes.from_first([read_piece(path) for path in paths])
         missing = [number for number, column in enumerate(columns) if column is None]
         if missing:
-            most = getattr(s, "max_memory", None)
-            foretell(lm, name, [items[i] for number in missing for i in pieces[number]], score, s.batch_size, most)
+            foretell(lm, name, [items[i] for number in missing for i in pieces[number]], score, s.batch_size,
+                     s.max_memory)  # fmt: skip
         # as many pieces at once as there are processes, so that each has a piece's worth of batches to run
         for at in tqdm(range(0, len(missing), processes.count()), desc=name, unit="piece", leave=False):
             some = missing[at : at + processes.count()]

@@ -10,10 +10,9 @@ import show
 from data import UserError, first_line
 from edits import Edit
 from hub import identity, model_source
-from records import command, short_name
+from records import FREE, command, short_name
 from survival import survival_table
 
-FREE = ("push", "out", "batch_size", "max_memory", "device", "relearn")  # settings that no result depends on
 HALVES = {"half": "the half of the questions that nothing was trained or chosen on",
           "all": "all questions, those that it was trained on among them"}  # fmt: skip
 STAND_INS = """
@@ -155,7 +154,9 @@ def pushed_before(path: Path, s) -> dict | None:
         return None
     try:
         record = json.loads(path.read_text())
-        then, now = [{k: v for k, v in one.items() if k not in FREE} for one in (record["settings"], vars(s))]
+        then, now = [
+            {k: v for k, v in one.items() if k not in (*FREE, "device")} for one in (record["settings"], vars(s))
+        ]
         known = {"model": identity(model_source(s.model)), "folder": identity(str(path.with_name(record["folder"])))}
         if then != now or not known.items() <= record["identity"].items():
             return None
@@ -170,7 +171,10 @@ def push_model(record: dict, path: Path, repo: str | None) -> None:
     if repo is None:
         return
     folder, card = path.with_name(record["folder"]), card_of(record, tried_of(record, path.parent), repo)
-    send = lambda api: api.upload_folder(repo_id=repo, folder_path=folder)  # noqa: E731
+
+    def send(api):
+        api.upload_folder(repo_id=repo, folder_path=folder)
+
     push(repo, card, send, f"the same command pushes {folder}")
 
 
@@ -179,8 +183,10 @@ def push_saes(folder: Path, measured: dict, text: str, model: str, repo: str) ->
     from sae_lens import upload_saes_to_huggingface
 
     saes, card = {name: folder / name for name in measured}, card_of_saes(measured, text, model, repo)
-    # its own card would have neither the model nor what was measured
-    send = lambda _: upload_saes_to_huggingface(saes, repo, show_progress=False, add_default_readme=False)  # noqa: E731
+
+    def send(api):  # without SAELens's own card, which has neither the model nor what was measured
+        upload_saes_to_huggingface(saes, repo, show_progress=False, add_default_readme=False)
+
     push(repo, card, send, f"`hf upload {repo} {folder}` pushes it")
 
 

@@ -28,8 +28,9 @@ except ImportError:  # Windows
 
 LONGEST_NAME = 120  # characters of a record's name; figures add to it, and file systems end at 255 bytes
 SHORT = {"layer": "L", "n_features": "n", "clamp": "c", "method": ""}
-NOT_IN_NAMES = ("model", "out", "push", "plot", "all", "relearn", "batch_size", "max_memory", "device", "device_map",
-                "no_sanity", "max_batch_size", "use_cache", "output_path", "log_samples")  # fmt: skip
+# Settings that a script's scores do not depend on, and those that a record's name says otherwise, or need not say
+FREE = ("out", "push", "plot", "all", "relearn", "batch_size", "max_memory", "no_sanity")
+NOT_IN_NAMES = (*FREE, "model", "device", "device_map", "max_batch_size", "use_cache", "output_path", "log_samples")
 
 
 def outputs(script: str, s, flags, without: tuple[str, ...] = ()) -> Path:

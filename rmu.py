@@ -256,8 +256,7 @@ def sweep(setting: Setting, folder: Path, texts: dict, s) -> tuple[list[Setting]
 
 def decides(setting: Setting, sources: dict, s) -> list:
     """All that a sweep depends on."""
-    free = ("out", "push", "batch_size", "max_memory", "multiple", "alpha")
-    settled = {name: value for name, value in vars(s).items() if name not in free}
+    settled = {name: value for name, value in vars(s).items() if name not in (*records.FREE, "multiple", "alpha")}
     return [settled, asdict(setting), sources, identity(model_source(s.model))]
 
 

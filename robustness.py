@@ -196,7 +196,8 @@ def marks_of(steps: int) -> list[int]:
 
 # %%
 def subject_of(path: str, s) -> tuple[Subject, dict]:
-    """The subject of a record's chosen setting, and the record. Raises UserError for a record of another kind."""
+    """The subject of a record's chosen setting, and the record; without --dtype, s.dtype becomes the record's. Raises
+    UserError for a record of another kind."""
     try:
         record = json.loads(Path(path).read_text())
         point = record["points"][record["chosen"]]

@@ -3,6 +3,7 @@
 import itertools
 import shutil
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,6 +202,22 @@ def test_where_memory_runs_out_half_as_many_are_run(gemma, gemma_sae, monkeypatc
     monkeypatch.setattr(OnePass, "forward", exhausted)
     with pytest.raises(UserError, match="no memory is left for a single prompt"):
         evaluation.score_letters(gemma, prompts, [20, 21, 22, 23], rows)
+
+
+def test_what_a_process_may_have_counts_what_it_has(gemma, monkeypatch):
+    """All that asks for free memory goes by --max-memory; on a CPU processes share what is free."""
+    device, held = torch.device("cpu"), memory.held_bytes(torch.device("cpu"))
+    assert (
+        held > 1e8 and abs(memory.free_bytes(device, 50.0) - (50e9 - held)) < 1e8 and not memory.free_bytes(device, 0.1)
+    )
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=8e9))
+    monkeypatch.setattr(memory.processes, "count", lambda: 2)
+    assert memory.free_bytes(device) == 4e9
+    asked = []
+    monkeypatch.setattr(memory, "free_bytes", lambda device, most=None: asked.append(most) or 1e12)
+    pushed = Edit("pushed", {1: lambda h, editable: h + 1})
+    evaluation.score_letters(gemma, some_ids(gemma, (2, 20)).tolist(), [20, 21, 22, 23], [NONE, pushed], max_memory=7.0)
+    assert len(asked) >= 3 and set(asked) == {7.0}
 
 
 def test_a_prompt_without_room_is_refused_before_it_is_run(gemma):
