@@ -154,9 +154,8 @@ def pushed_before(path: Path, s) -> dict | None:
         return None
     try:
         record = json.loads(path.read_text())
-        then, now = [
-            {k: v for k, v in one.items() if k not in (*FREE, "device")} for one in (record["settings"], vars(s))
-        ]
+        then, now = ({name: value for name, value in one.items() if name not in (*FREE, "device")}
+                     for one in (record["settings"], vars(s)))  # fmt: skip
         known = {"model": identity(model_source(s.model)), "folder": identity(str(path.with_name(record["folder"])))}
         if then != now or not known.items() <= record["identity"].items():
             return None

@@ -207,9 +207,7 @@ def test_where_memory_runs_out_half_as_many_are_run(gemma, gemma_sae, monkeypatc
 def test_what_a_process_may_have_counts_what_it_has(gemma, monkeypatch):
     """All that asks for free memory goes by --max-memory; on a CPU processes share what is free."""
     device, held = torch.device("cpu"), memory.held_bytes(torch.device("cpu"))
-    assert (
-        held > 1e8 and abs(memory.free_bytes(device, 50.0) - (50e9 - held)) < 1e8 and not memory.free_bytes(device, 0.1)
-    )
+    assert abs(memory.free_bytes(device, 50.0) - (50e9 - held)) < 1e8 < held and not memory.free_bytes(device, 0.1)
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=8e9))
     monkeypatch.setattr(memory.processes, "count", lambda: 2)
     assert memory.free_bytes(device) == 4e9
