@@ -14,6 +14,7 @@ from scipy import stats
 
 import data
 import evaluation
+import memory
 from common import load_model
 from data import UserError, encode_prompts, load_rows, prompt
 from edits import NONE, Edit, applied, edit_of
@@ -411,10 +412,14 @@ def test_a_long_run_is_foretold_from_one_batch(gemma, monkeypatch, capsys):
 
     assert evaluation.foretell(gemma, "MMLU", rows, score, 10) is None and not asked
     monkeypatch.setattr(evaluation, "WORTH_FORETELLING", 0)
+    monkeypatch.setattr(memory, "free_bytes", lambda device, most: 7e9)
+    monkeypatch.setattr(memory, "row_bytes", lambda model, tokens, *rest: tokens * 1e5)
     seconds = evaluation.foretell(gemma, "MMLU", rows, score, 10)
     assert [len(row) for row in asked[0]] == list(range(46, 56))  # a tenth of the tokens
     assert 2.0 <= seconds < 4.0
-    assert "MMLU: 100 rows of 50 tokens to score, about 0.0 min" in capsys.readouterr().out
+    assert "MMLU: 100 rows of 50 tokens to score, about 0.0 min; the longest takes 0.01 GB, 7.0 GB are free" in (
+        capsys.readouterr().out
+    )
 
 
 # ------------------------------------------------------------------------------------- halves and prompts

@@ -145,7 +145,7 @@ def test_larger_models_keep_to_their_budget(empty_model, no_values, monkeypatch)
     assert peak(llama, 900, 7, monkeypatch, 18.0) <= 18.0 < peak(llama, 900, 7, monkeypatch, 80.0)
 
 
-@pytest.mark.parametrize("config", [GEMMA_2_2B, pytest.param(LLAMA_3_8B, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("config", [GEMMA_2_2B, LLAMA_3_8B])
 def test_what_a_prompt_takes_is_what_the_formula_says(empty_model, no_values, monkeypatch, config):
     model = empty_model(config)
     for tokens in (30, 450, 900):
@@ -186,6 +186,31 @@ def test_at_any_budget_the_answers_are_the_same(monkeypatch):
 
 def exhausted(*args, **kwargs):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_parts_are_halved_until_they_fit(monkeypatch):
+    tried = []
+
+    def make(some):
+        tried.append(len(some))
+        if len(some) > 3:
+            raise torch.OutOfMemoryError("Allocation on device 0 would exceed allowed memory. (out of memory)")
+        return list(some)
+
+    assert list(itertools.chain(*memory.in_parts(list(range(11)), 10, make))) == list(range(11))
+    assert tried == [10, 5, 2, 2, 2, 2, 2, 1]
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        next(memory.in_parts([1, 2], 2, lambda some: torch.zeros(2) @ torch.zeros(3)))
+
+
+def test_copies_at_a_time_are_few_tokens(gemma, gemma_sae, monkeypatch):
+    """However much memory there is."""
+    sizes, real = [], OnePass.run_some
+    monkeypatch.setattr(OnePass, "run_some", lambda *args, **more: sizes.append(len(args[1])) or real(*args, **more))
+    monkeypatch.setattr(memory, "COPY_TOKENS", 60)
+    rows = evaluation.standard_rows(gemma_sae, [0, 2], [[5]], -3.0)
+    evaluation.score_letters(gemma, some_ids(gemma, (9, 20)).tolist(), [20, 21, 22, 23], rows)
+    assert sum(sizes) > 9 and 3 <= max(sizes) <= 60 // 10
 
 
 @pytest.mark.parametrize("most", [1, 3])

@@ -43,10 +43,11 @@ def test_a_model_arrives_whole_with_a_card_of_its_record_and_is_not_trained_agai
     record, path = trained
     assert rmu.run(**SETTINGS, out=str(path), push="me/forgot") == json.loads(path.read_text())
     assert f"pushed: {stand_in.address}/me/forgot" in capsys.readouterr().out
+    rmu.run(**SETTINGS, out=str(path), push="me/forgot")  # into a repository that is there
     files = pushed(stand_in, "me/forgot")
     text = files.pop("README.md").decode()
     assert files == {file.name: file.read_bytes() for file in (path.parent / "r.model").iterdir()}
-    assert stand_in.validated == [text]
+    assert stand_in.validated == [text, text]
     card = ModelCard(text)
     assert card.data.to_dict() == {"library_name": "transformers", "pipeline_tag": "text-generation",
                                    "tags": ["unlearning", "wmdp", "rmu"]}  # fmt: skip

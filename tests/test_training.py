@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import baselines
 import memory
+import rmu
 import robustness
 import training
-from common import load_model
+from common import load_hf, load_model
 from data import UserError, load_benchmark, special_ids
 from edits import decoder_layers
 from flags import settings
-from training import QUESTION_TOKENS, Master, training_windows
+from training import QUESTION_TOKENS, Master, reach, training_windows
 from unlearning import lora_matrices, with_lora
 
 TEXTS = ["The cat sat on the mat and looked at the moon.", "Rivers of Europe flow to the sea.",
@@ -122,6 +123,20 @@ def test_of_what_trains_few_weights_only_these_need_gradients(model_folder, monk
     monkeypatch.setattr(memory, "free_bytes", lambda device: 4 * n + 12 * size - 1)
     with pytest.raises(UserError, match=r"are free\. the edits of baselines\.py train none"):
         memory.check_room(*rest)
+
+
+@pytest.mark.parametrize("method", ["rmu", "crisp", "circuit-breakers"])
+def test_what_trains_few_weights_says_so_before_it_scores(monkeypatch, tmp_path, method):
+    model = load_hf("tiny")[0]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    if method == "rmu":
+        n = sum(map(torch.numel, rmu.down_projections(model, rmu.SETTINGS["tiny"].layer).values()))
+    else:  # ranks are the releases'
+        layers, rank = (reach((3, 5, 7, 9)), 4) if method == "crisp" else (list(range(13)), 16)
+        n = sum(map(torch.numel, with_lora(model, layers, 0, r=rank)[1]))
+    with pytest.raises(UserError, match=rf"trains {n / 1e6:.2f} of 3\.5 million weights: .* 0\.00 GB are free"):
+        (rmu if method == "rmu" else baselines).run(**({} if method == "rmu" else {"method": method}),
+                                                    limit=4, out=str(tmp_path / "r.json"))  # fmt: skip
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "text"])
