@@ -90,7 +90,7 @@ def parser(doc: str, without: tuple[str, ...] = (), quiz: bool = False) -> argpa
     add("--limit", type=int, help="score only that many questions (a seeded sample) or documents of each data set")
     add("--batch-size", type=int, default=16, help="prompts per pass; changes memory, and results by rounding only "
         "(default: %(default)s)")  # fmt: skip
-    add("--max-memory", type=float, metavar="GB", help="of the device's memory, that a run may have, weights among it; "
+    add("--max-memory", type=float, metavar="GB", help="memory of the device that a run may have, weights among it; "
         "changes time, and results by rounding only (default: what is free)")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of split, control features and bootstrap (default: %(default)s)")
     add("--device", help="cuda, cuda:1, mps or cpu (default: cuda if there is one; accelerate launch decides "
