@@ -73,11 +73,11 @@ def directions(edit: Edit, layer: int) -> torch.Tensor | None:
         return None
     if isinstance(function, OfLatents):
         latents = function.latents
-        columns = latents.sae.W_enc[:, latents.features].detach().double()
+        columns = latents.sae.W_enc[:, latents.features].detach().cpu().double()  # Apple's GPUs have no fp64
         columns = columns - columns.mean(0) if latents.centre else columns
     else:
         columns = torch.tensor(edit.arguments["direction"], dtype=torch.float64)[:, None]
-    u, sizes, _ = torch.linalg.svd(columns.cpu(), full_matrices=False)
+    u, sizes, _ = torch.linalg.svd(columns, full_matrices=False)
     return u[:, sizes > 1e-9 * sizes[0]]
 
 

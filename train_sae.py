@@ -42,6 +42,7 @@ answered(flags, __name__)
 # %%
 import json
 import random
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -125,6 +126,15 @@ def activations(model, windows: list[list[int]], layers: list[int], batch_size: 
 
 
 # %%
+def new_sae(config: BatchTopKTrainingSAEConfig, mps: bool) -> BatchTopKTrainingSAE:
+    """On config's device. Its threshold is in float64; on Apple's GPUs, which have none, in float32."""
+    if not mps:
+        return BatchTopKTrainingSAE(config)
+    sae = BatchTopKTrainingSAE(replace(config, device="cpu"))
+    sae.topk_threshold = sae.topk_threshold.float()
+    return sae.to(config.device)
+
+
 def train(model, windows, s) -> dict[int, Path]:
     """One SAE per layer, all on the same stream of activations; returns the folders that they are saved in."""
     saes = {}
@@ -134,7 +144,7 @@ def train(model, windows, s) -> dict[int, Path]:
             d_in=model.cfg.d_model, d_sae=s.width, k=s.k, device=str(model.cfg.device), apply_b_dec_to_input=False,
             normalize_activations="expected_average_only_in", metadata=metadata,
         )  # fmt: skip
-        saes[str(layer)] = BatchTopKTrainingSAE(config)
+        saes[str(layer)] = new_sae(config, (s.device or "").startswith("mps"))
     steps = s.tokens // TRAINING_BATCH
     config = SAETrainerConfig(
         total_training_samples=steps * TRAINING_BATCH, train_batch_size_samples=TRAINING_BATCH, lr=s.lr,
