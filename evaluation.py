@@ -3,6 +3,7 @@ Measure what edits do: multiple choice and next-token loss, many edits in one pa
 """
 
 import itertools
+import math
 import re
 import string
 import time
@@ -115,6 +116,18 @@ def score_letters(model, prompts, letters, edits, batch_size=16, desc=None, max_
     out = over_processes(out)
     refuse_not_numbers(out, prompts, edits, "question", model.tokenizer)
     return out
+
+
+def rounding(model, prompts, letters, batch_size=16, most=64, max_memory=None) -> dict:
+    """What batches of another shape do to the unablated model's answers, asked with up to `most` of the prompts in
+    batches of batch_size and of a third of it: {"asked", "answers" that change, "log_probability", the most that one
+    moves by}. In float32 next to nothing; in bfloat16 a GPU rounds otherwise in each shape, and no smaller difference
+    between two edits is theirs."""
+    some = prompts[:: math.ceil(len(prompts) / most)]
+    one, other = (score_letters(model, some, letters, [NONE], size, max_memory=max_memory)[0]
+                  for size in (batch_size, max(1, batch_size // 3)))  # fmt: skip
+    change = int((one.argmax(-1) != other.argmax(-1)).sum())
+    return {"asked": len(some), "answers": change, "log_probability": (one - other).abs().max().item()}
 
 
 @torch.inference_mode()
@@ -397,8 +410,9 @@ def quiz_scores(letters, questions: list[dict], by_subject: bool = True, in_word
 def score_quiz(
     model, title: str, questions: list[dict], indices: list[int], edits, s, in_words: bool = False
 ) -> tuple[list[dict], dict]:
-    """One score per edit, and for the record {"questions": indices scored, "skipped_long"}. NEVER_KNEW, which is last
-    if it is among the edits, is the twin that common.load_never_knew has of --model.
+    """One score per edit, and for the record {"questions": indices scored, "skipped_long"}, below float32 also
+    `rounding`, which is printed too. NEVER_KNEW, which is last if it is among the edits, is the twin that
+    common.load_never_knew has of --model.
 
     s: the settings; in_words: ask for answers in words, too, which takes four windows a question. Cloze questions are
     answered in words anyway, in the form of their release (CLOZE), and with in_words in ours as well.
@@ -440,8 +454,12 @@ def score_quiz(
         twin = load_never_knew(s.model, s.device, s.dtype)
         found.append(score(twin, [NONE]))
         worded += [score_words(twin, asked, [NONE], s.batch_size)] if in_words else []
-    worded = torch.cat(worded) if in_words else None
-    return quiz_scores(torch.cat(found), asked, in_words=worded), {"questions": indices, "skipped_long": skipped}
+    worded, about = torch.cat(worded) if in_words else None, {"questions": indices, "skipped_long": skipped}
+    if next(model.original_model.parameters()).dtype != torch.float32 and not is_cloze(asked):
+        about["rounding"] = noise = rounding(model, rows, letters, s.batch_size, max_memory=s.max_memory)
+        print(f"{title}, rounding: in smaller batches {noise['answers']} of {noise['asked']} unablated answers change, "
+              f"a log-probability by {noise['log_probability']:.2g} at most")  # fmt: skip
+    return quiz_scores(torch.cat(found), asked, in_words=worded), about
 
 
 def score_texts(model, title: str, texts: list[str], edits, s) -> tuple[list[dict], tuple]:

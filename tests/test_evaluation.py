@@ -72,6 +72,35 @@ def test_cloze_questions_need_no_letters_and_are_as_long_as_their_longest_answer
     assert scores[0]["letters"] == "".join("ABCD"[k] for k in values.argmax(-1).tolist())
 
 
+# -------------------------------------------------------------------------------------------- rounding
+
+
+def test_below_float32_it_is_told_what_other_batches_change(get_model, monkeypatch, capsys):
+    """As if a GPU rounded: what comes of the two sizes of batches differs, here by 0.3 for one letter."""
+    s = argparse.Namespace(limit=None, seed=0, robust=False, prompt="plain", batch_size=6, skip_long=False,
+                           max_memory=None, model="mine", device=None, dtype="bfloat16")  # fmt: skip
+    sizes = []
+
+    def rounds(model, prompts, letters, edits, batch_size=16, desc=None, max_memory=None):
+        sizes.append(batch_size)
+        found = torch.full((len(edits), len(prompts), 4), -2.0)
+        found[..., 1] += 0.1
+        found[:, 0, 2] += 0.3 * (batch_size == 2)
+        return found
+
+    monkeypatch.setattr(evaluation, "score_letters", rounds)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        _, about = evaluation.score_quiz(get_model("gemma2", dtype), "Quiz", QUESTIONS, [0, 1, 2], [NONE], s)
+        found[dtype] = about.get("rounding")
+    assert found == {"float32": None, "bfloat16": {"asked": 3, "answers": 1, "log_probability": pytest.approx(0.3)}}
+    assert sizes[-2:] == [6, 2]
+    said = capsys.readouterr().out
+    assert said.count("rounding") == 1 and "1 of 3 unablated answers change, a log-probability by 0.3 at most" in said
+    many = evaluation.rounding(get_model("gemma2"), [[2, 30]] * 130, [20, 21, 22, 23], most=64)
+    assert 40 < many["asked"] <= 64
+
+
 # ----------------------------------------------------------------------------------------- statistics
 
 
