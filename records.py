@@ -90,10 +90,11 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 
 def peak_gb() -> float | None:
-    """Most memory that this process has had: of the GPU where there is one, else of the process as a whole. None on
-    Windows, which does not say without another package."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    """Most memory that this process has had: of the GPU where it has used one, of several the sum, else of the process
+    as a whole. None on Windows, which does not say without another package."""
+    cards = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    if most := sum(torch.cuda.max_memory_allocated(card) for card in cards):
+        return round(most / 1e9, 2)
     if resource is None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes here

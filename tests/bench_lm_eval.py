@@ -9,18 +9,17 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from bench_patched import write_smollm_shape
+from bench_patched import now, write_smollm_shape
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from common import load_model, load_sae
+from common import load_model
 from data import LETTERS, encode_prompts, prompt
 from edits import NONE
 from evaluation import score_letters
@@ -29,19 +28,20 @@ from lm_eval_ablated import AblatedLM
 ROUNDS, BATCH, FEATURES = 7, 16, list(range(0, 500, 10))
 
 
-def compare(title: str, model: str, sae: str, questions: list[dict], dtype: str, rounds: int = ROUNDS) -> None:
+def compare(
+    title: str, model: str, sae: str, questions: list[dict], dtype: str, rounds: int = ROUNDS, device: str = "cpu"
+) -> dict[str, float]:
+    """Time of each way over that of lm-eval's hf, median of the rounds; printed, too."""
     texts = [prompt(row) for row in questions]
     pairs = [(text, f" {letter}") for text in texts for letter in LETTERS]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
-    same = dict(device="cpu", dtype=dtype, batch_size=BATCH, attn_implementation="eager")
+    same = dict(device=device, dtype=dtype, batch_size=BATCH, attn_implementation="eager")
     hf, ablated = HFLM(model, **same), AblatedLM(model, sae=sae, features={7: FEATURES}, clamp=-5.0, **same)
-    bridge = load_model(model, "cpu", dtype)
-    own_sae = load_sae(sae, 7, bridge)
-    rows = [NONE]
+    bridge = load_model(model, device, dtype)
 
     def ours():
         ids, letters = encode_prompts(bridge.tokenizer, texts)
-        return score_letters(bridge, own_sae, ids, letters, rows, BATCH)
+        return score_letters(bridge, ids, letters, [NONE], BATCH)
 
     ways = {
         "hf": lambda: hf.loglikelihood(requests, disable_tqdm=True),
@@ -54,15 +54,16 @@ def compare(title: str, model: str, sae: str, questions: list[dict], dtype: str,
     seconds = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
-            start = time.perf_counter()
+            start = now(device)
             way()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(now(device) - start)
     ratios = {name: [a / b for a, b in zip(seconds[name], seconds["hf"])] for name in ways}
     print(f"{title}, {len(questions)} questions; log-probabilities of hf and our scorer differ by {worst:.1e} at most")
     for name in ways:
         each = sorted(ratios[name])
         print(f"  {name:12}{statistics.median(seconds[name]):7.2f} s, {statistics.median(each):.3f} of hf "
               f"({each[0]:.3f} to {each[-1]:.3f}), {1 / statistics.median(each):.2f} times as fast")  # fmt: skip
+    return {name: statistics.median(each) for name, each in ratios.items()}
 
 
 def questions(name: str) -> list[dict]:

@@ -42,6 +42,13 @@ def write_smollm_shape(folder: Path, vocabulary: int = 49_152) -> None:
     sae.save_model(folder / "sae")
 
 
+def now(device) -> float:
+    """Seconds, once the device has done what it was told."""
+    if torch.device(device).type in ("cuda", "mps"):
+        getattr(torch, torch.device(device).type).synchronize()
+    return time.perf_counter()
+
+
 def smollm_shape(folder: Path):
     """The model and the SAE, loaded."""
     write_smollm_shape(folder)
@@ -50,15 +57,16 @@ def smollm_shape(folder: Path):
 
 
 @torch.inference_mode()
-def ratio(model, sae, batch: int, length: int) -> None:
-    ids = torch.randint(10, 4000, (batch, length), generator=torch.Generator().manual_seed(0))
-    features = list(range(0, 500, 10))
+def ratio(model, sae, batch: int, length: int) -> float:
+    """Time of a pass with features ablated over that of one without, median of pairs; printed, too."""
+    place, features = model.cfg.device, list(range(0, 500, 10))
+    ids = torch.randint(10, 4000, (batch, length), generator=torch.Generator().manual_seed(0)).to(place)
 
     def seconds(patched: bool) -> float:
         with ablate(model, sae, features, -5.0) if patched else nullcontext():
-            start = time.perf_counter()
+            start = now(place)
             model(ids, use_cache=False)
-            return time.perf_counter() - start
+            return now(place) - start
 
     seconds(True), seconds(False)
     pairs = [(seconds(True), seconds(False)) for _ in range(ROUNDS)]
@@ -66,6 +74,7 @@ def ratio(model, sae, batch: int, length: int) -> None:
     each = sorted(a / b for a, b in pairs)
     print(f"  {batch} x {length} tokens: patched {patched:.3f} s, unpatched {clean:.3f} s, ratio {patched / clean:.3f}")
     print(f"  pair by pair {each[0]:.3f} to {each[-1]:.3f}, median {statistics.median(each):.3f}")
+    return statistics.median(each)
 
 
 if __name__ == "__main__":

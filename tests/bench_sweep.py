@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from bench_patched import smollm_shape
+from bench_patched import now, smollm_shape
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch.profiler import ProfilerActivity, profile
 
@@ -54,7 +54,7 @@ def sparsify(model, sae) -> None:
     """Set the random SAE's threshold so that L0 features are active per token."""
     windows = token_windows(model.tokenizer, [prompt(row) for row in questions("mmlu_dev")[:40]])[0]
     h = torch.cat([chunk for chunk, _ in residuals(model, layer_of(sae), windows, 16)])
-    pre = h @ sae.W_enc + sae.b_enc
+    pre = h.to(sae.W_enc.dtype) @ sae.W_enc + sae.b_enc
     sae.threshold.fill_(pre.flatten().kthvalue(pre.numel() - L0 * len(pre)).values)
 
 
@@ -106,15 +106,31 @@ def rerun(model, layer: int, prompts, edits) -> tuple[str, float]:
     return f"{copies / len(prompts):.1f} edited copies a prompt, {again / ran:.1f} times the tokens", limit
 
 
-def seconds(work, *args) -> tuple[float, torch.Tensor]:
-    start = time.perf_counter()
-    result = work(*args)
-    return time.perf_counter() - start, result
+def seconds(work, model, *args) -> tuple[float, torch.Tensor]:
+    start = now(model.cfg.device)
+    result = work(model, *args)
+    return now(model.cfg.device) - start, result
+
+
+def sweep_settings(sae, features: list[int], clamp: float) -> list:
+    """24 of them."""
+    return [edit_of("clamp", sae, features=features[:n], clamp=c) for n in COUNTS for c in (0.0, clamp / 2, clamp)]
+
+
+def sweep_times(model, prompts, letters, settings) -> tuple:
+    """The sweep in unablated passes before and after it, median of three, the seconds of both; and its answers."""
+    score_letters(model, prompts[:16], letters, settings[-1:])  # warm
+    times = []
+    for _ in range(3):
+        one, _ = seconds(score_letters, model, prompts, letters, [NONE])
+        sweep, ours = seconds(score_letters, model, prompts, letters, settings)
+        after, _ = seconds(score_letters, model, prompts, letters, [NONE])
+        times.append((sweep / ((one + after) / 2), sweep, (one + after) / 2))
+    return *sorted(times)[1], ours
 
 
 def bench(model, sae, folder: str, clamp: float, n_prompts: int) -> None:
-    features = picked(model, sae)
-    settings = [edit_of("clamp", sae, features=features[:n], clamp=c) for n in COUNTS for c in (0.0, clamp / 2, clamp)]
+    settings = sweep_settings(sae, picked(model, sae), clamp)
     layer = layer_of(sae)
     u = 1 - (layer + 1) / model.cfg.n_layers
     print(f"  {len(settings)} settings, layers above the hook point: u = {u:.2f}, so 1 + 24u = {1 + 24 * u:.1f}")
@@ -123,16 +139,11 @@ def bench(model, sae, folder: str, clamp: float, n_prompts: int) -> None:
         rows = [rows[i] for i in halves(rows, 0)[1]]
         asked = rows[1 :: max(1, len(rows) // n_prompts)][:n_prompts]
         prompts, letters = encode_prompts(model.tokenizer, [prompt(row) for row in asked])
-        score_letters(model, prompts[:16], letters, settings[-1:])  # warm
-        times = []
-        for _ in range(3):
-            one, _ = seconds(score_letters, model, prompts, letters, [NONE])
-            sweep, ours = seconds(score_letters, model, prompts, letters, settings)
-            after, _ = seconds(score_letters, model, prompts, letters, [NONE])
-            times.append((sweep / ((one + after) / 2), sweep, (one + after) / 2))
-        ratio, sweep, one = sorted(times)[1]
+        ratio, sweep, one, ours = sweep_times(model, prompts, letters, settings)
         each, single = seconds(one_by_one, model, prompts, letters, settings)
-        theirs_time, theirs = seconds(attached, folder, sae, prompts, letters, settings)
+        start = time.perf_counter()
+        theirs = attached(folder, sae, prompts, letters, settings)
+        theirs_time = time.perf_counter() - start
         what, limit = rerun(model, layer, prompts, settings)
         print(f"  {name}, {len(prompts)} prompts: one unablated pass {one:.2f} s; {what}")
         print(f"    24 settings in one pass       {sweep:7.2f} s = {ratio:5.2f} unablated passes (median of 3); the "
