@@ -183,8 +183,9 @@ def train(
     with watch_tokens(model, tokenizer) as seen:
         for number in tqdm(range(setting.steps), desc="RMU", unit="step", leave=False):
             ids = padded(next(away_texts), tokenizer, device)
-            with torch.no_grad(), as_they_were(matrices, originals):
-                norms = wide(hidden(model, ids, setting.layer)).norm(dim=-1, keepdim=True)  # (batch, pos, 1)
+            if adaptive or coefficient is None:
+                with torch.no_grad(), as_they_were(matrices, originals):
+                    norms = wide(hidden(model, ids, setting.layer)).norm(dim=-1, keepdim=True)  # (batch, pos, 1)
             h_forget, forget_mask = hidden(model, ids, setting.layer), seen["ordinary"]
             if coefficient is None:
                 coefficient = setting.multiple * norms[forget_mask].mean().item()

@@ -114,8 +114,9 @@ def test_training_by_hand_and_retain_sets_in_turn(model_folder, monkeypatch, ada
     model, tokenizer = hf(model_folder("llama"), torch.float64)
     texts = ["The cat sat on the mat.", "Rivers of Europe flow.", "Blood carries oxygen to the heart.", "Answer: A"]
     windows = [tokenizer(text)["input_ids"] for text in texts]
-    forget, sets, drawn = windows[:1], [windows[1:2], windows[2:3]], []
+    forget, sets, drawn, passes = windows[:1], [windows[1:2], windows[2:3]], [], []
     monkeypatch.setattr(rmu, "padded", lambda rows, *rest: drawn.append(rows) or padded(rows, *rest))
+    monkeypatch.setattr(rmu, "hidden", lambda *args: passes.append(1) or edits.hidden(*args))
     with torch.no_grad():
         h = outputs_of_layer(model, torch.tensor(forget), 2)[0, 1:].numpy()  # without BOS
     setting = rmu.Setting(layer=2, multiple=3.0, alpha=7.0, steps=4, lr=1e-3)
@@ -125,6 +126,7 @@ def test_training_by_hand_and_retain_sets_in_turn(model_folder, monkeypatch, ada
     assert coefficient == pytest.approx(3.0 * norms.mean(), abs=1e-8)
     assert log[0][:2] == pytest.approx([((h - target) ** 2).mean(), 0.0], abs=1e-8)
     assert drawn == [forget, sets[0], forget, sets[1]] * 2
+    assert len(passes) == (4 * 4 if adaptive else 4 * 3 + 1)  # norms before training: of each batch, or of the first
 
 
 def test_later_layers_are_not_run(model_folder, get_model):
