@@ -127,9 +127,9 @@ tried = {"unablated": probabilities(question)}
 for clamp, name in ((0.0, "zero ablation"), (args.clamp, "clamp")):
     with model.hooks(fwd_hooks=[(sae.hook_point, lambda h, hook, clamp=clamp: edit(h, hook, clamp))]):
         tried[name] = probabilities(question)
-    with ablate(model, sae, features, clamp):  # that hook, for any SAE
-        same = torch.equal(probabilities(question), tried[name])
-    print(f"{name} {clamp:g}: right letter {tried[name][right]:.2f}; common.ablate's to the last bit: {same}")
+    with ablate(model, sae, features, clamp):  # that hook, for any SAE; it encodes the picked features alone
+        off = (probabilities(question) - tried[name]).abs().max()
+    print(f"{name} {clamp:g}: right letter {tried[name][right]:.2f}; common.ablate's are off by {off:.0e}")
 figures["letters"] = show.letter_figure(tried, right, f"layer {args.layer}, one question")
 
 # %% [markdown]
