@@ -120,12 +120,12 @@ def score_letters(model, prompts, letters, edits, batch_size=16, desc=None, max_
 
 def rounding(model, prompts, letters, batch_size=16, most=64, max_memory=None) -> dict:
     """What batches of another shape do to the unablated model's answers, asked with up to `most` of the prompts in
-    batches of batch_size and of a third of it: {"asked", "answers" that change, "log_probability", the most that one
-    moves by}. In float32 next to nothing; in bfloat16 a GPU rounds otherwise in each shape, and no smaller difference
-    between two edits is theirs."""
+    batches of batch_size and of a third of it (of 3 where that is none): {"asked", "answers" that change,
+    "log_probability", the most that one moves by, in nats}. In float32 next to nothing; in bfloat16 a GPU rounds
+    otherwise in each shape. prompts, letters, errors: as score_letters has them."""
     some = prompts[:: math.ceil(len(prompts) / most)]
     one, other = (score_letters(model, some, letters, [NONE], size, max_memory=max_memory)[0]
-                  for size in (batch_size, max(1, batch_size // 3)))  # fmt: skip
+                  for size in (batch_size, batch_size // 3 or 3))  # fmt: skip
     change = int((one.argmax(-1) != other.argmax(-1)).sum())
     return {"asked": len(some), "answers": change, "log_probability": (one - other).abs().max().item()}
 
@@ -457,7 +457,7 @@ def score_quiz(
     worded, about = torch.cat(worded) if in_words else None, {"questions": indices, "skipped_long": skipped}
     if next(model.original_model.parameters()).dtype != torch.float32 and not is_cloze(asked):
         about["rounding"] = noise = rounding(model, rows, letters, s.batch_size, max_memory=s.max_memory)
-        print(f"{title}, rounding: in smaller batches {noise['answers']} of {noise['asked']} unablated answers change, "
+        print(f"{title}, rounding: in other batches {noise['answers']} of {noise['asked']} unablated answers change, "
               f"a log-probability by {noise['log_probability']:.2g} at most")  # fmt: skip
     return quiz_scores(torch.cat(found), asked, in_words=worded), about
 

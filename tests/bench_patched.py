@@ -44,8 +44,8 @@ def write_smollm_shape(folder: Path, vocabulary: int = 49_152) -> None:
 
 def now(device) -> float:
     """Seconds, once the device has done what it was told."""
-    if torch.device(device).type in ("cuda", "mps"):
-        getattr(torch, torch.device(device).type).synchronize()
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 

@@ -12,6 +12,7 @@ code 1 where a script failed or tiny answered otherwise. What it says of a card 
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -34,18 +35,18 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 import memory
 import records
 from common import best_device, load_model, load_sae
-from data import encode_prompts, prompt
+from data import encode_prompts, first_line, prompt, ran_out
 from evaluation import rounding, score_letters, score_words, standard_rows
 
 TINY, LAYER = bench_patched.ROOT / "tiny", 7
-HALF = dict(num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=8192)
+HEADS = dict(num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=8192)
 SHAPES = {  # shape of the model; features of the SAE; questions of a quiz; tokens of the longest
     "gemma-2-2b-it": (
         dict(hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, head_dim=256, query_pre_attn_scalar=256,
-             vocab_size=256_000, sliding_window=4096, **HALF), 16_384, 64, 900),
+             vocab_size=256_000, sliding_window=4096, **HEADS), 16_384, 64, 900),
     "small": (
         dict(hidden_size=64, intermediate_size=128, num_hidden_layers=10, head_dim=8, query_pre_attn_scalar=8,
-             vocab_size=4096, sliding_window=64, **HALF), 512, 12, 300),
+             vocab_size=4096, sliding_window=64, **HEADS), 512, 12, 300),
 }  # fmt: skip
 SOME = ["--no-sanity", "--n-features=50"]
 SCRIPTS = {
@@ -125,13 +126,14 @@ def run_script(script: str, own: list[str], flags: dict[str, str], folder: Path)
     if script == "rmu.py":  # it has no SAE, and a layer of its own
         del given["--sae"], given["--layer"]
     started, peak = time.perf_counter(), folder / "peak.json"
+    peak.write_text("null")  # of a script that is killed
     command = [sys.executable, __file__, "child", str(peak), script, *own, *(f"{k}={v}" for k, v in given.items())]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment)
     said = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
     found = {"seconds": round(time.perf_counter() - started, 1), "peak_gb": json.loads(peak.read_text()),
              "exit_code": done.returncode}  # fmt: skip
-    return found | ({"said": said[-1]} if done.returncode else {})
+    return found | ({"said": said[-1] if said else "not a word"} if done.returncode else {})
 
 
 # ------------------------------------------------------------------------------------ the same as on the CPU
@@ -204,21 +206,37 @@ def machine(device: str) -> dict:
             "system": platform.platform()}  # fmt: skip
 
 
-def told(title: str, found: dict) -> dict:
+def told(title: str, make) -> dict:
+    """What make() finds, printed; where memory runs out that is said, and the rest goes on."""
     print(f"\n{title}")
+    try:
+        found = make()
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        found = {"not measured": f"no memory is left ({first_line(error)})"}
     for name, value in found.items():
         parts = value.items() if isinstance(value, dict) else [("", value)]
         said = (f"{part} {f'{x:.4g}' if isinstance(x, float) else x}".strip() for part, x in parts)
         print(f"  {name}: {', '.join(said)}", flush=True)
+    let_go()
     return found
 
 
+def let_go() -> None:
+    """The scripts are processes of their own: what this one keeps of a GPU, they lack."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def check(device: str, shape: str) -> dict:
-    report = {"machine": told("machine", machine(device)), "shape": shape}
-    report["tiny"] = told("tiny in float32, against the CPU", same_as_cpu(device))
+    report = {"machine": told("machine", lambda: machine(device)), "shape": shape}
+    report["tiny"] = told("tiny in float32, against the CPU", lambda: same_as_cpu(device))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         flags = write_all(folder, shape, device)
+        let_go()
         print(f"\nscripts on a random model, {shape}, bfloat16, prompts of up to {SHAPES[shape][3]} tokens")
         runs = {name: (*SCRIPTS[name], f"--device={device}") for name in SCRIPTS}
         if torch.cuda.device_count() > 1:
@@ -227,8 +245,8 @@ def check(device: str, shape: str) -> dict:
         for name, (script, *own) in runs.items():
             found = report["scripts"][name] = run_script(script, own, flags, folder)
             print(f"  {name}: {found['seconds']} s, {found['peak_gb']} GB", found.get("said", ""), flush=True)
-        report["rounding"] = told("in bfloat16, batches of 16 against batches of 5", of_batches(flags, device))
-        report["ratios"] = told("ratios", ratios(flags, device, shape))
+        report["rounding"] = told("in bfloat16, batches of 16 against batches of 5", lambda: of_batches(flags, device))
+        report["ratios"] = told("ratios", lambda: ratios(flags, device, shape))
     return report
 
 
@@ -236,7 +254,9 @@ def faults(report: dict) -> list[str]:
     """What should not be: a refusal is none where it is memory that lacks."""
     bad = [f"{name}: {found['said']}" for name, found in report["scripts"].items()
            if found["exit_code"] and not (found["exit_code"] == 2 and "GB are free" in found["said"])]  # fmt: skip
-    return bad + [f"tiny: other answers, {name}" for name in ("letters", "words") if report["tiny"][name]["answers"]]
+    return bad + [
+        f"tiny: other answers, {name}" for name in ("letters", "words") if report["tiny"].get(name, {}).get("answers")
+    ]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).resolve().parent
 
@@ -42,3 +43,22 @@ def test_what_is_a_fault(monkeypatch):
     report["scripts"]["lesson 3"] = {"exit_code": 2, "said": "error: no SAE folder"}
     tiny["words"]["answers"] = 3
     assert [fault.split(":")[0] for fault in faults(report)] == ["lesson 2", "lesson 3", "tiny"]
+
+
+def test_a_script_that_is_killed_and_memory_that_runs_out_lose_no_report(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(HERE))
+    import check_machine
+
+    (tmp_path / "peak.json").write_text("7.5")  # the script's before it
+    killed = subprocess.CompletedProcess([], -9, "", "")
+    monkeypatch.setattr(check_machine.subprocess, "run", lambda *args, **more: killed)
+    found = check_machine.run_script("pareto.py", [], {}, tmp_path)
+    assert found["exit_code"] == -9 and found["peak_gb"] is None
+    tiny = {name: {"answers": 0} for name in ("letters", "words")}
+    assert len(check_machine.faults({"scripts": {"sweep": found}, "tiny": tiny})) == 1
+
+    def exhausted():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    assert "no memory is left" in check_machine.told("ratios", exhausted)["not measured"]
+    assert "not measured: no memory is left (CUDA out of memory" in capsys.readouterr().out

@@ -97,6 +97,8 @@ def test_below_float32_it_is_told_what_other_batches_change(get_model, monkeypat
     assert sizes[-2:] == [6, 2]
     said = capsys.readouterr().out
     assert said.count("rounding") == 1 and "1 of 3 unablated answers change, a log-probability by 0.3 at most" in said
+    assert evaluation.rounding(get_model("gemma2"), [[2, 30]], [20, 21, 22, 23], 1)["asked"] == 1
+    assert sizes[-2:] == [1, 3]  # a batch of one has no smaller one
     many = evaluation.rounding(get_model("gemma2"), [[2, 30]] * 130, [20, 21, 22, 23], most=64)
     assert 40 < many["asked"] <= 64
 

@@ -7,6 +7,7 @@ import jupytext
 import nbclient
 import nbformat
 import pytest
+import torch
 from conftest import ROOT, lesson
 
 import edits
@@ -78,14 +79,22 @@ def test_a_lesson_is_short_and_imports_little():
         assert not re.search(r"^def run|^if __name__", source, re.MULTILINE)
 
 
-@pytest.mark.parametrize("n_features", [2, 10, 50])
-def test_the_hook_of_lesson_1_is_common_ablates(tmp_path, capsys, monkeypatch, n_features):
+def test_the_hook_of_lesson_1_is_common_ablates(tmp_path, capsys, monkeypatch):
     """It is written in the lesson, which prints how far common.ablate is from it: where that, too, encodes all features
-    and takes the picked ones, not a bit. To multiply their columns alone may round otherwise, by the CPU."""
-    flags = dict(layer=3, n_features=n_features, limit=4, out=tmp_path / "r.json")
+    and takes the picked ones, not a bit. To multiply their columns alone may round otherwise, by the CPU. And not a bit
+    with features that are active on BOS, weakly or strongly, and on other tokens."""
+    flags = dict(layer=3, n_features=10, limit=4, out=tmp_path / "r.json")
     off = re.compile(r"common.ablate's are off by (\S+)")
     lesson(LESSONS[0], **flags)
     assert [float(x) < 2e-6 for x in off.findall(capsys.readouterr().out)] == [True] * 2
     monkeypatch.setattr(edits.Latents, "encode", lambda self, h: (self.own(self.sae.encode(h.float())), 1.0))
-    lesson(LESSONS[0], **flags)
+    names = lesson(LESSONS[0], **flags)
     assert off.findall(capsys.readouterr().out) == ["0e+00"] * 2
+    sae, h, own = names["sae"], names["h"], names["edit"].__globals__
+    active = sae.encode(h.float())[0] > 0  # (pos, d_sae)
+    features = [*active[0].nonzero()[:, 0].tolist(), *active[-1].nonzero()[:, 0].tolist()]
+    own["features"] = features = list(dict.fromkeys(features))
+    assert active[0].any() and active[1:, features].any()
+    for clamp in (0.0, -40.0):
+        wanted = edits.edit_of("clamp", sae, features=features, clamp=clamp).at[3](h, names["ordinary"][..., 0])
+        assert torch.equal(names["edit"](h, clamp=clamp), wanted)

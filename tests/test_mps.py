@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import TINY, command, write_sae
+from sae_lens import SAE
 from two_devices import apple_gpu
 
 import baselines
@@ -25,6 +26,7 @@ WITHOUT = {"rmu.py": ("sae", "n_features", "no_sanity", "clamp"), "pareto.py": (
 METHODS = ["mean-ablation", "dsg", "diff-in-means", "refusal-clamp", "npo", "crisp", "npo-sam", "mudman",
            "circuit-breakers", "undo"]  # fmt: skip
 ASKED_AGAIN = ("dsg", "diff-in-means", "npo")
+ALL_WEIGHTS = ("npo", "npo-sam", "mudman", "undo")
 
 
 @pytest.fixture
@@ -87,11 +89,18 @@ def test_methods_and_what_survives_of_them(method, small, monkeypatch, tmp_path)
     monkeypatch.setitem(baselines.TRAINING, "crisp", [(2, 1.6e-2)] * 2)  # UNDO's teacher
     monkeypatch.setattr(unlearning, "salient", lambda *rates: [1, 2, 3])  # random features are not
     more = {"refusal_latent": 30} if method == "refusal-clamp" else {}
+    flags = dict(method=method, steps=2, **more, **small)
     with apple_gpu():
         out = str(tmp_path / "r.json")
-        baselines.run(method=method, steps=2, device="mps", out=out, **more, **small)
+        found = baselines.run(device="mps", out=out, **flags)["points"]
         if method in ASKED_AGAIN:
             robustness.run(records=[out], relearn=2, shots=1, device="mps", out=str(tmp_path / "robust.json"))
+    if method in ALL_WEIGHTS:  # on a pretended device tied weights are two, which are trained apart
+        return
+    wanted = baselines.run(device="cpu", out=str(tmp_path / "cpu.json"), **flags)["points"]
+    for one, other in zip(found, wanted, strict=True):
+        cost, real = (point["scores"]["openwebtext"]["nats_per_token"] for point in (one, other))
+        assert one["setting"] == other["setting"] and cost == pytest.approx(real, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -113,3 +122,5 @@ def test_training_an_sae(small, monkeypatch, tmp_path):
     with apple_gpu():
         train_sae.run(model=small["model"], text=str(TINY / "data/wikitext.jsonl"), layers=[1], width=64, k=8,
                       tokens=2048, context=16, device="mps", out=str(tmp_path / "saes"))  # fmt: skip
+    sae = SAE.load_from_disk(tmp_path / "saes/layer_1")
+    assert sae.W_dec.isfinite().all() and 0 < sae.threshold.min() < torch.inf

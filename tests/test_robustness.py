@@ -89,10 +89,7 @@ def test_a_record_of_what_has_been_trained_again_is_not_taken_up(monkeypatch, tm
     assert baselines.is_there(path, "clamp", s, sources)
     check_same(str(path), record, "sae", str(folder))
     path.write_text(json.dumps({**record, "dtype": "bfloat16"}))
-    for given, taken in (
-        (None, "bfloat16"),
-        ("float32", "float32"),
-    ):  # its own, where no flag says another
+    for given, taken in ((None, "bfloat16"), ("float32", "float32")):  # its own, where no flag says another
         own = settings(robustness.flags, {"dtype": given})
         robustness.subject_of(str(path), own)
         assert own.dtype == taken
