@@ -129,7 +129,7 @@ for clamp, name in ((0.0, "zero ablation"), (args.clamp, "clamp")):
         tried[name] = probabilities(question)
     with ablate(model, sae, features, clamp):  # that hook, for any SAE; it encodes the picked features alone
         off = (probabilities(question) - tried[name]).abs().max()
-    print(f"{name} {clamp:g}: right letter {tried[name][right]:.2f}; common.ablate's are off by {off:.0e}")
+    print(f"{name} {clamp:g}: right letter {tried[name][right]:.2f}; common.ablate differs by {off:.0e}")
 figures["letters"] = show.letter_figure(tried, right, f"layer {args.layer}, one question")
 
 # %% [markdown]

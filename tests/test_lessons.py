@@ -84,7 +84,7 @@ def test_the_hook_of_lesson_1_is_common_ablates(tmp_path, capsys, monkeypatch):
     and takes the picked ones, not a bit. To multiply their columns alone may round otherwise, by the CPU. And not a bit
     with features that are active on BOS, weakly or strongly, and on other tokens."""
     flags = dict(layer=3, n_features=10, limit=4, out=tmp_path / "r.json")
-    off = re.compile(r"common.ablate's are off by (\S+)")
+    off = re.compile(r"common.ablate differs by (\S+)")
     lesson(LESSONS[0], **flags)
     assert [float(x) < 2e-6 for x in off.findall(capsys.readouterr().out)] == [True] * 2
     monkeypatch.setattr(edits.Latents, "encode", lambda self, h: (self.own(self.sae.encode(h.float())), 1.0))
