@@ -9,6 +9,8 @@ the picked features. An ablation keeps the SAE's error term:
 with clamp 0 for zero ablation and a negative clamp as in Farrell, Lau and Conmy (arXiv 2410.19278).
 """
 
+import atexit
+import gc
 import os
 import random
 from dataclasses import dataclass
@@ -17,6 +19,11 @@ from pathlib import Path
 from unittest.mock import patch
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # image processors complain at import otherwise
+
+# These make a million objects, none of them garbage. Python would look for some all the same, time and again, and once
+# more at the end: nearly half of what a start took
+gc.disable()
+atexit.register(gc.freeze)
 
 import torch
 from sae_lens import SAE
@@ -31,6 +38,9 @@ import processes
 from data import HERE, UserError, first_line
 from edits import Latents, alike, applied, edit_of, few_rows, layer_of, log_probs, random_ids, residuals
 
+gc.freeze()
+gc.unfreeze()  # so all counts as old, and is not looked through at once
+gc.enable()
 disable_progress_bar()  # "Loading weights" would come before the first line of ours
 
 # ---------------------------------------------------------------------------------------------- load

@@ -27,6 +27,29 @@ def rates(fires, n, total=None):
 # ----------------------------------------------------------------------------------------- loading
 
 
+def test_imports_do_not_look_for_garbage():
+    """And garbage is looked for again behind them, whatever was alive before among it; at the end nothing is left to
+    be looked through."""
+    program = """if True:
+        import atexit, gc, weakref
+        import torch, transformers
+        class Old: pass
+        old = Old()
+        old.itself, gone = old, weakref.ref(old)
+        seen = []
+        gc.callbacks.append(lambda phase, about: seen.append(about["generation"]) if phase == "start" else None)
+        atexit.register(lambda: print(gc.get_freeze_count() > 500_000))
+        import common
+        print(seen.count(2), gc.isenabled(), gc.get_freeze_count())
+        del old
+        gc.collect()
+        print(gone())
+    """
+    here = Path(common.__file__).parent
+    run = subprocess.run([sys.executable, "-c", program], cwd=here, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["0 True 0", "None", "True"]
+
+
 def test_everything_is_frozen_and_saes_are_float32(half_model, tmp_path):
     write_sae(tmp_path, "x", spoil=lambda sae: sae.to(dtype=torch.bfloat16))
     assert json.loads((tmp_path / "cfg.json").read_text())["dtype"] == "bfloat16"
