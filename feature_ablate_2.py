@@ -145,14 +145,16 @@ records.write_record(path, record, figures)
 
 # %% [markdown]
 # And how much does a single feature do? The first one fires on the letter C before an option (lesson 1). Guess: how
-# many points does it cost alone, with letters and in words?
+# many points does it cost alone, with letters and in words? Every third question is enough to see it.
 
 # %%
 first = evaluation.of_features("sae-ablation", sae, features[:1], args.clamp)
-found, _ = evaluation.score_quiz(model, "WMDP-Bio", wmdp, reporting, [rows[0], first], args, in_words=True)
+found, _ = evaluation.score_quiz(model, "WMDP-Bio", wmdp, reporting[::3], [rows[0], first], args, in_words=True)
 for row, score in zip(("unablated", "the first alone"), found):
     print(f"{row}: {100 * score['accuracy']:.1f}%, in words {100 * score['in_words']['accuracy']:.1f}%")
 
 # %% [markdown]
-# **80.9** and **97.5**%: half of what the clamp takes from the quiz is its form, and no fact is lost by it. The answers
-# in words fall with the other features. <!-- 100 * found[1]["accuracy"], 100 * found[1]["in_words"]["accuracy"] -->
+# **17.6** points with letters, **0.0** in words: half of what the clamp takes from the quiz is its form, and no fact is
+# lost by it. The answers in words fall with the other features.
+# <!-- 100 * (found[0]["accuracy"] - found[1]["accuracy"]),
+# 100 * (found[0]["in_words"]["accuracy"] - found[1]["in_words"]["accuracy"]) -->
