@@ -83,7 +83,6 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 import memory
@@ -187,25 +186,19 @@ def absolute(method: str, one: dict, s) -> dict:
 
 
 def try_edits(method: str, folder: Path, texts: dict, measured: Measured, s) -> list[dict]:
-    """The unablated model's answers, then those under each setting of an edit's grid, all in one pass: what it is, what
-    the model answers, how long it took to make; kept in pieces in the folder."""
-    edits, seconds = [NONE], []
-    for one in GRIDS[method]:
-        started = time.time()
-        edits.append(edit_for(method, one, measured))
-        seconds.append(time.time() - started)
+    """The unablated model's answers, then those under each setting of an edit's grid, all in one pass: what it is and
+    what the model answers; kept in pieces in the folder."""
+    edits = [NONE, *(edit_for(method, one, measured) for one in GRIDS[method])]
     clean, *found = answers(measured.lm, texts, edits, s, pieces.piecewise(measured.lm, folder, s))
-    return [clean, *({"point": edit.point(), "answers": one, "seconds": took}
-                     for edit, one, took in zip(edits[1:], found, seconds))]  # fmt: skip
+    return [clean, *({"point": edit.point(), "answers": one} for edit, one in zip(edits[1:], found))]
 
 
 def try_training(method: str, one: dict, passing: Path, texts: dict, measured: Measured, s) -> dict:
     """One setting of training, as try_edits has them."""
-    started, setting = time.time(), absolute(method, one, s)
+    setting = absolute(method, one, s)
     forgetful(method, setting, passing, texts, measured, s)
-    seconds = time.time() - started
     found = answers(load_model(str(passing), s.device, s.dtype), texts, [NONE], s)[0]
-    return {"point": {"method": method, "setting": setting}, "answers": found, "seconds": seconds}
+    return {"point": {"method": method, "setting": setting}, "answers": found}
 
 
 def tune(method: str, folder: Path, texts: dict, measured: Measured, s) -> list[dict]:
@@ -270,10 +263,9 @@ def run(**changes) -> dict:
         floor = [NEVER_KNEW.point(**score) for score in scores[len(points) :]]
         points += floor
         print(f"\nchosen on the tuning half: {show.setting_text(best['setting'])}")
-        extra = {"chosen": points.index(best), "decides": decides(s, s.method)}
-        seconds, figures = np.mean([one["seconds"] for one in tried]), {}
+        extra, figures = {"chosen": points.index(best), "decides": decides(s, s.method)}, {}
+        seconds, log = make_chosen(extra["chosen"] - 1, best, path.with_suffix(".model"), texts, measured, s)
         if s.method in TRAINED:
-            seconds, log = train_chosen(best["setting"], path.with_suffix(".model"), texts, measured, s)
             extra |= {"folder": path.with_suffix(".model").name, "log": log}
             title = f"{records.short_name(s.model)}: {s.method}, {show.setting_text(best['setting'])}"
             names = LOGS.get(s.method, NLL_LOG)
@@ -283,16 +275,20 @@ def run(**changes) -> dict:
         record = records.make_record("baselines.py", s, saes, sources, {}, points, started)
         if "folder" in extra:
             record["identity"]["folder"] = identity(str(path.with_name(extra["folder"])))
-        record |= extra | {"seconds_to_make": round(float(seconds), 2), "peak_gb": records.peak_gb()}
+        record |= extra | {"seconds_to_make": round(seconds, 2), "peak_gb": records.peak_gb()}
         records.write_record(path, record, figures)
     publish.push_model(record, path, s.push)
     return record
 
 
-def train_chosen(setting: dict, folder: Path, texts: dict, measured: Measured, s) -> tuple[float, list]:
-    """Train with the setting that was chosen, and save; how long it took, and the log."""
-    begun = time.time()
-    log = forgetful(s.method, setting, folder, texts, measured, s)
+def make_chosen(number: int, best: dict, folder: Path, texts: dict, measured: Measured, s) -> tuple[float, list | None]:
+    """Make the chosen point, of that number in the grid, once more and from nothing: how long that takes, picking and
+    whatever the method starts from included. A trained model is saved in the folder, and its log returned."""
+    afresh, begun = replace(measured, sanity={}), time.time()  # knows nothing of what tuning has measured
+    if s.method in GRIDS:
+        edit_for(s.method, GRIDS[s.method][number], afresh)
+        return time.time() - begun, None
+    log = forgetful(s.method, best["setting"], folder, texts, afresh, s)
     print(f"trained again and saved: {folder}")
     return time.time() - begun, log
 

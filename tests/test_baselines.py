@@ -1,6 +1,7 @@
 """Which weights the training baselines reach, tuning that goes on where it stopped, and --all."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,23 @@ def test_a_stopped_tuning_goes_on_and_ends_with_the_same_record(two_settings, mo
     for name in ("points", "chosen", "log"):
         assert json.dumps(again[name]) == json.dumps(whole[name])
     assert {path.name for path in tmp_path.glob("r*")} == {"r.json", "r.model", "r_losses.png"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, where, part", [("clamp", methods, "firing_rates"), ("undo", baselines, "by_crisp")])
+def test_the_time_to_make_a_point_has_what_tuning_had_measured(
+    two_settings, monkeypatch, tmp_path, method, where, part
+):
+    """Features and the model that UNDO starts from are made once for all settings, but nobody has them for nothing."""
+    real, calls = getattr(where, part), []
+
+    def slow(*given, **named):
+        calls.append(time.sleep(1))
+        return real(*given, **named)
+
+    monkeypatch.setattr(where, part, slow)
+    record = baselines.run(method=method, **SMALL, out=str(tmp_path / "r.json"))
+    assert len(calls) % 2 == 0 and record["seconds_to_make"] > len(calls) / 2
 
 
 @pytest.mark.slow
