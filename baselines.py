@@ -80,7 +80,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -97,7 +96,7 @@ from edits import NEVER_KNEW, NONE, layer_of
 from engine import check_engine
 from evaluation import answers, answers_of_never_knew, best_setting, keep_robust, scores_of
 from hub import identity, identity_of_never_knew, model_source, sae_source
-from methods import Measured, edit_for, measure
+from methods import Measured, edit_for, kept, measure
 from training import reach, training_windows
 from unlearning import (
     LOSSES,
@@ -130,7 +129,7 @@ def crisp_layers(s) -> tuple[int, ...]:
     return (s.layer,) if s.sae else CRISP_LAYERS.get(s.model, (s.layer,))
 
 
-@cache
+@kept
 def read_by_crisp(m: Measured) -> tuple[dict, dict]:
     """SAEs, and (forget, retain) rates, by the layer whose output they read."""
     loaded = [load_sae(m.s.sae, layer, m.lm, m.s.model) for layer in crisp_layers(m.s)]
@@ -151,7 +150,7 @@ def by_lora(train, setting: dict, texts: dict, measured: Measured, *rest) -> tup
     return train(setting, load_hf(s.model, s.device, s.dtype)[0], tokenizer, forget, retain, s.seed, *rest)
 
 
-@cache
+@kept
 def taught(measured: Measured):
     """The model that UNDO starts from, trained once a run."""
     s = argparse.Namespace(**{**vars(measured.s), "steps": None, "lr": None})
@@ -264,6 +263,7 @@ def run(**changes) -> dict:
         points += floor
         print(f"\nchosen on the tuning half: {show.setting_text(best['setting'])}")
         extra, figures = {"chosen": points.index(best), "decides": decides(s, s.method)}, {}
+        measured = replace(measured, sanity={})  # without what tuning has measured, and the models that it started from
         seconds, log = make_chosen(extra["chosen"] - 1, best, path.with_suffix(".model"), texts, measured, s)
         if s.method in TRAINED:
             extra |= {"folder": path.with_suffix(".model").name, "log": log}
@@ -282,13 +282,14 @@ def run(**changes) -> dict:
 
 
 def make_chosen(number: int, best: dict, folder: Path, texts: dict, measured: Measured, s) -> tuple[float, list | None]:
-    """Make the chosen point, of that number in the grid, once more and from nothing: how long that takes, picking and
-    whatever the method starts from included. A trained model is saved in the folder, and its log returned."""
-    afresh, begun = replace(measured, sanity={}), time.time()  # knows nothing of what tuning has measured
+    """Make the chosen point, of that number in the grid, once more: how many seconds that takes, with all that
+    `measured` does not know yet, as which features are picked. A trained model is saved in the folder, and its log
+    returned."""
+    begun = time.time()
     if s.method in GRIDS:
-        edit_for(s.method, GRIDS[s.method][number], afresh)
+        edit_for(s.method, GRIDS[s.method][number], measured)
         return time.time() - begun, None
-    log = forgetful(s.method, best["setting"], folder, texts, afresh, s)
+    log = forgetful(s.method, best["setting"], folder, texts, measured, s)
     print(f"trained again and saved: {folder}")
     return time.time() - begun, log
 

@@ -118,16 +118,21 @@ def score_letters(model, prompts, letters, edits, batch_size=16, desc=None, max_
     return out
 
 
+def changed(one: torch.Tensor, other: torch.Tensor) -> dict:
+    """Between two sets of scores, (..., n_questions, 4): {"asked", "answers" that change, "log_probability", the most
+    that one moves by, in nats}."""
+    differ = one.argmax(-1) != other.argmax(-1)
+    return {"asked": differ.numel(), "answers": int(differ.sum()), "log_probability": (one - other).abs().max().item()}
+
+
 def rounding(model, prompts, letters, batch_size=16, most=64, max_memory=None) -> dict:
     """What batches of another shape do to the unablated model's answers, asked with up to `most` of the prompts in
-    batches of batch_size and of a third of it (of 3 where that is none): {"asked", "answers" that change,
-    "log_probability", the most that one moves by, in nats}. In float32 next to nothing; in bfloat16 a GPU rounds
-    otherwise in each shape. prompts, letters, errors: as score_letters has them."""
+    batches of batch_size and of a third of it (of 3 where that is none), as `changed` has it. In float32 next to
+    nothing; in bfloat16 a GPU rounds otherwise in each shape. prompts, letters, errors: as score_letters has them."""
     some = prompts[:: math.ceil(len(prompts) / most)]
     one, other = (score_letters(model, some, letters, [NONE], size, max_memory=max_memory)[0]
                   for size in (batch_size, batch_size // 3 or 3))  # fmt: skip
-    change = int((one.argmax(-1) != other.argmax(-1)).sum())
-    return {"asked": len(some), "answers": change, "log_probability": (one - other).abs().max().item()}
+    return changed(one, other)
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ In a setting of a method's grid (flags.GRIDS) clamps are multiples of --clamp, t
 """
 
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property, wraps
 
 import torch
 
@@ -72,7 +72,21 @@ class Measured:
         return (mean(self.forget) - torch.stack([mean(part) for part in self.retain]).mean(0)).tolist()
 
 
-@cache
+def kept(function):
+    """function(m, ...) of a Measured, computed once for it and gone with it: functools.cache would keep the models and
+    SAEs that it holds for as long as Python runs."""
+
+    @wraps(function)
+    def looked_up(m: Measured, *rest, **named):
+        known, key = vars(m).setdefault("known", {}), (function, rest, *named.items())
+        if key not in known:
+            known[key] = function(m, *rest, **named)
+        return known[key]
+
+    return looked_up
+
+
+@kept
 def attributions(m: Measured) -> torch.Tensor:
     """(d_sae,) what each feature's activation adds to the right answer, to first order: activation times the gradient
     of the right letter's log-probability, summed over a question's tokens that edits may touch; the mean over the
@@ -106,7 +120,7 @@ def attributions(m: Measured) -> torch.Tensor:
     return processes.total(total) / len(rows)
 
 
-@cache
+@kept
 @torch.inference_mode()
 def output_scores(m: Measured, text: str = "From my experience,", top: int = 20, factor: float = 10.0) -> torch.Tensor:
     """(d_sae,) the output scores of Arad et al., arXiv 2505.20063, by their code (github.com/technion-cs-nlp/
@@ -143,7 +157,7 @@ def output_scores(m: Measured, text: str = "From my experience,", top: int = 20,
 SCORES = {"attribution": attributions, "output-score": output_scores}  # rules that look at more than rates
 
 
-@cache
+@kept
 @torch.inference_mode()
 def gate_for(m: Measured, n: int, quantile: float = 0.95) -> float:
     """DSG's tau for its n features: that quantile of rho over retain texts."""

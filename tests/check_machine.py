@@ -36,7 +36,7 @@ import memory
 import records
 from common import best_device, load_model, load_sae
 from data import encode_prompts, first_line, prompt, ran_out
-from evaluation import rounding, score_letters, score_words, standard_rows
+from evaluation import changed, rounding, score_letters, score_words, standard_rows
 
 TINY, LAYER = bench_patched.ROOT / "tiny", 7
 HEADS = dict(num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=8192)
@@ -155,13 +155,7 @@ def same_as_cpu(device: str) -> dict:
     """How far tiny in float32 is from what the CPU gives."""
     here, there = tiny_answers(device), tiny_answers("cpu")
     found = {"features picked that differ": len(set(here["features"]) - set(there["features"]))}
-    return found | {name: change(here[name], there[name]) for name in ("letters", "words")}
-
-
-def change(one: torch.Tensor, other: torch.Tensor) -> dict:
-    """As evaluation.rounding has it; (n_edits, n_questions, 4) each."""
-    differ = one.argmax(-1) != other.argmax(-1)
-    return {"asked": differ.numel(), "answers": int(differ.sum()), "log_probability": (one - other).abs().max().item()}
+    return found | {name: changed(here[name], there[name]) for name in ("letters", "words")}
 
 
 def of_batches(flags: dict, device: str) -> dict:
@@ -188,7 +182,7 @@ def ratios(flags: dict, device: str, shape: str) -> dict:
     each, alone = bench_sweep.seconds(bench_sweep.one_by_one, model, prompts, letters, settings)
     found |= {"sweep of 24 over an unablated pass": sweep, "and over the arithmetic limit": sweep / limit,
               "24 one at a time over the sweep": each / seconds,
-              "letters that differ one at a time": change(ours, alone)["answers"]}  # fmt: skip
+              "letters that differ one at a time": changed(ours, alone)["answers"]}  # fmt: skip
     del model, sae
     times = bench_lm_eval.compare(shape, flags["--model"], flags["--sae"], rows, "bfloat16", 3, device)
     return found | {f"{name} over lm-eval's hf": times[name] for name in ("sae-ablated", "our scorer")}

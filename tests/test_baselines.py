@@ -1,5 +1,6 @@
 """Which weights the training baselines reach, tuning that goes on where it stopped, and --all."""
 
+import gc
 import json
 import time
 from pathlib import Path
@@ -63,16 +64,25 @@ def test_a_stopped_tuning_goes_on_and_ends_with_the_same_record(two_settings, mo
 def test_the_time_to_make_a_point_has_what_tuning_had_measured(
     two_settings, monkeypatch, tmp_path, method, where, part
 ):
-    """Features and the model that UNDO starts from are made once for all settings, but nobody has them for nothing."""
+    """Features and the model that UNDO starts from are made once for all settings, but nobody has them for nothing. Nor
+    do they stay in memory meanwhile, or when all is done."""
     real, calls = getattr(where, part), []
 
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(one, methods.Measured) for one in gc.get_objects())
+
+    before = alive()
+
     def slow(*given, **named):
-        calls.append(time.sleep(1))
+        time.sleep(1)
+        calls.append(alive() - before)
         return real(*given, **named)
 
     monkeypatch.setattr(where, part, slow)
     record = baselines.run(method=method, **SMALL, out=str(tmp_path / "r.json"))
     assert len(calls) % 2 == 0 and record["seconds_to_make"] > len(calls) / 2
+    assert set(calls) == {1} and alive() == before
 
 
 @pytest.mark.slow
