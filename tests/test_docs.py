@@ -131,8 +131,8 @@ def test_what_was_measured_of_tiny_is_quoted():
 
 @pytest.mark.slow
 def test_what_tiny_gets_right_in_the_cloze_prompt():
-    text = (ROOT / "docs/real_models.md").read_text()
-    quoted = re.search(r"([\d.]+)% of\n(\d+), its twin that never knew ([\d.]+)%", text).groups()
+    text = " ".join((ROOT / "docs/real_models.md").read_text().split())
+    quoted = re.search(r"([\d.]+)% of (\d+), its twin that never knew ([\d.]+)%", text).groups()
     rows = load_rows("wmdp_bio_cloze")[0]
     answers = torch.tensor([row["answer"] for row in rows])
     for name, share in zip(("tiny", "never-knew"), quoted[::2]):
