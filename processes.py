@@ -97,7 +97,9 @@ def speak_as_one():
     """Have only the first process heard. Returns say(message), for the last word of one that fails: of the others it
     comes when the first has had time for its own.
 
-    accelerate launch ends the other processes with SIGTERM when one has failed: they then leave as after Ctrl-C.
+    accelerate launch ends the other processes with SIGTERM when one has failed: the first then leaves as after Ctrl-C,
+    since it may have something to say or to clear away. The others just end: what a handler of theirs raises is lost if
+    Python is deleting an object at that moment, and they would go on.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a console's code page may lack what tokens are written with
@@ -107,8 +109,9 @@ def speak_as_one():
         print("note: without GPUs accelerate launch starts one process only; for two on the CPU: "
               "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 ...", file=sys.stderr)  # fmt: skip
     if count() > 1:
-        signal.signal(signal.SIGTERM, stopped_by_launcher)
         atexit.register(leave)
+        if not index:
+            signal.signal(signal.SIGTERM, stopped_by_launcher)
     if index:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 

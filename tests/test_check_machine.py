@@ -27,7 +27,7 @@ def test_the_small_shape_on_a_cpu(tmp_path):
     for found in report["tiny"].values():
         assert found["asked"] == 6 * 64 and found["answers"] == found["log_probability"] == 0
     assert report["ratios"]["24 one at a time over the sweep"] > 1.2
-    assert 0.8 < report["ratios"]["patched pass over unpatched"] < 3
+    assert 0.5 < report["ratios"]["patched pass over unpatched"] < 3
 
 
 def test_what_is_a_fault(monkeypatch):

@@ -95,6 +95,36 @@ def test_a_mistake_is_told_once(tmp_path):
     assert not list(tmp_path.glob("**/*.json"))
 
 
+LOST = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import flags, processes
+
+class Slow:
+    def __del__(self):  # Python ignores whatever is raised in here
+        time.sleep(5)
+
+flags.parse(flags.parser(""))
+first = processes.is_first()
+processes.from_all([0])  # both are here
+if first:
+    time.sleep(1)  # the other one is in its destructor when the launcher stops it
+else:
+    Slow()
+raise flags.UserError("what both meet")
+"""
+
+
+@pytest.mark.slow
+def test_a_stop_that_comes_while_an_object_is_deleted_is_a_stop(tmp_path):
+    (tmp_path / "lost.py").write_text(LOST.format(root=str(ROOT)))
+    start = time.time()
+    done = subprocess.run([*TWO, str(tmp_path / "lost.py")], capture_output=True, text=True, env=ON_CPU, cwd=tmp_path)
+    assert done.returncode and done.stderr.count("error: what both meet") == 1
+    assert "Exception ignored" not in done.stderr
+    assert time.time() - start < 60
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["0", "1"])
 def test_a_killed_process_ends_the_run(tmp_path, victim):
