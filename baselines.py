@@ -1,401 +1,260 @@
 # %% [markdown]
 """
-What feature ablation competes with: other edits at inference time, and training that unlearns; one function a method.
+Tune every method on one half of the quizzes, and say what its chosen setting is worth on the other half.
 
     python baselines.py --method npo
     python baselines.py --method dsg --layer 5
-    python baselines.py --all                     # every method, RMU too, and all their frontiers on one figure
-    python baselines.py --all --relearn 100       # and then: does what was forgotten come back?
+    python baselines.py --method rmu --setting layer=7 multiple=4 alpha=300
+    python baselines.py --all                     # every method, and all their frontiers on one figure
 
-Each method is tuned with the same number of settings, eight. The tuning half of the quizzes chooses one of them, the
-lowest on WMDP-Bio that keeps 99% of MMLU; the reporting half says what it is worth. Finished settings are kept as they
-are finished: the same command, given again after a stop, goes on from there. A trained model is saved as a folder that
-the lessons, pareto.py and lm-eval load with --model. --all starts every method as a process of its own, so that its
-time and memory are its own, and leaves out those whose record is there already. --layer is the SAE's and the
-direction's; RMU steers the layer of its own setting (rmu.py).
+Edits, which work while the model runs (edits.py): zero-ablation, clamp, random-features, conditional-clamp,
+refusal-clamp, mean-ablation, dsg, diff-in-means.
 
-Training on next-token losses lies on the answers, as in open-unlearning, or with --loss-on text on whole questions. The
-tuning half's questions are those that are trained on: where a method scores far better on them than on the reporting
-half, it unlearnt questions, not what they ask for.
+Training that unlearns (unlearning.py): gradient-ascent, grad-diff, npo, simnpo, npo-sam, mudman, circuit-breakers,
+crisp, undo, rmu, adaptive-rmu. The trained model is saved as a folder that every script loads with --model.
 
-The edits are in edits.py, the training is in unlearning.py. ELM (arXiv 2410.02760) is not here: it needs a model that
-answers differently as a novice and as an expert, and tiny does not (docs/methods.md); on real models use its authors'
-code, and --model with the folder it saves.
+Each method is tuned with eight settings. The tuning half chooses the one of lowest WMDP-Bio accuracy that keeps 99% of
+MMLU. Training is on that half's questions: a method that scores far better on them than on the held-out half unlearned
+questions, not facts. Finished settings are kept: after a stop the same command goes on from there. --all runs each
+method as a process of its own, so that time and memory are its own, and skips those whose record is there.
+
+--setting tries one setting in place of the eight, in the grid's names and numbers: `clamp` is a multiple of --clamp,
+`threshold` of the features' mean activation, `refusal` of --refusal-value, `lr` of the method's learning rate (--lr),
+`multiple` of a residual norm; all else is absolute. What is left out is as usual for the method and model. --layer is
+the SAE's and the direction's; the layer that RMU steers is one of its settings.
 """
 
-# %% [markdown]
-# Start a notebook in this folder, beside the helper files. Flags come first: --help need not wait for other imports.
+# %% Flags come first, so that --help answers at once
+from runs import finite_float, help_before_imports, main, natural_int, parser, positive_int, settings
 
-# %%
-from flags import BY_FEATURES, GRIDS, PUSH, answered, command_line, grid, latent_flags, parser, settings
-
-# Eight settings a method, as flags.py has them for edits; learning rates are multiples of the model's. The ranges lie
-# between doing nothing and losing MMLU, by the tuning half alone: in a hundred trial runs on a tiny of 12 layers (rates
-# over a factor of 64, 3 to 240 steps, alpha 1 to 1,000, beta 0.02 to 1, gamma 0.125 to 1, delta 0 to 4; of CRISP k 10
-# to 100, alpha 0.01 to 0.3, pull 1 to 30), and in 19 on today's, after which NPO and GradDiff had lower rates. The
-# releases' own are among them: alpha 1 and beta 0.1; gamma 0.125 and delta 0; alpha 0.01 and pull 5 (30 in CRISP's
-# paper, with k 30). Those of the last four come of 4 to 6 trial runs each: gamma 2.25 (here alpha) and rho 0.1;
-# step 0.1 and retaining rate 1e-3; retain 1; alpha 0.25 and beta 0.1 are their releases'
-TRAINED = {
-    "gradient-ascent": grid(lr=(1, 1.5, 2, 3), steps=(10, 20)),
-    "grad-diff": grid(lr=(0.125, 0.25, 0.5, 1), alpha=(1, 1000)),
-    "npo": grid(lr=(0.25, 0.5), alpha=(1, 30), beta=(0.1, 1)),
-    "simnpo": grid(lr=(0.7, 1, 1.4, 2), gamma=(0.125, 0.25)),
-    "crisp": grid(lr=(0.5, 1), k=(30,), alpha=(0.01, 0.1), pull=(5, 30)),
-    "npo-sam": grid(lr=(0.5, 1, 1.4, 2), alpha=(2.25, 30), beta=(1,), rho=(0.1,)),
-    "mudman": grid(lr=(1, 2, 4, 8), retain=(1e-3, 1e-2)),
-    "circuit-breakers": grid(lr=(0.5, 0.7, 1, 1.4), retain=(0.3, 1)),
-    "undo": grid(lr=(0.25, 1), alpha=(0.05, 0.1, 0.25, 0.5), beta=(0.1,)),
-}
-# Steps, and the learning rate that a grid's `lr` multiplies, on tiny, whose thin matrices need more, and elsewhere.
-# 1e-5: open-unlearning's; 4e-5: the CRISP paper's on Gemma-2-2B; below them the releases' own
-OTHERS = (120, 4e-4), (120, 1e-5)
-TRAINING = {
-    "crisp": ((60, 1.6e-2), (60, 4e-5)),
-    "npo-sam": ((60, 4e-4), (125, 1e-5)),
-    "mudman": ((60, 0.1), (100, 0.1)),
-    "circuit-breakers": ((40, 1.6e-2), (150, 1e-4)),
-    "undo": ((60, 8e-4), (3000, 2e-5)),
-}
-BESIDE = {"npo-sam": 4, "undo": 4, "mudman": 8}  # bytes a weight: perturbed; the teacher; adversary and running mean
-TAUGHT = {"lr": 1, "k": 30, "alpha": 0.1, "pull": 5}  # what UNDO starts from: CRISP, with what it chose on tiny
 flags = parser(__doc__, quiz=True, without=("--n-features", "--device-map"))
-flags.add_argument("--method", choices=[*GRIDS, *TRAINED], default="clamp", help="(default: %(default)s)")
-flags.add_argument("--all", action="store_true", help="every method in turn, RMU too, then the figure and a table")
-flags.add_argument("--steps", type=int, help="of training (default: each method's own)")
-flags.add_argument("--lr", type=float, help="learning rate that the grid multiplies (default: each method's own)")
-flags.add_argument("--loss-on", default="answer", choices=["answer", "text"], help="of objectives on next-token "
-                   "losses: of questions on the answer only, as in open-unlearning, or on all their text; a forget "
-                   "corpus and Wikitext have no answers and count whole (default: %(default)s)")  # fmt: skip
-flags.add_argument("--relearn", type=int, metavar="STEPS", help="then run robustness.py on what came out")
-flags.add_argument("--push", metavar="ORG/NAME", help=PUSH)
-latent_flags(flags)
-answered(flags, __name__)
+flags.add_argument("--method", default="clamp", help="one of those above (default: %(default)s)")
+flags.add_argument("--setting", nargs="+", metavar="NAME=NUMBER", help="one setting in place of the method's grid")
+flags.add_argument("--all", action="store_true", help="every method in turn, then the figure and a table of costs")
+flags.add_argument("--steps", type=positive_int, help="of training (default: each method's own)")
+flags.add_argument("--lr", type=finite_float, help="rate that the grid's multiply (default: each method's own)")
+flags.add_argument("--loss-on", default="answer", choices=["answer", "text"], help="next-token losses are of a "
+                   "question's answer, as in open-unlearning, or of all its text (default: %(default)s)")  # fmt: skip
+flags.add_argument("--refusal-latent", type=natural_int, help="for refusal-clamp: one active when the model declines")
+flags.add_argument("--refusal-value", type=finite_float, default=-500.0, help="its value (default: %(default)g)")
+help_before_imports(flags, __name__)
 
 # %%
-import argparse
 import json
-import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from tqdm import tqdm
 
-import memory
-import pieces
-import processes
-import publish
-import records
+import edits
+import hub
 import show
-from common import load_hf, load_model, load_sae
-from data import HERE, UserError, load_benchmark
-from edits import NEVER_KNEW, NONE, layer_of
-from engine import check_engine
-from evaluation import answers, answers_of_never_knew, best_setting, keep_robust, scores_of
-from hub import identity, identity_of_never_knew, model_source, sae_source
-from methods import Measured, edit_for, kept, measure
-from training import reach, training_windows
-from unlearning import (
-    LOSSES,
-    RANKS,
-    adapted_layers,
-    by_circuit_breakers,
-    by_crisp,
-    by_mudman,
-    by_nll,
-    by_undo,
-    lora_matrices,
-)
+import unlearning
+from common import as_bridge, load_hf, load_model, load_retrained, load_sae
+from data import HERE, Benchmark, UserError, load_benchmark, n_processes, picking_windows
+from edits import NONE, Edit, Method, label
+from evaluation import FeatureStats, best_row, joined, letters, loss, robust_only, words
+from runs import FREE, Run, peak_gb, read_record, save_model
 
-NLL_LOG = ("forget text, nats per token", "retain text, nats per token")  # what logs hold
-LOGS = {
-    "crisp": ("active features on forget text, L_unl", "squared distance of retain text, L_ret"),
-    "circuit-breakers": ("forget text: cosine to what it was", "retain text: distance from what it was"),
-    "undo": ("forget text, forward KL per token", "retain text, forward KL per token"),
-}
-# Where CRISP reads features; Gemma-2's are the paper's. Elsewhere: --layer
-CRISP_LAYERS = {"tiny": (3, 5, 7, 9), "gemma-2-2b-it": (4, 6, 8, 10, 12, 14)}
-
-# %% [markdown]
-# ## CRISP reads SAEs of several layers
+UNABLATED = "unablated"
 
 
-# %%
-def crisp_layers(s) -> tuple[int, ...]:
-    """Those whose SAEs CRISP reads."""
-    return (s.layer,) if s.sae else CRISP_LAYERS.get(s.model, (s.layer,))
+def tunable() -> dict[str, Method]:
+    """The methods, by name, that there are now and that have settings to choose from."""
+    return {name: method for name, method in {**edits.METHODS, **unlearning.METHODS}.items() if method.grid}
 
 
-@kept
-def read_by_crisp(m: Measured) -> tuple[dict, dict]:
-    """SAEs, and (forget, retain) rates, by the layer whose output they read."""
-    loaded = [load_sae(m.s.sae, layer, m.lm, m.s.model) for layer in crisp_layers(m.s)]
-    saes = {layer_of(sae): sae for sae in loaded}
-    return saes, {layer: replace(m, sae=sae, sanity={}).rates for layer, sae in saes.items()}
+def grid_of(method: Method, args) -> list[dict]:
+    """The settings to try: of training as `train` takes them, of edits as the grid has them. Raises UserError where a
+    name in --setting is none of the method's, and where one is missing."""
+    grid, usual = list(method.grid), {*method.usual, *(("lr", "steps") if method.train else ())}
+    if args.setting:
+        try:
+            grid = [{name: json.loads(value) for name, value in (part.split("=") for part in args.setting)}]
+        except ValueError as error:
+            raise UserError(f"--setting {' '.join(args.setting)}: give NAME=NUMBER, as in n_features=20") from error
+        known, said = {*method.grid[0]} | usual, {*grid[0]}
+        for problem, names in (("has no", said - known), ("needs", known - usual - said)):
+            if names:
+                raise UserError(f"--setting: {method.title} {problem} {', '.join(names)}: {', '.join(sorted(known))}")
+    if not method.train:
+        return grid
+    said = {"loss_on": args.loss_on} if "loss_on" in method.usual else {}
+    if "layers" in method.usual and (args.sae or args.model not in unlearning.CRISP_LAYERS):
+        said["layers"] = [args.layer]  # an SAE of the user's is of one layer
+    return [unlearning.settings_of(method, said | setting, args.model, args.steps, args.lr) for setting in grid]
 
 
-# %% [markdown]
-# ## The run
+def benchmark_of(args, tokenizer=None) -> Benchmark:
+    return load_benchmark(args.model, tokenizer, folder=args.data, corpus=args.forget_corpus, variant=args.wmdp,
+                          subjects=args.subjects, seed=args.seed, pick_on=args.pick_on, pick_text=args.pick_text,
+                          limit=args.limit, skip_long=args.skip_long, style=args.prompt)  # fmt: skip
 
 
-# %%
-def by_lora(train, setting: dict, texts: dict, measured: Measured, *rest) -> tuple:
-    """What `train`, which takes token ids alone, makes of the model, and its log."""
-    s, tokenizer = measured.s, measured.lm.tokenizer
-    forget, retain = training_windows(tokenizer, texts, s)
-    forget, *retain = [[ids for ids, _ in part] for part in (forget, *retain)]
-    return train(setting, load_hf(s.model, s.device, s.dtype)[0], tokenizer, forget, retain, s.seed, *rest)
+def prepare(model, benchmark: Benchmark, saes: dict, args) -> unlearning.Training:
+    """What methods are made from, none of it measured yet. saes: by layer."""
+    tokenizer, forget = model.tokenizer, benchmark.corpus if benchmark.corpus.rows else benchmark.picking
+    picking = picking_windows(tokenizer, benchmark.forget, benchmark.retain, args.context)
+
+    @cache
+    def stats(layer: int) -> FeatureStats:
+        return FeatureStats(model, saes.get(layer), layer, *picking, rule=args.pick, questions=benchmark.picking,
+                            style=args.prompt, seed=args.seed, batch_size=args.batch_size, insist=not args.no_sanity,
+                            clamp=args.clamp or hub.preset_clamp(args.model), refusal_latent=args.refusal_latent,
+                            refusal_value=args.refusal_value)  # fmt: skip
+
+    windows = unlearning.training_windows(tokenizer, forget, benchmark.wikitext, benchmark.mmlu_dev)
+    return unlearning.Training(lambda: load_hf(args.model, args.device, args.dtype)[0], tokenizer, *windows, picking,
+                               stats, args.model, args.layer, args.seed)  # fmt: skip
 
 
-@kept
-def taught(measured: Measured):
-    """The model that UNDO starts from, trained once a run."""
-    s = argparse.Namespace(**{**vars(measured.s), "steps": None, "lr": None})
-    return by_lora(by_crisp, absolute("crisp", TAUGHT, s), load_benchmark(s)[0], measured, *read_by_crisp(measured))[0]
-
-
-def forgetful(method: str, setting: dict, folder: Path, texts: dict, measured: Measured, s) -> list:
-    """Load the model, train it, save it to the folder; the log of training."""
-    tokenizer = measured.lm.tokenizer
-    if method == "crisp":
-        model, log = by_lora(by_crisp, setting, texts, measured, *read_by_crisp(measured))
-    elif method == "circuit-breakers":
-        model, log = by_lora(by_circuit_breakers, setting, texts, measured)
-    else:
-        model = taught(measured) if method == "undo" else load_hf(s.model, s.device, s.dtype)[0]
-        windows = training_windows(tokenizer, texts, s, setting.get("loss_on", "text"))
-        if method == "undo":
-            model, log = by_undo(setting, model, tokenizer, *windows, s.seed)
-        elif method == "mudman":
-            log = by_mudman(setting, model, tokenizer, *windows, s.seed)
-        else:
-            log = by_nll(method, setting, model, tokenizer, *windows, s.seed)
-    records.save_model(model, tokenizer, folder)
-    return log
-
-
-def absolute(method: str, one: dict, s) -> dict:
-    """A training setting of the grid with its learning rate, its number of steps, and where its loss lies."""
-    steps, rate = TRAINING.get(method, OTHERS)[s.model != "tiny"]
-    where = {"loss_on": s.loss_on} if method in LOSSES or method == "mudman" else {}
-    return {"steps": s.steps or steps, **one, "lr": one["lr"] * (s.lr or rate), **where}
-
-
-def try_edits(method: str, folder: Path, texts: dict, measured: Measured, s) -> list[dict]:
-    """The unablated model's answers, then those under each setting of an edit's grid, all in one pass: what it is and
-    what the model answers; kept in pieces in the folder."""
-    edits = [NONE, *(edit_for(method, one, measured) for one in GRIDS[method])]
-    clean, *found = answers(measured.lm, texts, edits, s, pieces.piecewise(measured.lm, folder, s))
-    return [clean, *({"point": edit.point(), "answers": one} for edit, one in zip(edits[1:], found))]
-
-
-def try_training(method: str, one: dict, passing: Path, texts: dict, measured: Measured, s) -> dict:
-    """One setting of training, as try_edits has them."""
-    setting = absolute(method, one, s)
-    forgetful(method, setting, passing, texts, measured, s)
-    found = answers(load_model(str(passing), s.device, s.dtype), texts, [NONE], s)[0]
-    return {"point": {"method": method, "setting": setting}, "answers": found}
-
-
-def tune(method: str, folder: Path, texts: dict, measured: Measured, s) -> list[dict]:
-    """The unablated model's answers, then what is found for each setting of the grid; kept in pieces in the folder."""
-    if method in GRIDS:
-        return try_edits(method, folder, texts, measured, s)
-    passing, jobs = folder / "tried", {"none": lambda: answers(measured.lm, texts, [NONE], s)[0]}
-    for number, one in enumerate(TRAINED[method]):
-        jobs[str(number)] = lambda one=one: try_training(method, one, passing, texts, measured, s)
-    try:
-        return pieces.resumed(folder, jobs)
-    finally:
-        shutil.rmtree(passing, ignore_errors=True)
-
-
-def decides(s, method: str) -> list:
-    """All that a method's record depends on, besides the data."""
-    settled = {name: value for name, value in vars(s).items() if name not in (*records.FREE, "method")}
-    layers = crisp_layers(s) if method in ("crisp", "undo") else (s.layer,) if method in BY_FEATURES else ()
-    saes = [identity(sae_source(s.sae, layer, s.model)) for layer in layers]
-    models = [identity(model_source(s.model)), identity_of_never_knew(s.model)]
-    grids = {**GRIDS, **TRAINED}.get(method), *([TAUGHT] if method == "undo" else [])
-    return [pieces.FORM, method, settled, *grids, models, saes]
+# %% The run
+def scored(model, rows: dict, benchmark, args, cached=lambda name, make: make()) -> list:
+    """Measures of the rows, edits of the model, on both halves of both quizzes and on web text. cached(name, make) may
+    keep what make() returns."""
+    size, measures = {"batch_size": args.batch_size}, []
+    for name, quiz in benchmark.quizzes.items():
+        measures += cached(name, lambda: letters(model, quiz, rows, style=args.prompt, **size))  # noqa: B023
+        if quiz.name == "wmdp_bio":
+            measures.append(cached(f"{name} in words", lambda: words(model, quiz, rows, **size)))  # noqa: B023
+    return [*measures, cached("web", lambda: loss(model, benchmark.web, rows, **size))]
 
 
 def run(**changes) -> dict:
     """run(method="npo"): any flag by name. Returns the record that it writes; raises UserError."""
-    s, started = settings(flags, changes), time.time()
-    if processes.count() > 1:
+    args, methods = settings(flags, changes), tunable()
+    if n_processes() > 1:
         raise UserError("baselines.py is one process: start it without accelerate launch")
-    if s.push and (s.all or s.method not in TRAINED):
-        what = "--all trains many models" if s.all else f"{s.method} is an edit, which trains no model"
-        raise UserError(f"--push: {what}; it takes one --method of {', '.join(TRAINED)}")
-    publish.check_repo(s.push)
-    if s.all:
-        return run_all(s)
-    path = records.outputs(f"baselines_{s.method}.py", s, flags, without=("method",))
-    if record := publish.pushed_before(path, s):
-        return record
-    lm = load_model(s.model, s.device, s.dtype, edit_special=s.edit_special)
-    texts, sources = load_benchmark(s, lm.tokenizer)
-    keep_robust(lm, texts, sources, s)
-    if not 0 <= s.layer < lm.cfg.n_layers:
-        raise UserError(f"--layer {s.layer}: the model has layers 0 to {lm.cfg.n_layers - 1}")
-    sae = load_sae(s.sae, s.layer, lm, s.model) if s.method in BY_FEATURES else None
-    if s.method in (*LOSSES, "mudman", "undo"):
-        memory.check_room(s.method, s.model, s.device, s.dtype, BESIDE.get(s.method, 0))
-    elif s.method in RANKS:
-        layers = reach(crisp_layers(s)) if s.method == "crisp" else adapted_layers(lm.cfg.n_layers)
-        memory.check_room(s.method, s.model, s.device, s.dtype,
-                          trained=lambda empty: lora_matrices(empty, layers, RANKS[s.method]))  # fmt: skip
-    measured = measure(lm, s.layer, sae, texts["forget"], texts["retain"], s.clamp, s)
-    check_engine(lm, [measured.place] if s.method in GRIDS else [])
-    with pieces.keeping(path, [decides(s, s.method), sources]) as folder:
-        clean, *tried = tune(s.method, folder, texts, measured, s)
-        floor = answers_of_never_knew(texts, s)
-        scores = scores_of([clean, *(one["answers"] for one in tried), *floor], texts, s.seed)
-        points = [NONE.point(**scores[0])]
-        points += [{**one["point"], "scores": score} for one, score in zip(tried, scores[1:])]
-        show.print_tuning(points)
-        best = best_setting(points[0], points[1:])
-        floor = [NEVER_KNEW.point(**score) for score in scores[len(points) :]]
-        points += floor
-        print(f"\nchosen on the tuning half: {show.setting_text(best['setting'])}")
-        extra, figures = {"chosen": points.index(best), "decides": decides(s, s.method)}, {}
-        measured = replace(measured, sanity={})  # without what tuning has measured, and the models that it started from
-        seconds, log = make_chosen(extra["chosen"] - 1, best, path.with_suffix(".model"), texts, measured, s)
-        if s.method in TRAINED:
-            extra |= {"folder": path.with_suffix(".model").name, "log": log}
-            title = f"{records.short_name(s.model)}: {s.method}, {show.setting_text(best['setting'])}"
-            names = LOGS.get(s.method, NLL_LOG)
-            figures["losses"] = lambda: show.curves(dict(zip(names, zip(*log))), title)
-        show.print_chosen([points[0], best, *floor], sources)
-        saes = [] if sae is None else [sae]
-        record = records.make_record("baselines.py", s, saes, sources, {}, points, started)
-        if "folder" in extra:
-            record["identity"]["folder"] = identity(str(path.with_name(extra["folder"])))
-        record |= extra | {"seconds_to_make": round(seconds, 2), "peak_gb": records.peak_gb()}
-        records.write_record(path, record, figures)
-    publish.push_model(record, path, s.push)
-    return record
-
-
-def make_chosen(number: int, best: dict, folder: Path, texts: dict, measured: Measured, s) -> tuple[float, list | None]:
-    """Make the chosen point, of that number in the grid, once more: how many seconds that takes, with all that
-    `measured` does not know yet, as which features are picked. A trained model is saved in the folder, and its log
-    returned."""
-    begun = time.time()
-    if s.method in GRIDS:
-        edit_for(s.method, GRIDS[s.method][number], measured)
-        return time.time() - begun, None
-    log = forgetful(s.method, best["setting"], folder, texts, measured, s)
-    print(f"trained again and saved: {folder}")
-    return time.time() - begun, log
-
-
-# %% [markdown]
-# ## All methods: a process and a record for each, then one figure and one table
-
-
-# %%
-# Not --layer, which is the SAE's: whose residual stream RMU steers is its own setting
-RMU_FLAGS = ("model", "data", "limit", "batch_size", "seed", "device", "dtype", "subjects", "pick_on",
-             "pick_text", "forget_corpus", "skip_long", "prompt", "robust", "wmdp", "context")  # fmt: skip
-
-
-def command_of(method: str, out: Path, s) -> list[str]:
-    """The command line that tunes one method with the settings that differ from the defaults."""
-    known, given = vars(flags.parse_args([])), []
-    for name, value in vars(s).items():
-        taken = name in RMU_FLAGS if "rmu" in method else name not in ("all", "method", "relearn", "out")
-        if taken and value != known[name]:
-            given += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    if "rmu" in method:
-        script = ["rmu.py", "--sweep", *(["--adaptive"] if method == "adaptive-rmu" else [])]
+    if args.all:
+        return run_all(args, methods)
+    if args.method not in methods:
+        raise UserError(f"--method {args.method}: there are {', '.join(methods)}")
+    method = methods[args.method]
+    grid = grid_of(method, args)
+    model = load_model(args.model, args.device, args.dtype, edit_special=args.edit_special)
+    if not 0 <= args.layer < model.cfg.n_layers:
+        raise UserError(f"--layer {args.layer}: the model has layers 0 to {model.cfg.n_layers - 1}")
+    layers = sorted({layer for setting in grid for layer in setting.get("layers", [args.layer])})
+    saes = {layer: load_sae(args.sae, layer, model, args.model) for layer in layers if method.needs_sae}
+    benchmark = benchmark_of(args, model.tokenizer)
+    if args.robust:
+        narrowed = {name: robust_only(model, quiz, style=args.prompt, batch_size=args.batch_size)
+                    for name, quiz in benchmark.quizzes.items()}  # fmt: skip
+        benchmark = replace(benchmark, quizzes=narrowed)
+    job = Run("baselines.py", args, benchmark.datasets, saes.values(), also=grid)
+    training = prepare(model, benchmark, saes, args)
+    if method.train:
+        made = [Edit(args.method, setting) for setting in grid]
     else:
-        script = ["baselines.py", "--method", method]
-    return [sys.executable, str(HERE / script[0]), *script[1:], *given, "--out", str(out)]
+        made = [edits.from_grid(args.method, setting, training.stats(args.layer)) for setting in grid]
+    rows = {label(args.method, edit.settings) or method.title: edit for edit in made}
+    parts = [scored(model, {UNABLATED: NONE, **({} if method.train else rows)}, benchmark, args, job.cached)]
+
+    def trained(name: str) -> list:
+        hf, _ = method.train(training, **rows[name].settings)
+        return scored(as_bridge(hf, model.tokenizer, args.model), {name: NONE}, benchmark, args)
+
+    for name in tqdm(rows if method.train else (), desc="settings", unit="setting", leave=False):
+        parts.append(job.cached(name, lambda: trained(name)))  # noqa: B023
+    if twin := load_retrained(args.model, args.device, args.dtype):
+        parts.append(job.cached(show.RETRAINED, lambda: scored(twin, {show.RETRAINED: NONE}, benchmark, args)))
+    measures = [joined(same) for same in zip(*parts)]
+    right = {measure.name: measure for measure in measures if measure.name.endswith(("/letters", "/cloze"))}
+    chosen = best_row(*(of.select([UNABLATED, *rows]) for name, of in right.items() if "/tuning/" in name))
+    show.table([*right.values(), measures[-1]], title=f"{method.title}, all settings, on both halves")
+    held_out = [measure for measure in measures if "/tuning/" not in measure.name]
+    shown = [row for row in measures[0].rows if row == chosen or row not in rows]
+    show.table(held_out, shown, title=f"chosen on the tuning half: {chosen}")
+    if benchmark.wmdp.published:
+        print(f"\n{benchmark.wmdp.published}")
+
+    started, training = time.time(), prepare(model, benchmark, saes, args)  # without what tuning has measured
+    more, figures = {"chosen": chosen, "grid": grid}, {}
+    if method.train:
+        hf, log = method.train(training, **rows[chosen].settings)
+        folder = job.path.with_suffix(".model")
+        save_model(hf, model.tokenizer, folder)
+        more |= {"folder": folder.name, "log": log, "log_names": list(method.log)}
+        figures["losses"] = lambda: show.curves(dict(zip(method.log, zip(*log))), f"{method.title}, {chosen}")
+    else:
+        edits.from_grid(args.method, grid[list(rows).index(chosen)], training.stats(args.layer))
+    more |= {"seconds_to_make": round(time.time() - started, 2), "peak_gb": peak_gb()}
+    rows = {UNABLATED: NONE, **rows, **({show.RETRAINED: twin} if twin else {})}
+    return job.write(rows, measures, figures, **more)
 
 
-def is_there(path: Path, method: str, s, sources: dict) -> bool:
-    """Is the file a record of the method with these data and settings?"""
+# %% All methods: a process and a record for each, then one figure and one table
+def is_there(path: Path, method: str, grid: list[dict], job: Run) -> bool:
+    """Is the file a record of the method and grid with the job's settings, of the same model, SAEs and data?"""
     try:
-        record = json.loads(path.read_text())
-        same = {name: source["sha256"] for name, source in record["data"].items() if name in sources}
-        if same != {name: source["sha256"] for name, source in sources.items()}:
-            return False
-        if "rmu" in method:  # its other settings are its own
-            alike = all(record["settings"][name] == vars(s)[name] for name in RMU_FLAGS if name != "batch_size")
-            models = {"model": identity(model_source(s.model)), "never_knew": identity_of_never_knew(s.model)}
-            return alike and all(record["identity"][name] == known for name, known in models.items())
-        return json.dumps(record["decides"]) == json.dumps(decides(s, method))
-    except (OSError, ValueError, KeyError):
+        record = read_record(path)
+    except UserError:
         return False
 
+    def decides(settings, grid, data, identity):
+        settings = {name: value for name, value in settings.items() if name not in FREE}
+        return settings, grid, {name: part["sha256"] for name, part in data.items()}, identity["model"]
 
-def run_all(s) -> dict:
+    then = decides(record["settings"], record.get("grid"), record["data"], record["identity"])
+    saes = [(HERE / sae["source"], sae["source"], sae["identity"]) for sae in record["saes"]]
+    same = all(hub.identity(str(at) if at.is_dir() else source) == known for at, source, known in saes)
+    return same and then == decides({**job.settings, "method": method}, grid, job.about(), job.identity)
+
+
+def run_all(args, methods: dict) -> dict:
     """Tune every method; returns {"records": paths}."""
-    path = records.outputs("baselines.py", s, flags)
-    _, sources = load_benchmark(s)
-    methods = [name for name in (*GRIDS, *TRAINED) if name != "refusal-clamp" or s.refusal_latent is not None]
-    paths = []
-    for method in tqdm([*methods, "rmu", "adaptive-rmu"], desc="methods", unit="method"):
-        paths.append(path.with_name(f"{path.stem}_{method}.json"))
-        if is_there(paths[-1], method, s, sources):
-            print(f"there already: {paths[-1]}")
+    if args.setting:
+        raise UserError("--setting is of one method: leave out --all")
+    job, defaults = Run("baselines.py", args, benchmark_of(args).datasets), vars(flags.parse_args([]))
+    changed = {name: value for name, value in vars(args).items()
+               if name not in ("all", "method", "out") and value != defaults[name]}  # fmt: skip
+    given = [part for name, value in changed.items()
+             for part in (f"--{name.replace('_', '-')}", *([] if value is True else [value]))]  # fmt: skip
+    names = [name for name in methods if name != "refusal-clamp" or args.refusal_latent is not None]
+    paths = {name: job.path.with_name(f"{job.path.stem}_{name}.json") for name in names}
+    for name, path in tqdm(paths.items(), desc="methods", unit="method"):
+        if is_there(path, name, grid_of(methods[name], args), job):
+            print(f"there already: {path}")
         else:
-            call(command_of(method, paths[-1], s))
-    drawn = ["--model", s.model, "--plot", *map(str, paths), "--out", str(path)]
-    call([sys.executable, str(HERE / "pareto.py"), *drawn])
-    text = cost_table([json.loads(one.read_text()) for one in paths])
-    print(f"\n{text}")
-    costs = path.with_name(f"{path.stem}_costs.md")
-    pieces.write_whole(costs, lambda file: file.write_text(text + "\n"))
-    print(f"table: {costs}")
-    if s.relearn:
-        out = path.with_name(f"{path.stem}_robustness.json")
-        given = ["--relearn", str(s.relearn), "--dtype", s.dtype, "--batch-size", str(s.batch_size), "--out", str(out)]
-        given += ["--device", s.device] if s.device else []
-        call([sys.executable, str(HERE / "robustness.py"), *map(str, paths), *given])
-    return {"records": [str(one) for one in paths]}
+            call("baselines.py", "--method", name, *given, "--out", path)
+    call("pareto.py", "--model", args.model, "--plot", *paths.values(), "--out", job.path)
+    table = cost_table([read_record(path) for path in paths.values()], methods)
+    path = job.path.with_name(f"{job.path.stem}_costs.md")
+    path.write_text(table + "\n", encoding="utf-8")
+    print(f"\n{table}\ntable: {path}")
+    return {"records": list(map(str, paths.values()))}
 
 
-def call(command: list[str]) -> None:
-    """Run another script of this folder; its mistake, already told, is ours."""
-    print(f"\n$ python {' '.join([Path(command[1]).name, *command[2:]])}", flush=True)
-    code = subprocess.run(command).returncode
-    if code == 130:
-        raise KeyboardInterrupt("finished methods and settings are kept; the same command goes on from there")
-    if code:
-        raise UserError(f"{Path(command[1]).name} ended with exit code {code}, see above; what was finished is kept")
+def call(script: str, *given) -> None:
+    """Run another script of this folder. Raises UserError where it fails; it has said why."""
+    given = list(map(str, given))
+    print(f"\n$ python {' '.join([script, *given])}", flush=True)
+    if code := subprocess.run([sys.executable, str(HERE / script), *given]).returncode:
+        raise UserError(f"{script} ended with exit code {code}, see above; what was finished is kept")
 
 
-RMU_NOTE = """
-
-RMU, first batch's norm: one coefficient, a multiple of that norm, as the released code of Adaptive RMU has it;
-RMU's own takes a number. Each token's norm: Adaptive RMU as its paper has it, arXiv 2408.06223."""
-
-
-def cost_table(tuned: list[dict]) -> str:
-    """Markdown: each method's chosen setting, its scores on the reporting half, and what it costs."""
-    head = ["method", "chosen on the tuning half", "WMDP-Bio %, tuning", "reporting", "in words", "P(a letter)",
-            "MMLU %, reporting", "loss added", "s to make", "peak GB"]  # fmt: skip
+def cost_table(records: list[dict], methods: dict) -> str:
+    """Markdown: each method's chosen setting, its scores, and what it costs to make."""
+    columns = {"WMDP-Bio %, tuning": "wmdp_bio/tuning/letters", "held-out": "wmdp_bio/letters",
+               "in words": "wmdp_bio/words", "P(a letter)": "wmdp_bio/P(a letter)", "MMLU %, held-out": "mmlu/letters",
+               "loss added": "openwebtext/loss"}  # fmt: skip
     lines = []
-    for record in tuned:
-        point = record["points"][record["chosen"]]
-        score, setting = point["scores"], {k: v for k, v in point["setting"].items() if k not in ("training", "layer")}
-        cells = [f"{100 * score[name]['accuracy']:.1f}" for name in ("wmdp_bio_tuning", "wmdp_bio", "mmlu")]
-        hidden = show.beside(score["wmdp_bio"])
-        sure = f"{hidden['letters_mass']:.2f}" if "letters_mass" in hidden else ""  # cloze questions have no letters
-        cells[2:2] = [f"{100 * hidden['in_words']:.1f}", sure]
-        cells += [f"{score['openwebtext']['loss_added']:+.3f}", f"{record['seconds_to_make']:.1f}"]
-        name = show.method_name(point["method"])
-        peak = "" if record["peak_gb"] is None else f"{record['peak_gb']:.2f}"
-        lines.append([name, show.setting_text(setting), *cells, peak])
-    return show.markdown(head, lines) + RMU_NOTE
+    for record in records:
+        row, cells = record["rows"][record["chosen"]], []
+        for name in columns.values():
+            name = name if name in row["scores"] else name.replace("/letters", "/cloze")
+            if score := row["scores"].get(name):  # a cloze has no P(a letter)
+                value, form = (score["change"], "+") if name == "openwebtext/loss" else (score["mean"], "")
+            cells.append(show.number(value, record["measures"][name]["unit"], form) if score else "")
+        cells += ["" if record[name] is None else f"{record[name]:.2f}" for name in ("seconds_to_make", "peak_gb")]
+        lines.append([methods[row["method"]].title, record["chosen"], *cells])
+    return show.markdown(["method", "chosen on the tuning half", *columns, "s to make", "peak GB"], lines)
 
 
 # %%
 if __name__ == "__main__":
-    command_line(run, flags)
+    main(run, flags)

@@ -1,19 +1,23 @@
 """
-Edits of the residual stream at inference time: what an edit is, every method, and the context that puts one in place.
+Edits of the residual stream while a model runs: what an edit is, every method, and the context that puts one in place.
 
-A method's edit is a function of h (batch, pos, d_model), the residual stream behind a layer, and of the (batch, pos)
-mask of ordinary tokens; it returns h', in h's shape and dtype. With a = SAE.encode(h) and F the picked features
+A method's edit is a function of h (batch, pos, d_model), the residual stream after a layer, and of the (batch, pos)
+mask of tokens to be edited. It returns h', in h's shape and dtype. With a = SAE.encode(h) and F the picked features
 
     h' = h + sum over i in F of (a'_i - a_i) * W_dec[i]
 
-on ordinary tokens: the SAE's error term is kept, special tokens are never edited. The methods differ in a'_i, and in
-where it applies. All are differentiable, so that a model can be fine-tuned under its edit.
+on these tokens: the SAE's error term is kept. The methods differ in a'_i, and in where it applies. All are
+differentiable, so that a model can be fine-tuned under its edit.
 """
 
+import inspect
+import itertools
 import math
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 from sae_lens import SAE
@@ -22,19 +26,19 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 from data import UserError, batches, first_line, pad_id, special_ids
 
+
 # ------------------------------------------------------------------------------------- layers and tokens
-
-
 def layer_of(sae: SAE) -> int:
-    """The layer whose output is the SAE's hook point: the one place that decides where an edit goes.
+    """The layer whose output is the SAE's hook point, which is where its edits go.
 
-    Not always --layer: an SAE of blocks.4.hook_resid_pre is named by layer 4 and reads what layer 3 writes.
+    Not always the layer in the SAE's name: an SAE of blocks.4.hook_resid_pre reads what layer 3 writes.
     """
     return int(sae.hook_point.split(".")[1])
 
 
 def decoder_layers(model) -> torch.nn.ModuleList:
-    """The blocks of a Hugging Face language model: output L is TransformerLens's blocks.L.hook_resid_post."""
+    """The blocks of a Hugging Face language model; the output of block L is TransformerLens's blocks.L.hook_resid_post.
+    Raises UserError if they cannot be told from other lists of modules."""
     n = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n]
     if len(lists) != 1:
@@ -43,62 +47,53 @@ def decoder_layers(model) -> torch.nn.ModuleList:
 
 
 @contextmanager
-def watch_tokens(module: torch.nn.Module, tokenizer):
-    """Yields a dict whose "ordinary" is the (batch, pos) mask of the running forward pass's tokens that are counted:
-    all but special tokens and the first token of each sequence, whatever it is; "edited" are the same, or with
-    `tokenizer.edit_special` "all-but-bos" (SAEBench) special tokens too, the first one and padding left out.
+def token_mask(model: torch.nn.Module, tokenizer):
+    """Yields an object with two (batch, pos) masks of a Hugging Face model's current forward pass. counted: neither
+    special nor first. edited: the same, or with the tokenizer's edit_special "all-but-bos" (SAEBench) all tokens but
+    the first and padding.
 
-    module: the Hugging Face model. A hook on the residual stream does not see tokens, and special tokens may stand
-    anywhere, not only first. The first token is an attention sink, its residual of another size than all others; where
-    a tokenizer adds no BOS it is a word. Behind a cache no token is the first, behind left padding (which the
-    attention mask tells) it is the first real one.
+    The first token is left out because it is an attention sink, whose residual is of another size than all others;
+    where a tokenizer adds no BOS it is a word. After a cache no token is the first; after left padding, known from the
+    attention mask, it is the first real one.
     """
-    special = torch.tensor(special_ids(tokenizer))
-    seen, given, pad = {}, {}, pad_id(tokenizer)
+    special, pad = torch.tensor(special_ids(tokenizer)), pad_id(tokenizer)
+    mask, call = SimpleNamespace(), {}
 
-    def remember_call(module, args, kwargs):
-        given.update(cache=kwargs.get("past_key_values"), mask=kwargs.get("attention_mask"))
+    def remember_call(module, inputs, kwargs):
+        call.update(cache=kwargs.get("past_key_values"), mask=kwargs.get("attention_mask"))
 
-    def remember(module, args):
-        ids, cache, mask = args[0], given.pop("cache", None), given.pop("mask", None)
-        ordinary = ~torch.isin(ids, special.to(ids.device))
-        first = None
+    def fill(module, inputs):
+        ids, cache, attention = inputs[0], call.pop("cache", None), call.pop("mask", None)
+        padded = attention is not None and attention.shape == ids.shape
+        rows, first = torch.arange(len(ids)), None
+        mask.counted = mask.edited = ~torch.isin(ids, special.to(ids.device))
         if cache is None or not cache.get_seq_length():
-            first = mask.argmax(1) if mask is not None and mask.shape == ids.shape else 0
-            ordinary[torch.arange(len(ids)), first] = False
-        seen["ordinary"] = seen["edited"] = ordinary
+            first = attention.argmax(1) if padded else 0
+            mask.counted[rows, first] = False
         if getattr(tokenizer, "edit_special", "never") == "all-but-bos":
-            # not the padding: a share of tokens, as DSG's gate is, must not depend on the batch
-            if mask is not None and mask.shape == ids.shape:
-                seen["edited"] = mask.bool()
-            else:
-                seen["edited"] = (ids != pad).int().flip(1).cummax(1).values.flip(1).bool()
+            # padding is left out: a share of tokens, such as DSG's gate, must not depend on the batch
+            mask.edited = attention.bool() if padded else (ids != pad).int().flip(1).cummax(1).values.flip(1).bool()
             if first is not None:
-                seen["edited"][torch.arange(len(ids)), first] = False
+                mask.edited[rows, first] = False
 
-    handles = [
-        module.register_forward_pre_hook(remember_call, with_kwargs=True),
-        module.get_input_embeddings().register_forward_pre_hook(remember),
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        hooks.callback(model.register_forward_pre_hook(remember_call, with_kwargs=True).remove)
+        hooks.callback(model.get_input_embeddings().register_forward_pre_hook(fill).remove)
+        yield mask
 
 
-def unwatched_parts(model) -> list[tuple]:
-    """(module, name, part) for what TransformerLens has put around the parts of each block, where nobody listens at a
-    hook point inside and it computes nothing by a formula of its own. model: a TransformerBridge."""
-    # TransformerLens listens to norms itself, but only with a fork of a block's input does it do anything with it
+def idle_wrappers(model) -> list[tuple]:
+    """(parent module, name, wrapper) of TransformerLens's wrappers inside blocks that have no hooks and only call the
+    wrapped module. model: a TransformerBridge."""
+    # TransformerLens itself listens to norms, but does something with them only where a block's input is forked
     forks = any(getattr(model.cfg, name, False) for name in ("use_attn_in", "use_split_qkv_input", "use_hook_mlp_in"))
     handles = [] if forks else [getattr(block, "_capture_hook_handles", []) for block in model.blocks]
-    own = {handle.id for some in handles for handle in some}
+    its_own = {handle.id for of_block in handles for handle in of_block}
 
     def needed(part):
-        listeners = (set(m._forward_hooks) | set(m._forward_pre_hooks) for m in part.modules()
-                     if isinstance(m, HookPoint | GeneralizedComponent))  # fmt: skip
-        return any(some - own for some in listeners) or not getattr(part, "use_native_layernorm_autograd", True)
+        hooks = (set(m._forward_hooks) | set(m._forward_pre_hooks) for m in part.modules()
+                 if isinstance(m, HookPoint | GeneralizedComponent))  # fmt: skip
+        return any(ids - its_own for ids in hooks) or not getattr(part, "use_native_layernorm_autograd", True)
 
     return [(module, name, part) for block in model.blocks for module in block.modules()
             if not isinstance(module, GeneralizedComponent) for name, part in module.named_children()
@@ -106,74 +101,66 @@ def unwatched_parts(model) -> list[tuple]:
 
 
 @contextmanager
-def without(parts: list[tuple]):
-    """Within it Hugging Face's own modules stand in the place of these `unwatched_parts`: the same numbers to the bit,
-    on a small model about a fifth sooner (norms are not computed twice). Hooks of whole blocks still work."""
-    for module, name, part in parts:
+def unwrapped(wrappers: list[tuple]):
+    """Within this context Hugging Face's own modules stand in the place of these `idle_wrappers`: the same numbers to
+    the bit, 13% faster on tiny (norms are not computed twice). Hooks of whole blocks still work."""
+    for module, name, part in wrappers:
         module._modules[name] = part.original_component
     try:
         yield
     finally:
-        for module, name, part in parts:
+        for module, name, part in wrappers:
             module._modules[name] = part
 
 
-class Reached(Exception):
-    pass
+class LayerReached(Exception): ...
 
 
-def hidden(model, ids: torch.Tensor, layer: int) -> torch.Tensor:
-    """Residual stream (batch, pos, d_model) behind the layer; later layers are not run."""
-    kept = {}
+def residual_stream(model, ids: torch.Tensor, layer: int) -> torch.Tensor:
+    """Residual stream (batch, pos, d_model) after the layer of a Hugging Face model; later layers are not run."""
+    captured = {}
 
-    def stop(module, args, output):
-        kept["h"] = output[0] if isinstance(output, tuple) else output
-        raise Reached
+    def stop(module, inputs, output):
+        captured["h"] = output[0] if isinstance(output, tuple) else output
+        raise LayerReached
 
     handle = decoder_layers(model)[layer].register_forward_hook(stop)
     try:
         model(ids, use_cache=False)
-    except Reached:
-        return kept["h"]
+    except LayerReached:
+        return captured["h"]
     finally:
         handle.remove()
     raise RuntimeError(f"layer {layer} never ran")
 
 
 @torch.inference_mode()
-def residuals(lm, layer: int, windows: list, batch_size: int, desc: str | None = None, shared: bool = True):
-    """Yield, batch by batch, the ordinary tokens' residual stream (n, d_model) behind the layer and their ids (n,).
+def iter_residual_stream(model, layer: int, windows: list, batch_size: int, desc: str | None = None, shared=True):
+    """Yield, batch by batch, the residual stream (n, d_model) after the layer and the ids (n,) of the counted tokens.
 
-    shared: as in data.batches.
+    model: a TransformerBridge; windows: lists of ids; desc: of the progress bar; shared: see data.batches.
     """
-    parts = unwatched_parts(lm)
-    with watch_tokens(lm.original_model, lm.tokenizer) as seen:
-        for _, ids in batches(windows, batch_size, lm.tokenizer, lm.cfg.device, desc, shared):
-            with without(parts):
-                h = hidden(lm.original_model, ids, layer)
-            ordinary = seen["ordinary"]
-            yield h[ordinary.to(h.device)], ids[ordinary.to(ids.device)]
+    with token_mask(model.original_model, model.tokenizer) as mask:
+        for _, ids in batches(windows, batch_size, model.tokenizer, model.cfg.device, desc, shared):
+            h = residual_stream(model.original_model, ids, layer)
+            yield h[mask.counted.to(h.device)], ids[mask.counted.to(ids.device)]
 
 
-# ---------------------------------------------------------------------------- is it the model it should be
-
-CLOSE = 1e-3  # nats, at most, by which log-probabilities differ where float32 sums in another order
-ROUNDINGS = 4.0  # and else root mean squares, in those of what rounding every module's output otherwise does
+CLOSE = 1e-3  # nats: log-probabilities that differ by no more are the same, summed in another order in float32
+ROUNDINGS = 4.0  # otherwise root mean squares may differ by this many times what rounding differently changes
 
 
 def random_ids(model, shape: tuple = (2, 12)) -> torch.Tensor:
-    """Token ids (batch, pos) that say nothing, the same ones each time. model: a Hugging Face model."""
+    """Random token ids (batch, pos), the same in every run. model: a Hugging Face model."""
     table = model.get_input_embeddings().weight
-    noise = torch.Generator().manual_seed(0)
-    return torch.randint(len(table), shape, generator=noise).to(table.device if table.device.type != "meta" else "cpu")
+    ids = torch.randint(len(table), shape, generator=torch.Generator().manual_seed(0))
+    return ids if table.device.type == "meta" else ids.to(table.device)
 
 
 @torch.inference_mode()
 def log_probs(model, ids: torch.Tensor) -> torch.Tensor:
-    """(batch, pos, d_vocab) in fp32 on the CPU, from a plain pass of a Hugging Face model.
-
-    Raises UserError where they are no numbers, or the model does not run.
-    """
+    """(batch, pos, d_vocab) in fp32 on the CPU, from a plain pass of a Hugging Face model. Raises UserError if they are
+    NaN, or the model does not run."""
     try:
         found = model(ids, use_cache=False).logits.float().log_softmax(-1).cpu()
     except torch.OutOfMemoryError:
@@ -185,74 +172,71 @@ def log_probs(model, ids: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def alike(found: torch.Tensor, wanted: torch.Tensor, model, run) -> bool:
-    """Do two sets of log-probabilities differ by no more than rounding explains?
+def same_up_to_rounding(found: torch.Tensor, expected: torch.Tensor, model, run: Callable) -> bool:
+    """Whether two tensors of log-probabilities differ by no more than rounding explains.
 
-    How much that is in the model's dtype, run() tells: it computes `wanted` once more, while the output of every module
-    with weights is off by one unit in its last place, up or down. Measured on 27 families of random weights and on
-    tiny, in float32 and bfloat16, differences without a fault stayed below 0.9 of that.
+    How much that is in the model's dtype is measured: run() computes `expected` once more while the output of every
+    module with weights is off by one unit in its last place, up or down. On 27 families of random weights and on tiny,
+    in float32 and bfloat16, differences without a fault stayed below 0.9 of that.
     """
-    gap = found - wanted
+    gap = found - expected
     if gap.abs().max() <= CLOSE:
         return True
     noise = torch.Generator().manual_seed(0)
 
-    def round_otherwise(module, args, output):
+    def round_differently(module, inputs, output):
         if torch.is_tensor(output) and output.is_floating_point():
             signs = torch.randint(2, output.shape, generator=noise).to(output.device) * 2 - 1
             return output * (1 + torch.finfo(output.dtype).eps * signs).to(output.dtype)
 
-    weighty = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
-    handles = [module.register_forward_hook(round_otherwise) for module in weighty]
-    try:
-        rounding = run() - wanted
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                hooks.callback(module.register_forward_hook(round_differently).remove)
+        rounding = run() - expected
     return bool(gap.pow(2).mean() <= ROUNDINGS**2 * rounding.pow(2).mean())
 
 
 # ----------------------------------------------------------------------------------------------- latents
+AT_ONCE = 2**25  # most activations of all features at a time; an SAE's pass holds them four times over, 0.5 GB
 
-AT_ONCE = 2**25  # activations of all features, at most; an SAE's pass holds them four times over, 0.5 GB in all
 
-
-def few_rows(sae: SAE, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """h (..., d_model) as pieces (n, d_model), of so few tokens that the SAE makes no more than AT_ONCE activations of
-    one: a batch's (batch, pos, d_sae) may take more memory than the model."""
+def chunks(sae: SAE, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """h (..., d_model) as parts (n, d_model), each of so few tokens that the SAE makes at most AT_ONCE activations of
+    it: a batch's (batch, pos, d_sae) may take more memory than the model."""
     return h.flatten(0, -2).split(max(1, AT_ONCE // sae.cfg.d_sae))
 
 
 class Latents:
     """Some of an SAE's features: encodes and decodes only these, so that an edit costs next to nothing.
 
-    features: their ids, (n,); of range(d_sae), which is all of them, no weights are copied. The formulas are SAELens's
-    own, per architecture and normalisation (tests compare). Raises ValueError for features the SAE lacks and for one
-    named twice.
+    features: their ids, (n,); for range(d_sae), all of them, no weights are copied. The formulas are SAELens's own, by
+    architecture and normalisation. Raises ValueError for features that the SAE lacks and for one named twice.
     """
 
-    def __init__(self, sae: SAE, features: list[int]):
+    def __init__(self, sae: SAE, features: list[int] | range):
         if len(set(features)) != len(features):
             raise ValueError("a feature is named twice")
         if len(features) and not 0 <= min(features) <= max(features) < sae.cfg.d_sae:
             raise ValueError(f"feature ids must lie in 0..{sae.cfg.d_sae - 1}")
         self.sae, self.features = sae, torch.as_tensor(features, dtype=torch.long)
-        self.arch, self.all = sae.cfg.architecture(), features == range(sae.cfg.d_sae)
-        self.take(sae.W_dec.device)
+        self.arch, self.every = sae.cfg.architecture(), features == range(sae.cfg.d_sae)
+        self.load_weights(sae.W_dec.device)
         # GPT-2's SAEs were trained with centred writing weights: each residual vector had mean zero
         kwargs = sae.cfg.metadata.model_from_pretrained_kwargs or {}
         self.centre = bool(kwargs.get("center_writing_weights"))
 
-    def take(self, device: torch.device) -> None:
-        """Take the features' weights from the SAE, which is on the device."""
+    def load_weights(self, device: torch.device) -> None:
+        """Copy the features' weights from the SAE, which is on the device."""
         self.features = self.features.to(device)
-        self.rows = self.sae.W_dec if self.all else self.sae.W_dec[self.features]
-        whole = self.all or self.arch == "topk"
-        self.W_enc = self.sae.W_enc if whole else self.sae.W_enc[:, self.features].contiguous()
+        self.index = slice(None) if self.every else self.features
+        self.rows, W_enc = self.sae.W_dec[self.index], self.sae.W_enc
+        # whether a feature is among the top k depends on all others
+        self.W_enc = W_enc if self.arch == "topk" else W_enc[:, self.index].contiguous()
 
-    def own(self, x: torch.Tensor) -> torch.Tensor:
-        """Of x (..., d_sae) what is the features', (..., n)."""
-        return x if self.all else x[..., self.features]
+    def select(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., n), the features' part of x (..., d_sae)."""
+        return x[..., self.index]
 
     @property
     def W_dec(self) -> torch.Tensor:
@@ -260,16 +244,17 @@ class Latents:
         rescaled = self.arch == "topk" and self.sae.cfg.rescale_acts_by_decoder_norm
         return self.rows / self.rows.norm(dim=-1, keepdim=True) if rescaled else self.rows
 
-    def follow(self, device: torch.device) -> None:
+    def to_device(self, device: torch.device) -> None:
         """Move, once, to where the residual stream is: a large model's layers are spread over devices."""
         if self.rows.device != device:
             self.sae.to(device)
-            self.take(device)
+            self.load_weights(device)
 
     def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """h: (..., d_model), any dtype. Returns activations (..., n) in fp32 and the run-time scale of the decoder."""
-        self.follow(h.device)
-        sae, own, x, scale = self.sae, self.own, h.to(self.sae.dtype), 1.0
+        """h: (..., d_model), any dtype. Returns activations (..., n) in fp32, and the scale (1.0 or (..., 1)) by which
+        what they add is multiplied."""
+        self.to_device(h.device)
+        sae, select, x, scale = self.sae, self.select, h.to(self.sae.dtype), 1.0
         if self.centre:
             x = x - x.mean(-1, keepdim=True)
         if sae.cfg.normalize_activations == "constant_norm_rescale":
@@ -283,231 +268,347 @@ class Latents:
             x = x - sae.b_dec
         if self.arch == "topk":
             norms = sae.W_dec.norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else 1.0
-            acts = [own(sae.activation_fn((rows @ self.W_enc + sae.b_enc) * norms)) for rows in few_rows(sae, x)]
+            acts = [select(sae.activation_fn((rows @ self.W_enc + sae.b_enc) * norms)) for rows in chunks(sae, x)]
             return torch.cat(acts).unflatten(0, x.shape[:-1]), scale
         pre = x @ self.W_enc
         if self.arch == "gated":
-            return (pre + own(sae.b_gate) > 0) * torch.relu(pre * own(sae.r_mag).exp() + own(sae.b_mag)), scale
-        pre = pre + own(sae.b_enc)
+            acts = torch.relu(pre * select(sae.r_mag).exp() + select(sae.b_mag))
+            return (pre + select(sae.b_gate) > 0) * acts, scale
+        pre = pre + select(sae.b_enc)
         acts = torch.relu(pre)
-        return (acts * (pre > own(sae.threshold)) if self.arch == "jumprelu" else acts), scale
+        return (acts * (pre > select(sae.threshold)) if self.arch == "jumprelu" else acts), scale
 
     def moved(self, h: torch.Tensor, change: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
         """h (..., d_model) with `change` (..., n) added to the activations, in h's dtype."""
         return (h + change @ self.W_dec * scale).to(h.dtype)  # added in fp32, rounded once
 
 
-def passed(sae: SAE, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many features are active (...,) at h (..., d_model), and what the SAE makes of it in fp32, by SAELens.
-
-    But a gated SAE's activations are Latents': SAELens would copy the whole W_enc for each of the pieces.
-    """
-    gated = sae.cfg.architecture() == "gated"
-    latents, found = Latents(sae, range(sae.cfg.d_sae) if gated else []), []
-    for rows in few_rows(sae, h.float()):
+def run_sae(sae: SAE, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many features are active (...,) at h (..., d_model), and the SAE's reconstruction of it in fp32."""
+    latents, found = Latents(sae, range(sae.cfg.d_sae)), []
+    for rows in chunks(sae, h.float()):
         mean = rows.mean(-1, keepdim=True) if latents.centre else 0.0
-        if gated:
-            sae.process_sae_in(rows - mean)  # decode goes by the norms that it leaves behind
-            acts, _ = latents.encode(rows)
-        else:
-            acts = sae.encode(rows - mean)
+        sae.process_sae_in(rows - mean)  # leaves the norms behind that decode uses
+        acts, _ = latents.encode(rows)  # SAELens's encode would copy a gated SAE's W_enc for each chunk
         found.append(((acts > 0).sum(-1), sae.decode(acts) + mean))
     active, back = (torch.cat(parts).unflatten(0, h.shape[:-1]) for parts in zip(*found))
     return active, back
 
 
+@torch.inference_mode()
+def encodes_like_saelens(sae: SAE, n: int = 16) -> bool:
+    """Whether Latents computes the activations that SAELens's own encode does, on n random rows of all sizes."""
+    noise = torch.Generator().manual_seed(0)
+    picked = torch.randperm(sae.cfg.d_sae, generator=noise)[:n].tolist()
+    h = torch.nn.functional.normalize(sae.W_enc.T[picked], dim=-1)  # so that the picked features are active
+    h = (h + 0.1 * torch.randn(h.shape, generator=noise)) * torch.logspace(-1, 3, len(h))[:, None]
+    latents = Latents(sae, picked)
+    acts = sae.encode(h - h.mean(-1, keepdim=True) if latents.centre else h)[:, picked]
+    gap = latents.encode(h)[0] - acts
+    return bool((gap.norm(dim=-1) <= 1e-3 * acts.norm(dim=-1)).all())
+
+
+# ------------------------------------------------------------------------------------------------- edits
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One row of a table: a method, its settings (JSON, enough for `make` to make the edit again), and
+    {layer: f(h, mask) -> h'}, empty for the model as it is."""
+
+    method: str
+    settings: dict = field(default_factory=dict)
+    at: dict[int, Callable] = field(default_factory=dict)
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether it looks at a whole prompt before it edits the first token."""
+        return any(getattr(f, "needs_whole_prompt", False) for f in self.at.values())
+
+
+NONE = Edit("none")
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """All there is to know of a method; exactly one of `edit` and `train` is given."""
+
+    title: str  # in tables: "DSG"
+    grid: tuple[dict, ...] = ()  # the settings that it is tuned by; clamps, rates and thresholds as multiples
+    edit: Callable | None = None  # (sae, **settings) -> f(h, mask) -> h', which edits while the model runs
+    resolve: Callable | None = None  # (stats, **grid setting) -> settings of `edit`; stats: a FeatureStats
+    train: Callable | None = None  # (training, **grid setting) -> (Hugging Face model, log); see unlearning.py
+    usual: dict = field(default_factory=dict)  # what a grid setting has where nothing else is said
+    needs_sae: bool = True
+    steps: dict = field(default_factory=dict)  # of training: {"tiny": ..., "": on any other model}
+    lr: dict = field(default_factory=dict)  # likewise; a grid's lr multiplies it
+    log: tuple[str, ...] = ()  # what the columns of a training log are
+
+
+def make(method: str, saes, layers: list[int] | None = None, **settings) -> Edit:
+    """The edit of METHODS[method] with these settings; edit.settings makes it again.
+
+    saes: an SAE, None, or {layer whose output it reads: SAE}; layers: after which the edit goes (default: those of the
+    SAEs); settings: those of the method's function, as features and clamp. Raises UserError for an unknown method, a
+    setting that it does not take or lacks, and a layer that no SAE reads; ValueError for features that the SAE lacks,
+    one named twice, and a clamp that is positive or not finite.
+    """
+    if method == "none":
+        return NONE
+    if method == "together":
+        return together(*(make(part["method"], saes, **part["settings"]) for part in settings["edits"]))
+    if method not in METHODS:
+        raise UserError(f"no method {method!r}; the methods are {', '.join(METHODS)}")
+    saes = saes if isinstance(saes, dict) else {} if saes is None else {layer_of(saes): saes}
+    layers, kind = list(saes if layers is None else map(int, layers)), METHODS[method]
+    if not layers or (kind.needs_sae and not set(layers) <= set(saes)):
+        raise UserError(f"{method} after layers {layers or '(none is said)'}: SAEs are given of layers {list(saes)}")
+    if "features" in settings:
+        settings["features"] = list(map(int, settings["features"]))
+    try:
+        inspect.signature(kind.edit).bind(None, **settings)
+    except TypeError as error:
+        raise UserError(f"{method}: {error}") from error
+    at = {layer: kind.edit(saes[layer] if kind.needs_sae else None, **settings) for layer in layers}
+    return Edit(method, {**settings, "layers": layers}, at)
+
+
+def together(*edits: Edit) -> Edit:
+    """Several edits at different layers as one. Raises ValueError where two are at the same layer."""
+    layers = [layer for edit in edits for layer in edit.at]
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"several edits after one layer: {sorted(layers)}")
+    parts = [{"method": edit.method, "settings": edit.settings} for edit in edits]
+    return Edit("together", {"edits": parts}, {layer: f for edit in edits for layer, f in edit.at.items()})
+
+
+def from_grid(method: str | Method, setting: dict, stats) -> Edit:
+    """The edit for one point of a grid: n_features becomes the best features, multiples become absolute. method: a name
+    in METHODS, or one of its values; setting: may leave out what the method's `usual` has; stats: a FeatureStats."""
+    name = method if isinstance(method, str) else next(name for name, known in METHODS.items() if known is method)
+    return make(name, stats.sae, **METHODS[name].resolve(stats, **{**METHODS[name].usual, **setting}))
+
+
+def label(method: str, settings: dict) -> str:
+    """The settings that are numbers, to tell edits of a method apart: "n_features 20, clamp -40, gate 0.036"."""
+    if method == "together":
+        return "; ".join(", ".join(filter(None, [part["method"], label(**part)])) for part in settings["edits"])
+    numbers = {"n_features": len(settings["features"])} if "features" in settings else {}
+    numbers |= {name: value for name, value in settings.items() if type(value) in (int, float)}
+    if method == "zero-ablation":
+        numbers.pop("clamp", None)
+    shown = [f"{name} {f'{value:.4g}' if type(value) is float else value}" for name, value in numbers.items()]
+    layers = settings.get("layers", ())
+    return ", ".join(shown + ([f"layers {min(layers)} to {max(layers)}"] if len(layers) > 1 else []))
+
+
+@contextmanager
+def applied(model, tokenizer, edit: Edit):
+    """Within this context the model runs with the edit: a TransformerBridge at its hook points, a Hugging Face model
+    after its decoder layers. Raises RuntimeError if a layer to be edited never ran."""
+    bridge, ran = hasattr(model, "original_model"), set()
+
+    def edited(layer, module, inputs, output):  # transformers 5 returns h, earlier versions (h, ...)
+        ran.add(layer)
+        h, *rest = output if isinstance(output, tuple) else (output,)
+        h = edit.at[layer](h, mask.edited.to(h.device))
+        return (h, *rest) if isinstance(output, tuple) else h
+
+    with token_mask(model.original_model if bridge else model, tokenizer) as mask, ExitStack() as hooks:
+        for layer in edit.at:
+            place = model.hook_dict[f"blocks.{layer}.hook_resid_post"] if bridge else decoder_layers(model)[layer]
+            hooks.callback(place.register_forward_hook(partial(edited, layer)).remove)
+        yield
+    if missing := sorted(set(edit.at) - ran):
+        raise RuntimeError(f"layers {missing} never ran: nothing was edited there")
+
+
 # ----------------------------------------------------------------------------------------------- methods
-
-
 @dataclass(eq=False)
-class OfLatents:
-    """An edit that sets latents: `wanted` (acts, ordinary) -> a', both (batch, pos, n), on ordinary tokens.
+class SetFeatures:
+    """An edit that sets features (ids, (n,)): target(acts, mask) -> a', both (batch, pos, n), where the mask is on.
 
-    whole: it looks at a whole prompt before it edits the first token. always: it is run on prompts too on which it
-    changes nothing.
+    needs_whole_prompt: it looks at a whole prompt before it edits the first token. always: it is run even on prompts
+    on which it changes nothing.
     """
 
-    latents: Latents
-    wanted: Callable
-    whole: bool = False
+    sae: SAE
+    features: list[int]
+    target: Callable
+    needs_whole_prompt: bool = False
     always: bool = False
 
-    def change(self, acts: torch.Tensor, ordinary: torch.Tensor) -> torch.Tensor:
+    def __post_init__(self):
+        self.latents = Latents(self.sae, self.features)
+
+    def change(self, acts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """a' - a (batch, pos, n), 0 where nothing is edited."""
-        return torch.where(ordinary[..., None], self.wanted(acts, ordinary) - acts, 0)
+        return torch.where(mask[..., None], self.target(acts, mask) - acts, 0)
 
-    def __call__(self, h: torch.Tensor, ordinary: torch.Tensor) -> torch.Tensor:
+    def __call__(self, h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         acts, scale = self.latents.encode(h)
-        return self.latents.moved(h, self.change(acts, ordinary), scale)
+        return self.latents.moved(h, self.change(acts, mask), scale)
 
 
-def clamp(sae, features: list[int], clamp: float = 0.0, threshold: float = 0.0) -> OfLatents:
+def clamp(sae, features: list[int], clamp: float = 0.0, threshold: float = 0.0) -> SetFeatures:
     """a'_i = clamp where a_i > threshold: 0 ablates, a negative clamp overshoots (Farrell et al., arXiv 2410.19278;
     SAEBench, arXiv 2503.09532). A positive threshold is the conditional clamp of Khoriaty et al., arXiv 2503.11127.
 
-    features: ids, (n,); clamp and threshold in units of the SAE's activations. Not so: SAEBench edits all tokens but
-    the first (watch_tokens' "all-but-bos"), and methods.py makes Khoriaty et al.'s threshold, one number there, a share
-    of the features' mean activation. Raises ValueError for a clamp that is not finite or positive.
+    features: ids, (n,); clamp and threshold in units of the SAE's activations. Raises ValueError for a clamp that is
+    positive or not finite. Differs from the releases: SAEBench edits all tokens but the first (token_mask's
+    "all-but-bos"), and Khoriaty et al.'s threshold is one number, here in a grid a share of the mean activation.
     """
     if not -math.inf < clamp <= 0:
         raise ValueError(f"clamp must be 0 (zero ablation) or negative, not {clamp}")
-    return OfLatents(Latents(sae, features), lambda acts, ordinary: torch.where(acts > threshold, clamp, acts))
+    return SetFeatures(sae, features, lambda acts, mask: torch.where(acts > threshold, clamp, acts))
 
 
-def nothing(sae, features: list[int]) -> OfLatents:
-    """a'_i = a_i: goes all the way of an edit, and must change nothing."""
-    return OfLatents(Latents(sae, features), lambda acts, ordinary: acts, always=True)
+def resolve_clamp(stats, n_features: int, clamp: float = 0.0) -> dict:
+    return {"features": stats.features(n_features), "clamp": clamp * stats.clamp if clamp else 0.0}
 
 
-def refusal_clamp(sae, features: list[int], threshold: float, refusal: int, refusal_value: float) -> OfLatents:
+def resolve_random(stats, n_features: int, clamp: float) -> dict:
+    """Drawn for the grid's largest number, of which a smaller one takes the first: rows differ by number alone."""
+    most = max(n_features, *(setting["n_features"] for setting in CLAMPS))
+    return {"features": stats.control(n_features, most), "clamp": clamp * stats.clamp}
+
+
+def resolve_conditional(stats, n_features: int, clamp: float, threshold: float) -> dict:
+    """threshold: a share of the features' mean activation on the forget tokens on which they are active."""
+    settings, forget = resolve_clamp(stats, n_features, clamp), stats.rates[0]
+    mean = (forget.total / forget.fires)[settings["features"]].mean().item()
+    return {**settings, "threshold": threshold * mean}
+
+
+def refusal_clamp(sae, features: list[int], threshold: float, refusal: int, refusal_value: float) -> SetFeatures:
     """Where any feature exceeds the threshold the latent `refusal`, one that is active when the model declines, is set
     to refusal_value; the features themselves stay as they are.
 
-    So the released code of Khoriaty et al., arXiv 2503.11127 (clamp_refusal in github.com/AMindToThink/
-    sae_jailbreak_unlearning), with threshold 0.05 and refusal_value -500; a third party's port clamps the features too.
-    features: ids, (n,); refusal: one id. Nothing differs but that special tokens are left alone.
+    features: ids, (n,); refusal: one id. This is the released code of Khoriaty et al., arXiv 2503.11127 (clamp_refusal
+    in github.com/AMindToThink/sae_jailbreak_unlearning), with threshold 0.05 and refusal_value -500; a third party's
+    port clamps the features too. Differs from the release: special tokens are left alone.
     """
 
-    def wanted(acts, ordinary):
+    def target(acts, mask):
         called = (acts[..., :-1] > threshold).any(-1, keepdim=True)
         return torch.cat([acts[..., :-1], torch.where(called, refusal_value, acts[..., -1:])], -1)
 
-    return OfLatents(Latents(sae, [*features, refusal]), wanted)
+    return SetFeatures(sae, [*features, refusal], target)
 
 
-def mean_ablation(sae, features: list[int], means: list[float]) -> OfLatents:
+def resolve_refusal(stats, n_features: int, refusal: float) -> dict:
+    """Khoriaty et al.: threshold 0.05, latent 15,864 of Gemma Scope's layer 7 at -500."""
+    if stats.refusal_latent is None:
+        raise UserError("refusal-clamp needs a refusal latent: one that is active when the model declines")
+    return {"features": stats.features(n_features), "threshold": 0.05, "refusal": stats.refusal_latent,
+            "refusal_value": refusal * stats.refusal_value}  # fmt: skip
+
+
+def mean_ablation(sae, features: list[int], means: list[float]) -> SetFeatures:
     """a'_i = its mean over retain tokens, on every token: what it carries is gone, its average effect is not.
 
     features: ids, (n,); means: (n,), inactive tokens counted as 0. No release: the usual control of ablation studies.
     """
     values = torch.tensor(means)
-    return OfLatents(Latents(sae, features), lambda acts, ordinary: values.to(acts).expand_as(acts))
+    return SetFeatures(sae, features, lambda acts, mask: values.to(acts).expand_as(acts))
 
 
-def gate_of(acts: torch.Tensor, ordinary: torch.Tensor) -> torch.Tensor:
-    """rho (batch,): the share of a sequence's ordinary tokens on which any of the features is active."""
-    firing = (acts > 0).any(-1) & ordinary
-    return firing.sum(1) / ordinary.sum(1).clamp(min=1)
+def resolve_mean(stats, n_features: int) -> dict:
+    features, retain = stats.features(n_features), stats.rates[1]
+    return {"features": features, "means": (retain.total / retain.n_tokens)[features].tolist()}
 
 
-def dsg(sae, features: list[int], clamp: float, gate: float) -> OfLatents:
-    """Dynamic SAE Guardrails (Muhamed et al., arXiv 2504.08192): a sequence whose rho exceeds the gate has ALL features
-    set to `clamp` on every token on which any of them is active; other sequences are left alone.
+def gate_of(acts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """rho (batch,): the share of a sequence's tokens of the mask on which any of the features is active."""
+    firing = (acts > 0).any(-1) & mask
+    return firing.sum(1) / mask.sum(1).clamp(min=1)
 
-    features: ids, (n,); gate: a share of tokens, 0 to 1. Not so: the release (github.com/aashiqmuhamed/
-    DynamicSAEGuardrails) counts BOS among the tokens that rho is a share of, and clamps to -500; selection and tau, the
-    95th percentile of rho over retain sequences, are its own. It looks at a whole sequence before it edits the first
-    token, so it is for scoring, not for generating with a cache.
+
+def dsg(sae, features: list[int], clamp: float, gate: float) -> SetFeatures:
+    """Dynamic SAE Guardrails (Muhamed et al., arXiv 2504.08192): in a sequence whose rho exceeds the gate ALL features
+    are set to `clamp` on every token on which any of them is active; other sequences are left alone.
+
+    features: ids, (n,); gate: a share of tokens, 0 to 1. It looks at a whole sequence before it edits the first token,
+    so it is for scoring, not for generating with a cache. Differs from the release (github.com/aashiqmuhamed/
+    DynamicSAEGuardrails), which counts BOS among the tokens that rho is a share of, and clamps to -500. Its are the
+    selection of features, and as the gate the 95th percentile of rho over retain sequences.
     """
 
-    def wanted(acts, ordinary):
-        blocked = (gate_of(acts, ordinary) > gate)[:, None, None] & (acts > 0).any(-1, keepdim=True)
+    def target(acts, mask):
+        blocked = (gate_of(acts, mask) > gate)[:, None, None] & (acts > 0).any(-1, keepdim=True)
         return torch.where(blocked, clamp, acts)
 
-    return OfLatents(Latents(sae, features), wanted, whole=True)
+    return SetFeatures(sae, features, target, needs_whole_prompt=True)
+
+
+def resolve_dsg(stats, n_features: int, clamp: float) -> dict:
+    return {"features": stats.features(n_features, "dsg"), "clamp": clamp * stats.clamp, "gate": stats.gate(n_features)}
 
 
 def diff_in_means(sae, direction: list[float], strength: float = 1.0) -> Callable:
     """h' = h - strength * (u . h) u, u the unit vector along mean(forget tokens) - mean(retain tokens); strength 1
     projects it out (Arditi et al., arXiv 2406.11717). Needs no SAE.
 
-    direction: (d_model,), of any length. Not so: Arditi et al. take harmful less harmless instructions, and project the
-    difference out at every layer (in methods.py a choice of the grid, `behind`).
+    direction: (d_model,), of any length. Differs from the paper: Arditi et al. take harmful less harmless instructions,
+    and project the difference out at every layer (here a choice of the grid, `behind`).
     """
     u = torch.tensor(direction, dtype=torch.float64)
     u = u / u.norm()
 
-    def edit(h, ordinary):
+    def edit(h, mask):
         x = h.to(torch.promote_types(h.dtype, torch.float32))
         along = u.to(x.dtype).to(x.device)  # in this order: Apple's GPUs have no fp64
         change = (x @ along)[..., None] * along * -strength
-        return (x + change * ordinary[..., None]).to(h.dtype)
+        return (x + change * mask[..., None]).to(h.dtype)
 
     return edit
 
 
-def bare_reconstruction(sae) -> Callable:
-    """h' = SAE(h), the error term thrown away: what the SAE alone costs."""
-    return lambda h, ordinary: torch.where(ordinary[..., None], passed(sae, h)[1].to(h.dtype), h)
+def resolve_direction(stats, strength: float, behind: bool) -> dict:
+    """behind: at all layers from the edited one on, not at it alone."""
+    last = stats.model.cfg.n_layers if behind else stats.edited_layer + 1
+    return {"direction": stats.direction, "strength": strength, "layers": list(range(stats.edited_layer, last))}
 
+
+def grid(**axes) -> tuple[dict, ...]:
+    """Every combination of the axes' values."""
+    return tuple(dict(zip(axes, values)) for values in itertools.product(*axes.values()))
+
+
+MANY = grid(n_features=(5, 10, 20, 50, 100, 200, 300, 400))
+CLAMPS = grid(n_features=(10, 20), clamp=(0.25, 0.5, 1, 2))  # SAEBench: clamps of -25 to -200
+THRESHOLDS = grid(n_features=(10, 20), clamp=(1, 2), threshold=(0.25, 0.5))
+REFUSALS = grid(n_features=(10, 20), refusal=(0.2, 0.5, 1, 2))
+GATED = grid(n_features=(20, 50), clamp=(0.0625, 0.125, 0.25, 1))  # DSG's release: 20 to 200 features at -500
+STRENGTHS = grid(strength=(0.5, 1, 1.5, 2), behind=(False, True))
 
 METHODS = {
-    "sae-patched": nothing,
-    "sae-reconstruction": bare_reconstruction,
-    "sae-ablation": clamp,
-    "random-features": clamp,
-    "zero-ablation": clamp,
-    "clamp": clamp,
-    "conditional-clamp": clamp,
-    "refusal-clamp": refusal_clamp,
-    "mean-ablation": mean_ablation,
-    "dsg": dsg,
-    "diff-in-means": diff_in_means,
-}
+    "zero-ablation": Method("zero ablation", MANY, clamp, resolve_clamp),
+    "mean-ablation": Method("mean ablation", MANY, mean_ablation, resolve_mean),
+    "clamp": Method("clamp", CLAMPS, clamp, resolve_clamp, usual={"clamp": 1}),
+    "random-features": Method("random features", CLAMPS, clamp, resolve_random, usual={"clamp": 1}),
+    "conditional-clamp": Method("conditional clamp", THRESHOLDS, clamp, resolve_conditional,
+                                usual={"clamp": 1, "threshold": 0.25}),
+    "refusal-clamp": Method("refusal clamp", REFUSALS, refusal_clamp, resolve_refusal, usual={"refusal": 1}),
+    "dsg": Method("DSG", GATED, dsg, resolve_dsg, usual={"clamp": 1}),
+    "diff-in-means": Method("difference of means", STRENGTHS, diff_in_means, resolve_direction, needs_sae=False,
+                            usual={"strength": 1, "behind": False}),
+    # a'_i = a_i: runs all of an edit, and must change nothing
+    "sae-patched": Method("SAE patched, nothing ablated", edit=lambda sae, features: SetFeatures(
+        sae, features, lambda acts, mask: acts, always=True)),
+    # h' = SAE(h), the error term thrown away: what the SAE alone costs
+    "sae-reconstruction": Method("SAE reconstruction, no error term", edit=lambda sae: lambda h, mask: torch.where(
+        mask[..., None], run_sae(sae, h)[1].to(h.dtype), h)),
+}  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------- edits
+def ablation(sae, features: list[int], clamp: float = 0.0, method: str | None = None) -> Edit:
+    """Features set to the clamp wherever they are active; method: the row's, as "random-features" for controls
+    (default: "zero-ablation" or "clamp"). Raises ValueError as make does."""
+    return make(method or ("zero-ablation" if clamp == 0 else "clamp"), sae, features=features, clamp=clamp)
 
 
-@dataclass(frozen=True, eq=False)
-class Edit:
-    """One row of a table: a method's name, and {layer: function (h, ordinary) -> h'}, empty for the model as it is.
-
-    setting: what sets it apart from others of its method, for tables and records; arguments: what METHODS makes the
-    functions from.
-    """
-
-    method: str
-    at: dict[int, Callable] = field(default_factory=dict)
-    setting: dict = field(default_factory=dict)
-    arguments: dict = field(default_factory=dict)
-
-    @property
-    def whole(self) -> bool:
-        return any(getattr(function, "whole", False) for function in self.at.values())
-
-    def point(self, **scores) -> dict:
-        """The record's entry for this row: method, setting, {"layers", "arguments"} of the edit, scores by data set."""
-        edit = {"edit": {"layers": list(self.at), "arguments": self.arguments}} if self.arguments else {}
-        return {"method": self.method, "setting": self.setting, **edit, "scores": scores}
+def patched(sae, features: list[int]) -> Edit:
+    return make("sae-patched", sae, features=features)
 
 
-NEVER_KNEW = Edit("never-knew")  # a row of tables: another model, that was trained without the forget set
-NONE = Edit("none")
-
-
-def edit_of(method: str, sae, setting: dict | None = None, layers: list[int] | None = None, **arguments) -> Edit:
-    """METHODS[method](sae, **arguments) behind each of the layers (None: the SAE's own). Raises ValueError for features
-    that the SAE lacks, one named twice, and a clamp that is not finite or positive."""
-    function = METHODS[method](sae, **arguments)
-    at = dict.fromkeys([layer_of(sae)] if layers is None else layers, function)
-    return Edit(method, at, setting or {}, arguments)
-
-
-@contextmanager
-def applied(model, tokenizer, edit: Edit):
-    """Within this context the model runs with the edit: a TransformerBridge at its hook points, a Hugging Face model
-    behind its decoder layers. Raises RuntimeError if a layer to be edited never ran."""
-    bridge, ran = hasattr(model, "original_model"), set()
-
-    def edited(layer, h):
-        ran.add(layer)
-        return edit.at[layer](h, seen["edited"].to(h.device))
-
-    def behind(layer):
-        def hook(module, args, output):  # transformers 5 returns h, earlier versions (h, ...)
-            return (edited(layer, output[0]), *output[1:]) if isinstance(output, tuple) else edited(layer, output)
-
-        return hook
-
-    def at(layer):
-        return f"blocks.{layer}.hook_resid_post", lambda h, hook: edited(layer, h)
-
-    with watch_tokens(model.original_model if bridge else model, tokenizer) as seen, ExitStack() as hooks:
-        if bridge:
-            hooks.enter_context(model.hooks(fwd_hooks=[at(layer) for layer in edit.at]))
-        for layer in () if bridge else edit.at:
-            hooks.callback(decoder_layers(model)[layer].register_forward_hook(behind(layer)).remove)
-        yield
-    if missing := sorted(set(edit.at) - ran):
-        raise RuntimeError(f"layers {missing} never ran: nothing was edited there")
+def reconstruction(sae) -> Edit:
+    return make("sae-reconstruction", sae)

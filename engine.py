@@ -1,393 +1,305 @@
 """
-The engine: many edits of the residual stream in one pass of a model.
+Many edits of the residual stream in one pass of a model.
 
-Edits share the layers below the first that they change. So the model runs once a batch, unablated; then each prompt's
-residual stream there is copied once for every edit that changes it (equal changes share a copy, an edit that changes
-nothing costs nothing), and the later layers run on the copies from their first edited token on. What all prompts of a
-batch begin with, as a quiz's header, is run once for all of them.
+Edits share the layers below the first that they change. So the model runs once per batch, unablated; then each prompt's
+residual stream there is copied once for every edit that changes it (equal changes share a copy), and the later layers
+run on the copies from their first edited token on. Tokens that several prompts begin with, such as a quiz's header, run
+once for all of them.
 """
 
 import itertools
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
+from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
+from torch.nn.functional import pad
+from torch.utils._pytree import tree_map
 from transformers.cache_utils import DynamicCache, DynamicLayer, KVSharingDict
 
-import memory
-from data import UserError, first_line, padded, special_ids
-from edits import (
-    NONE,
-    Edit,
-    Latents,
-    OfLatents,
-    alike,
-    applied,
-    hidden,
-    log_probs,
-    random_ids,
-    unwatched_parts,
-    watch_tokens,
-    without,
-)
+import edits as inference
+from data import UserError, batches, first_line, padded, ran_out, special_ids, total_of_processes
+from edits import NONE, Edit, Latents, SetFeatures, idle_wrappers, token_mask, unwrapped
 
-WORTH_SHARING = 8  # tokens a prompt, at least, that need not be run again, for a batch to be run in two stages
+PASS_TOKENS = 4096  # most tokens, of prompts or of edited copies, that run at a time: it bounds the memory of a pass
+STATE = DynamicCache | KVSharingDict  # what a layer takes from earlier tokens, and from lower layers
+WORTH_SHARING = 8  # tokens per prompt that must be saved for a batch to be run in two stages
+
+
+@torch.inference_mode()
+def each_edit(model, rows, edits: list[Edit], score, shape=(), *, batch_size=16, desc=None, first=None) -> torch.Tensor:
+    """Score every row under every edit, (n_edits, n_rows, *shape) in fp64, as from a plain pass under each edit.
+
+    rows: lists of ids. score(places, start, h) -> (n, *shape) on the CPU gets rows' indices (n,) and what leaves the
+    final norm from token `start` on, h (n, pos - start, d_model), right-padded. Every row is scored first unablated,
+    with start 0; on tokens before `start` an edited row equals that. desc, first: see data.batches. Raises
+    torch.OutOfMemoryError where memory does not suffice for a single row.
+    """
+    engine, out = OnePass(model, edits), torch.zeros(len(edits), len(rows), *shape, dtype=torch.float64)
+    for places, ids in batches(rows, batch_size, model.tokenizer, model.cfg.device, desc, first=first):
+        in_parts(places, PASS_TOKENS // ids.shape[1], partial(engine.fill, out, rows, score))
+    return total_of_processes(out)  # rows that other processes score are 0 here
+
+
+def in_parts(items: list, size: int, run) -> None:
+    """run(part) of at most `size` items at a time, of half as many where memory runs out; raises for a single one."""
+    for at in range(0, len(items), max(1, size)):
+        part = items[at : at + max(1, size)]
+        try:
+            run(part)
+            continue
+        except RuntimeError as error:
+            if not ran_out(error) or len(part) == 1:
+                raise
+        torch.cuda.empty_cache()  # here the error, and what it holds, is gone
+        in_parts(part, len(part) // 2, run)
 
 
 @dataclass
 class Stage:
-    """What one pass of the unablated model over ids (n, pos) leaves behind, for OnePass."""
+    """What one pass of the unablated model over ids (n, pos) leaves behind."""
 
     ids: torch.Tensor
-    streams: dict[int, torch.Tensor]  # {layer: (n, pos, d_model)}, the residual stream behind each edited layer
-    ordinary: torch.Tensor  # (n, pos), which tokens are counted: not special, not the first
-    editable: torch.Tensor  # (n, pos), which are edited (edits.watch_tokens)
+    editable: torch.Tensor  # (n, pos), the tokens to be edited
     result: torch.Tensor  # (n, pos, d_model), what leaves the final norm
-    inputs: dict[int, tuple]  # {layer: (args, kwargs, what lower layers had left for it)}; the last, where layers share
+    inputs: dict[int, tuple]  # {layer: (h behind an edited one, args, kwargs, what lower layers share with it)}
     cache: DynamicCache  # keys and values of these tokens and of those before
 
 
-@dataclass(frozen=True)
+@dataclass
 class Copy:
-    """A prompt's residual stream behind a layer, to be edited from its token `start` on."""
+    """A prompt's residual stream after a layer, to be edited from its token `start` on, for one edit or several."""
 
     prompt: int
     layer: int
     start: int
-    edit: Edit
+    edit: Edit  # the first of them
+    used_by: list[int]  # their numbers
 
 
 class OnePass:
-    """Runs a model on token ids (batch, pos) once for a list of edits, at whatever layers.
+    """Runs prompts once for a list of edits, at whatever layers.
 
-    Calling it runs the unablated model and returns what leaves its final norm, (batch, pos, d_model). Then `rows`
-    (n_edits, batch) says which row belongs to which edit and prompt, rows 0 to batch - 1 being the unablated prompts
-    and the others `copies`; `source` (n_rows,) is each row's prompt; and `run_copies` runs the later layers on the
-    copies, as many at a time as there is memory for, at most COPY_TOKENS tokens; max_memory: as memory.free_bytes has
-    it. A copy branches off behind the first layer at which its edit changes anything. Tokens before the first that any
-    of its layers changes are not run again: later layers are causal, so they take the unablated prompt's keys and
-    values. Likewise the tokens that prompts begin with, all alike or some, are a stage of their own, run once for each
-    different beginning, and not again while the next batch begins with the same.
+    `run` runs the unablated prompts of a batch, `plan` finds the copies that are needed, `run_copies` runs the later
+    layers on some of them. A copy branches off after the first layer at which its edit changes anything. Tokens before
+    the first that any of its layers changes are not run again: later layers are causal, so the unablated prompt's keys
+    and values serve. What prompts begin with is a Stage of its own, which the next batch may reuse.
     """
 
-    def __init__(self, model, edits: list[Edit], max_memory: float | None = None):
-        self.model, self.edits, self.max_memory = model, edits, max_memory
-        self.layers = sorted({layer for edit in edits for layer in edit.at})
-        # what such an edit does at its second layer hangs on the whole prompt as its first one leaves it
-        self.in_one_piece = any(edit.whole and len(edit.at) > 1 for edit in edits)
-        some = {(layer, function): function.latents for edit in edits for layer, function in edit.at.items()
-                if isinstance(function, OfLatents)}  # fmt: skip
-        unions = {}  # {(layer, SAE): features of any edit}
-        for (layer, _), latents in some.items():
-            unions.setdefault((layer, latents.sae), set()).update(latents.features.tolist())
-        unions = {key: sorted(features) for key, features in unions.items()}
-        self.latents = {(layer, sae): Latents(sae, union) for (layer, sae), union in unions.items()}
-        # {(layer, function): which of the union's are its own}
-        self.columns = {(layer, function): np.searchsorted(unions[layer, latents.sae], latents.features.tolist())
-                        for (layer, function), latents in some.items()}  # fmt: skip
-        self.parts, self.begin = unwatched_parts(model), None
+    def __init__(self, model, edits: list[Edit], share_beginnings: bool = True):
+        self.model, self.wrappers, self.share, self.beginning = model, idle_wrappers(model), share_beginnings, None
+        # what such an edit does at its second layer depends on the whole prompt as its first one leaves it
+        self.plain = {k: edit for k, edit in enumerate(edits) if edit.needs_whole_prompt and len(edit.at) > 1}
+        self.shared = {k: edit for k, edit in enumerate(edits) if k not in self.plain}
+        self.layers = sorted({layer for edit in self.shared.values() for layer in edit.at})
+        unions = {}  # {(layer, SAE): features of any edit}, which are encoded once for all edits
+        for layer, f in itertools.chain(*(edit.at.items() for edit in self.shared.values())):
+            if isinstance(f, SetFeatures):
+                unions.setdefault((layer, f.latents.sae), set()).update(f.latents.features.tolist())
+        self.latents = {(layer, sae): Latents(sae, sorted(union)) for (layer, sae), union in unions.items()}
 
-    @torch.inference_mode()
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        first, places = (0, []) if self.in_one_piece else beginnings(ids.tolist())
-        # places: which row of each stage is a prompt's. A cache without a config keeps sliding layers' keys, too
-        self.stages, self.places, cache = [], [], DynamicCache()
-        self.streams, self.changed, self.acts, self.cache = {}, {}, {}, None  # of the prompts before: memory for these
+    def fill(self, out: torch.Tensor, rows: list[list[int]], score, places: list[int]) -> None:
+        """Set out[:, places] as each_edit says."""
+        ids = padded([rows[i] for i in places], self.model.tokenizer, self.model.cfg.device)
+        out[:, places] = score(places, 0, self.run(ids)).to(out.dtype)
+
+        def run_part(copies):
+            start, h = self.run_copies(copies)
+            for copy, value in zip(copies, score([places[copy.prompt] for copy in copies], start, h)):
+                out[copy.used_by, places[copy.prompt]] = value.to(out.dtype)
+
+        for copies in filter(None, self.plan()):
+            in_parts(copies, PASS_TOKENS // (ids.shape[1] - copies[0].start), run_part)  # later ones are shorter
+        for k, edit in self.plain.items():
+            with inference.applied(self.model, self.model.tokenizer, edit):
+                out[k, places] = score(places, 0, self.forward(ids, DynamicCache()).result).to(out.dtype)
+
+    def run(self, ids: torch.Tensor) -> torch.Tensor:
+        """Run the unablated prompts (batch, pos); returns what leaves the final norm, (batch, pos, d_model)."""
+        self.stages, self.streams, self.acts, self.changed = [], {}, {}, {}  # frees the memory of the prompts before
+        cache = DynamicCache()  # without a config it keeps sliding layers' keys, too
+        first, of = beginnings(ids.tolist()) if self.share else (0, [])
         if first:
-            begin = ids[[places.index(row) for row in range(max(places) + 1)], :first]
-            if self.begin is None or not torch.equal(self.begin.ids, begin):
-                self.begin = self.forward(begin, DynamicCache())
-            self.stages, self.places = [self.begin], [torch.tensor(places)]
-            cache = for_rows(self.begin.cache, self.places[0], first)
-        self.stages.append(self.forward(ids[:, first:], cache))
-        self.places.append(torch.arange(len(ids)))
-
-        def whole(parts):
-            return torch.cat([x[rows.to(x.device)] for x, rows in zip(parts, self.places)], 1)
-
-        self.streams = {layer: whole([stage.streams[layer] for stage in self.stages]) for layer in self.layers}
-        self.ordinary, self.editable, result = (
-            whole([vars(stage)[name] for stage in self.stages]) for name in ("ordinary", "editable", "result")
-        )
-        self.cache = cache
-        self.plan(len(ids))
+            beginning, rows = ids[[of.index(k) for k in range(max(of) + 1)], :first], torch.tensor(of)
+            if self.beginning is None or not torch.equal(self.beginning.ids, beginning):
+                self.beginning = self.forward(beginning, DynamicCache())
+            self.stages, cache = [(self.beginning, rows)], for_rows(self.beginning.cache, rows, first)
+        self.stages.append((self.forward(ids[:, first:], cache), torch.arange(len(ids))))
+        parts = [(stage.result[rows], stage.editable[rows], *(stage.inputs[n + 1][0][rows] for n in self.layers))
+                 for stage, rows in self.stages]  # fmt: skip
+        result, self.editable, *streams = (torch.cat(part, 1) for part in zip(*parts))
+        self.streams = dict(zip(self.layers, streams))
         return result
 
     def forward(self, ids: torch.Tensor, cache: DynamicCache) -> Stage:
-        """One pass of the unablated model behind the tokens that `cache` holds, which it adds to."""
-        inputs, streams, kept, blocks = {}, {}, {}, self.model.blocks
+        """One pass of the unablated model after the tokens that `cache` holds, which it adds to."""
+        given, result, modules = {}, {}, [*self.model.blocks, self.model.ln_final]
 
-        def keep_input(layer):
-            def hook(module, args, kwargs):
-                store = {}  # a copy, as the layers go on to fill it
-                store.update(*(value for value in kwargs.values() if isinstance(value, KVSharingDict)))
-                inputs[layer] = (args[1:], kwargs, store)
+        def keep(module, inputs, kwargs, number):
+            shared = {}  # a copy, as the layers go on to fill it
+            shared.update(*(value for value in kwargs.values() if isinstance(value, KVSharingDict)))
+            given[number] = (inputs[0] if number - 1 in self.layers else None, inputs[1:], kwargs, shared)
 
-            return hook
-
-        def keep_result(module, args):
-            kept["result"] = args[0]
-            return args[0][:1, :1], *args[1:]  # the unembedding that the model goes on to is not what we need
-
-        def keep_stream(layer):  # the block's own hook: a list of hook points is looked up anew for each pass
-            def hook(module, args, output):
-                streams[layer] = output[0] if isinstance(output, tuple) else output
-
-            return hook
+        def keep_result(module, inputs):
+            result["h"] = inputs[0]
+            return inputs[0][:1, :1], *inputs[1:]  # the unembedding that the model goes on to is not needed
 
         with ExitStack() as hooks:
-            for layer in range(self.layers[0] + 1, len(blocks)) if self.layers else ():
-                handle = blocks[layer].register_forward_pre_hook(keep_input(layer), with_kwargs=True)
-                hooks.callback(handle.remove)
+            for n in range(self.layers[0] + 1, len(modules)) if self.layers else ():
+                hooks.callback(modules[n].register_forward_pre_hook(partial(keep, number=n), with_kwargs=True).remove)
             hooks.callback(self.model.unembed.register_forward_pre_hook(keep_result).remove)
-            seen = hooks.enter_context(watch_tokens(self.model.original_model, self.model.tokenizer))
-            for layer in set(self.layers) & set(range(len(blocks))):
-                hooks.callback(blocks[layer].register_forward_hook(keep_stream(layer)).remove)
-            hooks.enter_context(without(self.parts))
+            mask = hooks.enter_context(token_mask(self.model.original_model, self.model.tokenizer))
+            hooks.enter_context(unwrapped(self.wrappers))
             self.model(ids, past_key_values=cache, use_cache=True)
-        if missing := sorted(set(self.layers) - set(streams)):
+        if missing := [layer for layer in self.layers if layer + 1 not in given]:
             raise RuntimeError(f"layers {missing} never ran: nothing was edited there")
-        masks = [seen[name].to(kept["result"].device) for name in ("ordinary", "edited")]
-        return Stage(ids, streams, *masks, kept["result"], inputs, cache)
+        return Stage(ids, mask.edited.to(result["h"].device), result["h"], given, cache)
 
-    def plan(self, batch: int) -> None:
-        """Which edits change which prompts, from which layer and token on; equal changes share a row."""
-        self.acts = {(layer, sae): latents.encode(self.streams[layer]) for (layer, sae), latents in
-                     self.latents.items()}  # fmt: skip
-        self.changed = {}  # {(layer, function): a' - a of its latents, or h'}
-        self.rows = torch.arange(batch).repeat(len(self.edits), 1)
-        self.copies, source, known = [], list(range(batch)), {}
-        for k, edit in enumerate(self.edits):
-            looks = {layer: self.looked_at(edit, layer) for layer in sorted(edit.at)}
-            for b in range(batch):
-                touched = {layer: first[b] for layer, (first, _, _) in looks.items() if first[b] is not None}
-                if not touched:
-                    continue
-                layer = min(touched)
-                start = 0 if edit.whole and len(edit.at) > 1 else min(touched.values())
-                _, space, hashes = looks[layer]
-                # what is to come behind further layers is the edit's own
-                own = k if layer < max(edit.at) else None
-                key = (b, layer, space, hashes[b], own)
-                if key not in known:
-                    known[key] = batch + len(self.copies)
-                    self.copies.append(Copy(b, layer, start, edit))
-                    source.append(b)
-                self.rows[k, b] = known[key]
-        self.source = torch.tensor(source)
+    def plan(self) -> list[list[Copy]]:
+        """The copies that the edits need, of each layer those sorted by start; equal changes share one."""
+        copies = {}
+        self.acts = {key: latents.encode(self.streams[key[0]]) for key, latents in self.latents.items()}
+        for k, edit in self.shared.items():
+            looks = {layer: self.look(layer, f) for layer, f in sorted(edit.at.items())}
+            for b in range(len(self.editable)):
+                touched = {layer: first[b] for layer, (first, _) in looks.items() if first[b] is not None}
+                if touched:
+                    layer, start = min(touched), min(touched.values())
+                    key = (b, layer, looks[layer][1][b], k if layer < max(edit.at) else None)  # further edits differ
+                    copies.setdefault(key, Copy(b, layer, start, edit, [])).used_by.append(k)
+        in_order = sorted(copies.values(), key=lambda copy: copy.start)
+        return [[copy for copy in in_order if copy.layer == layer] for layer in self.layers]
 
-    def looked_at(self, edit: Edit, layer: int) -> tuple[list, object, list]:
-        """What an edit would change behind a layer of the unablated prompts: for each prompt the first token (None:
-        nothing is changed), and a hash of the change, by which equal ones are known, whatever method or list of
-        features made them; and the space that the change is in: an SAE's activations, or the residual stream."""
-        function, h, editable = edit.at[layer], self.streams[layer], self.editable.to(self.streams[layer].device)
-        if isinstance(function, OfLatents):
-            space = function.latents.sae
-            places = torch.from_numpy(self.columns[layer, function]).to(h.device)
-            acts, weights = self.acts[layer, space][0], odd_numbers(self.acts[layer, space][0].shape[-1])
-            acts, weights = acts[..., places], weights.to(h.device)[places]
-            change = self.changed[layer, function] = function.change(acts, editable)
-            touched = change != 0
-            if function.always:
-                touched = touched | ((acts > 0) & editable[..., None])
+    def look(self, layer: int, f) -> tuple[list, list]:
+        """What f would change after a layer of the unablated prompts: for each the first token (None: nothing changes),
+        and a key that equal changes have in common, whatever method or list of features made them."""
+        h, editable, always = self.streams[layer], self.editable.to(self.streams[layer].device), False
+        if isinstance(f, SetFeatures):
+            space, union = f.latents.sae, self.latents[layer, f.latents.sae].features
+            columns = torch.searchsorted(union, f.latents.features.to(union.device))
+            (acts, scale), weights = self.acts[layer, space], odd_numbers(len(union)).to(h.device)[columns]
+            change = f.change(acts[..., columns], editable)
+            always = (acts[..., columns] > 0) & editable[..., None] if f.always else False
+            scale = scale if torch.is_tensor(scale) else torch.full_like(acts[..., :1], scale)
+            self.changed[layer, f] = lambda h, of: f.latents.moved(h, change[of], scale[of])
         else:
-            space, weights = None, odd_numbers(h.shape[-1]).to(h.device)
-            self.changed[layer, function] = function(h, editable)
-            change = self.changed[layer, function].float() - h.float()
-            touched = change != 0
-        found, first = touched.any(-1).max(1)
-        first = [at if somewhere else None for somewhere, at in zip(found.tolist(), first.tolist())]
-        return first, space, hashes_of(change, weights)
+            space, weights, new = None, odd_numbers(h.shape[-1]).to(h.device), f(h, editable)
+            change = new.float() - h.float()
+            self.changed[layer, f] = lambda h, of: new[of]
+        anywhere, first = ((change != 0) | always).any(-1).max(1)
+        first = [at if changed else None for changed, at in zip(anywhere.tolist(), first.tolist())]
+        return first, [(space, number) for number in hashes_of(change, weights)]
 
-    @torch.inference_mode()
-    def run_copies(self):
-        """Yield (rows, start, h): rows of copies (n,), and from token `start` on what leaves the final norm,
-        (n, pos - start, d_model)."""
-        order = sorted(range(len(self.copies)), key=lambda i: (self.copies[i].layer, self.copies[i].start))
-        for layer, group in itertools.groupby(order, key=lambda i: self.copies[i].layer):
-            some, total = list(group), self.ordinary.shape[1]
-            tokens = total - self.copies[some[0]].start  # later ones have fewer
-            room = self.at_once(tokens, total, self.model.cfg.n_layers - layer - 1)
-            size = min(room, memory.COPY_TOKENS // tokens)
-            yield from memory.in_parts(some, size, partial(self.run_some, layer=layer))
+    def run_copies(self, copies: list[Copy]) -> tuple[int, torch.Tensor]:
+        """Run copies of one layer, sorted by start. Returns the first start, and what leaves the final norm from there
+        on, (n, pos - start, d_model)."""
+        layer, start, prompts = copies[0].layer, copies[0].start, torch.tensor([copy.prompt for copy in copies])
+        h, cache, out, first = self.streams[layer][prompts, start:], None, [], 0
+        for edit in {copy.edit for copy in copies}:
+            rows = [i for i, copy in enumerate(copies) if copy.edit is edit]
+            h[rows] = self.changed[layer, edit.at[layer]](h[rows], (prompts[rows], slice(start, None)))
+        for stage, of in self.stages:
+            begin, end = max(first, start), first + stage.ids.shape[1]
+            if begin < end:
+                ones, shares = distinct(copies, of[prompts])  # in the last stage, none shares
+                cache = cache or for_rows(self.stages[-1][0].cache, prompts[ones], start, layer + 1)
+                x, mask = h[ones, begin - start : end - start], self.editable[prompts[ones], begin:end]
+                x = self.later_layers(x, [copies[i] for i in ones], stage, of[prompts[ones]], mask, cache)
+                out.append(x[shares])
+                cache = for_rows(cache, shares, end, layer + 1) if stage is self.beginning else None
+            first = end
+        return start, self.model.ln_final(torch.cat(out, 1))
 
-    def at_once(self, tokens: int, total: int, layers: int) -> int:
-        """How many prompts or copies there is memory for, of which `tokens` tokens, the last of `total`, run through
-        `layers` layers."""
-        free = memory.free_bytes(torch.device(self.model.cfg.device), self.max_memory)
-        return int(memory.SHARE * free / memory.row_bytes(self.model, tokens, total, layers))
+    def later_layers(self, h, copies: list[Copy], stage: Stage, of, mask, cache) -> torch.Tensor:
+        """Run the layers after the copies' on h (n, pos, d_model), given what they were given in the stage for its rows
+        `of` (n,), the copies', and its last tokens; mask (n, pos): what is edited."""
+        blocks, left = self.model.blocks, stage.inputs[copies[0].layer + 1][3]
+        shared = {name: tuple(x[of] for x in pair) for name, pair in left.items()}
 
-    def over(self, some_batches, score) -> None:
-        """score(picked, ids) of each batch's prompts, of as many at a time as there is memory for."""
-        for picked, ids in some_batches:
-            tokens = ids.shape[1]
-            memory.refuse_without_room(self.model, tokens, self.max_memory)
-            room = self.at_once(tokens, tokens, self.model.cfg.n_layers)
-
-            def part(places, picked=picked, ids=ids):
-                score([picked[i] for i in places], ids[places])
-
-            for _ in memory.in_parts(list(range(len(picked))), min(room, len(picked)), part):
-                pass
-
-    def run_some(self, some: list[int], layer: int) -> tuple:
-        """`run_copies`' triple of these copies."""
-        batch = len(self.rows[0])
-        copies, rows = [self.copies[i] for i in some], torch.tensor(some) + batch
-        start = copies[0].start
-        h, cache = self.edited(copies, layer, start), for_rows(self.cache, self.source[rows], start, layer + 1)
-        out, first = [], 0
-        for stage, places in zip(self.stages, self.places):
-            length = stage.ids.shape[1]
-            skip = max(0, start - first)
-            if skip < length:
-                ones, again = alike_so_far(copies, places)
-                if len(ones) < len(copies):
-                    cache = for_rows(cache, ones, start, layer + 1)
-                piece = h[ones.to(h.device), first + skip - start : first + length - start]
-                of = [copies[i] for i in ones]
-                out.append(self.later_layers(piece, layer, of, stage, places, first, skip, cache)[again])
-                if len(ones) < len(copies):
-                    cache = for_rows(cache, again, first + length, layer + 1)
-            first += length
-        return rows, start, self.model.ln_final(torch.cat(out, 1))
-
-    def later_layers(self, h, layer: int, copies: list[Copy], stage: Stage, places, first: int, skip: int, cache):
-        """Run the layers behind `layer` on h (n, pos - skip, d_model), given what they were given for the stage's
-        tokens, the prompts' tokens from `first` on; row i of h is of copies[i], whose prompt is row places[prompt] of
-        the stage."""
-        prompts = torch.tensor([copy.prompt for copy in copies])
-        source = places[prompts]
-        editable = self.editable[prompts.to(self.editable.device), first + skip : first + stage.ids.shape[1]]
-        blocks, (_, _, left) = self.model.blocks, stage.inputs.get(layer + 1, ((), {}, {}))
-        store = {name: tuple(x[source.to(x.device)] for x in pair) for name, pair in left.items()}
-        with without(self.parts):
-            for number in range(layer + 1, len(blocks)):
-                args, kwargs = self.cut(stage.inputs[number][:2], source, skip, stage.ids.shape, cache, store)
+        given = partial(cut, rows=of, n=h.shape[1], shape=stage.ids.shape, cache=cache, shared=shared)
+        with unwrapped(self.wrappers):
+            for number in range(copies[0].layer + 1, len(blocks)):
+                args, kwargs = tree_map(given, stage.inputs[number][1:3], is_leaf=lambda x: isinstance(x, STATE))
                 out = blocks[number](h, *args, **kwargs)
                 h = out[0] if isinstance(out, tuple) else out
-                for edit, rows in by_edit(copies):
-                    if number in edit.at:
-                        h[rows] = edit.at[number](h[rows], editable[rows].to(h.device))
+                for edit in {copy.edit for copy in copies if number in copy.edit.at}:
+                    rows = [i for i, copy in enumerate(copies) if copy.edit is edit]
+                    h[rows] = edit.at[number](h[rows], mask[rows].to(h.device))
         return h
 
-    def edited(self, copies: list[Copy], layer: int, start: int) -> torch.Tensor:
-        """The residual stream behind the layer of edited copies from token `start` on, (n, pos - start, d_model)."""
-        h = self.streams[layer]
-        prompts = torch.tensor([copy.prompt for copy in copies], device=h.device)
-        new = h[prompts, start:]
-        for edit, rows in by_edit(copies):
-            function, some = edit.at[layer], prompts[rows]
-            change = self.changed[layer, function][some, start:]
-            if isinstance(function, OfLatents):
-                scale = self.acts[layer, function.latents.sae][1]
-                scale = scale if isinstance(scale, float) else scale[some, start:]
-                change = function.latents.moved(new[rows], change, scale)
-            new[rows] = change
-        return new
 
-    def cut(self, value, source: torch.Tensor, skip: int, shape: tuple[int, int], cache, store: dict):
-        """What a block was given for a stage of `shape` (rows, tokens), as its attention mask or positions, for these
-        copies from its token `skip` on; the cache and the store are theirs already."""
-        if isinstance(value, DynamicCache):
-            return cache
-        if isinstance(value, KVSharingDict):
-            return store
-        if isinstance(value, dict):
-            return {name: self.cut(item, source, skip, shape, cache, store) for name, item in value.items()}
-        if isinstance(value, tuple):
-            return tuple(self.cut(item, source, skip, shape, cache, store) for item in value)
-        if not torch.is_tensor(value):
-            return value
-        rows, length = shape
-        if value.ndim > 1 and len(value) == rows:
-            value = value[source.to(value.device)]
-        dim = {1: 0, 2: 1, 3: 1, 4: 2}[value.ndim]  # (pos), (batch, pos), (batch, pos, d_head), (batch, 1, pos, pos)
-        return value.narrow(dim, skip, length - skip) if value.shape[dim] == length else value
-
-    def head(self, h: torch.Tensor) -> torch.Tensor:
-        """(n, pos, d_model) after the final norm -> (n, pos, d_vocab) logits in fp32."""
-        logits = self.model.unembed(h)
-        cap = getattr(self.model.original_model.config.get_text_config(), "final_logit_softcapping", None)
-        return (torch.tanh(logits / cap) * cap if cap else logits).float()
+def head(model, h: torch.Tensor) -> torch.Tensor:
+    """What leaves the final norm (n, pos, d_model) -> logits (n, pos, d_vocab) in fp32."""
+    logits = model.unembed(h)
+    cap = getattr(model.original_model.config.get_text_config(), "final_logit_softcapping", None)
+    return (torch.tanh(logits / cap) * cap if cap else logits).float()
 
 
-def beginnings(rows: list[list[int]]) -> tuple[int, list[int]]:
-    """How many tokens the rows (of equal length) begin with that are best run once for all that begin alike, and for
-    each row the place of its beginning among the different ones; 0 where it is not worth it."""
-    best, found, places = WORTH_SHARING * (len(rows) - 1), (0, []), [0] * len(rows)
-    for n in range(1, len(rows[0])):
-        known = {}
-        places = [known.setdefault((place, row[n - 1]), len(known)) for place, row in zip(places, rows)]
-        if len(known) == len(rows):
-            break
-        if (len(rows) - len(known)) * n >= best:
-            best, found = (len(rows) - len(known)) * n, (n, places)
-    return found
+def cut(value, rows: torch.Tensor, n: int, shape: tuple[int, int], cache: DynamicCache, shared: dict):
+    """What a block was given for a stage of `shape` (batch, pos), such as its attention mask or positions, for these
+    rows of it and its last n tokens; cache, shared: the rows' own."""
+    if isinstance(value, STATE):
+        return cache if isinstance(value, DynamicCache) else shared
+    if not torch.is_tensor(value):
+        return value
+    if value.ndim > 1 and len(value) == shape[0]:
+        value = value[rows]
+    dim = {1: 0, 2: 1, 3: 1, 4: 2}[value.ndim]  # (pos), (batch, pos), (batch, pos, d_head), (batch, 1, pos, pos)
+    return value.narrow(dim, shape[1] - n, n) if value.shape[dim] == shape[1] else value
 
 
-def alike_so_far(copies: list[Copy], places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which of the copies (n,) stand for all in a stage, as their edit is one and so is their beginning, and for each
-    copy, (n,), the place of its own among these. places (n_prompts,): the rows of the stage that are the prompts'. An
-    edit that looks at whole prompts has no copies alike."""
-    known, ones, again = {}, [], []
-    for number, copy in enumerate(copies):
-        key = number if copy.edit.whole else (copy.edit, int(places[copy.prompt]))
-        if key not in known:
-            known[key] = len(ones)
-            ones.append(number)
-        again.append(known[key])
-    return torch.tensor(ones), torch.tensor(again)
-
-
-def by_edit(copies: list[Copy]) -> list[tuple[Edit, list[int]]]:
-    """Each edit with the places of its copies."""
-    found = {}
-    for place, copy in enumerate(copies):
-        found.setdefault(copy.edit, []).append(place)
-    return list(found.items())
-
-
-@cache
-def odd_numbers(n: int) -> torch.Tensor:
-    """(n,) random odd int64, always the same ones."""
-    return torch.randint(-(2**62), 2**62, (n,), generator=torch.Generator().manual_seed(n)) * 2 + 1
-
-
-def hashes_of(change: torch.Tensor, weights: torch.Tensor) -> list[int]:
-    """A hash of each prompt's change (batch, pos, n). Entries that are 0 count for nothing; weights (n,) int64 are the
-    places' in a larger space that the entries stand for: it does not matter which places are looked at."""
-    bits = (change.float().contiguous().view(torch.int32).long() * weights).sum(-1)
-    return (bits * odd_numbers(change.shape[1] + 1)[1:].to(bits.device)).sum(1).tolist()
-
-
-def for_rows(cache: DynamicCache, source: torch.Tensor, length: int, layer: int = 0) -> DynamicCache:
-    """The keys and values of the first `length` tokens, from `layer` on, with row source[i] of `cache` as row i."""
+def for_rows(cache: DynamicCache, rows: torch.Tensor, length: int, layer: int = 0) -> DynamicCache:
+    """The keys and values of the first `length` tokens, from `layer` on, with row rows[i] of `cache` as row i."""
     new = DynamicCache()
     for number, old in enumerate(cache.layers):
         new.layers.append(DynamicLayer())
         if length and number >= layer:
-            new.update(*(x[:, :, :length][source.to(x.device)] for x in (old.keys, old.values)), number)
+            new.update(*(x[rows, :, :length] for x in (old.keys, old.values)), number)
     return new
 
 
-def pushed(direction: torch.Tensor, turn: int):
-    """An edit that adds the direction (d_model,) to every other ordinary token, from the turn-th on."""
+def beginnings(rows: list[list[int]]) -> tuple[int, list[int]]:
+    """How many tokens of the rows (of equal length) are best run once for all that begin alike, 0 where it is not worth
+    it; and for each row the number of its beginning among the different ones."""
+    best, found, numbers = WORTH_SHARING * (len(rows) - 1), (0, []), [0] * len(rows)
+    for n in range(1, len(rows[0])):
+        known = {}
+        numbers = [known.setdefault((number, row[n - 1]), len(known)) for number, row in zip(numbers, rows)]
+        if (saved := (len(rows) - len(known)) * n) >= max(best, 1):
+            best, found = saved, (n, numbers)
+    return found
 
-    def edit(h, ordinary):
-        every_other = ordinary & (ordinary.cumsum(1) % 2 == turn % 2) & (ordinary.cumsum(1) > turn)
-        return torch.where(every_other[..., None], h + direction, h).to(h.dtype)
 
-    return edit
+def distinct(copies: list[Copy], of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies with the same edit and the same row `of` (n,) a stage need running once. Returns the indices of the copies
+    to run, and for each copy which of them it shares; one whose edit looks at the whole prompt shares none."""
+    known = {}
+    shares = [known.setdefault(i if copy.edit.needs_whole_prompt else (copy.edit, row), len(known))
+              for i, (copy, row) in enumerate(zip(copies, of.tolist()))]  # fmt: skip
+    return torch.tensor([shares.index(n) for n in range(len(known))]), torch.tensor(shares)
+
+
+@cache
+def odd_numbers(n: int) -> torch.Tensor:
+    """(n,) random odd int64, the same in every run."""
+    return torch.randint(-(2**62), 2**62, (n,), generator=torch.Generator().manual_seed(n)) * 2 + 1
+
+
+def hashes_of(change: torch.Tensor, weights: torch.Tensor) -> list[int]:
+    """A hash of each prompt's change (batch, pos, n), in which zeros count for nothing. weights (n,) int64 belong to
+    the entries' places in a larger space, so that a change has the same hash whatever places are looked at."""
+    bits = (change.float().contiguous().view(torch.int32).long() * weights).sum(-1)
+    return (bits * odd_numbers(change.shape[1] + 1)[1:].to(bits.device)).sum(1).tolist()
+
+
+CHECKED = WeakKeyDictionary()  # {model: layers at which OnePass has been compared with a plain pass}
 
 
 def check_engine(model, layers) -> None:
-    """Try OnePass on random prompts, with edits behind each of the layers or without any, against the plain model under
-    edits.applied; once a model. Raises UserError where log-probabilities differ by more than rounding explains, or
-    where OnePass cannot run the model's family."""
-    known = vars(model).setdefault("engine_checked", set())
+    """Compare OnePass with plain passes on random prompts, with edits after each layer or with none; once per layer.
+    Raises UserError where log-probabilities differ by more than rounding explains, or where it cannot run the model."""
+    known = CHECKED.setdefault(model, set())
     for layer in sorted(set(layers) - known) or ([] if known else [None]):
         try:
             try_engine(model, layer)
@@ -399,37 +311,39 @@ def check_engine(model, layers) -> None:
         known.add(layer)
 
 
+def pushed(direction: torch.Tensor, turn: int):
+    """An edit that adds the direction (d_model,) to the tokens of the mask from the turn-th on."""
+    return lambda h, mask: torch.where((mask & (mask.cumsum(1) > turn))[..., None], h + direction, h).to(h.dtype)
+
+
 @torch.inference_mode()
 def try_engine(model, layer: int | None) -> None:
-    """check_engine for one layer (None: for no edit)."""
-    plain, special = model.original_model, special_ids(model.tokenizer)
-    ids = random_ids(plain, (3, 20))
-    common_id = next(i for i in range(len(special) + 1) if i not in special)
-    ids[torch.isin(ids, torch.tensor(special, device=ids.device))] = common_id
+    """check_engine at one layer (None: without an edit). Raises ValueError where log-probabilities differ."""
+    plain, edits = model.original_model, [NONE]
+    ids = inference.random_ids(plain, (3, 20))
+    special = torch.tensor(special_ids(model.tokenizer), device=ids.device)
+    ids[torch.isin(ids, special)] = next(i for i in itertools.count() if i not in special)
     ids[:, : WORTH_SHARING + 1] = ids[0, : WORTH_SHARING + 1]
-    real = torch.arange(20)[None] < torch.tensor([[20], [17], [12]])
-    prompts, edits = [row[mask].tolist() for row, mask in zip(ids.cpu(), real)], [NONE]
+    prompts = [row[:n].tolist() for row, n in zip(ids, (20, 17, 12))]
     if layer is not None:
-        h = hidden(plain, ids, layer)
-        noise = torch.randn(2, h.shape[-1], generator=torch.Generator().manual_seed(0))
-        directions = noise.to(h.device) * h.float().std()
-        edits += [Edit(f"pushed {k}", {layer: pushed(one, 3 * k)}) for k, one in enumerate(directions)]
+        h = inference.residual_stream(plain, ids, layer)
+        noise = torch.randn(2, h.shape[-1], generator=torch.Generator().manual_seed(0)).to(h.device) * h.float().std()
+        edits += [Edit(f"pushed {k}", at={layer: pushed(direction, 3 * k)}) for k, direction in enumerate(noise)]
 
     def one_by_one() -> torch.Tensor:  # (n_edits, tokens of all prompts, d_vocab)
         found = []
         for edit in edits:
-            with applied(model, model.tokenizer, edit):
-                found.append([log_probs(plain, torch.tensor([row], device=ids.device))[0] for row in prompts])
+            with inference.applied(model, model.tokenizer, edit):
+                found.append([inference.log_probs(plain, torch.tensor([row], device=ids.device))[0] for row in prompts])
         return torch.stack([torch.cat(rows) for rows in found])
 
-    wanted = one_by_one()
-    for in_one_piece in (True, False):
-        run = OnePass(model, edits)
-        run.in_one_piece = in_one_piece
-        h = run(padded(prompts, model.tokenizer, ids.device)).clone()[run.source]
-        for rows, start, copies in run.run_copies():
-            h[rows, start:] = copies
-        found = run.head(h[run.rows]).log_softmax(-1).cpu()[:, real]
-        if not alike(found, wanted, plain, one_by_one):
-            raise UserError(f"{type(plain).__name__}: many edits in one pass give other probabilities on this model "
-                            "than a plain pass for each of them, so it cannot be scored here")  # fmt: skip
+    def score(places, start, h):  # of tokens that the row does not have or that are unablated, NaN
+        return pad(head(model, h).log_softmax(-1).cpu(), (0, 0, start, 20 - start - h.shape[1]), value=torch.nan)
+
+    expected, real = one_by_one(), torch.arange(20) < torch.tensor([[20], [17], [12]])
+    for share in (True, False):
+        found = torch.empty(len(edits), 3, 20, expected.shape[-1])
+        OnePass(model, edits, share).fill(found, prompts, score, [0, 1, 2])
+        found = torch.where(found.isnan(), found[0], found)[:, real]
+        if not inference.same_up_to_rounding(found, expected, plain, one_by_one):
+            raise ValueError("it gives other probabilities than a plain pass for each of them")

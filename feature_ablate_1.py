@@ -11,26 +11,20 @@ are inactive. We find those that belong to biology, write the hook that removes 
 """
 
 # %% [markdown]
-# Start a notebook in this folder, beside the helper files; there a line like `args.layer = 3` below the flags changes a
-# setting. Numbers in **bold** are what the first command above gives.
+# Start a notebook in this folder, beside the helper files. To change a setting, add a line such as `args.layer = 3` to
+# the next cell and run everything below it. Numbers in **bold** are what the first command above gives.
 
 # %%
-from flags import parse, parser
+from runs import Run, parse, parser
 
-flags = parser(__doc__, quiz=True)
-args = parse(flags)
-
-# %%
-import time
+args = parse(parser(__doc__, quiz=True))
 
 import torch
 
 import data
 import evaluation
-import methods
-import records
 import show
-from common import ablate, matched_random
+from common import NONE, ablate, ablation, load_model, load_retrained, load_sae, matched_random, patched, reconstruction
 
 # %% [markdown]
 # ## One question
@@ -38,12 +32,14 @@ from common import ablate, matched_random
 # textbook microbiology. One half of its questions serves to find features, the other to report.
 
 # %%
-path, started, sources = records.outputs("feature_ablate_1.py", args, flags), time.time(), {}
-model, sae = methods.load(args)
-wmdp, picking, reporting = data.load_quiz("wmdp_bio", args, sources)
-mmlu, _, half = data.load_quiz("mmlu", args, sources)  # asked last, but a mistake in --subjects shows now
-kept = [i for i in data.of_subjects(mmlu, args.subjects) if i in half]
-question = wmdp[reporting[0]]
+model = load_model(args.model, args.device, args.dtype, args.device_map, args.edit_special)
+sae = load_sae(args.sae, args.layer, model, args.model)
+wmdp = data.load("wmdp_bio", args.model, args.data, variant=args.wmdp, seed=args.seed, pick_on=args.pick_on)
+mmlu = data.load("mmlu", args.model, args.data, seed=args.seed, pick_on=args.pick_on).of(args.subjects).held_out
+mmlu = data.drop_too_long(model.tokenizer, mmlu.sample(args.limit), args.prompt, args.skip_long)  # asked last
+if args.robust:
+    mmlu = evaluation.robust_only(model, mmlu, style=args.prompt)
+question = wmdp.held_out.rows[0]
 right = question["answer"]
 print(data.prompt(question, style=args.prompt))
 
@@ -55,8 +51,8 @@ print(data.prompt(question, style=args.prompt))
 @torch.inference_mode()
 def probabilities(question):
     """Of the next tokens " A", " B", " C" and " D"; (4,)."""
-    ids, letters = data.encode_question(model, question, args.prompt)
-    return model(ids)[0, -1].float().softmax(-1)[letters].amax(-1).cpu()
+    ids, letter_ids = data.encode_question(model, question, args.prompt)
+    return model(ids)[0, -1].float().softmax(-1)[letter_ids].amax(-1).cpu()
 
 
 print("  ".join(f"{letter} {p:.2f}" for letter, p in zip("ABCD", probabilities(question))), " right:", "ABCD"[right])
@@ -76,18 +72,24 @@ active = (a[0, 1:] > 0).sum(-1).float().mean()
 print(f"{active:.0f} of {a.shape[2]} features active on a token; variance explained {1 - missed:.2f}")
 
 # %% [markdown]
-# **36** features are active on a token and explain **97**% of what sets it apart. Which of all are about biology? Count
-# on how many tokens of the picking half each fires, and on how many of ordinary text (Wikitext) and of quizzes on other
-# subjects; the larger of these two counts. The ratio of the two rates ranks: <!-- active, 100 * (1 - missed) -->
+# **36** features are active on a token and explain **97**% of what sets it apart. <!-- active, 100 * (1 - missed) -->
+# Which features are about biology? For each, take the share of tokens on which it fires (a) in the tuning half, (b) in
+# Wikitext, (c) in quizzes on other subjects. Rank by a / max(b, c), with one token added to each count:
 #
 #     ratio = ((fires on forget + 1) / (forget tokens + 1)) / ((fires on retain + 1) / (retain tokens + 1))
 
 # %%
-measured = methods.measure(model, args.layer, sae, *data.picking_texts(wmdp, picking, args, sources), args.clamp, args)
-forget, retain = measured.rates
-features = measured.features(args.n_features)
-show.print_features(features, forget, retain, show.top_tokens(model, sae, features, measured.forget), sae, most=8)
-title = f"{records.short_name(args.model)}, layer {args.layer}: {args.n_features} features ablated"
+wikitext, mmlu_dev = (data.load(name, args.model, args.data) for name in ("wikitext", "mmlu_dev"))
+corpus = data.load_corpus(args.forget_corpus, args.model, args.data)
+texts = data.picking_texts(wmdp.tuning, corpus, wikitext, mmlu_dev, args.pick_text)
+run = Run("feature_ablate_1.py", args, [wmdp.tuning, mmlu, corpus, wikitext, mmlu_dev], [sae])
+windows = data.picking_windows(model.tokenizer, *texts, args.context)
+stats = evaluation.FeatureStats(model, sae, args.layer, *windows, rule=args.pick, questions=wmdp.tuning, seed=args.seed,
+                                style=args.prompt, batch_size=args.batch_size, insist=not args.no_sanity)  # fmt: skip
+forget, retain = stats.rates
+features = stats.features(args.n_features)
+show.print_features(features, forget, retain, show.top_tokens(model, sae, features, stats.forget), sae, most=8)
+title = f"{run.name}, layer {args.layer}: {args.n_features} features ablated"
 figures = {"features": show.scatter(features, forget, retain, title)}
 
 # %% [markdown]
@@ -97,7 +99,7 @@ figures = {"features": show.scatter(features, forget, retain, title)}
 # %%
 best = features[0]
 figures["question"] = show.token_figure(model, ids.tolist(), [a[0, :, best]], f"feature {best} on the question")
-figures["contexts"] = show.contexts_figure(model, sae, best, measured.forget)
+figures["contexts"] = show.contexts_figure(model, sae, best, stats.forget)
 
 # %% [markdown]
 # No word of biology: it is the letter C before an option, in quizzes on biology only, **1.6**% of the forget tokens and
@@ -123,58 +125,64 @@ print(f"zeroing changes {(edit(h) != h).any(-1).sum()} of {h.shape[1]} tokens")
 # Guess first: with the features gone from every token, which letter comes, and how surely? And pushed below zero?
 
 # %%
-tried = {"unablated": probabilities(question)}
-for clamp, name in ((0.0, "zero ablation"), (args.clamp, "clamp")):
-    with model.hooks(fwd_hooks=[(sae.hook_point, lambda h, hook, clamp=clamp: edit(h, hook, clamp))]):
+tried, clamp = {"unablated": probabilities(question)}, run.settings["clamp"]
+for value, name in ((0.0, "zero ablation"), (clamp, "clamp")):
+    with model.hooks(fwd_hooks=[(sae.hook_point, lambda h, hook, value=value: edit(h, hook, value))]):
         tried[name] = probabilities(question)
-    with ablate(model, sae, features, clamp):  # that hook, for any SAE; it encodes the picked features alone
+    with ablate(model, sae, features, value):  # that hook, for any SAE; it encodes the picked features alone
         off = (probabilities(question) - tried[name]).abs().max()
-    print(f"{name} {clamp:g}: right letter {tried[name][right]:.2f}; common.ablate differs by {off:.0e}")
+    print(f"{name} {value:g}: right letter {tried[name][right]:.2f}; common.ablate differs by {off:.0e}")
 figures["letters"] = show.letter_figure(tried, right, f"layer {args.layer}, one question")
 
 # %% [markdown]
 # Zeroed, they leave the right letter at **1.00**; pushed below zero, at **0.78**. <!-- tried["zero ablation"][right],
 # tried["clamp"][right] -->
 # ## MMLU: what else is harmed?
-# Now every question of MMLU's reporting half. Controls: nothing changed must equal the unablated model; the SAE's bare
-# reconstruction shows what its error costs; random features, what any would. Last: a twin that never knew microbiology.
+# Now every question of MMLU's held-out half. Controls: nothing changed must equal the unablated model; the SAE's bare
+# reconstruction shows what its error costs; random features, what any would. Last: a twin, trained without the facts.
 
 # %%
 control = matched_random(forget, retain, features, args.seed)
-rows = evaluation.standard_rows(sae, features, [control], args.clamp, args.model)
-scores, asked = evaluation.score_quiz(model, "MMLU", mmlu, kept, rows, args)
-sources["mmlu"] |= asked
-name = show.title_of("mmlu", sources)
-show.print_quiz(f"{name}, all questions pooled", rows, scores)
-figures["accuracy"] = show.quiz_figure({name: scores}, rows, title)
+rows = {
+    "unablated": NONE,
+    "SAE patched, nothing ablated": patched(sae, features),
+    "SAE reconstruction, no error term": reconstruction(sae),
+    "zero ablation": ablation(sae, features),
+    f"clamp {clamp:g}": ablation(sae, features, clamp),
+    f"random features, clamp {clamp:g}": ablation(sae, control, clamp, "random-features"),
+}
+if retrained := load_retrained(args.model, args.device, args.dtype):
+    rows[show.RETRAINED] = retrained
+letters, *sure = evaluation.letters(model, mmlu, rows, style=args.prompt, batch_size=args.batch_size)
+show.table([letters, *sure])
+figures["accuracy"] = show.intervals([letters, *sure], title)
 
 # %% [markdown]
 # Of **98.8**% the clamp takes **2.4** points, random features **3.6**: biology's do no more harm elsewhere than any do.
 # Guess by subject: are its neighbours, zoology and human anatomy, hit first?
-# <!-- 100 * scores[0]["accuracy"], -100 * scores[4]["change"], -100 * scores[5]["change"] -->
+# <!-- 100 * letters["unablated"].mean, -100 * letters["clamp -40"].change,
+# -100 * letters["random features, clamp -40"].change -->
 
 # %%
-show.print_subjects(rows, scores)
-figures["subjects"] = show.subject_figure(rows, scores, f"{name}: {title}")
+show.group_table(letters)
+figures["subjects"] = show.group_figure(letters, f"{mmlu.title}: {title}")
 
 # %% [markdown]
 # No: world history loses most, **8.9** points, anatomy and zoology an answer each; without a star none of it is
-# certain. The record keeps all of the above. <!-- -100 * scores[4]["subjects"]["world_history"]["change"] -->
+# certain. The record keeps all of the above. <!-- -100 * letters.by_group()["world_history"]["clamp -40"].change -->
 
 # %%
-points = [row.point(mmlu=score) for row, score in zip(rows, scores)]
-record = records.make_record("feature_ablate_1.py", args, [sae], sources, measured.sanity, points, started)
-records.write_record(path, record, figures)
+record = run.write(rows, [letters, *sure], figures, quality=stats.quality)
 
 # %% [markdown]
 # ## Make it your own
-# Change one line and run what is below it again. `args.layer = 9` below the flags: the clamp leaves MMLU at **96.7**%.
-# Fewer features, or a question of your own? <!-- --layer 9: 100 * scores[4]["accuracy"] -->
+# Change one line and run what is below it again. With `args.layer = 9` the clamp leaves MMLU at **96.7**%. Fewer
+# features, or a question of your own? <!-- --layer 9: 100 * letters["clamp -40"].mean -->
 
 # %%
 for n in (1, 5, 20):
-    with ablate(model, sae, features[:n], args.clamp):
+    with ablate(model, sae, features[:n], clamp):
         print(f"the first {n}: right letter {probabilities(question)[right]:.2f}")
 mine = {"question": "Which organ pumps the blood?", "choices": ["lung", "heart", "liver", "spleen"], "answer": 1}
-with ablate(model, sae, features, args.clamp):
+with ablate(model, sae, features, clamp):
     print(f"our question: right letter {probabilities(mine | {'subject': 'human_anatomy'})[1]:.2f}")

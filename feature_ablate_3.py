@@ -13,40 +13,41 @@ feature of a sparse autoencoder (SAE) is, lesson 1 shows.
 """
 
 # %% [markdown]
-# Start a notebook in this folder, beside the helper files; there a line like `args.layer = 3` below the flags changes a
-# setting. Numbers in **bold** are what the first command above gives.
+# Start a notebook in this folder, beside the helper files. To change a setting, add a line such as `args.layer = 3` to
+# the next cell and run everything below it. Numbers in **bold** are what the first command above gives.
 
 # %%
-from flags import parse, parser
+from runs import Run, parse, parser
 
-flags = parser(__doc__)
-args = parse(flags)
-
-# %%
-import time
+args = parse(parser(__doc__))
 
 import torch
 
 import data
 import evaluation
-import methods
-import records
 import show
-from common import ablate, matched_random
+from common import NONE, ablate, ablation, load_model, load_retrained, load_sae, matched_random, patched, reconstruction
 
 # %% [markdown]
 # ## Pick features, on biology against ordinary text (lesson 1 counts it out)
 
 # %%
-path, started, sources = records.outputs("feature_ablate_3.py", args, flags), time.time(), {}
-model, sae = methods.load(args)
-wmdp, picking, reporting = data.load_quiz("wmdp_bio", args, sources)
-web, sources["openwebtext"] = data.load_rows("openwebtext", args.model, args.data)
-measured = methods.measure(model, args.layer, sae, *data.picking_texts(wmdp, picking, args, sources), args.clamp, args)
-forget, retain = measured.rates
-features = measured.features(args.n_features)
-show.print_features(features, forget, retain, show.top_tokens(model, sae, features, measured.forget), sae)
-title = f"{records.short_name(args.model)}, layer {args.layer}: {args.n_features} features ablated"
+model = load_model(args.model, args.device, args.dtype, args.device_map, args.edit_special)
+sae = load_sae(args.sae, args.layer, model, args.model)
+wmdp = data.load("wmdp_bio", args.model, args.data, seed=args.seed, pick_on=args.pick_on)
+web = data.load("openwebtext", args.model, args.data, seed=args.seed)
+wikitext, mmlu_dev = (data.load(name, args.model, args.data) for name in ("wikitext", "mmlu_dev"))
+corpus = data.load_corpus(args.forget_corpus, args.model, args.data)
+bio = wmdp.held_out.only(range(len(wmdp.held_out))[: args.limit])
+run = Run("feature_ablate_3.py", args, [wmdp.tuning, bio, web, corpus, wikitext, mmlu_dev], [sae])
+texts = data.picking_texts(wmdp.tuning, corpus, wikitext, mmlu_dev, args.pick_text)
+windows = data.picking_windows(model.tokenizer, *texts, args.context)
+stats = evaluation.FeatureStats(model, sae, args.layer, *windows, rule=args.pick, questions=wmdp.tuning, seed=args.seed,
+                                batch_size=args.batch_size, insist=not args.no_sanity)  # fmt: skip
+forget, retain = stats.rates
+features = stats.features(args.n_features)
+show.print_features(features, forget, retain, show.top_tokens(model, sae, features, stats.forget), sae)
+title = f"{run.name}, layer {args.layer}: {args.n_features} features ablated"
 figures = {"features": show.scatter(features, forget, retain, title)}
 
 # %% [markdown]
@@ -55,32 +56,43 @@ figures = {"features": show.scatter(features, forget, retain, title)}
 # these features fire on biology and hardly on Wikitext. What will clamping them cost on detective stories?
 
 # %%
-control = matched_random(forget, retain, features, args.seed)
-rows = evaluation.standard_rows(sae, features, [control], args.clamp, args.model)
-name, texts = show.title_of("openwebtext", sources), [row["text"] for row in web]
-scores, (nats, windows, documents) = evaluation.score_texts(model, name, texts, rows, args)
-show.print_loss(name, rows, scores)
+clamp = run.settings["clamp"]
+clamped, control = f"clamp {clamp:g}", matched_random(forget, retain, features, args.seed)
+rows = {
+    "unablated": NONE,
+    "SAE patched, nothing ablated": patched(sae, features),
+    "SAE reconstruction, no error term": reconstruction(sae),
+    "zero ablation": ablation(sae, features),
+    clamped: ablation(sae, features, clamp),
+    f"random features, {clamped}": ablation(sae, control, clamp, "random-features"),
+}
+if retrained := load_retrained(args.model, args.device, args.dtype):
+    rows[show.RETRAINED] = retrained
+loss = evaluation.loss(model, web, rows, batch_size=args.batch_size, limit=args.limit)
+show.table([loss])
 
 # %% [markdown]
 # Little: **+0.015** nats per token, so the right next token is 1.5% less likely on (geometric) average; random features
 # cost **+0.048**. Now the subject itself, the questions with their answers as prose: here a high loss is what was
-# wanted. <!-- scores[4]["loss_added"], scores[5]["loss_added"] -->
+# wanted. <!-- loss["clamp -40"].change, loss["random features, clamp -40"].change -->
 
 # %%
-prose = f"{show.title_of('wmdp_bio', sources)} as prose"
-sources["wmdp_bio"]["questions"] = reporting[: args.limit]
-wanted, _ = evaluation.score_texts(model, prose, [data.as_prose(wmdp[i]) for i in reporting], rows, args)
-show.print_loss(prose, rows, wanted)
-figures["loss"] = show.loss_figure({name: scores, prose: wanted}, rows, title)
+prose = [{"text": data.as_prose(row)} for row in bio.rows]
+prose = data.Dataset("wmdp_bio_prose", prose, stand_in=bio.stand_in, seed=args.seed)
+subject = evaluation.loss(model, prose, rows, batch_size=args.batch_size)
+show.table([subject])
+figures["loss"] = show.intervals([loss, subject], title)
 
 # %% [markdown]
 # **+0.79**, where a model that was never trained on these facts has **+5.14**: the clamp is far from that.
-# <!-- wanted[4]["loss_added"], wanted[6]["loss_added"] -->
+# <!-- subject["clamp -40"].change, subject[show.RETRAINED].change -->
 # ## The loss, by document: is it all of them, or a few?
 
 # %%
-added = nats[4] - nats[0]  # (windows,), what the clamp adds, summed over a window's tokens
-figures["documents"] = show.documents_figure(added, windows, documents, f"{name}: {title}")
+pair = {"unablated": NONE, clamped: rows[clamped]}
+nats, windows, documents, _ = evaluation.window_losses(model, web, pair, batch_size=args.batch_size, limit=args.limit)
+added = nats[1] - nats[0]  # (windows,), what the clamp adds, summed over a window's tokens
+figures["documents"] = show.documents_figure(added, windows, documents, f"{web.title}: {title}")
 
 # %% [markdown]
 # ## The loss, token by token: the window that suffers most
@@ -97,7 +109,7 @@ def losses():
 
 
 before = losses()
-with ablate(model, sae, features, args.clamp):
+with ablate(model, sae, features, clamp):
     rise = torch.cat([torch.zeros(1), losses() - before])  # nothing predicts the first token
 figures["tokens"] = show.token_figure(model, worst.tolist(), [rise], "loss added by the clamp, nats")
 
@@ -119,20 +131,18 @@ print(f"most active here: feature {guilty}, on {100 * retain.rate[guilty]:.2f}% 
 
 # %%
 # The record: everything above, to compare with other runs
-points = [row.point(openwebtext=one, wmdp_bio_prose=other) for row, one, other in zip(rows, scores, wanted)]
-record = records.make_record("feature_ablate_3.py", args, [sae], sources, measured.sanity, points, started)
-records.write_record(path, record, figures)
+record = run.write(rows, [loss, subject], figures, quality=stats.quality)
 
 # %% [markdown]
 # ## Make it your own
 # Change one line and run what is below it again. With `args.layer, args.n_features, args.clamp = 9, 20, -80.0`:
-# **+0.016** nats on the same text. <!-- --layer 9 --n-features 20 --clamp -80: scores[4]["loss_added"] -->
+# **+0.016** nats on the same text. <!-- --layer 9 --n-features 20 --clamp -80: loss["clamp -80"].change -->
 #
 # Here without the feature that was most active above, and then a text of yours:
 
 # %%
 others = [feature for feature in features if feature != guilty]
-edits = [rows[0], rows[4], evaluation.of_features("sae-ablation", sae, others, args.clamp)]
-for what, some in ((name, texts), ("mine", ["The disease was caused by a bacterium in the water."])):
-    found, _ = evaluation.score_texts(model, what, some, edits, args)
-    print(f"{what}: loss added {found[1]['loss_added']:+.4f}, without feature {guilty} {found[2]['loss_added']:+.4f}")
+pair[f"without feature {guilty}"] = ablation(sae, others, clamp)
+mine = data.Dataset("mine", [{"text": "The disease was caused by a bacterium in the water."}])
+for some in (web, mine):
+    show.table([evaluation.loss(model, some, pair, limit=args.limit)])

@@ -1,20 +1,20 @@
 # %% [markdown]
 r"""
-lm-eval with any edit in place: any of its tasks, any number of features, several layers, one or many GPUs.
+lm-eval with an edit in every forward pass: any of its tasks, any method, several layers, one or many GPUs.
 
     python lm_eval_ablated.py --layer 7 --n-features 50 --tasks tiny_wmdp_bio,tiny_mmlu --unablated
-    python lm_eval_ablated.py --features results/feature_ablate_2_tiny_L7_n50.json --tasks tiny_openwebtext --unablated
-    python lm_eval_ablated.py --record results/baselines_dsg_tiny_L7.json --unablated
+    python lm_eval_ablated.py --record results/feature_ablate_2_tiny_L7_n50_*.json --tasks tiny_openwebtext --unablated
+    python lm_eval_ablated.py --record results/baselines_dsg_tiny_L7_*.json --unablated
     python lm_eval_ablated.py --method dsg --layer 3 --n-features 20 --clamp -10
     python lm_eval_ablated.py --tasks list
     accelerate launch --num_processes 8 lm_eval_ablated.py --model gemma-2-2b-it --layer 7 --n-features 50 \
         --tasks wmdp_bio,mmlu --unablated --batch_size auto
 
-Features are picked as in the lessons, or read with --features: a JSON list of ids of --layer's SAE, {"layer": [ids]}
-for several layers, or a record that a lesson, a sweep or baselines.py wrote, whose edit is taken as it is (--record is
-the same flag). --method makes one of baselines.py's edits. With --unablated the model is scored without any too, and
-the two are compared question by question, which lm-eval itself does not do. Questions that features were picked on are
-left out. Tasks are lm-eval's and those of lm_eval_tasks/, options lm-eval's own.
+Features are picked as in the lessons and clamped, or edited by another --method; or they are read with --features, a
+JSON list of ids of --layer's SAE or {layer: ids}; or the edit is a row of a --record, made again as it was. With
+--unablated the model is scored without the edit too and the two are compared question by question, which lm-eval
+itself does not do. Questions that features were picked on are left out. Tasks are lm-eval's and those of
+lm_eval_tasks/; options with underscores are lm-eval's own.
 
 In lm-eval's command line the model is called sae-ablated:
 
@@ -22,230 +22,453 @@ In lm-eval's command line the model is called sae-ablated:
         --model_args pretrained=tiny/model,sae=tiny/sae/layer_3,layer=3,features=features.json,clamp=-80 \
         --include_path lm_eval_tasks --tasks tiny_wmdp_bio --batch_size 16
 
-On tiny the first command prints the scores that lesson 2 does.
+On tiny the first command prints the scores of lesson 2.
 """
 
-# %% [markdown]
-# Start a notebook in this folder, beside the helper files. Flags come first: --help need not wait for other imports.
+# %% Flags come first: --help need not wait for the other imports
+import runs
 
-# %%
-from flags import BY_FEATURES, GRIDS, USUAL, answered, command_line, latent_flags, parser, settings
-
-flags = parser(__doc__, without=("--max-memory", "--skip-long"))
-
-
-def number_or_auto(text: str) -> int | str:
-    return text if text.startswith("auto") else int(text)
+flags = runs.parser(__doc__, without=("--skip-long",))
 
 
 def lm_eval_flag(name: str, **options) -> None:
-    flags.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name, **options)
+    lm_evals.add_argument(f"--{name}", *{f"--{name.replace('_', '-')}"} - {f"--{name}"}, dest=name, **options)
 
 
-flags.add_argument("--tasks", help="comma-separated; list shows this folder's (default: the preset's stand-ins, or "
-                                   "wmdp_bio,sae_mmlu_saebench)")  # fmt: skip
-flags.add_argument("--layer", type=int, help="layer of the SAE (default: 7, or the record's)")
-flags.add_argument(
-    "--n-features", type=int, help="how many features to pick (default: 50), or which setting of a record"
-)
-flags.add_argument("--clamp", type=float, help="0 or negative (default: the preset's, or the record's)")
-flags.add_argument("--features", "--record", metavar="FILE", help="JSON list of ids, {layer: ids}, or a record, whose "
-                   "edit is taken as it is (default: pick them)")  # fmt: skip
-flags.add_argument("--method", choices=list(GRIDS), help="what to do with the features (default: zero or clamp them)")
-flags.add_argument("--setting", nargs="+", metavar="NAME=NUMBER", help="what else the method is told, as threshold=0.5 "
-                   "(of picked features, times the mean activation), strength=1.5, behind=1")  # fmt: skip
-latent_flags(flags)
-flags.add_argument("--unablated", action="store_true", help="score the model without ablation too, and compare")
-flags.add_argument("--subjects", help="comma-separated: only the questions on these")
-flags.add_argument("--samples", nargs="+", metavar="TASK:FILE", help="JSON list of the indices to ask of a task")
-flags.add_argument("--robust", nargs="?", const="all", choices=["all", "question"], help="ask only what the model gets "
-                   "right in all 24 orders of the options; question: and not without the question too")  # fmt: skip
-lm_eval_flag("batch_size", type=number_or_auto, default=16, help="a number, auto or auto:N (default: %(default)s)")
-lm_eval_flag("max_batch_size", type=int, default=64, help="where auto starts (default: %(default)s)")
-lm_eval_flag("num_fewshot", type=int, help="examples in front of each question (default: the task's)")
-lm_eval_flag("apply_chat_template", nargs="?", const=True, default=False, help="wrap prompts, optionally by name")
+flags.add_argument("--clamp", type=runs.number(float, "0 or negative", lambda x: x <= 0),
+                   help="value that active features are set to, 0 or negative (default: the preset's)")  # fmt: skip
+group = flags.add_argument_group("edit")
+group.add_argument("--features", metavar="FILE", help="JSON list of ids, or {layer: ids} (default: pick them)")
+group.add_argument("--record", metavar="FILE", help="take the edit of a row of this record, as it is")
+group.add_argument("--row", help="which row (default: the one that the record calls chosen, else its clamp)")
+group.add_argument("--method", help="what is done with the features: dsg, mean-ablation, ... (default: clamp); of a "
+                   "record the row of that method")  # fmt: skip
+group.add_argument("--setting", nargs="+", metavar="NAME=NUMBER", help="what else the method takes: of picked features "
+                   "as in its grid (threshold=0.5 times the mean activation), of --features as it is")  # fmt: skip
+group.add_argument("--refusal-latent", type=runs.natural_int, help="of refusal-clamp: active when the model declines")
+group.add_argument("--refusal-value", type=runs.finite_float, default=-500.0, help="its value (default: %(default)s)")
+lm_evals = flags.add_argument_group("lm-eval")
+lm_eval_flag("tasks", help="comma-separated; list shows this folder's (default: the preset's stand-ins, or "
+             "wmdp_bio,sae_mmlu_saebench)")  # fmt: skip
+lm_eval_flag("unablated", action="store_true", help="score the model without the edit too, and compare")
+lm_eval_flag("subjects", help="comma-separated: only the questions on these")
+lm_eval_flag("samples", metavar="FILE", help="JSON {task: [indices of documents]}: ask only these")
+lm_eval_flag("robust", nargs="?", const="all", choices=["all", "question"], help="ask only what the model gets right "
+             "in all 24 orders of the options; question: and not in all 24 without the question")  # fmt: skip
+lm_eval_flag("batch_size", type=lambda given: given if str(given).startswith("auto") else runs.positive_int(given),
+             default=16, help="a number, auto or auto:N (default: %(default)s)")  # fmt: skip
+lm_eval_flag("max_batch_size", type=runs.positive_int, default=64, help="where auto starts (default: %(default)s)")
+lm_eval_flag("num_fewshot", type=runs.natural_int, help="examples in front of each question (default: the task's)")
+lm_eval_flag("apply_chat_template", nargs="?", const=True, default=False, help="wrap prompts, optionally by name",
+             type=lambda given: given == "True" or given)  # fmt: skip
 lm_eval_flag("system_instruction", help="text in front of every prompt")
 lm_eval_flag("model_args", help="more arguments of lm-eval's hf, as parallelize=True,max_length=2048")
 lm_eval_flag("gen_kwargs", help="for tasks that generate, as max_gen_toks=20,temperature=0")
 lm_eval_flag("include_path", help="folder with more task files")
-lm_eval_flag("use_cache", metavar="FOLDER", help="keep answers there; every ablation has a cache of its own")
+lm_eval_flag("use_cache", metavar="FOLDER", help="keep answers there; every edit has a cache of its own")
 lm_eval_flag("output_path", metavar="FOLDER", help="lm-eval's own result files go there")
 lm_eval_flag("log_samples", action="store_true", help="and its per-question log, with --output_path")
-answered(flags, __name__)
+runs.help_before_imports(flags, __name__)
 
 # %%
-import argparse
 import copy
-import difflib
+import hashlib
+import inspect
 import json
 import logging
-import math
-import time
+import random
+from contextlib import nullcontext
+from functools import partialmethod
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
+import numpy as np
+import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.model import CachingLM
+from lm_eval.api.registry import model_registry, register_model
 from lm_eval.loggers import EvaluationTracker
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import make_table
+from lm_eval.utils import make_table, simple_parse_args_string
+from safetensors import SafetensorError
 
-import processes
-import records
+import data
+import hub
 import show
-from data import (
-    EMBEDDED,
-    HERE,
-    PUBLISHED,
-    UserError,
-    digest,
-    first_line,
-    halves,
-    load_rows,
-    picking_texts,
-    picking_windows,
-    sample,
-)
-from edits import NONE, Edit
-from evaluation import PERMUTATIONS, of_features
-from hub import check_same, model_source, sanity_gate
-from lm_eval_model import (
-    AblatedLM,
-    Scored,
-    Spread,
-    edit_from,
-    features_of,
-    from_file,
-    is_record,
-    load_ablated,
-    load_saes,
-    logged,
-    metric_of,
-    model_args,
-    of_record,
-    read_json,
-    scores_of,
-)
-from methods import Measured, edit_for, measure
+from common import best_device, load_sae
+from data import HERE, LETTERS, Dataset, UserError, first_line
+from edits import METHODS, NONE, Edit, applied, decoder_layers, from_grid, label, layer_of, make, together
+from evaluation import FeatureStats, Measure, check_sae_quality
 
 TASKS = HERE / "lm_eval_tasks"
 # lm-eval has advice for those who write a task with data of its own; users of these tasks need none
 logging.getLogger("lm_eval.api.task").addFilter(lambda note: "Custom kwargs can be passed" not in note.getMessage())
 TINY_TASKS, HUB_TASKS = "tiny_wmdp_bio,tiny_mmlu", "wmdp_bio,sae_mmlu_saebench"
 QUIZ = {"question", "choices", "answer"}  # what documents of wmdp's and mmlu's form have
-LAYER, N_FEATURES = 7, 50  # where neither a flag nor a record says otherwise
-# What records, and so pareto.py, call a task's data set; other tasks keep their names
-DATA_SETS = {"tiny_wmdp_bio": "wmdp_bio", "tiny_mmlu": "mmlu", "sae_mmlu_saebench": "mmlu",
-             "tiny_openwebtext": "openwebtext", "sae_openwebtext": "openwebtext"}  # fmt: skip
-
-# %% [markdown]
-# ## Tasks, and which of their questions are asked
+# {task: what records call its data; of a quiz that the lessons ask also the preset and variant that it is loaded by}
+DATA_SETS = {"tiny_wmdp_bio": ("wmdp_bio", "tiny", "all"), "tiny_mmlu": ("mmlu", "tiny", "all"),
+             "tiny_wmdp_bio_cloze": ("wmdp_bio", "tiny", "cloze"), "sae_wmdp_bio_cloze": ("wmdp_bio", "hub", "cloze"),
+             "sae_wmdp_bio_robust": ("wmdp_bio", "hub", "robust"), "sae_mmlu_saebench": ("mmlu",),
+             "tiny_openwebtext": ("openwebtext",), "sae_openwebtext": ("openwebtext",)}  # fmt: skip
 
 
-# %%
-def find_tasks(s) -> dict[str, tuple]:
-    """{requested name: (what lm-eval loaded: task or group, its tasks)}. Raises UserError for unknown names."""
-    folders = [str(TASKS), *([s.include_path] if s.include_path else [])]
-    names = list(dict.fromkeys(name.strip() for name in s.tasks.split(",")))
-    manager = TaskManager(include_path=folders, include_defaults=False, metadata={"data": s.data})
+# %% lm-eval's model with an edit
+class AblatedLM(HFLM):
+    """lm-eval's `hf`, with all of its arguments, and an edit that is on in every forward pass.
+
+    pretrained: preset, hub id or folder. edit_special: as edits.token_mask has it. Without an edit every
+    log-likelihood is `hf`'s to the last bit. Raises UserError for logits that are not finite, and for a prompt that
+    does not fit into the model's positions, has two BOS tokens, or ends where the model is to think.
+    """
+
+    def __init__(self, pretrained: str, device: str | None = None, edit_special: str = "never", **kwargs):
+        path = hub.model_source(pretrained)
+        super().__init__(path, device=device or best_device(), **kwargs)  # lm-eval takes cuda even without one
+        if hasattr(self, "accelerator"):  # lm-eval knows of several processes on GPUs only, and of one machine
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.tokenizer.edit_special = edit_special
+        # what the answers come from: content or commit of all that was loaded, and all arguments that may matter
+        loaded = {name: kwargs[name] for name in ("peft", "delta", "tokenizer") if isinstance(kwargs.get(name), str)}
+        self.identity = {name: hub.identity(source) for name, source in {"model": path, **loaded}.items()}
+        if "revision" in kwargs:
+            commit = getattr(self.model.config, "_commit_hash", None)
+            self.identity["revision"] = f"{kwargs['revision']}@{commit}"
+        self.arguments = {name: str(kwargs[name]) for name in sorted(kwargs) if "batch_size" not in name}
+        self.model.get_output_embeddings().register_forward_hook(self.refuse_not_finite)
+        self.set_edit(NONE)
+
+    def set_edit(self, edit: Edit, saes=()) -> None:
+        """Have this edit on from now on; saes: those that it was made from."""
+        self.edit, self.saes = edit, saes
+
+    def refuse_not_finite(self, module, args, logits):
+        """A hook on the unembedding: an argmax over NaN would be an answer like any other, and go into the caches."""
+        if not all(torch.isfinite(end) for end in logits.aminmax()):
+            how = f"under {self.edit.method}" if self.edit.at else "as it is"
+            raise UserError(f"{self.pretrained} {how} has logits that are not finite (NaN or infinity): look for such "
+                            "values in its weights, its adapter and its SAE, or take another dtype")  # fmt: skip
+
+    def _model_call(self, *args, **kwargs):
+        with applied(self.model, self.tokenizer, self.edit):
+            return super()._model_call(*args, **kwargs)
+
+    def _model_generate(self, *args, **kwargs):
+        if self.edit.needs_whole_prompt:
+            raise UserError(f"{self.edit.method} looks at a whole prompt before it edits, so no answer can be written "
+                            "under it: leave out tasks that generate")  # fmt: skip
+        with applied(self.model, self.tokenizer, self.edit):
+            return super()._model_generate(*args, **kwargs)
+
+    def fingerprint(self) -> str:
+        """Hash of what decides the answers: what model, adapter and SAEs are (hub.identity), arguments, the edit."""
+        decides = [self.identity, self.arguments, self.model.config._attn_implementation, str(self.model.dtype)]
+        if self.edit.at:
+            decides += [self.edit.method, self.edit.settings, [sae.identity for sae in self.saes],
+                        self.tokenizer.edit_special]  # fmt: skip
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+
+    def set_cache_hook(self, cache_hook) -> None:
+        """lm-eval's cache knows a request, not the model that answered it: another model's cache is refused."""
+        known, mine = cache_hook.dbdict, self.fingerprint()
+        if len(known) and known.get("sae-ablated") != mine:
+            raise UserError("these cached answers are another model's or another edit's: give another cache")
+        known["sae-ablated"] = mine
+        super().set_cache_hook(cache_hook)
+
+    def _loglikelihood_tokens(self, requests, **kwargs):
+        # rolling requests have no key: lm-eval cuts their windows itself, the first with two BOS tokens
+        asked = [(key, context, answer) for key, context, answer in requests if key is not None]
+        data.check_bos(self.tokenizer, [context for _, context, _ in asked])
+        for (text, _), context, answer in asked:
+            data.without_thought(text)
+            self.refuse_long(text, len(context) + len(answer) - 1)
+        # lm-eval pads with token 0, which a share of tokens must not count
+        alone = self.edit.needs_whole_prompt and data.pad_id(self.tokenizer) != 0
+        with patch.object(self, "batch_size_per_gpu", 1) if alone else nullcontext():
+            return super()._loglikelihood_tokens(requests, **kwargs)
+
+    def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
+        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        if left_truncate_len:  # what is left of the context when all new tokens are written
+            self.refuse_long(max(strings, key=len), ids.shape[1], left_truncate_len)
+        return ids, mask
+
+    def refuse_long(self, text: str, length: int, most: int | None = None) -> None:
+        """lm-eval would cut a prompt's beginning off, or ask the model about positions that it does not have."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or self.max_length
+        most = most or min(self.max_length, positions)
+        if length > most:
+            raise UserError(f"the prompt {text[:60]!r} ... has {length} tokens, and there is room for {most}: leave it "
+                            "out with --samples, or ask with fewer examples")  # fmt: skip
+
+
+class CommandLineLM(AblatedLM):
+    """AblatedLM as lm-eval's own command line makes it, from --model_args, with the edit of features or of a record.
+
+    sae, layer, features, record, row, method: as this script's flags; clamp (default: 0, zero ablation), threshold,
+    gate, ...: what the method takes. All else is `hf`'s.
+    """
+
+    def __init__(self, pretrained: str, sae=None, layer=7, features=None, record=None, row=None, method=None, **kwargs):
+        taken = inspect.signature(METHODS[method or "clamp"].edit).parameters
+        numbers = {name: kwargs.pop(name) for name in {*taken} & {*kwargs}}
+        if record:
+            record = runs.read_record(record)
+            kwargs.setdefault("edit_special", record["settings"].get("edit_special", "never"))
+        super().__init__(pretrained, **kwargs)
+        if record:
+            edit, saes, _ = edit_of_row(self, record, row, method, sae, pretrained)
+        else:
+            edit, saes = edit_of_features(self, read_features(features, layer), method, sae, pretrained, numbers)
+        self.set_edit(edit, saes)
+
+
+if "sae-ablated" not in model_registry:  # lm-eval refuses a name twice, but a notebook's cell is run again
+    register_model("sae-ablated")(CommandLineLM)
+
+
+class DataParallelLM(AblatedLM):
+    """A view of an AblatedLM that shares requests out over the processes; every process gets all answers, in order.
+
+    inner: what answers a process's share: the model, or a cache in front of it. lm-eval's own way shares out documents,
+    and fails where a task has fewer of them than there are processes.
+    """
+
+    def __init__(self, lm: AblatedLM, inner):
+        vars(self).update(vars(lm), inner=inner)
+
+    def share(self, name: str, requests: list) -> list:
+        contexts = [request.args[0] or str(request.args) for request in requests]  # a question's letters share one
+        numbers = {context: i for i, context in enumerate(dict.fromkeys(contexts))}
+        chosen = set(data.own_share(range(len(numbers))))
+        shard = [i for i, context in enumerate(contexts) if numbers[context] in chosen]
+        answers = getattr(self.inner, name)([requests[i] for i in shard]) if shard else []
+        answers = dict(data.from_all_processes(list(zip(shard, answers))))
+        return [answers[i] for i in range(len(requests))]
+
+    loglikelihood = partialmethod(share, "loglikelihood")
+    loglikelihood_rolling = partialmethod(share, "loglikelihood_rolling")
+    generate_until = partialmethod(share, "generate_until")
+
+
+def load_ablated(args) -> AblatedLM:
+    """The model that is scored, without an edit. It counts as one process: DataParallelLM deals with the others. Raises
+    UserError for a model that cannot be loaded."""
+    more = {"attn_implementation": "eager", **simple_parse_args_string(args.model_args)}  # eager as in TransformerLens
+    if more.get("trust_remote_code"):
+        raise UserError("--model_args trust_remote_code=True: code from a repository is never run here")
+    if args.device_map and (args.device or data.n_processes() > 1):
+        raise UserError("--device-map spreads one model over the GPUs: leave out --device and accelerate launch")
+    spread = args.device_map and torch.cuda.is_available()
+    spread = {"parallelize": True, "device_map": args.device_map} if spread else {}
+    path, dtype = hub.resolve_model(args.model), args.dtype or hub.preset_dtype(args.model)
+    try:
+        lm = AblatedLM(args.model, device=args.device, dtype=dtype, edit_special=args.edit_special, **spread, **more,
+                       batch_size=args.batch_size, max_batch_size=args.max_batch_size)  # fmt: skip
+    except (OSError, ValueError, ImportError, TypeError, AssertionError, SafetensorError) as error:
+        raise UserError(f"cannot load {path}: {first_line(error)}{hub.gated_hint(path)}") from error
+    hub.refuse_not_finite(path, lm.model.named_parameters())
+    lm._rank, lm._world_size = 0, 1
+    return lm
+
+
+# %% The edit: of features from a file, of a record's row, or of features picked here
+class BridgeView:
+    """lm-eval's model with as much of a TransformerBridge as SAEs are loaded, checked and picked with."""
+
+    def __init__(self, lm: AblatedLM):
+        config, layers = lm.model.config.get_text_config(), decoder_layers(lm.model)
+        self.original_model, self.tokenizer, self.blocks = lm.model, lm.tokenizer, layers
+        self.cfg = SimpleNamespace(n_layers=len(layers), d_model=config.hidden_size, d_vocab=config.vocab_size,
+                                   model_name=lm.pretrained, device=lm.device)  # fmt: skip
+        self.hook_dict = {f"blocks.{i}.hook_resid_post": layer for i, layer in enumerate(layers)}
+
+
+def read_json(path: str):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {first_line(error)}") from error
+
+
+def read_features(path: str, layer: int) -> dict[int, list[int]]:
+    """{layer: ids} of a JSON file, which has that, or a list of ids of this layer's SAE. Raises UserError for another
+    file, and for a layer without ids: with nothing to ablate the model would be scored as it is."""
+    content = read_json(path)
+    try:
+        features = {int(k): [*ids] for k, ids in (content if isinstance(content, dict) else {layer: content}).items()}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: give a JSON list of feature ids, or {{layer: ids}} (records: --record)") from error
+    if not features or not all(ids and all(type(i) is int for i in ids) for ids in features.values()):
+        raise UserError(f"{path}: a layer has no features, as a list of ids")
+    return features
+
+
+def edit_of_features(lm: AblatedLM, features: dict, method: str | None, sae: str | None, model: str, numbers: dict):
+    """(Edit, its SAEs): the method, or a clamp, of {layer: ids}, with these numbers of it ({"clamp": -40}).
+
+    sae: RELEASE:ID or folder, with {layer} in the layer's place; None: the preset's. Raises UserError for a number that
+    the method lacks, and for features that an SAE lacks.
+    """
+    if sae and len(features) > 1 and "{layer}" not in sae:
+        raise UserError(f"the SAE {sae}: with several layers it needs {{layer}} in the layer's place")
+    method = method or ("clamp" if numbers.get("clamp") else "zero-ablation")
+    saes, parts = [], []
+    for layer, ids in features.items():
+        saes.append(load_sae(sae and sae.replace("{layer}", str(layer)), layer, BridgeView(lm), model))
+        try:
+            parts.append(make(method, saes[-1], features=ids, **numbers))
+        except ValueError as error:
+            raise UserError(f"layer {layer}: {error}") from error
+    return parts[0] if len(parts) == 1 else together(*parts), saes
+
+
+def chosen_row(record: dict, row: str | None = None, method: str | None = None) -> str:
+    """Name of the row of a record whose edit is meant: `row`; else the record's "chosen" one, if it is of the method;
+    else the only one of the method (None: the only clamp, or the only edit). Raises UserError for none or several."""
+    rows = {name: entry["method"] for name, entry in record["rows"].items()
+            if entry["method"] in METHODS or entry["method"] == "together"}  # fmt: skip
+    chosen = record.get("chosen")
+    row = row or (chosen if method in (None, rows.get(chosen)) else None)
+    left = [name for name, of in rows.items() if (name == row if row else of == (method or "clamp"))]
+    left = left or ([] if row or method else list(rows))
+    if len(left) != 1:
+        raise UserError(f"{record['script']}'s record has {len(left) or 'no'} such edits; name one with --row: "
+                        f"{'; '.join(rows) or 'it has none, a trained model is scored with --model'}")  # fmt: skip
+    return left[0]
+
+
+def edit_of_row(lm: AblatedLM, record: dict, row: str | None, method: str | None, sae: str | None, model: str):
+    """(Edit, its SAEs, name of the row): an edit of a record, made again. sae: where its SAE is now, if elsewhere.
+    Raises UserError as `chosen_row` does, and if the model or an SAE is not what it was for the record."""
+    name = chosen_row(record, row, method)
+    entry = record["rows"][name]
+    if record["identity"]["model"] != lm.identity["model"]:
+        raise UserError(f"the record is of {record['model']} as it was then, not of what {model} holds now")
+    parts = entry["settings"]["edits"] if entry["method"] == "together" else [entry]
+    layers = {layer for part in parts if METHODS[part["method"]].needs_sae for layer in part["settings"]["layers"]}
+    saes = {}
+    for known in record["saes"]:
+        if int(known["hook_point"].split(".")[1]) in layers:
+            source = sae.replace("{layer}", str(known["layer"])) if sae else known["source"]
+            source = str(HERE / source) if (HERE / source).is_dir() else source
+            loaded = load_sae(source, known["layer"], BridgeView(lm), model)
+            if loaded.identity != known["identity"]:
+                raise UserError(f"the record is of another SAE than {source} holds now")
+            saes[layer_of(loaded)] = loaded
+    return make(entry["method"], saes or None, **entry["settings"]), list(saes.values()), name
+
+
+def picked(lm: AblatedLM, args, clamp: float, numbers: dict):
+    """(Edit, its SAEs, {layer: what the SAE check found}, data sets): features picked as in the lessons, for a clamp or
+    for a point of --method's grid, as baselines.py has it. numbers: of that point."""
+    method = args.method or ("clamp" if clamp else "zero-ablation")
+    if METHODS[method].resolve is None:
+        raise UserError(f"--method {method}: no features are picked for it; give --features or --record")
+    takes = set(inspect.signature(METHODS[method].resolve).parameters) - {"stats"}
+    setting = {name: args.n_features for name in takes & {"n_features"}} | numbers
+    if strange := set(setting) - takes:
+        raise UserError(f"--setting {min(strange)}: {method} takes {', '.join(sorted(takes))}")
+    wmdp = data.load("wmdp_bio", args.model, args.data, seed=args.seed, pick_on=args.pick_on).tuning
+    wikitext, mmlu_dev = (data.load(name, args.model, args.data) for name in ("wikitext", "mmlu_dev"))
+    corpus, view = data.load_corpus(args.forget_corpus, args.model, args.data), BridgeView(lm)
+    forget, retain = data.picking_texts(wmdp, corpus, wikitext, mmlu_dev, args.pick_text)
+    sae = load_sae(args.sae, args.layer, view, args.model) if METHODS[method].needs_sae else None
+    stats = FeatureStats(
+        view, sae, args.layer, *data.picking_windows(lm.tokenizer, forget, retain, args.context), rule=args.pick,
+        questions=wmdp, seed=args.seed, batch_size=args.batch_size if isinstance(args.batch_size, int) else 16,
+        insist=not args.no_sanity, clamp=clamp, refusal_latent=args.refusal_latent, refusal_value=args.refusal_value,
+    )  # fmt: skip
+    edit, datasets = from_grid(method, setting, stats), [wmdp, *filter(len, (wikitext, mmlu_dev, corpus))]
+    if sae is None:
+        return edit, [], {}, datasets
+    features = edit.settings["features"]
+    show.print_features(features, *stats.rates, show.top_tokens(view, sae, features, stats.forget), sae)
+    return edit, [sae], {layer_of(sae): stats.quality}, datasets
+
+
+# %% Tasks, and which of their questions are asked
+def find_tasks(names: list[str], include_path: str | None = None, folder: str | None = None) -> dict[str, tuple]:
+    """{name: (what lm-eval loads for it: a group or None, its tasks)}. folder: of data, as --data. Raises UserError for
+    a name that lm-eval does not know, and for data that cannot be loaded."""
+    folders = [str(TASKS), *([include_path] if include_path else [])]
+    manager = TaskManager(include_path=folders, include_defaults=False, metadata={"data": folder})
     if not set(names) <= set(manager.all_tasks):  # reading lm-eval's 14,000 task files takes seconds
-        manager = TaskManager(include_path=folders, metadata={"data": s.data})
-    if unknown := [name for name in names if name not in manager.all_tasks]:
-        near = difflib.get_close_matches(unknown[0], manager.all_tasks, 5, 0.5)
-        raise UserError(f"--tasks: no {unknown[0]}; near: {', '.join(near) or '-'}; --tasks list, or lm-eval ls tasks")
-    found = {}
+        manager = TaskManager(include_path=folders, metadata={"data": folder})
+    tasks = {}
     for name in names:
         try:
             loaded = manager.load([name])
-        except UserError:
-            raise
         except Exception as error:  # as in data.from_hub, anything from OSError to RuntimeError
-            raise UserError(f"cannot load task {name}: {first_line(error)}. Its data may be gated or out of reach; "
-                            f"see its dataset_path at https://huggingface.co/datasets") from error  # fmt: skip
-        found[name] = (loaded["groups"].get(name), [loaded["tasks"][key] for key in sorted(loaded["tasks"])])
-    return found
+            raise UserError(f"cannot load task {name}: {first_line(error)}. Its data may be gated or out of reach; for "
+                            "names see --tasks list, or lm-eval ls tasks") from error  # fmt: skip
+        tasks[name] = (loaded["groups"].get(name), [loaded["tasks"][key] for key in sorted(loaded["tasks"])])
+    return tasks
 
 
-def list_tasks() -> None:
-    for path in sorted(TASKS.glob("*.yaml")):
-        print(f"{path.stem:32}{path.read_text().splitlines()[0].lstrip('# ')}")
+def choose(tasks, held_out: bool, seed: int, subjects=None, samples: dict = (), limit=None) -> dict[str, list[int]]:
+    """{task: indices of the documents to ask}; a task without any is left out. tasks: as find_tasks has them.
 
-
-def samples_of(s) -> dict[str, list[int]]:
-    """{task: indices} of --samples TASK:FILE."""
-    found = {}
-    for entry in s.samples or []:
-        task, _, path = entry.partition(":")
-        ids = read_json(path)
-        if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
-            raise UserError(f"--samples {entry}: a JSON list of indices is wanted, as [0, 3, 4]")
-        found[task] = sorted(set(ids))
-    return found
-
-
-def choose(tasks: dict[str, tuple], s, half: bool) -> dict[str, list[int]]:
-    """{task: indices of the documents to ask}, tasks without any left out.
-
-    half: of quizzes like wmdp's and mmlu's only the reporting half. --samples takes its place, --subjects narrows it
-    down, and --limit keeps a seeded sample of what is left of each name in --tasks; documents that are one question in
+    held_out: of quizzes like wmdp's and mmlu's that half only. samples {task: indices} takes its place, subjects narrow
+    it down, and limit keeps a seeded sample of what is left of each name in `tasks`; documents that are one question in
     several orders (`number`) stay together. Raises UserError where nothing is left.
     """
-    wanted, chosen = samples_of(s), {}
-    subjects = {name.strip() for name in s.subjects.split(",")} if s.subjects else None
-    if strange := set(wanted) - {part.task_name for _, parts in tasks.values() for part in parts}:
+    chosen, samples = {}, dict(samples)
+    subjects = subjects and {name.strip() for name in subjects.split(",")}
+    if strange := set(samples) - {part.task_name for _, parts in tasks.values() for part in parts}:
         raise UserError(f"--samples: {strange.pop()} is none of the tasks to run")
     for name, (_, parts) in tasks.items():
-        questions, there, total = {}, set(), 0  # {(task, question): documents}
+        docs = [(part.task_name, i, doc) for part in parts for i, doc in enumerate(part.eval_docs)]
         for part in parts:
-            docs = list(part.eval_docs)
-            ids = wanted.get(part.task_name) or range(len(docs))
-            if max(ids) >= len(docs):
-                raise UserError(f"--samples: {part.task_name} has {len(docs)} documents, there is no {max(ids)}")
-            if half and part.task_name not in wanted and set(docs[0]) >= QUIZ:
-                ids = halves([{"question": doc.get("left_out", doc["question"])} for doc in docs], s.seed)[1]
-            there |= {doc.get("subject") for doc in docs}
-            for i in ids:
-                if subjects is None or docs[i].get("subject") in subjects:
-                    questions.setdefault((part.task_name, docs[i].get("number", i)), []).append(i)
-            total += len(docs)
-        if subjects and (unknown := subjects - there):
-            known = ", ".join(sorted(filter(None, there))) or "none"
-            raise UserError(f"--subjects: {name} has no {', '.join(sorted(unknown))}; there are {known}")
+            if strange := set(samples.get(part.task_name, [])) - {*range(len(part.eval_docs))}:
+                raise UserError(f"--samples: {part.task_name} has {len(part.eval_docs)} documents, there is no "
+                                f"{strange.pop()}")  # fmt: skip
+        known = {doc.get("subject") for *_, doc in docs} - {None}
+        if subjects and (unknown := subjects - known):
+            raise UserError(f"--subjects: {name} has no {', '.join(sorted(unknown))}; there are "
+                            f"{', '.join(sorted(known)) or 'none'}")  # fmt: skip
+        questions = {}  # {(task, question): documents}
+        for task, i, doc in docs:
+            if task in samples:
+                keep = i in samples[task]
+            else:
+                asked = {"question": doc.get("left_out", doc.get("question"))}
+                keep = not (held_out and set(doc) >= QUIZ) or data.half_of(asked, seed) == "held-out"
+            if keep and (not subjects or doc.get("subject") in subjects):
+                questions.setdefault((task, doc.get("number", i)), []).append(i)
         if not questions:
             raise UserError(f"{name}: --samples, --subjects and --pick-on leave no question to ask")
-        for key in sample(list(questions), s.limit, s.seed):
-            chosen.setdefault(key[0], []).extend(questions[key])
-        asked = sum(len(chosen.get(part.task_name, [])) for part in parts)
-        unseen = half and not {part.task_name for part in parts} & set(wanted)
-        print(f"{name}: {asked} of {total} documents" + (", none that features were picked on" if unseen else ""))
-    return {name: sorted(ids) for name, ids in chosen.items()}
+        keys = list(questions)
+        keys = keys if not limit or limit >= len(keys) else sorted(random.Random(seed).sample(keys, limit))
+        for key in keys:
+            chosen[key[0]] = sorted(chosen.get(key[0], []) + questions[key])
+        unseen = ", none that features were picked on" if held_out and not set(samples) else ""
+        print(f"{name}: {sum(len(questions[key]) for key in keys)} of {len(docs)} documents{unseen}")
+    return chosen
 
 
-def to_ask(tasks: dict, chosen: dict) -> list:
-    """What lm-eval is to run: a group as a whole if all of its tasks have questions to ask, else those that have."""
-    items = []
-    for whole, parts in tasks.values():
+def ask(lm: AblatedLM, tasks: dict[str, tuple], chosen: dict[str, list[int]], args, folder: str | None = None):
+    """lm-eval's results of one run, with its samples; None in all processes but the first. folder: below --output_path,
+    for lm-eval's own files; None: they are not written."""
+    # every process caches what it was asked, every edit has a cache of its own
+    cache = f"{lm.fingerprint()}_process{data.process_state().process_index}.db"
+    cache = args.use_cache and Path(args.use_cache) / cache
+    output = args.output_path and folder and str(Path(args.output_path) / folder)
+    tracker, items = EvaluationTracker(output_path=output), []
+    for group, parts in tasks.values():  # a group as a whole if all of its tasks have questions to ask
         left = [part for part in parts if part.task_name in chosen]
-        items += [whole] if whole is not None and len(left) == len(parts) else left
-    return items
-
-
-def ask(lm: AblatedLM, tasks: dict, chosen: dict[str, list[int]], s, ablated: bool) -> dict | None:
-    """lm-eval's results of one run, with its samples; None on all processes but the first."""
-    lm.ablated = ablated
-    # every process caches what it was asked, every ablation has a cache of its own
-    cache = s.use_cache and Path(s.use_cache) / f"{lm.fingerprint()}_process{processes.state().process_index}.db"
-    inner = CachingLM(lm, str(cache)) if cache else lm
-    tracker = EvaluationTracker(output_path=str(Path(s.output_path) / ("ablated" if ablated else "unablated"))
-                                if s.output_path else None)  # fmt: skip
+        items += [group] if group is not None and len(left) == len(parts) else left
     results = simple_evaluate(
-        Spread(inner), tasks=to_ask(tasks, chosen), samples=chosen, num_fewshot=s.num_fewshot, batch_size=s.batch_size,
-        apply_chat_template=s.apply_chat_template, system_instruction=s.system_instruction, gen_kwargs=s.gen_kwargs,
-        evaluation_tracker=tracker, bootstrap_iters=1000, task_manager=TaskManager(include_defaults=False),
+        DataParallelLM(lm, CachingLM(lm, str(cache)) if cache else lm), tasks=items, samples=chosen,
+        num_fewshot=args.num_fewshot, batch_size=args.batch_size, apply_chat_template=args.apply_chat_template,
+        system_instruction=args.system_instruction, gen_kwargs=args.gen_kwargs, evaluation_tracker=tracker,
+        bootstrap_iters=1000, task_manager=TaskManager(include_defaults=False),
     )  # fmt: skip
-    if results and s.output_path and processes.is_first():
-        samples = results["samples"] if s.log_samples else None
+    if results and output:
+        samples = results["samples"] if args.log_samples else None
         tracker.save_results_aggregated({k: v for k, v in results.items() if k != "samples"}, samples)
         for name in samples or []:
             tracker.save_results_samples(name, samples[name])
@@ -255,39 +478,32 @@ def ask(lm: AblatedLM, tasks: dict, chosen: dict[str, list[int]], s, ablated: bo
 def in_order(task, order: tuple[int, ...], question: bool):
     """The task with each question's options in that order, and without the question if `question` is False."""
 
-    def changed(doc: dict) -> dict:
-        new = {**doc, "choices": [doc["choices"][i] for i in order], "answer": order.index(doc["answer"])}
-        return new if question else {**new, "question": ""}
-
     class InOrder(type(task)):
-        eval_docs = [changed(doc) for doc in task.eval_docs]
+        eval_docs = [data.reordered(doc if question else {**doc, "question": ""}, order) for doc in task.eval_docs]
 
     twin = copy.copy(task)
     twin.__class__ = InOrder
     return twin
 
 
-def right_in_all_orders(lm: AblatedLM, tasks: list, chosen: dict, s, question: bool = True) -> dict[str, list[int]]:
+def right_in_all_orders(lm: AblatedLM, parts: list, chosen: dict, args, question=True) -> dict[str, list[int]]:
     """{task: those of the chosen documents that the unablated model gets right in all 24 orders of the options}, asked
     as they are scored: adapter, examples, chat template and all. A document is asked no more after a wrong answer."""
-    alive, quiet = {task.task_name: chosen[task.task_name] for task in tasks}, argparse.Namespace(**vars(s))
-    quiet.output_path = None
-    for order in PERMUTATIONS:
-        twins = {task.task_name: in_order(task, order, question) for task in tasks if alive[task.task_name]}
+    left = {part.task_name: chosen[part.task_name] for part in parts}
+    for order in data.PERMUTATIONS:
+        twins = {part.task_name: in_order(part, order, question) for part in parts if left[part.task_name]}
         if not twins:
             break
-        asked, parts = {name: alive[name] for name in twins}, {name: (None, [twin]) for name, twin in twins.items()}
         with patch("lm_eval.evaluator.add_env_info"):  # asks git and pip, for files that are not written here
-            found = ask(lm, parts, asked, quiet, ablated=False)
-        rows = [(name, i, row) for name, twin in twins.items() if found
-                for i, row in zip(asked[name], logged(found, [twin]), strict=True)]  # fmt: skip
-        right = [(name, i) for name, i, row in rows if row[metric_of(row)] == 1]
-        right = processes.from_all(right)  # lm-eval gives results to the first process alone
-        alive |= {name: [i for other, i in right if other == name] for name in twins}
-    return alive
+            results = ask(lm, {name: (None, [twin]) for name, twin in twins.items()},
+                          {name: left[name] for name in twins}, args)  # fmt: skip
+        right = {name: [row["doc_id"] for row in logged(results, [twin]) if row[metric_of(row)] == 1]
+                 for name, twin in twins.items() if results}  # fmt: skip
+        left |= data.from_first_process(right)  # lm-eval gives results to the first process alone
+    return left
 
 
-def keep_robust(lm: AblatedLM, tasks: dict, chosen: dict, s) -> dict[str, list[int]]:
+def keep_robust(lm: AblatedLM, tasks: dict, chosen: dict, args) -> dict[str, list[int]]:
     """Of the chosen documents those that the unablated model gets right in all 24 orders (SAEBench, arXiv 2503.09532);
     with --robust question not those that it gets right in all 24 orders without the question as well."""
     parts = [part for _, parts in tasks.values() for part in parts if part.task_name in chosen]
@@ -295,9 +511,9 @@ def keep_robust(lm: AblatedLM, tasks: dict, chosen: dict, s) -> dict[str, list[i
         docs = part.eval_docs
         if not set(docs[0]) >= QUIZ or {len(docs[i]["choices"]) for i in chosen[part.task_name]} != {4}:
             raise UserError(f"--robust: {part.task_name} does not ask four-way questions")
-    right = right_in_all_orders(lm, parts, chosen, s)
-    if s.robust == "question":
-        guessed = right_in_all_orders(lm, parts, right, s, question=False)
+    right = right_in_all_orders(lm, parts, chosen, args)
+    if args.robust == "question":
+        guessed = right_in_all_orders(lm, parts, right, args, question=False)
         right = {name: [i for i in ids if i not in guessed[name]] for name, ids in right.items()}
     right = {name: ids for name, ids in right.items() if ids}
     if empty := [name for name, (_, parts) in tasks.items() if not {p.task_name for p in parts} & set(right)]:
@@ -305,181 +521,179 @@ def keep_robust(lm: AblatedLM, tasks: dict, chosen: dict, s) -> dict[str, list[i
     return right
 
 
-# %% [markdown]
-# ## The run: features, tasks, answers, scores
+def data_set(task_name: str, taken: set[str], parts: list, chosen: dict, folder: str | None) -> Dataset:
+    """What a task asks, under the name that DATA_SETS has unless an earlier task has `taken` it. Indices of a group are
+    over all of its tasks' documents, one after another."""
+    rows, asked = [], []
+    for part in parts:
+        asked += [len(rows) + i for i in chosen.get(part.task_name, [])]
+        rows += map(dict, part.eval_docs)
+    name, *loaded_by = DATA_SETS.get(task_name, (task_name,))
+    if loaded_by and name not in taken:
+        return data.load(name, loaded_by[0], folder, variant=loaded_by[1]).only(asked)
+    stand_in = task_name.startswith("tiny_") and not folder
+    return Dataset(task_name if name in taken else name, rows, f"lm-eval task {task_name}", stand_in).only(asked)
 
 
-# %%
-def given_edit(s, given: dict) -> dict | None:
-    """What --features says is to be applied, as lm_eval_model.from_file has it; None where features are to be picked.
-    A record also settles what else is its own: SAE, data, seed, and whether all questions may be scored."""
-    if s.features is None:
-        return None
-    s.pick_on = "all"  # of a bare list nobody knows what it was picked on
-    record = read_json(s.features)
-    wanted = {**given, "method": s.method, **numbers_of(s)}
-    if not is_record(record):
-        return from_file(s.features, s.layer, {**wanted, "clamp": s.clamp})
-    if record["model"] != s.model:
-        raise UserError(f"{s.features} is a record of {record['model']}, the model is {s.model}")
-    check_same(s.features, record, "model", model_source(s.model))
-    saes, there = record["sae"], record["layer"]
-    layers = of_record(s.features, record, **wanted)["setting"]["layer"]
-    if s.sae is None and saes and isinstance(layers, int):
-        source = saes[there.index(layers)] if isinstance(saes, list) else saes
-        s.sae = str(HERE / source) if (HERE / source).is_dir() else source
-    s.seed, s.pick_on = record["seed"], record["settings"]["pick_on"]
-    s.data = s.data or record["settings"]["data"]
-    s.edit_special = record["settings"].get("edit_special", s.edit_special)
-    return from_file(s.features, s.layer, wanted, s.sae, s.model)
-
-
-def numbers_of(s) -> dict:
-    """--setting NAME=NUMBER ... as {name: number}."""
-    found = {}
-    for entry in s.setting or []:
-        name, _, value = entry.partition("=")
-        try:
-            found[name] = float(value)
-        except ValueError as error:
-            raise UserError(f"--setting {entry}: NAME=NUMBER is wanted, as gate=0.1") from error
-    return found
-
-
-def picked(m: Measured, s) -> Edit:
-    """As many features as --n-features, as in the lessons; with --method, its setting, made as baselines.py does."""
-    numbers = numbers_of(s)
-    if s.method:
-        one = {axis: s.n_features if axis == "n_features" else USUAL[axis] for axis in GRIDS[s.method][0]}
-        takes = [axis for axis in one if axis not in ("n_features", "clamp")]  # which have flags of their own
-        if strange := set(numbers) - set(takes):
-            raise UserError(f"--setting {min(strange)}: {s.method} takes {', '.join(takes) or 'none'}")
-        edit = edit_for(s.method, {**one, **numbers}, m)
-    elif numbers:
-        raise UserError(f"--setting {min(numbers)}: of which --method?")
-    else:
-        edit = of_features("sae-ablation", m.sae, m.features(s.n_features), s.clamp, layer=s.layer)
-    for features in features_of(edit.point()).values():
-        show.print_features(features, *m.rates, show.top_tokens(m.lm, m.sae, features, m.forget), m.sae)
-    return edit
-
-
-def prepare(lm: AblatedLM, s, point: dict | None, sources: dict) -> tuple[Edit, dict, dict]:
-    """The SAE check and picking, on the model that is scored. Returns the edit, {layer: what the check found} and
-    {layer: SAE}. point: given_edit's."""
-    layers = list(features_of(point)) if point else [s.layer] if s.method in (None, *BY_FEATURES) else []
-    saes, view, noted = load_saes(lm, s.sae, layers, s.model), Scored(lm), {}
-    wmdp, noted["wmdp_bio"] = load_rows("wmdp_bio", s.model, s.data)
-    forget, retain = picking_texts(wmdp, halves(wmdp, s.seed, s.pick_on)[0], s, noted)
-    sources |= {name: found for name, found in noted.items() if name == "wikitext" or not point}
-    if not point:
-        measured = measure(view, s.layer, saes.get(s.layer), forget, retain, s.clamp, s)
-        edit = picked(measured, s)
-        return edit, {s.layer: measured.sanity} if measured.sanity else {}, saes
-    _, (windows, *_) = picking_windows(lm.tokenizer, forget, retain, s)
-    sanity = {number: sanity_gate(view, sae, windows, not s.no_sanity) for number, sae in saes.items()}
-    return edit_from(point, saes), sanity, saes
-
-
-def name_in_record(name: str, names: list[str]) -> str:
-    """The data set's name, unless an earlier task of this run has it."""
-    short = DATA_SETS.get(name, name)
-    return name if short in [DATA_SETS.get(other, other) for other in names[: names.index(name)]] else short
-
-
-def source_of(name: str, tasks: list, chosen: dict, s) -> dict:
-    """Where documents come from, and which were asked: indices over all tasks' documents, one after another."""
-    short, rows, asked = DATA_SETS.get(name, name), [], []
+# %% Scores, of what lm-eval has logged for each document
+def logged(results: dict, tasks: list) -> list[dict]:
+    """The logged documents of several tasks in one list, by task and document, each once; where a task asks for a
+    choice with its "choices"."""
+    out = []
     for task in tasks:
-        asked += [len(rows) + i for i in chosen.get(task.task_name, [])]
-        rows += map(dict, task.eval_docs)
-    if name in ("tiny_wmdp_bio", "tiny_mmlu"):
-        found = load_rows(short, "tiny", s.data)[1]
-    else:
-        stand_in = name.startswith("tiny_") and not s.data
-        found = {"source": f"lm-eval task {name}", "sha256": digest(rows), "stand_in": stand_in}
-    if s.model not in EMBEDDED and (note := PUBLISHED.get(name.removeprefix("sae_"))):
-        found["published"] = note
-    return {**found, "task": name, "questions": asked}
+        rows = results["samples"].get(task.task_name, [])
+        rows = sorted((row for row in rows if row["filter"] == rows[0]["filter"]), key=lambda row: row["doc_id"])
+        if task.OUTPUT_TYPE == "multiple_choice":
+            rows = [{**row, "choices": task.doc_to_choice(row["doc"])} for row in rows]
+        out += rows
+    return out
 
 
-def print_scores(rows: list[Edit], scores: dict, sources: dict, runs: dict) -> None:
-    """Print a table for every data set; lm-eval's own where it logs no number for each document."""
-    for name, values in scores.items():
-        title = show.title_of(name, sources)
-        if values[0] is None:
-            for run_name, results in runs.items():
-                print(f"\n{title}, {run_name}, lm-eval's own table\n\n{make_table(results)}")
-        elif "accuracy" in values[0]:
-            show.print_quiz(title, rows, values)
-            show.print_published(sources, name)
-        elif "nats_per_token" in values[0]:
-            show.print_loss(title, rows, values)
-        else:
-            print(f"\n{title}: n {values[0]['n']}, {values[0]['metric']}\n")
-            for row, value in zip(rows, values):
-                change = "change {change:+.4f} [{change_low:+.4f}, {change_high:+.4f}]"
-                change = change if value.get("change_low") is not None else ""
-                print(f"  {show.label(row):34}{value['mean']:.4f}  {change.format(**value)}")
+def metric_of(row: dict) -> str | None:
+    """The metric that a document is scored by here: acc, or else the first that is a number."""
+    names = [name for name in row["metrics"] if isinstance(row[name], int | float)]
+    return "acc" if "acc" in names else next(iter(names), None)
 
 
+def answer(row: dict) -> str:
+    """The letter of the choice that the row's metric takes for the answer, as lm-eval's own process_results: the one of
+    largest log-likelihood, by acc_norm per character; "-" where a task does not choose among up to 26."""
+    choices, metric = row.get("choices", []), metric_of(row)
+    if not 2 <= len(choices) <= 26:
+        return "-"
+    values = np.array([value for value, _ in row["filtered_resps"]])
+    values, alone = values[: len(choices)], values[len(choices) :]  # alone: each choice without the question
+    if metric in ("acc_norm", "acc_bytes"):
+        values = values / [len(choice if metric == "acc_norm" else choice.encode()) for choice in choices]
+    elif metric == "acc_mutual_info":
+        values = values - alone
+    return chr(ord("A") + int(values.argmax()))
+
+
+def measures_of(asked: Dataset, logs: dict[str, list[dict]], count_tokens=len, seed: int = 0) -> list[Measure]:
+    """What lm-eval logged, as Measures; [] where it has no number for each document.
+
+    logs: {row: its documents, as `logged` has them}; count_tokens(text): of this folder's tasks of next-token loss. An
+    item is a document; a question that is asked in several orders is one, and right if it is right in all of them.
+    """
+    rows, first, name, title = tuple(logs), next(iter(logs.values())), asked.name, asked.title
+    metric = metric_of(first[0])
+    if "bits_per_byte" in first[0]["metrics"] and "document" in first[0]["doc"]:
+        member = np.unique([row["doc"]["document"] for row in first], return_inverse=True)[1]
+        tokens = np.bincount(member, [count_tokens(row["doc"]["text"]) for row in first])
+        nats = np.stack([np.bincount(member, [-row["bits_per_byte"][0] for row in log]) for log in logs.values()])
+        return [Measure(f"{name}/loss", f"{title}, loss", "nats per token", rows, nats, weights=tokens, seed=seed)]
+    if metric is None:
+        return []
+    items, in_orders = {}, "all_orders" in first[0]["metrics"]
+    for place, row in enumerate(first):
+        items.setdefault(row["doc"]["number"] if in_orders else place, []).append(place)
+    values = np.array([[min(float(log[i][metric]) for i in item) for item in items.values()] for log in logs.values()])
+    groups = tuple(str(first[item[0]]["doc"].get("subject")) for item in items.values())
+    groups = groups if len(set(groups)) > 1 else None
+    if not set(values.flat) <= {0.0, 1.0}:
+        return [Measure(f"{name}/{metric}", f"{title}, {metric}", "mean", rows, values, groups=groups)]
+    in_letters = all([str(args[-1]).strip() for args in row["arguments"]] == [*LETTERS] for row in first)
+    what = "all orders" if in_orders else "letters" if in_letters else "cloze" if asked.is_cloze else metric
+    in_words = {"all orders": "in all orders", "letters": "in letters", "cloze": "as a cloze"}.get(what, what)
+    choices = len(first[0].get("choices", []))
+    chance = (1 / choices) ** (len(data.PERMUTATIONS) if in_orders else 1) if choices else 0.0
+    answers = tuple("".join(answer(log[item[0]]) for item in items.values()) for log in logs.values())
+    measures = [Measure(f"{name}/{what}", f"{title}, {in_words}", "%", rows, values == 1, chance, groups=groups,
+                        answers=answers if choices else None)]  # fmt: skip
+    if what == "letters":
+        p = np.exp([[[value for value, _ in row["filtered_resps"]] for row in log] for log in logs.values()])
+        right = [LETTERS.index(row["target"]) if row["target"] in [*LETTERS] else int(row["target"]) for row in first]
+        shares = {"P(a letter)": p.sum(-1), "P(right letter)": p[:, np.arange(len(right)), right]}
+        measures += [Measure(f"{name}/{of}", f"{title}, {of}", "probability", rows, share, groups=groups)
+                     for of, share in shares.items()]  # fmt: skip
+    return measures
+
+
+# %% The run
 def run(**changes) -> dict:
-    """run(tasks="tiny_mmlu", unablated=True): any flag by name. Returns the record; {} in all processes but the first
-    and for --tasks list. Raises UserError."""
-    started, sources = time.time(), {}
-    given = {name: changes.pop(name, None) for name in ("layer", "n_features", "clamp")}
-    layer, n, clamp = given.values()
-    changes |= {"layer": LAYER if layer is None else layer, "n_features": N_FEATURES if n is None else n}
-    s = settings(flags, changes)
-    s.clamp = s.clamp if clamp is None else clamp
-    if s.tasks == "list":
-        return list_tasks() or {}
-    if not -math.inf < s.clamp <= 0:
-        raise UserError(f"--clamp {s.clamp:g}: a number that is 0 or negative")
-    model_args(s)
-    s.tasks = s.tasks or (TINY_TASKS if s.model == "tiny" or s.data else HUB_TASKS)
-    point = given_edit(s, given)
-    if point:
-        s.layer, s.clamp = point["setting"]["layer"], point["setting"].get("clamp", s.clamp)
-    if point or s.method not in (None, *BY_FEATURES):
-        s.n_features = point["setting"].get("n_features") if point else None
-    path = records.outputs("lm_eval_ablated.py", s, flags)
-    tasks = find_tasks(s)
-    chosen = choose(tasks, s, s.pick_on == "half")
-    lm = load_ablated(s)
-    edit, sanity, saes = prepare(lm, s, point, sources)
-    lm.set_edit(edit, saes)
-    if s.robust:
-        chosen = keep_robust(lm, tasks, chosen, s)
-    runs = {name: ask(lm, tasks, chosen, s, name == "ablated")
-            for name in (["unablated"] if s.unablated else []) + ["ablated"]}  # fmt: skip
-    if not processes.is_first():
+    """run(tasks="tiny_mmlu", unablated=True): any flag by name. Returns the record, {} for --tasks list. Raises
+    UserError."""
+    args = runs.settings(flags, changes)
+    if empty := [name for name, value in vars(args).items() if value == ""]:
+        raise UserError(f"{empty[0]}: nothing is given; leave it out, or say what")
+    if args.tasks == "list":
+        for path in sorted(TASKS.glob("*.yaml")):
+            print(f"{path.stem:32}{path.read_text().splitlines()[0].lstrip('# ')}")
         return {}
+    if args.method and args.method not in METHODS:
+        raise UserError(f"--method {args.method}: the methods are {', '.join(METHODS)}")
+    record = runs.read_record(args.record) if args.record else None
+    decided = {"pick_on": "all"} if args.features else {}  # who knows what a list was picked on
+    if record:  # its row says all about the edit
+        row_says = ("features", "layer", "n_features", "clamp", "setting")
+        if given := [name for name in row_says if getattr(args, name) != flags.get_default(name)]:
+            raise UserError(f"{given[0]}: a record's row says all about its edit; choose it with --row")
+        decided = {name: record["settings"].get(name, getattr(args, name))
+                   for name in ("seed", "pick_on", "edit_special", "data")}  # fmt: skip
+        decided |= {"layer": None, "n_features": None} | ({"data": args.data} if args.data else {})
+    args = runs.settings(flags, vars(args) | decided)
+    clamp = hub.preset_clamp(args.model) if args.clamp is None else args.clamp
+    names = args.tasks or (TINY_TASKS if args.model == "tiny" or args.data else HUB_TASKS)
+    tasks = find_tasks([name.strip() for name in names.split(",")], args.include_path, args.data)
+    numbers = simple_parse_args_string(",".join(args.setting or []))
+    if wrong := [name for name, value in numbers.items() if not isinstance(value, int | float)]:
+        raise UserError(f"--setting {wrong[0]}: give NAME=NUMBER, as gate=0.1")
+    samples = read_json(args.samples) if args.samples else {}
+    if not isinstance(samples, dict) or not all(isinstance(ids, list) for ids in samples.values()):
+        raise UserError(f'{args.samples}: give JSON {{task: [indices]}}, as {{"tiny_mmlu": [0, 3, 4]}}')
+    chosen = choose(tasks, args.pick_on == "half", args.seed, args.subjects, samples, args.limit)
 
-    rows = [NONE, edit] if s.unablated else [edit]
-    scores = {}
-    for name, (_, parts) in tasks.items():
-        short = name_in_record(name, list(tasks))
-        sources[short] = source_of(name, parts, chosen, s)
-        scores[short] = scores_of([logged(results, parts) for results in runs.values()], lm, s.seed)
-    print_scores(rows, scores, sources, runs)
-    points = [row.point(**{name: values[k] for name, values in scores.items()}) for k, row in enumerate(rows)]
-    used = list(saes.values())
-    record = records.make_record("lm_eval_ablated.py", s, used, sources, sanity, points, started)
-    record["versions"]["lm_eval"] = version("lm_eval")
-    record["identity"] |= lm.identity
-    record["layer"] = list(saes) if len(saes) > 1 else record["layer"]
-    record["attention"] = lm.model.config._attn_implementation
-    theirs = {name: results["results"] for name, results in runs.items()}
-    record["lm_eval"] = json.loads(json.dumps(theirs, default=str))
-    scored = {show.title_of(name, sources): values for name, values in scores.items()}
-    quizzes = {title: values for title, values in scored.items() if values and "accuracy" in values[0]}
-    what = f"{s.n_features} features ablated" if edit.method == "sae-ablation" else show.method_name(edit.method)
-    title = f"{records.short_name(s.model)}, layer {s.layer}: {what}, lm-eval"
-    records.write_record(path, record, {"accuracy": lambda: show.quiz_figure(quizzes, rows, title)} if quizzes else {})
-    return record
+    lm = load_ablated(args)
+    if record or args.features:
+        if record:
+            edit, saes, name = edit_of_row(lm, record, args.row, args.method, args.sae, args.model)
+        else:
+            numbers = ({"clamp": clamp} if "clamp" in METHODS[args.method or "clamp"].usual else {}) | numbers
+            features = read_features(args.features, args.layer)
+            edit, saes = edit_of_features(lm, features, args.method, args.sae, args.model, numbers)
+        datasets = [data.load("wikitext", args.model, args.data)]
+        windows = data.picking_windows(lm.tokenizer, [], [datasets[0].texts], args.context)[1][0]
+        quality = {layer_of(sae): check_sae_quality(BridgeView(lm), sae, windows, not args.no_sanity) for sae in saes}
+    else:
+        edit, saes, quality, datasets = picked(lm, args, clamp, numbers)
+    if not record:
+        name = METHODS[edit.settings.get("edits", [{"method": edit.method}])[0]["method"]].title
+        name += f" {clamp:g}" if name == "clamp" else ""
+    if args.robust:
+        chosen = keep_robust(lm, tasks, chosen, args)
+    asked = {}
+    for task, (_, parts) in tasks.items():
+        asked[task] = data_set(task, {known.name for known in asked.values()}, parts, chosen, args.data)
+    writer = runs.Run(__file__, args, [*asked.values(), *datasets], saes,
+                      also=[edit.method, edit.settings, lm.identity, lm.arguments])  # fmt: skip
+
+    rows, results = ({"unablated": NONE} if args.unablated else {}) | {name: edit}, {}
+    for row, on in rows.items():
+        lm.set_edit(on, saes)
+        results[row] = ask(lm, tasks, chosen, args, "ablated" if on.at else "unablated")
+    if not data.is_first_process():
+        return {}
+    measures = []
+    for task, (_, parts) in tasks.items():
+        logs = {row: logged(result, parts) for row, result in results.items()}
+        new = measures_of(asked[task], logs, lambda text: len(lm.tok_encode(text, False)), args.seed)
+        for row in rows if not new else ():
+            print(f"\n{task}, {row}, in lm-eval's own table\n\n{make_table(results[row])}")
+        measures += new
+    show.table(measures)
+    for dataset in asked.values():
+        if dataset.published:
+            print(f"\n{dataset.published}")
+    quizzes = [measure for measure in measures if measure.unit in ("%", "probability")]
+    title = f"{Path(args.model).name}, {name}: {label(edit.method, edit.settings)}, lm-eval"
+    return writer.write(
+        rows, measures, {"accuracy": lambda: show.intervals(quizzes, title)} if quizzes else {}, quality=quality,
+        loaded=lm.identity, attention=lm.model.config._attn_implementation, lm_eval_version=version("lm_eval"),
+        lm_eval=json.loads(json.dumps({row: result["results"] for row, result in results.items()}, default=str)),
+    )  # fmt: skip
 
 
 # %%
 if __name__ == "__main__":
-    command_line(run, flags)
+    runs.main(run, flags)

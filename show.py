@@ -1,179 +1,73 @@
 """
-Show results: tables and figures.
+Tables and figures: of Measures, a line for each row; of features, tokens and training.
 """
 
+import itertools
 import json
+import math
+import re
 from collections import Counter
 from urllib.parse import quote
 
 import matplotlib.pyplot as plt
 import torch
 
-import processes
 from common import Rates, activation_ratio
-from edits import NEVER_KNEW, Edit, Latents, hidden, layer_of, residuals
+from data import total_of_processes
+from edits import Latents, iter_residual_stream, layer_of, residual_stream
+
+RETRAINED = "retrained without the facts"  # the row of the model that was trained without the forget set
+ABLATED = "#c0392b"
+COLOURS = {"unablated": "0.2", RETRAINED: "#1e8449", "SAE patched": "0.45", "SAE reconstruction": "0.65",
+           "random": "#2471a3"}  # of rows whose names begin so; all others are ABLATED  # fmt: skip
+TABLE_WIDTH = 150  # characters of a line; columns that do not fit are printed below
+TOKENS_WIDTH = 88  # characters of a line of token_figure
+LONGEST_ADDRESS = 8000  # characters; many servers take no more
 
 
 def plain(text: str) -> str:
-    """The text for a figure, where matplotlib would take what stands between two $ for mathematics."""
+    """The text for a figure: matplotlib would take what stands between two $ for mathematics."""
     return text.replace("$", r"\$")
 
 
-NAMES = {"wmdp_bio": "WMDP-Bio", "mmlu": "MMLU", "wikitext": "Wikitext", "openwebtext": "OpenWebText"}
+def colour(row: str) -> str:
+    return next((value for start, value in COLOURS.items() if row.startswith(start)), ABLATED)
 
 
-def title_of(name: str, sources: dict) -> str:
-    """A data set's name, with what it really is where a stand-in was scored."""
-    which = f" {sources[name]['wmdp'].capitalize()}" if "wmdp" in sources[name] else ""
-    return NAMES.get(name, name) + which + (" stand-in" if sources[name]["stand_in"] else "")
+def draws_of(rows) -> dict[str, list[str]]:
+    """{name: rows}. Draws of a control share a name: "random features 2, clamp -40" is one more draw of "random
+    features, clamp -40". Any other row is alone."""
+    draws = {}
+    for row in rows:
+        draws.setdefault(re.sub(r"^(random(?: features)?) \d+", r"\1", row), []).append(row)
+    return draws
 
 
-NAMES_OF_METHODS = {
-    "none": "unablated",
-    "never-knew": "trained without the facts",
-    "sae-patched": "SAE patched, nothing ablated",
-    "sae-reconstruction": "SAE reconstruction, no error term",
-    "grad-diff": "GradDiff",
-    "diff-in-means": "difference of means",
-    "rmu": "RMU, first batch's norm",
-    "adaptive-rmu": "Adaptive RMU, each token's norm",
-    "npo": "NPO",
-    "simnpo": "SimNPO",
-    "dsg": "DSG",
-    "crisp": "CRISP",
-    "npo-sam": "sharpness-aware NPO",
-    "mudman": "MUDMAN",
-    "undo": "UNDO",
-}
+def number(value: float | None, unit: str, sign: str = "") -> str:
+    """In per cent with one digit, in nats with four, else with two. sign: "+" for changes."""
+    if value is None or math.isnan(value):
+        return "?"
+    digits = 1 if unit == "%" else 4 if unit.startswith("nats") else 2
+    return f"{100 * value if unit == '%' else value:{sign}.{digits}f}"
 
 
-def method_name(method: str) -> str:
-    return NAMES_OF_METHODS.get(method, method.replace("-", " "))
+def interval_text(mean: float, low: float | None, high: float | None, unit: str, sign: str = "") -> str:
+    """ "64.7 [58.0, 71.0]", or the mean alone if there is no interval."""
+    ends = "" if low is None else f" [{number(low, unit, sign)}, {number(high, unit, sign)}]"
+    return number(mean, unit, sign) + ends
 
 
-def label(row: Edit) -> str:
-    """What a row of a table or figure is called."""
-    if row.method not in ("sae-ablation", "random-features"):
-        return method_name(row.method)
-    clamp = row.setting["clamp"]
-    edit = "zero ablation" if clamp == 0 else f"clamp {clamp:g}"
-    return f"random features, {edit}" if row.method == "random-features" else edit
+def mean_text(score, unit: str) -> str:
+    """A Score's mean with its interval; of probabilities the mean alone."""
+    return number(score.mean, unit) if unit == "probability" else interval_text(score.mean, score.low, score.high, unit)
 
 
-def accuracy_cell(score: dict) -> str:
-    return f"{100 * score['accuracy']:5.1f} [{100 * score['low']:5.1f}, {100 * score['high']:5.1f}]"
-
-
-def change_cell(score: dict) -> str:
-    if "change" not in score:
+def change_text(score, unit: str) -> str:
+    """A Score's paired change: "-33.3 [-40.1, -26.6] p 1e-19"; "" for the first row."""
+    if score.change is None:
         return ""
-    return (f"{100 * score['change']:+6.1f} [{100 * score['change_low']:+6.1f}, {100 * score['change_high']:+6.1f}]"
-            f"  p {score['p_value']:.1g}")  # fmt: skip
-
-
-def mean_cell(score: dict) -> str:
-    """A mean and its change: "0.61  -0.39 [-0.42, -0.36]"."""
-    text = f"{score['mean']:.2f}"
-    if "change" in score:
-        text += f"  {score['change']:+.2f}"
-    if score.get("change_low") is not None:  # one question has no interval
-        text += f" [{score['change_low']:+.2f}, {score['change_high']:+.2f}]"
-    return text
-
-
-def print_quiz(title: str, edits: list[Edit], scores: list[dict]) -> None:
-    """A line per edit: accuracy with 95% interval, paired change against the first line. Then a line per edit on what
-    the accuracy hides: does the model answer with a letter at all, how sure is it, and does it know in words?"""
-    print(f"\n{title}: n {scores[0]['n']}, chance {100 * scores[0]['chance']:.0f}%\n")
-    print(f"  {'':36}{'accuracy, %':<22}change, points")
-    for edit, score in zip(edits, scores):
-        print(f"  {label(edit):36}{accuracy_cell(score):22}{change_cell(score)}")
-    shares = {"letters_mass": "P(a letter), change", "right_probability": "P(right letter), change"}
-    shares = {name: head for name, head in shares.items() if name in scores[0]}  # not of questions without letters
-    in_words = "in_words" in scores[0]
-    if not shares and not in_words:
-        return
-    head = f"  {'':36}{''.join(f'{head:<30}' for head in shares.values())}{'in words, %' * in_words}"
-    print(f"\n{head.rstrip()}")
-    for edit, score in zip(edits, scores):
-        cells = "".join(f"{mean_cell(score[name]):30}" for name in shares)
-        worded = f"{accuracy_cell(score['in_words'])} {change_cell(score['in_words'])}" if in_words else ""
-        print(f"  {label(edit):36}{cells}{worded}".rstrip())
-
-
-def print_published(sources: dict, name: str = "wmdp_bio") -> None:
-    """What others have published of a set that a real model was asked, a line below its table."""
-    if note := sources[name].get("published"):
-        print(f"\n{note}")
-
-
-def print_controls(edits: list[Edit], panels: dict[str, list[dict]]) -> None:
-    """Where random features were drawn several times, what they change on average; {title: scores}."""
-    draws = [number for number, edit in enumerate(edits) if edit.method == "random-features"]
-    for title, scores in panels.items() if len(draws) > 1 else ():
-        changes = [100 * scores[number]["change"] for number in draws]
-        mean, low, high = sum(changes) / len(draws), min(changes), max(changes)
-        print(f"\n{title}: {len(draws)} draws of random features change it by {mean:+.1f} points on average, {low:+.1f}"
-              f" to {high:+.1f}")  # fmt: skip
-
-
-def beside(score: dict) -> dict:
-    """{"in_words": accuracy, "letters_mass": probability of the four letters} of a quiz's score that has them, as those
-    of records of earlier versions do not."""
-    return {name: score[name][value] for name, value in (("in_words", "accuracy"), ("letters_mass", "mean"))
-            if name in score}  # fmt: skip
-
-
-def print_subjects(edits: list[Edit], scores: list[dict]) -> None:
-    """One line per subject, one column per edit: accuracy in per cent, a star where it has changed."""
-    print(f"\naccuracy by subject, %; * changed, with false discoveries over the {len(scores[0]['subjects'])} subjects "
-          "held to 5%\n")  # fmt: skip
-    for number, edit in enumerate(edits, 1):
-        print(f"  ({number}) {label(edit)}")
-    print(f"\n  {'':36}{'n':>5}" + "".join(f"{f'({k})':>8}" for k in range(1, len(edits) + 1)))
-    for name in scores[0]["subjects"]:
-        cells = [score["subjects"][name] for score in scores]
-        stars = ["*" if cell.get("q_value", 1) < 0.05 else " " for cell in cells]
-        shown = "".join(f"{100 * cell['accuracy']:7.1f}{star}" for cell, star in zip(cells, stars))
-        print(f"  {name:36}{cells[0]['n']:5}{shown.rstrip()}")
-
-
-def print_loss(title: str, edits: list[Edit], scores: list[dict]) -> None:
-    """One line per edit: nats per token, and the loss added with 95% interval."""
-    print(f"\n{title}: {scores[0]['n_tokens']:,} tokens of {scores[0]['n_documents']} documents\n")
-    print(f"  {'':34}{'nats/token':<12}loss added")
-    for edit, score in zip(edits, scores):
-        added = ""
-        if "loss_added" in score:
-            added = f"{score['loss_added']:+.4f}"
-            if score["loss_added_low"] is not None:  # one document has no interval
-                added += f" [{score['loss_added_low']:+.4f}, {score['loss_added_high']:+.4f}]"
-        print(f"  {label(edit):34}{score['nats_per_token']:<12.4f}{added}")
-
-
-def setting_text(setting: dict) -> str:
-    numbers = [f"{name} {value:g}" for name, value in setting.items() if type(value) in (int, float)]
-    numbers += [f"loss on {setting['loss_on']}"] if "loss_on" in setting else []
-    return ", ".join(numbers) + (", all layers from there on" if setting.get("behind") else "")
-
-
-def print_tuning(points: list[dict]) -> None:
-    """A line for each setting: accuracies on both halves in per cent, loss added."""
-    print("\n  WMDP-Bio tuning, reporting   MMLU tuning, reporting   loss added   setting")
-    for point in points[1:]:
-        score = point["scores"]
-        cells = [100 * score[name + half]["accuracy"] for name in ("wmdp_bio", "mmlu") for half in ("_tuning", "")]
-        print("  {:15.1f}{:11.1f}{:16.1f}{:11.1f}".format(*cells)
-              + f"{score['openwebtext']['loss_added']:+13.4f}   {setting_text(point['setting'])}")  # fmt: skip
-
-
-def print_chosen(points: list[dict], sources: dict) -> None:
-    """The tables of a tuned method on the reporting halves, by the unablated model's point and the chosen one."""
-    rows = [Edit(point["method"], setting=point["setting"]) for point in points]
-    for name in ("wmdp_bio", "mmlu"):
-        print_quiz(title_of(name, sources), rows, [point["scores"][name] for point in points])
-        print_published(sources, name)
-    print_loss(title_of("openwebtext", sources), rows, [point["scores"]["openwebtext"] for point in points])
+    text = interval_text(score.change, score.change_low, score.change_high, unit, "+")
+    return text if score.p is None else f"{text} p {score.p:.1g}"
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -181,26 +75,168 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
+def table(measures, rows=None, title: str | None = None) -> None:
+    """Print a line a row and a column a Measure: means and paired changes against the first row, with 95% intervals;
+    then what several draws of a control change on average. rows: names, if not all."""
+    rows = list(rows or dict.fromkeys(row for measure in measures for row in measure.rows))
+    columns, width = [column(measure, rows) for measure in measures], max(map(len, rows)) + 3
+    if title:
+        print(f"\n{title}")
+    while columns:
+        ends = itertools.accumulate((max(map(len, cells)) + 3 for cells in columns), initial=width)
+        fit = max(1, sum(end <= TABLE_WIDTH for end in ends) - 1)
+        block, columns = columns[:fit], columns[fit:]
+        for before, cells in reversed([*itertools.pairwise(block)]):
+            cells[0] = cells[0] if cells[0] != before[0] else ""  # a data set is named once
+        print()
+        for row, *cells in zip(["", "", *rows], *block):
+            if any(cells):
+                padded = [f"{cell:{max(map(len, whole)) + 3}}" for cell, whole in zip(cells, block)]
+                print(f"  {row:{width}}{''.join(padded)}".rstrip())
+    for measure in measures:
+        for control, draws in draws_of(row for row in rows if row in measure.rows).items():
+            if len(draws) > 1 and measure.unit != "probability":
+                changes = [measure[row].change for row in draws]
+                mean, low, high = (number(change, measure.unit, "+")
+                                   for change in (sum(changes) / len(draws), min(changes), max(changes)))  # fmt: skip
+                print(f"\n{measure.title}: {len(draws)} draws of {control} change it by {mean} "
+                      f"{'points' if measure.unit == '%' else measure.unit} on average, {low} to {high}")  # fmt: skip
+
+
+def column(measure, rows: list[str]) -> list[str]:
+    """A Measure's data set, what is measured, and a cell for each row, "" for those that it lacks."""
+    data, _, what = measure.title.rpartition(", ")
+    unit = "" if measure.unit == "probability" else f", {measure.unit}"
+    count = f"n {measure.values.shape[1]}" if measure.weights is None else (
+        f"{int(sum(measure.weights)):,} tokens of {len(measure.weights)} documents")  # fmt: skip
+    chance = f", chance {100 * measure.chance:.0f}%" if measure.chance else ""
+    known = {row: score for row, score in measure.scores().items() if row in rows}
+    reach = max(len(mean_text(score, measure.unit)) for score in known.values()) + 2
+    cells = {row: f"{mean_text(score, measure.unit):{reach}}{change_text(score, measure.unit)}"
+             for row, score in known.items()}  # fmt: skip
+    return [data, f"{what}{unit} ({count}{chance})", *(cells.get(row, "") for row in rows)]
+
+
+def intervals(measures, title: str):
+    """Figure: a panel a Measure, means with 95% intervals; of a loss, what is added to the first row's.
+
+    Probabilities are small marks below the shares that they follow in `measures`, chance and the retrained model
+    vertical lines. Draws of a control stand in one row.
+    """
+    panels = []
+    for measure in measures:
+        if measure.unit == "probability" and panels and panels[-1][0].unit == "%":
+            panels[-1].append(measure)
+        else:
+            panels.append([measure])
+    draws = draws_of(dict.fromkeys(row for measure in measures for row in measure.rows))
+    if all(measure.weights is not None for measure in measures):
+        del draws[measures[0].rows[0]]  # nothing is added to it
+    place = {row: y for y, rows in enumerate(draws.values()) for row in rows}
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(4.6 + 3.3 * (len(panels) - 1), 1.1 + 0.35 * len(draws)),
+                                    sharey=True, squeeze=False, layout="constrained")  # fmt: skip
+    first, marks = all_axes[0][0], {}
+    for axes, (measure, *below) in zip(all_axes[0], panels):
+        interval_panel(axes, measure, place, {row for rows in draws.values() if len(rows) > 1 for row in rows})
+        for other, marker in zip(below, "x|"):
+            style = marks[other.title.rpartition(", ")[2]] = {"marker": marker, "mfc": "none", "ms": 5, "ls": ""}
+            for row, score in other.scores().items():
+                axes.plot(100 * score.mean, place[row] + 0.28, color=colour(row), **style)
+    first.set_yticks(range(len(draws)), [plain(f"{name},\n{len(rows)} draws" if len(rows) > 1 else name)
+                                         for name, rows in draws.items()])  # fmt: skip
+    first.set_ylim(len(draws) - 0.5, -0.5)
+    if marks:
+        for name, style in ({"right": {"marker": "o", "ls": ""}} | marks).items():
+            first.plot([], [], color="0.3", label=name, **style)
+        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.suptitle(plain(title), size=10)
+    return figure
+
+
+def interval_panel(axes, measure, place: dict[str, int], drawn_often: set[str]) -> None:
+    """A panel of `intervals`. place: each row's y; drawn_often: rows that are one of several draws, which are shown
+    without intervals."""
+    added, scale, scores = measure.weights is not None, 100 if measure.unit == "%" else 1, measure.scores()
+    for row, score in scores.items():
+        ends = (score.change, score.change_low, score.change_high) if added else (score.mean, score.low, score.high)
+        if row not in place or ends[0] is None:
+            continue
+        mean, low, high = (scale * (ends[0] if end is None or row in drawn_often else end) for end in ends)
+        style = {"alpha": 0.6, "capsize": 0} if row in drawn_often else {"capsize": 3}
+        axes.errorbar(mean, place[row], xerr=[[max(0, mean - low)], [max(0, high - mean)]], fmt="o", color=colour(row),
+                      **style)  # fmt: skip
+        if row == RETRAINED and not added:
+            axes.axvline(mean, color=colour(row), ls=":", lw=1)
+    axes.grid(axis="x", alpha=0.3)
+    if added:
+        unablated = f"{scores[measure.rows[0]].mean:.2f} {measure.unit} {measure.rows[0]}"
+        axes.set_title(plain(f"{measure.title}\n{unablated}"), size=10)
+        axes.set_xlabel(f"added, {measure.unit}")
+        axes.axvline(0, color="0.4", ls="--", lw=1)
+        return
+    axes.set_title(plain(f"{measure.title} (n {measure.values.shape[1]})"), size=10)
+    axes.set(xlabel="right answers, %", xlim=(0, 103)) if scale == 100 else axes.set_xlabel(measure.unit)
+    if measure.chance is not None:
+        axes.axvline(scale * measure.chance, color="0.4", ls="--", lw=1)
+        axes.annotate("chance", (scale * measure.chance, max(place.values()) + 0.45), xytext=(3, 0),
+                      textcoords="offset points", size=8)  # fmt: skip
+
+
+def group_table(measure) -> None:
+    """Print a line a group (a subject), a column a row: per cent right, a star where it has changed."""
+    groups, q = measure.by_group(), measure.q_values()
+    print(f"\n{measure.title}, by subject, %; * changed, with false discoveries over the {len(groups)} subjects held "
+          "to 5%\n")  # fmt: skip
+    for k, row in enumerate(measure.rows, 1):
+        print(f"  ({k}) {row}")
+    print(f"\n  {'':36}{'n':>5}" + "".join(f"{f'({k})':>8}" for k in range(1, len(measure.rows) + 1)))
+    for group, scores in groups.items():
+        stars = ["*" if q[group].get(row, 1) < 0.05 else " " for row in scores]
+        cells = "".join(f"{100 * score.mean:7.1f}{star}" for score, star in zip(scores.values(), stars))
+        print(f"  {group:36}{scores[measure.rows[0]].n:5}{cells.rstrip()}")
+
+
+def group_figure(measure, title: str, rows=None):
+    """Figure: each group's (subject's) change in accuracy under these rows, in points, with 95% intervals. rows: names
+    (default: all but the first, those named SAE, and the retrained model)."""
+    groups = measure.by_group()
+    if rows is None:
+        rows = [row for row in measure.rows[1:] if row != RETRAINED and not row.startswith("SAE")]
+    figure, axes = plt.subplots(figsize=(6.5, 1.4 + 0.32 * len(groups)), layout="constrained")
+    for k, row in enumerate(rows):
+        scores = [group[row] for group in groups.values()]
+        spread = [[max(0, 100 * (score.change - score.change_low)) for score in scores],
+                  [max(0, 100 * (score.change_high - score.change)) for score in scores]]  # fmt: skip
+        y = [place + 0.2 * (k - (len(rows) - 1) / 2) for place in range(len(groups))]
+        axes.errorbar([100 * score.change for score in scores], y, xerr=spread, fmt="osD"[k % 3], ms=4.5, capsize=2,
+                      color=colour(row), mfc="none" if "zero" in row else colour(row), label=plain(row))  # fmt: skip
+    axes.set_yticks(range(len(groups)), [plain(group.replace("_", " ")) for group in groups])
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.axvline(0, color="0.4", ls="--", lw=1)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_title(plain(title), size=10)
+    axes.set_xlabel("change in accuracy, points")
+    figure.legend(loc="outside lower center", ncols=len(rows), frameon=False, fontsize=8)
+    return figure
+
+
 @torch.inference_mode()
 def top_tokens(model, sae, features: list[int], windows: list[list[int]], k: int = 4) -> list[list[str]]:
-    """For each feature the k tokens on which it is most active in sum."""
+    """For each feature the k tokens on which its activation summed over the windows is largest."""
     latents = Latents(sae, features)
     strength = torch.zeros(model.cfg.d_vocab, len(features))
-    for h, ids in residuals(model, layer_of(sae), windows, 16):
+    for h, ids in iter_residual_stream(model, layer_of(sae), windows, 16):
         strength.index_add_(0, ids.cpu(), latents.encode(h)[0].cpu().float())
-    best = processes.total(strength).topk(k, dim=0)
-    return [
-        [model.tokenizer.decode(i) for i, s in zip(ids.tolist(), sums.tolist()) if s > 0]
-        for ids, sums in zip(best.indices.T, best.values.T)
-    ]
-
-
-LONGEST_ADDRESS = 8000  # characters; many servers take no more
+    best = total_of_processes(strength).topk(k, dim=0)
+    return [[model.tokenizer.decode(i) for i, s in zip(ids.tolist(), sums.tolist()) if s > 0]
+            for ids, sums in zip(best.indices.T, best.values.T)]  # fmt: skip
 
 
 def quick_list(source: str, features: list[int]) -> tuple[str, int]:
-    """Address of one Neuronpedia page of the first features, as many as it has room for, and how many those are.
-    source: MODEL/SAE, as Neuronpedia calls them. SAELens's own function opens a browser."""
+    """The address of a Neuronpedia page that shows the features, as many as an address has room for; and how many.
+
+    source: MODEL/SAE, as Neuronpedia names them. SAELens has such a function too, but it opens a browser.
+    """
     model, sae = source.split("/")
     rows = [{"modelId": model, "layer": sae, "index": str(feature)} for feature in features]
     while True:
@@ -212,7 +248,8 @@ def quick_list(source: str, features: list[int]) -> tuple[str, int]:
 
 
 def print_features(features, forget: Rates, retain: Rates, tokens: list[list[str]], sae, most: int = 20) -> None:
-    """The chosen features: firing rates, ratio, the tokens they are most active on, a Neuronpedia page of them."""
+    """Print the picked features' firing rates, their ratio, the tokens they are most active on, and the address of
+    Neuronpedia's page of them. tokens: from top_tokens; most: lines."""
     ratio = activation_ratio(forget, retain)
     print(f"\n  {'feature':>8}{'forget rate':>13}{'retain rate':>13}{'ratio':>9}   most active on")
     for feature, words in list(zip(features, tokens))[:most]:
@@ -226,16 +263,16 @@ def print_features(features, forget: Rates, retain: Rates, tokens: list[list[str
 
 
 def scatter(features: list[int], forget: Rates, retain: Rates, title: str):
-    """Figure: forget rate against retain rate of every feature that fires, the chosen ones marked."""
+    """Figure: forget rate against retain rate of every feature that fires, the picked ones marked."""
     figure, axes = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
-    floor = 0.5 / torch.tensor([retain.n_tokens, forget.n_tokens])  # where "never" is drawn on logarithmic axes
+    never = 0.5 / torch.tensor([retain.n_tokens, forget.n_tokens])  # a rate of 0, which logarithmic axes cannot show
     alive = (forget.fires + retain.fires) > 0
-    x, y = retain.rate.clamp(min=floor[0].item()), forget.rate.clamp(min=floor[1].item())
-    chosen = torch.zeros_like(alive)
-    chosen[features] = True
-    axes.scatter(x[alive & ~chosen], y[alive & ~chosen], s=8, c="0.65", label="other features", linewidths=0)
-    axes.scatter(x[chosen], y[chosen], s=18, c="#c0392b", marker="D", label=f"chosen ({len(features)})", linewidths=0)
-    span = [min(floor).item(), 1]
+    x, y = retain.rate.clamp(min=never[0].item()), forget.rate.clamp(min=never[1].item())
+    picked = torch.zeros_like(alive)
+    picked[features] = True
+    axes.scatter(x[alive & ~picked], y[alive & ~picked], s=8, c="0.65", label="other features", linewidths=0)
+    axes.scatter(x[picked], y[picked], s=18, c=ABLATED, marker="D", label=f"picked ({len(features)})", linewidths=0)
+    span = [min(never).item(), 1]
     axes.plot(span, span, color="0.4", lw=0.8, ls=":", label="equal rates")
     axes.set(xscale="log", yscale="log", title=plain(title))
     axes.set_xlabel("firing rate on the retain set (leftmost: never)")
@@ -244,19 +281,18 @@ def scatter(features: list[int], forget: Rates, retain: Rates, title: str):
     return figure
 
 
-WIDTH = 88  # characters of a line of tokens
-
-
 def token_figure(model, windows: list[list[int]], values: list[torch.Tensor], title: str):
-    """Figure: each window's tokens in reading order, the darker the larger its value; values: (pos,) each, of which
-    what is below 0 is drawn as 0, and the first token's, usually BOS, is not drawn."""
+    """Figure: the windows' tokens in reading order, a darker ground for a larger value.
+
+    values: (pos,) for each window. Negative values are shown as 0; the first token, usually BOS, is left out.
+    """
     most = max([value[1:].max().item() for value in values] + [1e-9])
     lines, at, y = [], 0, 0
     for ids, value in zip(windows, values):
         for token, strength in list(zip(ids, value.tolist()))[1:]:
             text = model.tokenizer.decode(token)
             shown = text.replace("\n", "\u21b5")
-            if at and at + len(shown) > WIDTH:
+            if at and at + len(shown) > TOKENS_WIDTH:
                 at, y = 0, y + 1
             lines.append((at, y, shown, max(0.0, strength) / most))
             at = at + len(shown)
@@ -264,12 +300,12 @@ def token_figure(model, windows: list[list[int]], values: list[torch.Tensor], ti
                 at, y = 0, y + 1
         at, y = 0, y + (2 if at else 1)
     size = 8  # points; a character of the monospaced font is 0.602 as wide
-    figure, axes = plt.subplots(figsize=(WIDTH * size * 0.602 / 72, 0.5 + 0.19 * (y + 1)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(TOKENS_WIDTH * size * 0.602 / 72, 0.5 + 0.19 * (y + 1)), layout="constrained")
     for x, row, text, share in lines:
         if share:
             axes.add_patch(plt.Rectangle((x, row - 0.5), len(text), 1, color=plt.cm.Oranges(0.1 + 0.75 * share), lw=0))
         axes.text(x, row, plain(text), family="monospace", size=size, va="center", c="w" if share > 0.75 else "k")
-    axes.set(xlim=(0, WIDTH), ylim=(y - 0.5, -0.5))
+    axes.set(xlim=(0, TOKENS_WIDTH), ylim=(y - 0.5, -0.5))
     axes.axis("off")
     figure.suptitle(plain(f"{title} (white 0, darkest {most:.1f})"), size=10)
     return figure
@@ -277,28 +313,23 @@ def token_figure(model, windows: list[list[int]], values: list[torch.Tensor], ti
 
 @torch.inference_mode()
 def contexts_figure(model, sae, feature: int, windows: list[list[int]], n: int = 3):
-    """Figure: the n windows in which a feature is most active, as token_figure shows them."""
-    latents, found = Latents(sae, [feature]), []
-    for index, ids in enumerate(windows):
-        h = hidden(model.original_model, torch.tensor([ids], device=model.cfg.device), layer_of(sae))
-        found.append((latents.encode(h)[0][0, :, 0].cpu(), index))
-    found.sort(key=lambda pair: -pair[0][1:].max().item())
-    values, best = zip(*found[:n])
-    return token_figure(model, [windows[i] for i in best], values, f"feature {feature}, where it is most active")
+    """Figure: a feature's activations on the n windows in which it is most active."""
+    latents, activations = Latents(sae, [feature]), []
+    for ids in windows:
+        h = residual_stream(model.original_model, torch.tensor([ids], device=model.cfg.device), layer_of(sae))
+        activations.append(latents.encode(h)[0][0, :, 0].cpu())  # (pos,)
+    best = sorted(range(len(windows)), key=lambda i: -activations[i][1:].max().item())[:n]
+    title = f"feature {feature}, where it is most active"
+    return token_figure(model, [windows[i] for i in best], [activations[i] for i in best], title)
 
 
 def letter_figure(tried: dict[str, torch.Tensor], right: int, title: str):
-    """Figure: the probabilities (4,) of the letters under each {name: probabilities}, the right one marked."""
+    """Figure: the letters' probabilities (4,), for each {name: probabilities}; right: which letter is marked."""
     figure, axes = plt.subplots(figsize=(5.2, 2.8), layout="constrained")
-    for number, (name, values) in enumerate(tried.items()):
-        places = [letter + 0.27 * (number - (len(tried) - 1) / 2) for letter in range(4)]
-        axes.bar(
-            places,
-            values,
-            0.25,
-            label=f"{name} (together {values.sum():.2f})",
-            color=("0.2", "#e59866", "#c0392b")[number % 3],
-        )
+    for k, (name, values) in enumerate(tried.items()):
+        places = [letter + 0.27 * (k - (len(tried) - 1) / 2) for letter in range(4)]
+        axes.bar(places, values, 0.25, label=f"{plain(name)} (together {values.sum():.2f})",
+                 color=("0.2", "#e59866", ABLATED)[k % 3])  # fmt: skip
     axes.set_xticks(range(4), [f"{letter}{' (right)' if k == right else ''}" for k, letter in enumerate("ABCD")])
     axes.set(ylabel="probability", ylim=(0, 1))
     figure.suptitle(plain(title), size=10)
@@ -307,14 +338,17 @@ def letter_figure(tried: dict[str, torch.Tensor], right: int, title: str):
 
 
 def documents_figure(added: torch.Tensor, windows: list[list[int]], documents: list[int], title: str):
-    """Figure: each document's loss added, nats per token, in order of size; added: (windows,), summed over tokens."""
+    """Figure: the loss added to each document, in nats per token, in order of size.
+
+    added: (n_windows,), nats summed over a window's tokens; documents: the document of each window.
+    """
     total, count = Counter(), Counter()
     for loss, ids, document in zip(added.tolist(), windows, documents):
         total[document] += loss
         count[document] += len(ids) - 1
-    found = sorted(total[document] / count[document] for document in total)
+    per_token = sorted(total[document] / count[document] for document in total)
     figure, axes = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
-    axes.plot(range(1, len(found) + 1), found, "o", ms=3.5, color=COLOURS["sae-ablation"])
+    axes.plot(range(1, len(per_token) + 1), per_token, "o", ms=3.5, color=ABLATED)
     axes.axhline(0, color="0.4", ls="--", lw=1)
     axes.set(xlabel="document, in order of the loss added", ylabel="loss added, nats per token")
     axes.grid(axis="y", alpha=0.3)
@@ -322,109 +356,13 @@ def documents_figure(added: torch.Tensor, windows: list[list[int]], documents: l
     return figure
 
 
-COLOURS = {"none": "0.2", "never-knew": "#1e8449", "sae-patched": "0.45", "sae-reconstruction": "0.65",
-           "sae-ablation": "#c0392b", "random-features": "#2471a3"}  # fmt: skip
-
-
-def colour_of(edit: Edit) -> str:
-    return COLOURS.get(edit.method, COLOURS["sae-ablation"])
-
-
-def subject_figure(edits: list[Edit], scores: list[dict], title: str):
-    """Figure: each subject's change in accuracy under each edit, in points, with 95% intervals."""
-    edits = [pair for pair in zip(edits, scores) if pair[0].method in ("sae-ablation", "random-features")]
-    names = list(scores[0]["subjects"])
-    figure, axes = plt.subplots(figsize=(6.5, 1.4 + 0.32 * len(names)), layout="constrained")
-    for number, (edit, score) in enumerate(edits):
-        cells = [score["subjects"][name] for name in names]
-        change, low, high = ([100 * cell[key] for cell in cells] for key in ("change", "change_low", "change_high"))
-        rows = [row + 0.2 * (number - (len(edits) - 1) / 2) for row in range(len(names))]
-        spread = [[max(0, c - x) for c, x in zip(change, low)], [max(0, x - c) for c, x in zip(change, high)]]
-        colour, marker = colour_of(edit), "osD"[number % 3]
-        fill = "none" if edit.setting["clamp"] == 0 else colour
-        axes.errorbar(change, rows, xerr=spread, fmt=marker, ms=4.5, color=colour, mfc=fill, capsize=2,
-                      label=label(edit))  # fmt: skip
-    axes.set_yticks(range(len(names)), [plain(name.replace("_", " ")) for name in names])
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.axvline(0, color="0.4", ls="--", lw=1)
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_title(plain(title), size=10)
-    axes.set_xlabel("change in accuracy, points")
-    figure.legend(loc="outside lower center", ncols=len(edits), frameon=False, fontsize=8)
-    return figure
-
-
-def panels_of_rows(panels: dict[str, list[dict]], edits: list[Edit], columns, title: str):
-    """Figure: a panel a data set {title: scores}, a row an edit; columns(score) -> value, low, high. And its axes."""
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(4.6 + 2.9 * (len(panels) - 1), 3.2), sharey=True,
-                                    squeeze=False, layout="constrained")  # fmt: skip
-    for axes, scores in zip(all_axes[0], panels.values()):
-        for row, (edit, score) in enumerate(zip(edits, scores)):
-            value, low, high = columns(score)
-            spread = [[max(0, value - low)], [max(0, high - value)]]
-            axes.errorbar(value, row, xerr=spread, fmt="o", color=colour_of(edit), capsize=3)
-        axes.set_yticks(range(len(edits)), map(label, edits))
-        axes.set_ylim(len(edits) - 0.5, -0.5)
-        axes.grid(axis="x", alpha=0.3)
-    figure.suptitle(plain(title), size=10)
-    return figure, all_axes[0]
-
-
-HIDDEN = {  # what a quiz's accuracy hides: marker, and where a score has it
-    "in words": ("s", "in_words", "accuracy"),
-    "P(right letter)": ("|", "right_probability", "mean"),
-    "P(a letter)": ("x", "letters_mass", "mean"),
-}
-
-
-def quiz_figure(panels: dict[str, list[dict]], edits: list[Edit], title: str):
-    """Figure: one panel per data set {title: scores}, accuracy with 95% intervals, chance dashed, and below each what
-    it hides."""
-    columns = lambda score: [100 * score[key] for key in ("accuracy", "low", "high")]  # noqa: E731
-    figure, all_axes = panels_of_rows(panels, edits, columns, title)
-    style = {"mfc": "none", "ms": 5, "ls": ""}
-    all_axes[0].plot([], [], "o", color="0.3", label="accuracy")
-    for name, (marker, part, value) in HIDDEN.items():
-        for axes, scores in zip(all_axes, panels.values()):
-            for row, (edit, score) in enumerate(zip(edits, scores)):
-                if part in score:
-                    axes.plot(100 * score[part][value], row + 0.28, marker=marker, color=colour_of(edit), **style)
-        all_axes[0].plot([], [], marker=marker, color="0.3", label=name, **style)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    for axes, (name, scores) in zip(all_axes, panels.items()):
-        chance = 100 * scores[0]["chance"]
-        axes.axvline(chance, color="0.4", ls="--", lw=1)
-        axes.annotate("chance", (chance, len(edits) - 0.55), xytext=(3, 0), textcoords="offset points", size=8)
-        for edit, score in zip(edits, scores):
-            if edit == NEVER_KNEW:
-                axes.axvline(100 * score["accuracy"], color=colour_of(edit), ls=":", lw=1)
-        axes.set(title=f"{name} (n {scores[0]['n']})", xlabel="accuracy, %", xlim=(0, 103))
-    return figure
-
-
-def loss_added(score: dict) -> list[float]:
-    """The loss added and its interval; of a single document there is none, and the loss itself stands in for it."""
-    ends = [score["loss_added_low"], score["loss_added_high"]]
-    return [score["loss_added"], *(score["loss_added"] if end is None else end for end in ends)]
-
-
-def loss_figure(panels: dict[str, list[dict]], edits: list[Edit], title: str):
-    """Figure: one panel per text {title: scores}, loss added with 95% intervals."""
-    behind = {name: scores[1:] for name, scores in panels.items()}
-    figure, all_axes = panels_of_rows(behind, edits[1:], loss_added, title)
-    for axes, (name, scores) in zip(all_axes, panels.items()):
-        axes.axvline(0, color="0.4", ls="--", lw=1)
-        unablated = f"{scores[0]['nats_per_token']:.2f} nats/token unablated"
-        axes.set(title=f"{name}\n{unablated}", xlabel="loss added, nats/token")
-    return figure
-
-
 def curves(series: dict[str, list[float]], title: str, logarithmic: tuple[str, ...] = ()):
     """Figure: what training did, a panel for each {name: values}, a point a step."""
-    figure, all_axes = plt.subplots(1, len(series), figsize=(4.2 * len(series), 3.2), layout="constrained")
-    for axes, (name, values), colour in zip(all_axes, series.items(), ("#c0392b", "#1f618d", "0.3")):
-        axes.plot(range(1, len(values) + 1), values, color=colour)
-        axes.set(title=name, xlabel="step", yscale="log" if name in logarithmic else "linear")
+    size = (4.2 * len(series), 3.2)
+    figure, all_axes = plt.subplots(1, len(series), figsize=size, squeeze=False, layout="constrained")
+    for axes, (name, values), shade in zip(all_axes[0], series.items(), itertools.cycle((ABLATED, "#1f618d", "0.3"))):
+        axes.plot(range(1, len(values) + 1), values, color=shade)
+        axes.set(title=plain(name), xlabel="step", yscale="log" if name in logarithmic else "linear")
         axes.grid(alpha=0.3)
     figure.suptitle(plain(title), size=10)
     return figure

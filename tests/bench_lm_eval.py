@@ -19,9 +19,9 @@ from bench_patched import now, write_smollm_shape
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from common import load_model
+from common import load_model, load_sae
 from data import LETTERS, encode_prompts, prompt
-from edits import NONE
+from edits import NONE, ablation
 from evaluation import score_letters
 from lm_eval_ablated import AblatedLM
 
@@ -36,8 +36,8 @@ def compare(
     pairs = [(text, f" {letter}") for text in texts for letter in LETTERS]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     same = dict(device=device, dtype=dtype, batch_size=BATCH, attn_implementation="eager")
-    hf, ablated = HFLM(model, **same), AblatedLM(model, sae=sae, features={7: FEATURES}, clamp=-5.0, **same)
-    bridge = load_model(model, device, dtype)
+    hf, ablated, bridge = HFLM(model, **same), AblatedLM(model, **same), load_model(model, device, dtype)
+    ablated.set_edit(ablation(load_sae(sae, 7, bridge), FEATURES, -5.0))
 
     def ours():
         ids, letters = encode_prompts(bridge.tokenizer, texts)

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from bench_patched import write_smollm_shape  # puts the project on the path
 
-import rmu
+import unlearning
 from common import load_hf
 from data import padded
-from edits import decoder_layers, hidden
+from edits import decoder_layers, residual_stream
 
-SETTING = rmu.Setting(layer=7, multiple=4.0, alpha=100.0, steps=3, lr=1e-4)
+LAYER, BATCH, STEPS, ALPHA, RATE = 7, 4, 3, 100.0, 1e-4
 LENGTH = 512  # tokens a text, the release's longest
 
 
@@ -47,11 +47,11 @@ def saved_megabytes(model) -> float:
             kept[storage.data_ptr()] = storage.nbytes()
         return x
 
-    for matrix in rmu.down_projections(model, SETTING.layer).values():
+    for matrix in unlearning.down_projections(model, LAYER).values():
         matrix.requires_grad_(True)
-    ids = torch.tensor(texts()[: SETTING.batch])
+    ids = torch.tensor(texts()[:BATCH])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        held = [hidden(model, ids, SETTING.layer) for _ in range(2)]
+        held = [residual_stream(model, ids, LAYER) for _ in range(2)]
     total = sum(kept.values()) / 2**20
     del held
     model.requires_grad_(False)
@@ -61,14 +61,14 @@ def saved_megabytes(model) -> float:
 def release(model, tokenizer) -> None:
     """Steps in the release's way (github.com/centerforaisafety/wmdp): whole passes, and a frozen copy of the model."""
     frozen, draw = copy.deepcopy(model), random.Random(0)
-    matrices = list(rmu.down_projections(model, SETTING.layer).values())
+    matrices = list(unlearning.down_projections(model, LAYER).values())
     for matrix in matrices:
         matrix.requires_grad_(True)
-    optimizer = torch.optim.AdamW(matrices, lr=SETTING.lr)
+    optimizer = torch.optim.AdamW(matrices, lr=RATE)
 
     def stream(which, ids):
         kept = []
-        block = decoder_layers(which)[SETTING.layer]
+        block = decoder_layers(which)[LAYER]
         handle = block.register_forward_hook(
             lambda module, args, out: kept.append(out[0] if isinstance(out, tuple) else out)
         )
@@ -76,11 +76,11 @@ def release(model, tokenizer) -> None:
         handle.remove()
         return kept[0]
 
-    for _ in range(SETTING.steps):
-        forget, retain = (padded(draw.sample(texts(), SETTING.batch), tokenizer, "cpu") for _ in range(2))
+    for _ in range(STEPS):
+        forget, retain = (padded(draw.sample(texts(), BATCH), tokenizer, "cpu") for _ in range(2))
         with torch.no_grad():
             before = stream(frozen, retain)
-        loss = stream(model, forget).square().mean() + SETTING.alpha * (stream(model, retain) - before).square().mean()
+        loss = stream(model, forget).square().mean() + ALPHA * (stream(model, retain) - before).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -95,7 +95,9 @@ def child(folder: str, way: str) -> None:
         return
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of loading
     if way == "ours":
-        rmu.train(model, tokenizer, texts(), [texts()], SETTING, False, 0)
+        training = unlearning.Training(lambda: model, tokenizer, [], [], picking=(texts(), [texts()]))
+        setting = dict(layer=LAYER, multiple=4.0, alpha=ALPHA, steps=STEPS, lr=RATE, batch=BATCH)
+        unlearning.METHODS["rmu"].train(training, **setting)
     else:
         release(model, tokenizer)
     print(status("VmHWM") - import_only)
@@ -119,6 +121,6 @@ if __name__ == "__main__":
             weights, activations = measured(model, "activations")
             print(f"random model of SmolLM2-135M's shape, fp32, layer 7, 4 + 4 texts of {LENGTH} tokens")
             print(f"  weights {weights:.0f} MB, activations of layers 0 to 7 for two passes {activations:.0f} MB")
-            for way, name in (("ours", "rmu.py"), ("release", "full frozen copy, whole passes")):
+            for way, name in (("ours", "unlearning.py"), ("release", "full frozen copy, whole passes")):
                 peak = measured(model, way)[0]
                 print(f"  {name}: peak {peak:.0f} MB, {peak / (weights + activations):.2f} of their sum")

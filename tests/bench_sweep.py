@@ -25,8 +25,8 @@ from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch.profiler import ProfilerActivity, profile
 
 from common import activation_ratio, firing_rates, largest, load_model, load_sae
-from data import batches, encode_prompts, halves, prompt, special_ids, token_windows
-from edits import NONE, edit_of, layer_of, residuals
+from data import batches, encode_prompts, half_of, prompt, special_ids, token_windows
+from edits import NONE, ablation, iter_residual_stream, layer_of
 from engine import OnePass
 from evaluation import score_letters
 
@@ -41,7 +41,7 @@ def questions(name: str) -> list[dict]:
 def picked(model, sae) -> list[int]:
     """The features that a sweep on the stand-ins would ablate."""
     tokenizer, wmdp = model.tokenizer, questions("wmdp_bio")
-    picking = [wmdp[i] for i in halves(wmdp, 0)[0]]
+    picking = [row for row in wmdp if half_of(row, 0) == "tuning"]
     windows = [token_windows(tokenizer, [prompt(row) for row in part])[0] for part in (picking, questions("mmlu_dev"))]
     texts = [json.loads(line)["text"] for line in (ROOT / "tiny/data/wikitext.jsonl").open()]
     windows.append(token_windows(tokenizer, texts)[0])
@@ -53,7 +53,7 @@ def picked(model, sae) -> list[int]:
 def sparsify(model, sae) -> None:
     """Set the random SAE's threshold so that L0 features are active per token."""
     windows = token_windows(model.tokenizer, [prompt(row) for row in questions("mmlu_dev")[:40]])[0]
-    h = torch.cat([chunk for chunk, _ in residuals(model, layer_of(sae), windows, 16)])
+    h = torch.cat([chunk for chunk, _ in iter_residual_stream(model, layer_of(sae), windows, 16)])
     pre = h.to(sae.W_enc.dtype) @ sae.W_enc + sae.b_enc
     sae.threshold.fill_(pre.flatten().kthvalue(pre.numel() - L0 * len(pre)).values)
 
@@ -66,7 +66,7 @@ def attached(folder: str, sae, prompts, letters, edits, batch_size: int = 16) ->
     model.add_sae(sae, use_error_term=True)
     special, out = torch.tensor(special_ids(model.tokenizer)), torch.empty(len(edits), len(prompts), 4)
     for k, edit in enumerate(edits):
-        features, value = edit.arguments["features"], edit.arguments["clamp"]
+        features, value = edit.settings["features"], edit.settings["clamp"]
         for chosen, ids in batches(prompts, batch_size, model.tokenizer, "cpu"):
             ordinary = ~torch.isin(ids, special)[..., None]
 
@@ -95,13 +95,14 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> str:
 def rerun(model, layer: int, prompts, edits) -> tuple[str, float]:
     """How much there is to run again: edited copies, and their tokens from the first edited one on; and the arithmetic
     limit of a sweep in unablated passes, 1 + copies x share of their tokens x share of layers above the hook point."""
-    run, copies, again, ran = OnePass(model, edits), 0, 0, 0
+    engine, copies, again, ran = OnePass(model, edits), 0, 0, 0
     for _, ids in batches(prompts, 16, model.tokenizer, model.cfg.device):
-        run(ids)
-        first = run.stages[0].ids.shape[1] if len(run.stages) > 1 else 0  # tokens that are run for one row
+        engine.run(ids)
+        first = engine.stages[0][0].ids.shape[1] if len(engine.stages) > 1 else 0  # tokens that are run for one row
         ran += first + len(ids) * (ids.shape[1] - first)
-        copies += len(run.copies)
-        again += sum(ids.shape[1] - copy.start for copy in run.copies)
+        planned = [copy for group in engine.plan() for copy in group]
+        copies += len(planned)
+        again += sum(ids.shape[1] - copy.start for copy in planned)
     limit = 1 + again / ran * (1 - (layer + 1) / model.cfg.n_layers)
     return f"{copies / len(prompts):.1f} edited copies a prompt, {again / ran:.1f} times the tokens", limit
 
@@ -114,7 +115,7 @@ def seconds(work, model, *args) -> tuple[float, torch.Tensor]:
 
 def sweep_settings(sae, features: list[int], clamp: float) -> list:
     """24 of them."""
-    return [edit_of("clamp", sae, features=features[:n], clamp=c) for n in COUNTS for c in (0.0, clamp / 2, clamp)]
+    return [ablation(sae, features[:n], c) for n in COUNTS for c in (0.0, clamp / 2, clamp)]
 
 
 def sweep_times(model, prompts, letters, settings) -> tuple:
@@ -136,7 +137,7 @@ def bench(model, sae, folder: str, clamp: float, n_prompts: int) -> None:
     print(f"  {len(settings)} settings, layers above the hook point: u = {u:.2f}, so 1 + 24u = {1 + 24 * u:.1f}")
     for name in ("mmlu", "wmdp_bio"):
         rows = questions(name)
-        rows = [rows[i] for i in halves(rows, 0)[1]]
+        rows = [row for row in rows if half_of(row, 0) == "held-out"]
         asked = rows[1 :: max(1, len(rows) // n_prompts)][:n_prompts]
         prompts, letters = encode_prompts(model.tokenizer, [prompt(row) for row in asked])
         ratio, sweep, one, ours = sweep_times(model, prompts, letters, settings)

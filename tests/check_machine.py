@@ -27,16 +27,17 @@ from pathlib import Path
 import bench_lm_eval
 import bench_patched
 import bench_sweep
+import psutil
 import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
-import memory
-import records
 from common import best_device, load_model, load_sae
-from data import encode_prompts, first_line, prompt, ran_out
-from evaluation import changed, rounding, score_letters, score_words, standard_rows
+from data import Dataset, encode_prompts, first_line, prompt, ran_out
+from edits import NONE, ablation, patched, reconstruction
+from evaluation import rounding_noise, score_letters, score_words
+from runs import peak_gb
 
 TINY, LAYER = bench_patched.ROOT / "tiny", 7
 HEADS = dict(num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=8192)
@@ -55,7 +56,7 @@ SCRIPTS = {
     "lesson 3": ["feature_ablate_3.py", *SOME],
     "sweep of 24 settings, and controls": ["pareto.py", "--no-sanity"],
     "lm-eval": ["lm_eval_ablated.py", *SOME, "--tasks=tiny_wmdp_bio,tiny_mmlu", "--unablated"],
-    "RMU, 5 steps": ["rmu.py", "--steps=5"],
+    "RMU, 5 steps": ["baselines.py", "--method=rmu", "--steps=5", "--setting", "layer=7"],
     "NPO, 8 settings of 5 steps": ["baselines.py", "--no-sanity", "--method=npo", "--steps=5", "--limit=8"],
 }
 
@@ -117,14 +118,12 @@ def child(peak: str, script: str, *flags: str) -> None:
     try:
         runpy.run_path(str(bench_patched.ROOT / script), run_name="__main__")
     finally:
-        Path(peak).write_text(json.dumps(records.peak_gb()))
+        Path(peak).write_text(json.dumps(peak_gb()))
 
 
 def run_script(script: str, own: list[str], flags: dict[str, str], folder: Path) -> dict:
     """Time, peak memory in GB, exit code, and the last line of one script, started as a user would."""
     given = {**flags, "--dtype": "bfloat16", "--out": str(folder / "record.json")}
-    if script == "rmu.py":  # it has no SAE, and a layer of its own
-        del given["--sae"], given["--layer"]
     started, peak = time.perf_counter(), folder / "peak.json"
     peak.write_text("null")  # of a script that is killed
     command = [sys.executable, __file__, "child", str(peak), script, *own, *(f"{k}={v}" for k, v in given.items())]
@@ -144,18 +143,26 @@ def tiny_answers(device: str) -> dict:
     model = load_model("tiny", device)
     sae = load_sae(None, LAYER, model)
     features = bench_sweep.picked(model, sae)
-    rows = standard_rows(sae, features[:50], [features[50:100]], -40.0)
+    rows = [NONE, patched(sae, features[:50]), reconstruction(sae), ablation(sae, features[:50]),
+            ablation(sae, features[:50], -40.0), ablation(sae, features[50:100], -40.0)]  # fmt: skip
     questions = read(TINY / "data", "wmdp_bio")[:64]
     prompts, letters = encode_prompts(model.tokenizer, [prompt(row) for row in questions])
     letters = score_letters(model, prompts, letters, rows)
     return {"features": features, "letters": letters, "words": score_words(model, questions, rows)}
 
 
+def difference(one: torch.Tensor, other: torch.Tensor) -> dict:
+    """Between two sets of scores, (..., n_questions, 4): how many answers there are, how many differ, and by how
+    much a log-probability does at most, in nats."""
+    differ = one.argmax(-1) != other.argmax(-1)
+    return {"asked": differ.numel(), "answers": int(differ.sum()), "log_probability": (one - other).abs().max().item()}
+
+
 def same_as_cpu(device: str) -> dict:
     """How far tiny in float32 is from what the CPU gives."""
     here, there = tiny_answers(device), tiny_answers("cpu")
     found = {"features picked that differ": len(set(here["features"]) - set(there["features"]))}
-    return found | {name: changed(here[name], there[name]) for name in ("letters", "words")}
+    return found | {name: difference(here[name], there[name]) for name in ("letters", "words")}
 
 
 def of_batches(flags: dict, device: str) -> dict:
@@ -163,8 +170,7 @@ def of_batches(flags: dict, device: str) -> dict:
     found = {}
     for name, folder, data in (("tiny", "tiny", TINY / "data"), ("the model", flags["--model"], flags["--data"])):
         model = load_model(folder, device, "bfloat16")
-        asked = encode_prompts(model.tokenizer, [prompt(row) for row in read(data, "wmdp_bio")[:64]])
-        found[name] = rounding(model, *asked)
+        found[name] = rounding_noise(model, Dataset("wmdp_bio", read(data, "wmdp_bio")[:64]))
     return found
 
 
@@ -182,7 +188,7 @@ def ratios(flags: dict, device: str, shape: str) -> dict:
     each, alone = bench_sweep.seconds(bench_sweep.one_by_one, model, prompts, letters, settings)
     found |= {"sweep of 24 over an unablated pass": sweep, "and over the arithmetic limit": sweep / limit,
               "24 one at a time over the sweep": each / seconds,
-              "letters that differ one at a time": changed(ours, alone)["answers"]}  # fmt: skip
+              "letters that differ one at a time": difference(ours, alone)["answers"]}  # fmt: skip
     del model, sae
     times = bench_lm_eval.compare(shape, flags["--model"], flags["--sae"], rows, "bfloat16", 3, device)
     return found | {f"{name} over lm-eval's hf": times[name] for name in ("sae-ablated", "our scorer")}
@@ -194,7 +200,8 @@ def ratios(flags: dict, device: str, shape: str) -> dict:
 def machine(device: str) -> dict:
     """What there is."""
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    free = memory.free_bytes(torch.device(device)) / 1e9
+    on_card = device.startswith("cuda")
+    free = (torch.cuda.mem_get_info(device)[0] if on_card else psutil.virtual_memory().available) / 1e9
     return {"device": device, "cards": cards, "mps": torch.backends.mps.is_available(), "cores": os.cpu_count(),
             "free_gb": round(free, 2), "python": platform.python_version(), "torch": torch.__version__,
             "system": platform.platform()}  # fmt: skip
@@ -247,7 +254,7 @@ def check(device: str, shape: str) -> dict:
 def faults(report: dict) -> list[str]:
     """What should not be: a refusal is none where it is memory that lacks."""
     bad = [f"{name}: {found['said']}" for name, found in report["scripts"].items()
-           if found["exit_code"] and not (found["exit_code"] == 2 and "GB are free" in found["said"])]  # fmt: skip
+           if found["exit_code"] and not (found["exit_code"] == 2 and "no memory" in found["said"])]  # fmt: skip
     return bad + [
         f"tiny: other answers, {name}" for name in ("letters", "words") if report["tiny"].get(name, {}).get("answers")
     ]

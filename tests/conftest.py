@@ -68,7 +68,6 @@ import common
 import data
 import evaluation
 import hub
-import training
 from data import special_ids
 
 FAMILIES = ("gemma2", "gemma3", "llama", "qwen3", "gpt2", "gpt_neox")
@@ -180,7 +179,6 @@ def little_text():
     """Few tokens of Wikitext and OpenWebText, for rates, training and loss; processes of their own see all."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "RETAIN_TOKENS", 3000)
-        patch.setattr(training, "RETAIN_TOKENS", 3000)
         patch.setattr(evaluation, "SCORED_TOKENS", 1000)
         yield
 
@@ -409,17 +407,17 @@ def code_of(run) -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def without_twin():
-    """For time, only the tests that are about it score the model that never knew."""
+    """To save time, only the tests that are about it score the retrained model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(hub.PRESETS, "tiny", replace(hub.PRESETS["tiny"], never_knew=None))
+        patch.setitem(hub.PRESETS, "tiny", replace(hub.PRESETS["tiny"], retrained=None))
         yield
 
 
 @pytest.fixture
 def twin(without_twin, monkeypatch):
     """The model that was trained without the forget set, as tiny's preset names it."""
-    monkeypatch.setitem(hub.PRESETS, "tiny", replace(hub.PRESETS["tiny"], never_knew="never-knew"))
-    return common.load_model("never-knew")
+    monkeypatch.setitem(hub.PRESETS, "tiny", replace(hub.PRESETS["tiny"], retrained="tiny-retrained"))
+    return common.load_model("tiny-retrained")
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,9 @@
 A stand-in for the model and dataset hub, over HTTP on the loopback: what huggingface_hub and datasets ask for, no more.
 
 A folder ROOT/models/ORG/NAME or ROOT/datasets/ORG/NAME is a repository with one revision, `main`. Some repositories can
-be made to fail: gated ones let nobody in, lost ones have no revision `main`, broken ones end downloads half-way. With a
-token one may upload, but not to the organizations in `closed`; all files come within commits, none by LFS or Xet.
+be made to fail: gated ones let nobody in, lost ones have no revision `main`, broken ones end downloads half-way.
 """
 
-import base64
 import hashlib
 import json
 import threading
@@ -17,11 +15,10 @@ from urllib.parse import parse_qs, unquote, urlparse
 
 
 class Hub:
-    """What the server serves and how; asked: (method, path) of every request so far; validated: cards that it read."""
+    """What the server serves and how. asked: (method, path) of every request so far."""
 
     def __init__(self, root: Path):
         self.root, self.gated, self.lost, self.broken, self.asked = root, set(), set(), set(), []
-        self.closed, self.validated = set(), []
 
     def commit(self, repo: str) -> str:
         return hashlib.sha1(repo.encode()).hexdigest()
@@ -31,8 +28,8 @@ class Hub:
         return {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
 
     def entries(self, kind: str, repo: str, under: str = "", recursive: bool = True) -> list[dict]:
-        """Files and folders below `under`, as the hub's tree lists them."""
-        found, folders = [], set()
+        """Files and folders below `under`, in the form of the hub's trees."""
+        files, folders = [], set()
         for name, path in self.files(kind, repo).items():
             if under and not name.startswith(f"{under}/"):
                 continue
@@ -40,8 +37,8 @@ class Hub:
             for depth in range(1, len(rest) if recursive else min(len(rest), 2)):
                 folders.add("/".join([*([under] if under else []), *rest[:depth]]))
             if recursive or len(rest) == 1:
-                found.append({"type": "file", "oid": oid(path), "size": path.stat().st_size, "path": name})
-        return [{"type": "directory", "oid": "0" * 40, "size": 0, "path": f} for f in sorted(folders)] + found
+                files.append({"type": "file", "oid": oid(path), "size": path.stat().st_size, "path": name})
+        return [{"type": "directory", "oid": "0" * 40, "size": 0, "path": f} for f in sorted(folders)] + files
 
 
 def oid(path: Path) -> str:
@@ -84,25 +81,19 @@ class Handler(BaseHTTPRequestHandler):
         url = urlparse(self.path)
         self.hub.asked.append((self.command, unquote(self.path)))
         parts = unquote(url.path).strip("/").split("/")
-        if {"create", "preupload", "commit"} & set(parts):
-            return self.upload(parts[1:], body)
-        if parts == ["api", "validate-yaml"]:
-            self.hub.validated.append(json.loads(body)["content"])
-            return self.json({"errors": [], "warnings": []})
         if parts[0] == "api":
             return self.api(parts[1:], parse_qs(url.query), body)
         kind = "datasets" if parts[0] == "datasets" else "models"
         parts = parts[1:] if kind == "datasets" else parts
-        repo, action, revision, name = "/".join(parts[:-1][:2]), "", "", ""
-        if "resolve" in parts:
-            at = parts.index("resolve")
-            repo, action, revision, name = "/".join(parts[:at]), "resolve", parts[at + 1], "/".join(parts[at + 2 :])
-        if action == "resolve" and self.admitted(kind, repo, revision):
+        if "resolve" not in parts:
+            return self.refuse(404, "EntryNotFound", "no such page")
+        at = parts.index("resolve")
+        repo, revision, name = "/".join(parts[:at]), parts[at + 1], "/".join(parts[at + 2 :])
+        if self.admitted(kind, repo, revision):
             self.file(kind, repo, name)
-        elif action != "resolve":
-            self.refuse(404, "EntryNotFound", "no such page")
 
     def admitted(self, kind: str, repo: str, revision: str) -> bool:
+        """Whether the client may read the repository; if not, it has been told so."""
         if not self.hub.files(kind, repo):
             self.refuse(401, "RepoNotFound", "Invalid username or password.")
         elif repo in self.hub.gated:
@@ -158,28 +149,6 @@ class Handler(BaseHTTPRequestHandler):
             return self.json([everything[path] for path in wanted if path in everything])
         branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": self.hub.commit(repo)}
         return self.json({"branches": [branch], "tags": [], "converts": []})
-
-    def upload(self, parts: list[str], body: str):
-        asked = json.loads(body.splitlines()[0])
-        repo = f"{asked['organization']}/{asked['name']}" if parts[1] == "create" else "/".join(parts[1:3])
-        folder = self.hub.root / "models" / repo
-        if "Authorization" not in self.headers:
-            return self.refuse(401, "", "Invalid username or password.")
-        if repo.split("/")[0] in self.hub.closed:
-            return self.refuse(403, "", "You don't have the rights to create a model under this namespace")
-        if parts[1] == "create":
-            there = folder.is_dir()
-            folder.mkdir(parents=True, exist_ok=True)
-            return self.reply(409 if there else 200, json.dumps({"url": f"{self.hub.address}/{repo}"}).encode())
-        if "preupload" in parts:
-            modes = {"uploadMode": "regular", "shouldIgnore": False}
-            return self.json({"files": [{"path": file["path"], **modes} for file in asked["files"]]})
-        for one in map(json.loads, body.splitlines()[1:]):
-            path = folder / one["value"]["path"]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(base64.b64decode(one["value"]["content"]))
-        commit = self.hub.commit(repo)
-        return self.json({"commitUrl": f"{self.hub.address}/{repo}/commit/{commit}", "commitOid": commit})
 
     def info(self, kind: str, repo: str) -> dict:
         siblings = [{"rfilename": name} for name in self.hub.files(kind, repo)]

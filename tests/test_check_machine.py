@@ -35,7 +35,7 @@ def test_what_is_a_fault(monkeypatch):
     from check_machine import faults
 
     fine = {"exit_code": 0}
-    refused = {"exit_code": 2, "said": "error: NPO trains all 2,614.3 million weights: 47 GB; 22 GB are free."}
+    refused = {"exit_code": 2, "said": "error: no memory is left (CUDA out of memory): take a smaller model"}
     tiny = {name: {"answers": 0} for name in ("letters", "words")}
     report = {"scripts": {"lesson 1": fine, "NPO": refused}, "tiny": tiny}
     assert faults(report) == []

@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import D_SAE, HOOK, MARKER, ordinary_mask, residual, some_ids, some_windows, train_tokenizer, write_sae
+from sae_lens import JumpReLUSAE
 from sae_lens.saes.matching_pursuit_sae import MatchingPursuitSAE, MatchingPursuitSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import common
+import edits
+import evaluation
 from common import Rates, ablate, largest, matched_random
-from data import UserError, batches
+from data import UserError, batches, load, token_windows
 
 FEATURES = list(range(0, D_SAE, 3))
 
@@ -265,7 +268,119 @@ def test_a_feature_that_never_fires_is_no_control():
     assert all(min(matched_random(forget, retain, [60, 70], seed)) >= 50 for seed in range(50))
 
 
-# ------------------------------------------------------------------------------------------ sanity gate
+# ---------------------------------------------------------------------------------------- the SAE check
+
+
+def perfect(sae):
+    """Two features per dimension, its positive and its negative part: exact, and 32 are active on each token."""
+    eye = torch.eye(32)
+    sae.W_enc.copy_(torch.cat([eye, -eye], 1))
+    sae.W_dec.copy_(torch.cat([eye, -eye]))
+    sae.b_enc.zero_(), sae.b_dec.zero_(), sae.threshold.zero_()
+
+
+def broken(sae):
+    perfect(sae)
+    sae.threshold.fill_(1e3)
+
+
+def test_sae_check_passes_a_fitting_sae(model, tmp_path, capsys):
+    sae = common.load_sae(str(write_sae(tmp_path, "x", spoil=perfect, l0=31.0)), 1, model)
+    found = evaluation.check_sae_quality(model, sae, some_windows(model))
+    assert found["l0"] == pytest.approx(32, abs=0.1) and found["variance_explained"] > 0.999
+    assert found["promised_l0"] == 31.0
+    assert found["n_tokens"] == sum(int(ordinary_mask(model, torch.tensor(row)).sum()) for row in some_windows(model))
+    assert "L0 32.0 (promised 31.0)" in capsys.readouterr().out
+
+
+def test_of_many_windows_the_sae_check_reads_some(gemma, tmp_path):
+    sae, windows = common.load_sae(str(write_sae(tmp_path, "x", spoil=perfect)), 1, gemma), some_windows(gemma) * 4
+    tokens = sum(map(len, windows))
+    whole, half = (
+        evaluation.check_sae_quality(gemma, sae, windows, most=most)["n_tokens"] for most in (tokens, tokens // 2)
+    )
+    assert 0 < half < 0.7 * whole
+
+
+@pytest.mark.parametrize("spoil,promised", [(broken, None), (perfect, 200.0), (perfect, 5.0)])
+def test_sae_check_stops_a_broken_sae(gemma, tmp_path, spoil, promised):
+    sae = common.load_sae(str(write_sae(tmp_path, "gemma2", spoil=spoil, l0=promised)), 1, gemma)
+    with pytest.raises(UserError, match="does not fit"):
+        evaluation.check_sae_quality(gemma, sae, some_windows(gemma))
+    assert evaluation.check_sae_quality(gemma, sae, some_windows(gemma), insist=False)["n_tokens"] > 50
+
+
+def lopsided(sae):
+    """As `perfect`, but nothing of the first dimension is written back."""
+    perfect(sae)
+    sae.W_dec[:, 0] = 0
+
+
+def too_large(sae):
+    lopsided(sae)
+    sae.W_dec.mul_(2.5)
+
+
+def check_on(monkeypatch, sae, h):
+    """The SAE check on a residual stream h (n, 32) that comes in windows of 100, longest, if any, first."""
+    batches = [(part, None) for part in h.split(100)]
+    monkeypatch.setattr(edits, "iter_residual_stream", lambda *args, **kwargs: batches)
+    return evaluation.check_sae_quality(None, sae, [[0] * len(part) for part, _ in batches])
+
+
+def test_a_few_sink_tokens_do_not_decide_the_variance_explained(gemma, make_sae, monkeypatch, capsys):
+    h = torch.randn(6096, 32, generator=torch.Generator().manual_seed(0)) + 3
+    fits = make_sae(gemma, spoil=lopsided)
+    plain = check_on(monkeypatch, fits, h)
+    by_hand = 1 - h[:, 0].square().sum() / (h - h.mean(0)).square().sum()
+    assert plain["variance_explained"] == pytest.approx(by_hand.item(), abs=3e-3) and plain["n_tokens"] == 6096
+    sinks = h.clone()
+    sinks[[7, 2222, 6000]] = torch.eye(32)[0] * 50 * h.norm(dim=1).mean()
+    found = check_on(monkeypatch, fits, sinks)
+    assert found["variance_explained"] == pytest.approx(plain["variance_explained"], abs=3e-3)
+    assert "the thousandth of largest norm left out" in capsys.readouterr().out
+    for spoil in (broken, too_large):
+        with pytest.raises(UserError, match="does not fit"):
+            check_on(monkeypatch, make_sae(gemma, spoil=spoil), sinks)
+
+
+def test_the_sae_check_looks_at_all_windows(gemma, make_sae, monkeypatch):
+    h = torch.randn(6096, 32, generator=torch.Generator().manual_seed(0))
+    h[4096:, 0] *= 20  # the shorter windows, which come last
+    with pytest.raises(UserError, match="does not fit"):
+        check_on(monkeypatch, make_sae(gemma, spoil=lopsided), h)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_residual_stream_that_is_not_finite_passes_no_sae_check(gemma, make_sae, monkeypatch, value):
+    h = torch.randn(300, 32)
+    h[120, 5] = value
+    batches = [(part, None) for part in h.split(100)]
+    monkeypatch.setattr(edits, "iter_residual_stream", lambda *args, **kwargs: batches)
+    with pytest.raises(UserError, match="not finite"):
+        evaluation.check_sae_quality(None, make_sae(gemma, spoil=lopsided), [[0] * 100] * 3, insist=False)
+
+
+def test_sae_check_stops_a_sae_read_with_the_wrong_architecture(gemma, tmp_path):
+    # a JumpReLU SAE whose cfg.json calls it standard loses its thresholds: far too many features fire
+    write_sae(tmp_path, "gemma2", spoil=lambda sae: sae.threshold.fill_(2.5), l0=1.0)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps({**cfg, "architecture": "standard"}))
+    try:
+        sae = common.load_sae(str(tmp_path), 1, gemma)
+    except UserError:  # SAELens may already refuse the unknown weight
+        return
+    with pytest.raises(UserError, match="does not fit"):
+        evaluation.check_sae_quality(gemma, sae, some_windows(gemma))
+
+
+def test_the_sae_check_of_tiny():
+    """By another formula, which held one batch at a time, it was 0.94015648."""
+    model = common.load_model("tiny", "cpu")
+    sae, (windows, _) = common.load_sae(None, 7, model), token_windows(model.tokenizer, load("wikitext").texts, 128)
+    assert evaluation.check_sae_quality(model, sae, windows)["variance_explained"] == 0.9402
+    with pytest.raises(UserError, match="no token"):
+        evaluation.check_sae_quality(model, sae, [])
 
 
 def test_offline_loading(model_folder, monkeypatch):
@@ -404,14 +519,39 @@ def test_a_bridge_that_is_not_its_hugging_face_model_is_refused(model_folder):
             common.load_model(str(model_folder("cohere")), "cpu", dtype)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+def test_a_model_in_memory_becomes_the_bridge_that_its_folder_gives(model_folder, get_model, family):
+    hf, tokenizer = common.load_hf(str(model_folder(family)), "cpu")
+    hf.requires_grad_(True)
+    ids = some_ids(get_model(family))
+    with torch.inference_mode():
+        plain = hf(ids).logits
+        bridge = common.as_bridge(hf, tokenizer, str(model_folder(family)))
+        assert torch.equal(bridge(ids), get_model(family)(ids)) and torch.equal(hf(ids).logits, bridge(ids))
+        torch.testing.assert_close(bridge(ids), plain, atol=1e-5, rtol=1e-5)
+    assert bridge.original_model is hf and bridge.tokenizer is tokenizer
+    assert str(bridge.cfg.device) == "cpu" and bridge.cfg.dtype == torch.float32
+    assert not any(p.requires_grad for p in bridge.parameters())
+
+
+def test_the_dtype_and_the_retrained_model_are_the_presets():
+    model, twin = common.load_model("tiny", "cpu"), common.load_retrained("tiny", "cpu")
+    assert model.cfg.dtype == torch.float32 and twin is common.load_retrained("tiny", "cpu") is not model
+    assert common.load_retrained("tiny-retrained") is None and common.load_retrained("gpt2") is None
+
+
+def test_an_sae_that_saelens_encodes_otherwise_is_refused(gemma, tmp_path, monkeypatch):
+    write_sae(tmp_path, "gemma2")
+    monkeypatch.setattr(JumpReLUSAE, "encode", lambda self, x: torch.relu(x @ self.W_enc + self.b_enc))
+    with pytest.raises(UserError, match="another formula"):
+        common.load_sae(str(tmp_path), 1, gemma)
+
+
 @pytest.mark.slow
 def test_a_family_that_transformerlens_cannot_run_is_refused_in_a_line(model_folder):
     for family, dtype in (("qwen3_next", "float32"), ("olmo2", "bfloat16")):
         with pytest.raises(UserError, match="does not run here"):
             common.load_model(str(model_folder(family)), "cpu", dtype)
-
-
-# ------------------------------------------------------------------------------------ the first token
 
 
 # ------------------------------------------------------------------------------------------------ memory

@@ -1,8 +1,10 @@
 """Questions, texts and retain sets."""
 
-import argparse
 import copy
+import dataclasses
+import hashlib
 import json
+import random
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import data
-from data import UserError, batches, encode_prompts, halves, load_rows, prompt, special_ids, token_windows
+from data import Dataset, UserError, batches, encode_prompts, prompt, reordered, special_ids, token_windows
 
 
 def line(**changes):
@@ -31,21 +33,21 @@ def test_a_bad_question_is_refused_with_its_line(tmp_path, changes):
     path = tmp_path / "mmlu.jsonl"
     path.write_text("\n".join([line(), line(**changes)]))
     with pytest.raises(UserError, match=r"mmlu.jsonl, line 2"):
-        data.load_rows("mmlu", "other/model", str(tmp_path))
+        data.load("mmlu", "other/model", str(tmp_path))
 
 
 def test_byte_order_mark_and_a_last_blank_line_do_no_harm(tmp_path):
     (tmp_path / "mmlu.jsonl").write_bytes(b"\xef\xbb\xbf" + line().encode() + b"\n\n")
-    assert len(data.load_rows("mmlu", "other/model", str(tmp_path))[0]) == 1
+    assert len(data.load("mmlu", "other/model", str(tmp_path))) == 1
 
 
 def test_empty_and_binary_files_are_refused(tmp_path):
     (tmp_path / "mmlu.jsonl").write_text("\n")
     with pytest.raises(UserError, match="is empty"):
-        data.load_rows("mmlu", "other/model", str(tmp_path))
+        data.load("mmlu", "other/model", str(tmp_path))
     (tmp_path / "mmlu.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
-        data.load_rows("mmlu", "other/model", str(tmp_path))
+        data.load("mmlu", "other/model", str(tmp_path))
 
 
 def test_the_hub_is_asked_in_order_and_a_failure_names_the_way_out(monkeypatch, tmp_path, capsys):
@@ -59,25 +61,21 @@ def test_the_hub_is_asked_in_order_and_a_failure_names_the_way_out(monkeypatch, 
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    rows, found = data.load_rows("openwebtext", "some/model")
-    assert [row["text"] for row in rows] == [str(i) for i in range(data.STREAMED)]
-    assert found["source"] == "stas/openwebtext-10k train refs/convert/parquet" and not found["stand_in"]
+    web = data.load("openwebtext", "some/model")
+    assert web.texts == [str(i) for i in range(data.STREAMED)]
+    assert web.source == "stas/openwebtext-10k train refs/convert/parquet" and not web.stand_in
     said = capsys.readouterr().err
-    assert f"data: openwebtext is 2,000 rows of {found['source']}, as {data.HUB['openwebtext'][0][0]} failed" in said
+    assert f"data: openwebtext is 2,000 rows of {web.source}, as {data.HUB['openwebtext'][0][0]} failed" in said
     assert "scripts are no longer supported" in said
     ids = [source[0] for source in data.HUB["openwebtext"]]
     assert asked == list(zip(ids, [None, data.PARQUET] * 2))
-    with pytest.raises(UserError, match="give --data FOLDER"):
-        data.load_rows("wmdp_bio", "some/model")
+    with pytest.raises(UserError, match=r"give a data folder with wmdp_bio\.jsonl"):
+        data.load("wmdp_bio", "some/model")
     assert asked[4:] == [("cais/wmdp", None)]
 
 
 ROWS = [{"question": f"{i}. Which organ pumps blood?", "choices": ["lung", "heart", "skin", "bone"], "answer": 1}
         for i in range(40)]  # fmt: skip
-
-
-def quiz_settings(**changes):
-    return argparse.Namespace(**{"model": "some/model", "data": None, "seed": 0, "pick_on": "half", **changes})
 
 
 def test_robust_and_cloze_questions_come_from_their_releases(monkeypatch):
@@ -88,77 +86,68 @@ def test_robust_and_cloze_questions_come_from_their_releases(monkeypatch):
         return ROWS[len(asked) : len(asked) + 2]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    sources = {}
-    rows, picking, reporting = data.load_quiz("wmdp_bio", quiz_settings(wmdp="robust"), sources)
+    robust = data.load("wmdp_bio", "some/model", variant="robust")
     assert asked == [("EleutherAI/wmdp_bio_robust_mcqa", config, "robust") for config in data.CATEGORIES]
-    assert len(rows) == 12 and not data.is_cloze(rows) and sorted(picking + reporting) == [*range(12)]
-    found = sources["wmdp_bio"]
-    assert found["wmdp"] == "robust" and "about 35%" in found["published"] and not found["stand_in"]
-    assert found["source"] == f"EleutherAI/wmdp_bio_robust_mcqa {'+'.join(data.CATEGORIES)} robust"
+    assert len(robust) == 12 and not robust.is_cloze and len(robust.tuning) + len(robust.held_out) == 12
+    assert robust.title == "WMDP-Bio Robust" and "about 35%" in robust.published
+    assert robust.source == f"EleutherAI/wmdp_bio_robust_mcqa {'+'.join(data.CATEGORIES)} robust"
     asked.clear()
-    rows, *_ = data.load_quiz("wmdp_bio", quiz_settings(wmdp="cloze"), sources)
+    cloze = data.load("wmdp_bio", "some/model", variant="cloze")
     assert asked == [("EleutherAI/wmdp_bio_cloze", None, "cloze_compatible")]
-    assert data.is_cloze(rows) and "about 24%" in sources["wmdp_bio"]["published"]
-    assert sources["wmdp_bio"]["source"] == "EleutherAI/wmdp_bio_cloze cloze_compatible"
-    assert not data.is_cloze(data.load_quiz("mmlu", quiz_settings(wmdp="cloze", model="tiny"), sources)[0])
+    assert cloze.is_cloze and cloze.held_out.is_cloze and "about 24%" in cloze.about()["published"]
+    assert cloze.source == "EleutherAI/wmdp_bio_cloze cloze_compatible"
+    assert not data.load("mmlu", variant="cloze").is_cloze
 
 
 def test_a_hub_row_of_another_form_is_refused(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{**ROWS[0], "choices": ["lung", "heart"]}])
     with pytest.raises(UserError, match="wmdp_bio_cloze from the hub: needs a question, 4 choices"):
-        data.load_rows("wmdp_bio_cloze", "some/model")
+        data.load("wmdp_bio_cloze", "some/model")
+
+
+def questions_of(quiz):
+    return {row["question"] for row in quiz.rows}
 
 
 def test_a_question_is_on_the_same_half_in_all_sets(tmp_path):
     for name, rows in (("wmdp_bio", ROWS), ("wmdp_bio_robust", ROWS[::-3]), ("wmdp_bio_cloze", ROWS[5:30])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sides = []
-    for which in data.WMDP:
-        rows, *halves = data.load_quiz("wmdp_bio", quiz_settings(wmdp=which, data=str(tmp_path)), {})
-        sides.append([{rows[i]["question"] for i in half} for half in halves])
-    assert [sum(map(len, both)) for both in sides] == [40, 14, 25]
-    assert sides[0] == [{ROWS[i]["question"] for i in half} for half in data.halves(ROWS, quiz_settings().seed)]
-    for picking, reporting in sides[1:]:
-        assert picking and reporting and picking <= sides[0][0] and reporting <= sides[0][1]
+        write_rows(tmp_path, name, rows)
+    quizzes = [data.load("wmdp_bio", "some/model", str(tmp_path), variant=which) for which in data.WMDP]
+    assert [len(quiz) for quiz in quizzes] == [40, 14, 25]
+    for quiz in quizzes:
+        tuning, held_out = questions_of(quiz.tuning), questions_of(quiz.held_out)
+        assert tuning and held_out and len(tuning) + len(held_out) == len(quiz)
+        assert tuning <= questions_of(quizzes[0].tuning) and held_out <= questions_of(quizzes[0].held_out)
 
 
 def test_tiny_has_a_stand_in_for_the_cloze_set_and_no_robust_one(tmp_path):
-    sources = {}
-    rows, *halves = data.load_quiz("wmdp_bio", quiz_settings(wmdp="cloze", model="tiny"), sources)
-    whole, *same = data.load_quiz("wmdp_bio", quiz_settings(model="tiny"), {})
-    assert [row["question"] for row in rows] == [row["question"] for row in whole] and halves == same
-    assert sources["wmdp_bio"]["stand_in"] and "published" not in sources["wmdp_bio"]
-    with pytest.raises(UserError, match=r"leave --wmdp out, or give --data FOLDER with wmdp_bio_robust\.jsonl"):
-        data.load_quiz("wmdp_bio", quiz_settings(wmdp="robust", model="tiny"), {})
-    (tmp_path / "wmdp_bio_robust.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    own = quiz_settings(wmdp="robust", model="tiny", data=str(tmp_path))
-    assert data.load_quiz("wmdp_bio", own, sources)[0][3]["question"] == ROWS[3]["question"]
-    assert sources["wmdp_bio"]["source"] == str(tmp_path / "wmdp_bio_robust.jsonl")
-
-
-def corpus_settings(tmp_path, forget_corpus=None):
-    return argparse.Namespace(model="some/model", data=str(tmp_path), forget_corpus=forget_corpus)
+    cloze, whole = data.load("wmdp_bio", variant="cloze"), data.load("wmdp_bio")
+    assert cloze.rows == whole.rows and cloze.held_out.indices == whole.held_out.indices
+    assert cloze.title == "WMDP-Bio Cloze stand-in" and cloze.stand_in and cloze.published is None
+    with pytest.raises(UserError, match=r"no robust set.*a folder with wmdp_bio_robust\.jsonl"):
+        data.load("wmdp_bio", variant="robust")
+    write_rows(tmp_path, "wmdp_bio_robust", ROWS)
+    robust = data.load("wmdp_bio", folder=str(tmp_path), variant="robust")
+    assert robust.rows == ROWS and robust.source == str(tmp_path / "wmdp_bio_robust.jsonl") and not robust.stand_in
 
 
 def test_a_forget_corpus_of_ones_own(tmp_path):
     path = tmp_path / "mine.jsonl"
-    rows = [
-        {"title": "t", "text": f"{i} " + "x" * 2 * data.CORPUS_CHARACTERS} for i in range(data.CORPUS_DOCUMENTS + 5)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path, "mine", [{"title": "t", "text": f"{i} " + "x" * 2 * data.CORPUS_CHARACTERS}
+                                  for i in range(data.CORPUS_DOCUMENTS + 5)])  # fmt: skip
     (tmp_path / "mmlu.jsonl").touch()  # a folder without any file of a known name is refused
-    texts, found = data.load_corpus(corpus_settings(tmp_path, str(path)))
-    assert len(texts) == found["documents"] == data.CORPUS_DOCUMENTS and found["source"] == str(path)
-    assert texts[3].startswith("3 x") and {len(text) for text in texts} == {data.CORPUS_CHARACTERS}
-    assert data.load_corpus(corpus_settings(tmp_path))[0] == []
+    corpus = data.load_corpus(str(path), "some/model", str(tmp_path))
+    assert len(corpus) == corpus.about()["n_rows"] == data.CORPUS_DOCUMENTS and corpus.source == str(path)
+    assert corpus.texts[3].startswith("3 x") and {len(text) for text in corpus.texts} == {data.CORPUS_CHARACTERS}
+    assert not data.load_corpus(None, "some/model", str(tmp_path)).rows
     path.rename(tmp_path / "forget_corpus.jsonl")
-    assert data.load_corpus(corpus_settings(tmp_path))[0] == texts
+    assert data.load_corpus(None, "some/model", str(tmp_path)).texts == corpus.texts
 
 
 def test_without_a_forget_corpus_the_line_names_the_form(tmp_path, monkeypatch):
     form = "https://huggingface.co/datasets/cais/wmdp-bio-forget-corpus"
     with pytest.raises(UserError, match=f"mine.jsonl: no such file.* {form}"):
-        data.load_corpus(corpus_settings(tmp_path, "mine.jsonl"))
+        data.load_corpus("mine.jsonl")
 
     def refuse(*args, **kwargs):
         raise RuntimeError("Access is restricted")
@@ -166,30 +155,96 @@ def test_without_a_forget_corpus_the_line_names_the_form(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(UserError, match=f"cais/wmdp-bio-forget-corpus.*restricted.* {form}"):
-        data.load_corpus(corpus_settings(tmp_path, "cais/wmdp-bio-forget-corpus"))
+        data.load_corpus("cais/wmdp-bio-forget-corpus")
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"abstract": "no text"}\n')
     with pytest.raises(UserError, match=r"bad\.jsonl, line 2: has no 'text'"):
-        data.load_corpus(corpus_settings(tmp_path, str(tmp_path / "bad.jsonl")))
+        data.load_corpus(str(tmp_path / "bad.jsonl"))
 
 
 def test_every_hub_id_has_an_owner():
     assert all("/" in source[0] for sources in data.HUB.values() for source in sources)
 
 
-def test_picking_texts_are_prompts_on_both_sides_or_prose(tmp_path):
-    wmdp = [{"question": "Q?", "choices": list("wxyz"), "answer": 3}]
-    (tmp_path / "mmlu.jsonl").touch()
-    s = argparse.Namespace(model="tiny", data=str(tmp_path), pick_text="prose", forget_corpus=None)
-    forget, retain = data.picking_texts(wmdp, [0], s, {})
-    assert forget == ["Q? z"] and len(retain) == 1
-    s.pick_text = "prompt"
-    assert data.picking_texts(wmdp, [0], s, {})[0] == [data.prompt(wmdp[0])]
-    (tmp_path / "forget_corpus.jsonl").write_text('{"text": "a corpus"}')
-    sources = {}
-    forget, retain = data.picking_texts(wmdp, [0], s, sources)
-    assert forget == ["a corpus"] and len(retain) == 2
-    assert set(sources) == {"forget_corpus", "wikitext", "mmlu_dev"}
-    assert all(text.endswith("Answer:") and "Which" in "".join(retain[1]) for text in retain[1])
+def test_picking_texts_are_prompts_on_both_sides_or_prose():
+    wmdp = Dataset("wmdp_bio", [{"question": "Q?", "choices": list("wxyz"), "answer": 3}])
+    corpus, wikitext, mmlu_dev = Dataset("forget_corpus", []), data.load("wikitext"), data.load("mmlu_dev")
+    assert data.picking_texts(wmdp, corpus, wikitext, mmlu_dev, "prose") == (["Q? z"], [wikitext.texts])
+    forget, retain = data.picking_texts(wmdp, corpus, wikitext, mmlu_dev)
+    assert forget == [prompt(wmdp.rows[0])] and retain == [wikitext.texts, [prompt(row) for row in mmlu_dev.rows]]
+    assert data.picking_texts(wmdp, Dataset("forget_corpus", [{"text": "a"}]), wikitext, mmlu_dev) == (["a"], retain)
+
+
+# --------------------------------------------------------------------------------- the choice of questions
+
+
+def halves_by_hand(rows, seed):
+    """Indices of the tuning and of the held-out half."""
+    sides = [hashlib.sha256(f"{seed}:{row['question']}".encode()).digest()[0] % 2 for row in rows]
+    return [[i for i, side in enumerate(sides) if side == half] for half in (0, 1)]
+
+
+@pytest.mark.parametrize("seed, limit, pick_on, subjects", [
+    (0, None, "half", None), (5, 120, "half", None), (0, 40, "all", None), (5, 20, "half", "human_anatomy, zoology"),
+])  # fmt: skip
+def test_a_benchmark_chooses_questions_by_hash_subject_and_seeded_sample(tokenizer, seed, limit, pick_on, subjects):
+    benchmark = data.load_benchmark("tiny", seed=seed, limit=limit, pick_on=pick_on, subjects=subjects)
+    wanted = [name.strip() for name in subjects.split(",")] if subjects else None
+    for name in ("wmdp_bio", "mmlu"):
+        rows = data.load(name).rows
+        halves = halves_by_hand(rows, seed) if pick_on == "half" else [range(len(rows))] * 2
+        for suffix, half in zip(("/tuning", ""), halves):
+            if wanted and name == "mmlu":
+                half = [i for i in half if rows[i]["subject"] in wanted]
+            if limit and limit < len(half):
+                half = sorted(random.Random(seed).sample(half, limit))
+            quiz = benchmark.quizzes[name + suffix]
+            assert quiz.indices == list(half) and quiz.rows == [rows[i] for i in half]
+            about = quiz.about()
+            assert about["asked"] == quiz.indices and about["n_rows"] == len(rows)
+            assert about["sha256"] == data.load(name).sha256 and about["half"] == ("tuning" if suffix else "held-out")
+    assert benchmark.picking.rows == benchmark.wmdp.tuning.rows
+    assert benchmark.forget[0] == prompt(benchmark.picking.rows[0])
+    assert len(benchmark.web) == (min(limit, 79) if limit else 79)
+    names = [(dataset.name, dataset.half) for dataset in benchmark.datasets]
+    assert len(set(names)) == len(names) == 7  # two halves of two quizzes, three texts, no forget corpus
+
+
+def test_the_questions_of_seed_0_are_those_of_earlier_versions():
+    quiz = data.load("wmdp_bio")
+    assert quiz.held_out.indices[:5] == [1, 3, 5, 11, 14]
+    assert quiz.held_out.sample(5).indices == [30, 168, 223, 237, 413]
+
+
+def test_a_half_without_a_question_is_refused(tmp_path):
+    for name in ("wmdp_bio", "mmlu"):
+        write_rows(tmp_path, name, [GOOD])
+    with pytest.raises(UserError, match="wmdp_bio: too few questions"):
+        data.load_benchmark("tiny", folder=str(tmp_path))
+
+
+def test_halves_are_disjoint_complete_and_do_not_depend_on_the_order():
+    rows = [dict(question=f"question {k}") for k in range(200)]
+    quiz = Dataset("wmdp_bio", rows)
+    tuning, held_out = quiz.tuning.indices, quiz.held_out.indices
+    assert sorted(tuning + held_out) == list(range(200)) and not set(tuning) & set(held_out)
+    assert 70 < len(tuning) < 130
+    assert sorted(199 - k for k in Dataset("wmdp_bio", rows[::-1]).tuning.indices) == tuning
+    assert [k + 50 for k in Dataset("wmdp_bio", rows[50:]).tuning.indices] == [k for k in tuning if k >= 50]
+    assert Dataset("wmdp_bio", rows, seed=1).tuning.indices != tuning
+    both = Dataset("wmdp_bio", rows, whole=True)
+    assert both.tuning.rows == both.held_out.rows == rows
+
+
+def test_a_sample_is_seeded_and_sorted_and_indices_lead_to_the_source():
+    quiz = Dataset("mmlu", [dict(question=f"{k}") for k in range(100)])
+    some = quiz.only(range(0, 100, 2)).sample(10, seed=3)
+    assert some.indices == sorted(some.indices) == quiz.only(range(0, 100, 2)).sample(10, seed=3).indices
+    assert len(set(some.indices)) == 10 and all(i % 2 == 0 for i in some.indices)
+    assert some.rows == [quiz.rows[i] for i in some.indices] and some.about()["n_rows"] == 100
+    assert some.about()["sha256"] == quiz.about()["sha256"] != Dataset("mmlu", some.rows).sha256
+    assert quiz.sample(10, seed=4).indices != quiz.sample(10, seed=3).indices
+    assert quiz.sample(10).indices == quiz.sample(10, seed=0).indices
+    assert quiz.sample(None) is quiz.sample(100) is quiz and quiz.about()["asked"] is None
 
 
 # ------------------------------------------------------------------------------ prompts and their letters
@@ -214,7 +269,7 @@ def test_letters_are_those_that_continue_every_prompt(style, gaps):
     tokenizer, texts = with_dummy_prefix(), ["The cat sat on the sea", "Which of these is an organ of the body?"]
     rows, letters = data.encode_prompts(tokenizer, texts, style)
     for row, text in zip(rows, texts):
-        whole = text if style == "plain" else data.in_turn(tokenizer, text)
+        whole = text if style == "plain" else data.as_chat(tokenizer, text)
         whole += "Answer: (" if style == "saebench" else ""
         for ids, letter in zip(letters, "ABCD"):
             for gap, i in zip(gaps, ids if style == "saebench" else (ids,), strict=True):
@@ -276,33 +331,36 @@ def folder_of(path, **files):
 def test_a_file_that_would_be_passed_over_is_refused(tmp_path, name, said):
     (tmp_path / name).write_text(json.dumps(QUESTION) + "\n")
     with pytest.raises(UserError, match=said):
-        data.load_rows("wmdp_bio", "tiny", str(tmp_path))
+        data.load("wmdp_bio", "tiny", str(tmp_path))
 
 
 def test_what_is_used_of_a_folder_is_said_once(tmp_path, capsys):
     where = folder_of(tmp_path, wmdp_bio=[QUESTION], train=[{"text": "x"}])
     for _ in range(2):
-        assert data.load_rows("wmdp_bio", "tiny", where)[0] == [QUESTION]
+        assert data.load("wmdp_bio", "tiny", where).rows == [QUESTION]
     assert capsys.readouterr().err == f"data: wmdp_bio is 1 rows of {tmp_path}/wmdp_bio.jsonl\n"
-    assert data.load_rows("mmlu", "tiny", where)[1]["stand_in"]
+    assert data.load("mmlu", "tiny", where).stand_in
 
 
 def test_saebenchs_subjects_stand_for_mmlu_only_where_they_are_there():
-    own = [{**QUESTION, "subject": name} for name in ("art", "law")]
-    assert data.utility(own, None) == [0, 1] and data.utility(own, "law") == [1]
+    rows = [{**QUESTION, "subject": name} for name in ("art", "law")]
+    quiz = Dataset("mmlu", rows)
+    assert data.utility_subset(quiz) is quiz and data.utility_subset(quiz, "law").indices == [1]
     four = [{**QUESTION, "subject": name} for name in data.SUBJECTS.split(",")]
-    assert data.utility(own + four, None) == [2, 3, 4, 5]
-    with pytest.raises(UserError, match="no philosophy; there are art, law"):
-        data.utility(own, "philosophy")
+    assert data.utility_subset(Dataset("mmlu", rows + four)).indices == [2, 3, 4, 5]
+    assert len(data.utility_subset(Dataset("mmlu", rows + four), "all")) == 6
+    with pytest.raises(UserError, match="MMLU has no subject philosophy; it has art, law"):
+        data.utility_subset(quiz, "philosophy")
+    assert quiz.of(None) is quiz and quiz.of(" law,art").indices == [0, 1]
 
 
 def test_a_subject_may_be_missing_or_null_where_there_is_one_only(tmp_path):
     rows = [QUESTION, {**QUESTION, "subject": None}, {**QUESTION, "subject": "botany"}]
-    found = data.load_rows("wmdp_bio", "tiny", folder_of(tmp_path, wmdp_bio=rows))[0]
+    found = data.load("wmdp_bio", "tiny", folder_of(tmp_path, wmdp_bio=rows)).rows
     assert [data.prompt(row).splitlines()[0].split("about ")[1] for row in found] == ["biology.", "biology.", "botany."]
     for row in ({**QUESTION, "subject": None}, QUESTION):
         with pytest.raises(UserError, match=r"line 1: .*subject"):
-            data.load_rows("mmlu", "tiny", folder_of(tmp_path, mmlu=[row]))
+            data.load("mmlu", "tiny", folder_of(tmp_path, mmlu=[row]))
 
 
 def test_special_ids_know_the_added_marker(gemma):
@@ -355,18 +413,6 @@ def test_windows_are_no_longer_than_the_models_positions(wordy):
     assert max(map(len, token_windows(one, ["The cat sat on the mat and looked at the moon."])[0])) == 5
 
 
-def test_halves_are_disjoint_complete_and_do_not_depend_on_the_order():
-    questions = [dict(question=f"question {k}") for k in range(200)]
-    picking, reporting = halves(questions, 0)
-    assert sorted(picking + reporting) == list(range(200)) and not set(picking) & set(reporting)
-    assert 70 < len(picking) < 130
-    turned = halves(questions[::-1], 0)
-    assert sorted(199 - k for k in turned[0]) == picking
-    fewer = halves(questions[50:], 0)
-    assert [k + 50 for k in fewer[0]] == [k for k in picking if k >= 50]
-    assert halves(questions, 0) == (picking, reporting) and halves(questions, 1) != (picking, reporting)
-
-
 def lm_eval_tasks(folder):
     place = find_spec("lm_eval")
     return Path(place.submodule_search_locations[0]) / "tasks" / folder if place else None
@@ -393,7 +439,11 @@ def test_prompt_is_lm_evals():
 
 def test_prompt_in_another_order():
     row = dict(question="Q", choices=["w", "x", "y", "z"], answer=0)
-    assert prompt(row, (2, 0, 3, 1)).endswith("\n\nQ\nA. y\nB. w\nC. z\nD. x\nAnswer:")
+    assert prompt(reordered(row, (2, 0, 3, 1))).endswith("\n\nQ\nA. y\nB. w\nC. z\nD. x\nAnswer:")
+    assert len(set(data.PERMUTATIONS)) == 24 and reordered(row, data.PERMUTATIONS[0]) == row
+    for order in data.PERMUTATIONS:
+        new = reordered(row, order)
+        assert new["choices"][new["answer"]] == "w" and sorted(new["choices"]) == row["choices"]
 
 
 def test_encode_prompts(tokenizer):
@@ -428,7 +478,7 @@ def test_saebench_prompts():
     in front of it there."""
     chat, row = train_tokenizer(), dict(question="Which?", choices=["a cat", "mat", "sea", "sky"], answer=0)
     chat.chat_template = GEMMA_TURN
-    rows, letters = encode_prompts(chat, [prompt(row, (1, 0, 2, 3), "saebench")], "saebench")
+    rows, letters = encode_prompts(chat, [prompt(reordered(row, (1, 0, 2, 3)), "saebench")], "saebench")
     assert chat.decode(rows[0][1:]) == (
         "<start_of_turn>user\nThe following are multiple choice questions (with answers) about biology.\nWhich?\n"
         "A. mat\nB. a cat\nC. sea\nD. sky<end_of_turn>\n<start_of_turn>model\nAnswer: ("
@@ -474,7 +524,7 @@ def test_broken_line_is_named(tmp_path, name, case):
     rows = [dict(GOOD, question=f"Q{k}") for k in range(20)]
     write_rows(tmp_path, name, rows[:16] + [BROKEN[case]] + rows[17:])
     with pytest.raises(UserError, match=rf"{name}\.jsonl, line 17: ") as caught:
-        load_rows(name, "gpt2", str(tmp_path))
+        data.load(name, "gpt2", str(tmp_path))
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -483,27 +533,38 @@ def test_mmlu_needs_subjects_and_texts_need_text(tmp_path):
     write_rows(tmp_path, "mmlu", [GOOD, row])
     write_rows(tmp_path, "wmdp_bio", [GOOD, row])
     write_rows(tmp_path, "wikitext", [dict(text="a"), dict(txt="b")])
-    assert load_rows("wmdp_bio", "gpt2", str(tmp_path))[0] == [GOOD, row]
+    assert data.load("wmdp_bio", "gpt2", str(tmp_path)).rows == [GOOD, row]
     for name in ("mmlu", "wikitext"):
         with pytest.raises(UserError, match=rf"{name}\.jsonl, line 2: "):
-            load_rows(name, "gpt2", str(tmp_path))
+            data.load(name, "gpt2", str(tmp_path))
 
 
-def test_load_rows_says_where_rows_come_from(tmp_path):
+def test_a_dataset_says_where_its_rows_come_from(tmp_path):
     write_rows(tmp_path, "wikitext", [dict(text="über a"), dict(text="b")])
-    rows, found = load_rows("wikitext", "gpt2", str(tmp_path))
-    assert rows == [dict(text="über a"), dict(text="b")]
-    assert found["source"] == str(tmp_path / "wikitext.jsonl") and not found["stand_in"]
+    first = data.load("wikitext", "gpt2", str(tmp_path))
+    assert first.texts == ["über a", "b"] and first.source == str(tmp_path / "wikitext.jsonl") and not first.stand_in
     write_rows(tmp_path, "wikitext", [dict(text="über a"), dict(text="c")])
-    assert load_rows("wikitext", "gpt2", str(tmp_path))[1]["sha256"] != found["sha256"]
-    assert load_rows("forget_corpus", "gpt2", str(tmp_path))[0] == []
+    assert data.load("wikitext", "gpt2", str(tmp_path)).sha256 != first.sha256
+    assert data.load("forget_corpus", "gpt2", str(tmp_path)).rows == []
     with pytest.raises(UserError, match="no such folder"):
-        load_rows("wikitext", "gpt2", str(tmp_path / "absent"))
+        data.load("wikitext", "gpt2", str(tmp_path / "absent"))
+    assert json.loads(json.dumps(first.about())) == {
+        "source": first.source, "sha256": first.sha256, "stand_in": False, "n_rows": 2, "asked": None, "half": None,
+        "variant": None, "skipped_long": 0, "published": None,
+    }  # fmt: skip
 
 
-def test_sample_is_seeded_and_sorted():
-    found = data.sample(list(range(0, 100, 2)), 10, seed=3)
-    assert found == sorted(found) == data.sample(list(range(0, 100, 2)), 10, seed=3)
-    assert len(set(found)) == 10 and all(i % 2 == 0 for i in found)
-    assert found != data.sample(list(range(0, 100, 2)), 10, seed=4)
-    assert data.sample([4, 5], 10, 0) == data.sample([4, 5], None, 0) == [4, 5]
+def test_questions_beyond_the_models_positions_are_refused_or_left_out_and_counted(wordy, capsys):
+    tokenizer = copy.copy(wordy.tokenizer)
+    quiz = Dataset("wmdp_bio", [GOOD, {**GOOD, "question": "Q" * 60}, GOOD, {**GOOD, "choices": [*"wxy", "z" * 60]}])
+    tokenizer.model_max_length = len(tokenizer(prompt(GOOD))["input_ids"])
+    quiz = quiz.only([1, 2, 3, 0])
+    with pytest.raises(UserError, match=r"wmdp_bio: question 1 \('QQ.* tokens, the model \d+ positions; skip_long"):
+        data.drop_too_long(tokenizer, quiz)
+    kept = data.drop_too_long(tokenizer, quiz, skip=True)
+    assert kept.indices == [2, 0] and kept.skipped_long == kept.about()["skipped_long"] == 2
+    assert "2 of 4 questions are longer than the model's" in capsys.readouterr().err
+    assert data.drop_too_long(tokenizer, kept) is kept
+    words, _ = data.encode_words(tokenizer, [GOOD], data.CLOZE)
+    tokenizer.model_max_length = max(map(len, words))
+    assert data.drop_too_long(tokenizer, dataclasses.replace(quiz, variant="cloze"), skip=True).indices == [2, 0]

@@ -6,10 +6,10 @@ from conftest import some_ids
 from two_devices import two_devices
 
 import common
-import hub
+import evaluation
 from data import UserError
-from edits import edit_of
-from evaluation import score_letters, score_loss, standard_rows
+from edits import NONE, ablation, patched, reconstruction
+from evaluation import score_letters, score_loss
 from show import top_tokens
 
 FEATURES = [0, 3, 5, 9]
@@ -42,13 +42,14 @@ def everything(model, sae) -> dict:
     """What the lessons compute of a model, as numbers on the CPU."""
     windows = some_ids(model, (6, 20)).tolist()
     rates = common.firing_rates(model, sae, windows)
-    rows = [*standard_rows(sae, FEATURES, [[2, 4]], -30.0), edit_of("sae-ablation", sae, features=[3], clamp=-5.0)]
+    rows = [NONE, patched(sae, FEATURES), reconstruction(sae), ablation(sae, FEATURES), ablation(sae, FEATURES, -30.0),
+            ablation(sae, [2, 4], -30.0, "random-features"), ablation(sae, [3], -5.0)]  # fmt: skip
     prompts = [[2, *range(5, 17), 30 + i] for i in range(5)]  # twelve tokens in common: a stage of their own
     with common.ablate(model, sae, FEATURES, -30.0):
         logits = model(some_ids(model).to(model.cfg.device))
     return {
         "fires": rates.fires,
-        "sanity": hub.sanity_gate(model, sae, windows, insist=False),
+        "quality": evaluation.check_sae_quality(model, sae, windows, insist=False),
         "letters": score_letters(model, prompts, [5, 6, 7, 8], rows),
         "loss": score_loss(model, windows, rows)[0],
         "logits": logits.cpu(),
@@ -71,7 +72,7 @@ def test_a_model_on_two_devices_gives_what_it_gives_on_one(family, layer, get_mo
         assert str(moved.W_dec.device) == ("cpu:1" if layer < 2 else "cpu:2")
         found = everything(apart, moved)
     assert torch.equal(found["fires"], wanted["fires"])
-    assert found["sanity"] == wanted["sanity"] and found["tokens"] == wanted["tokens"]
+    assert found["quality"] == wanted["quality"] and found["tokens"] == wanted["tokens"]
     for name in ("letters", "loss", "logits"):
         torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-5)
 
@@ -79,5 +80,5 @@ def test_a_model_on_two_devices_gives_what_it_gives_on_one(family, layer, get_mo
 def test_an_automatic_device_map_needs_neither_a_device_nor_a_gpu(model_folder):
     folder = str(model_folder("gemma2"))
     assert common.load_model(folder, device_map="auto").cfg.device
-    with pytest.raises(UserError, match="--device-map spreads"):
+    with pytest.raises(UserError, match="device_map spreads"):
         common.load_model(folder, "cpu", device_map="auto")

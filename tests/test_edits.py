@@ -1,7 +1,9 @@
 """Edits at inference time: each formula by hand in float64, special tokens, gradients, and the hook."""
 
 import copy
+import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import common
 import edits
-import engine
 import evaluation
 from common import ablate
-from data import special_ids
+from data import UserError, special_ids
 from edits import Latents
 
 CLAMP, THRESHOLD = -3.0, 0.8
@@ -122,10 +123,10 @@ def test_diff_in_means_by_hand(h, ordinary, strength):
         assert np.abs(found.numpy() @ u)[ordinary.numpy()].max() < 1e-8
 
 
-def test_bare_reconstruction_is_saelens_own(gemma, make_sae):
+def test_reconstruction_as_an_edit_is_saelens_own(gemma, make_sae):
     sae, h = make_sae(gemma, "standard"), residual(gemma, some_ids(gemma))
     ordinary = some_ids(gemma) > 10
-    found = edits.bare_reconstruction(sae)(h, ordinary)
+    found = edits.METHODS["sae-reconstruction"].edit(sae)(h, ordinary)
     assert torch.equal(found[~ordinary], h[~ordinary])
     torch.testing.assert_close(found[ordinary], sae(h)[ordinary])
 
@@ -138,7 +139,7 @@ def test_gradients_pass_through_every_edit(small, h, ordinary):
         "diff-in-means": dict(direction=[1.0] * 8),
     }.items():
         x = h.clone().requires_grad_(True)
-        edits.METHODS[method](small, **arguments)(x, ordinary).square().sum().backward()
+        edits.METHODS[method].edit(small, **arguments)(x, ordinary).square().sum().backward()
         assert torch.isfinite(x.grad).all() and not torch.equal(x.grad[ordinary], 2 * h[ordinary])
         assert torch.equal(x.grad[~ordinary], 2 * h[~ordinary])
 
@@ -149,7 +150,7 @@ def test_applied_is_ablate_on_every_family(model, make_sae):
     with torch.inference_mode():
         clean = model(ids)
         for clamp in (0.0, -2.0):
-            edit = edits.edit_of("clamp", sae, features=features, clamp=clamp)
+            edit = edits.ablation(sae, features, clamp)
             with common.ablate(model, sae, features, clamp):
                 expected = model(ids)
             with edits.applied(model.original_model, model.tokenizer, edit):
@@ -161,11 +162,105 @@ def test_applied_is_ablate_on_every_family(model, make_sae):
 def test_an_edit_of_nothing_is_exact_in_bfloat16(half_model, make_sae):
     ids = some_ids(half_model)
     arguments = dict(features=[0, 1, 2], clamp=-9.0, threshold=1e9)
-    nothing = edits.edit_of("conditional-clamp", make_sae(half_model), **arguments)
+    nothing = edits.make("conditional-clamp", make_sae(half_model), **arguments)
     with torch.inference_mode():
         clean = half_model(ids)
         with edits.applied(half_model.original_model, half_model.tokenizer, nothing):
             assert torch.equal(half_model(ids), clean)
+
+
+SETTINGS = {
+    "sae-patched": dict(features=[1, 2]),
+    "sae-reconstruction": {},
+    "zero-ablation": dict(features=[3, 1]),
+    "clamp": dict(features=[1, 2], clamp=-0.1),
+    "random-features": dict(features=[4], clamp=-3.0),
+    "conditional-clamp": dict(features=[1, 2], clamp=-3.0, threshold=0.3),
+    "refusal-clamp": dict(features=[1, 2], threshold=0.05, refusal=7, refusal_value=-50.0),
+    "mean-ablation": dict(features=[1, 2], means=[0.1, 1 / 3]),
+    "dsg": dict(features=[1, 2], clamp=-3.0, gate=0.036),
+    "diff-in-means": dict(direction=[1 / 3] * 32, strength=1.5, layers=[1, 2, 3]),
+}
+LABELS = {
+    "sae-patched": "n_features 2",
+    "sae-reconstruction": "",
+    "zero-ablation": "n_features 2",
+    "clamp": "n_features 2, clamp -0.1",
+    "random-features": "n_features 1, clamp -3",
+    "conditional-clamp": "n_features 2, clamp -3, threshold 0.3",
+    "refusal-clamp": "n_features 2, threshold 0.05, refusal 7, refusal_value -50",
+    "mean-ablation": "n_features 2",
+    "dsg": "n_features 2, clamp -3, gate 0.036",
+    "diff-in-means": "strength 1.5, layers 1 to 3",
+}
+
+
+def same_edit(gemma, one, other):
+    ids = some_ids(gemma)
+    h, mask = residual(gemma, ids), ordinary_mask(gemma, ids)
+    assert (one.method, one.settings, list(one.at)) == (other.method, other.settings, list(other.at))
+    assert all(torch.equal(one.at[layer](h, mask), other.at[layer](h, mask)) for layer in one.at)
+    return any(not torch.equal(f(h, mask), h) for f in one.at.values())
+
+
+def test_an_edits_settings_make_it_again(gemma, make_sae):
+    sae, other = make_sae(gemma), make_sae(gemma, layer=3, hook_name="blocks.3.hook_resid_post")
+    assert set(SETTINGS) == set(LABELS) == set(edits.METHODS)
+    for method, settings in SETTINGS.items():
+        saes = None if method == "diff-in-means" else sae
+        edit = edits.make(method, saes, **settings)
+        assert edit.settings == {"layers": [1], **settings} and edit.method == method
+        for given in (saes, {1: sae, 3: other}):
+            back = edits.make(edit.method, given, **json.loads(json.dumps(edit.settings)))
+            assert same_edit(gemma, edit, back) == (method != "sae-patched")
+        assert edit.needs_whole_prompt == (method == "dsg")
+        assert edits.label(edit.method, edit.settings) == LABELS[method]
+    both = edits.together(edits.ablation(sae, [5], -2), edits.make("dsg", other, **SETTINGS["dsg"]))
+    assert list(both.at) == [1, 3] and both.needs_whole_prompt
+    assert edits.label(both.method, both.settings) == "clamp, n_features 1, clamp -2; dsg, " + LABELS["dsg"]
+    again = edits.make(both.method, {1: sae, 3: other}, **json.loads(json.dumps(both.settings)))
+    assert same_edit(gemma, both, again)
+    assert edits.make("none", None) is edits.NONE and not edits.NONE.at
+    with pytest.raises(ValueError, match="after one layer"):
+        edits.together(edits.ablation(sae, [5]), edits.reconstruction(sae))
+
+
+def test_the_rows_that_every_lesson_shows(gemma_sae):
+    rows = edits.ablation(gemma_sae, [1]), edits.ablation(gemma_sae, [1], -4.0), edits.patched(gemma_sae, [1])
+    assert [row.method for row in rows] == ["zero-ablation", "clamp", "sae-patched"]
+    assert edits.ablation(gemma_sae, torch.tensor([1]), -4.0, "random-features").settings == {
+        "features": [1], "clamp": -4.0, "layers": [1]
+    }  # fmt: skip
+    assert edits.reconstruction(gemma_sae).settings == {"layers": [1]}
+
+
+@pytest.mark.parametrize("method,saes,settings,told", [
+    ("clmap", True, dict(features=[1]), "no method 'clmap'; the methods are .*clamp"),
+    ("clamp", True, dict(features=[1], gate=0.1), "clamp: got an unexpected keyword argument 'gate'"),
+    ("dsg", True, dict(features=[1], clamp=-1.0), "dsg: missing a required argument: 'gate'"),
+    ("clamp", True, dict(features=[1], layers=[2]), r"clamp after layers \[2\]: SAEs are given of layers \[1\]"),
+    ("clamp", False, dict(features=[1]), "none is said"),
+    ("diff-in-means", False, dict(direction=[1.0] * 32), "none is said"),
+])  # fmt: skip
+def test_settings_that_make_no_edit_are_refused(gemma_sae, method, saes, settings, told):
+    with pytest.raises(UserError, match=told):
+        edits.make(method, gemma_sae if saes else None, **settings)
+
+
+def test_a_method_of_ones_own_is_made_as_any_other(gemma, gemma_sae, monkeypatch):
+    def scaled(sae, features, factor=0.5):
+        return edits.SetFeatures(sae, features, lambda acts, mask: acts * factor)
+
+    def resolve(stats, n_features, factor):
+        return {"features": list(range(n_features)), "factor": factor}
+
+    mine = edits.Method("mine", edits.grid(n_features=(1, 2)), scaled, resolve, usual={"factor": 0.1})
+    monkeypatch.setitem(edits.METHODS, "mine", mine)
+    stats = SimpleNamespace(sae=gemma_sae)
+    for method in ("mine", mine):
+        edit = edits.from_grid(method, {"n_features": 2}, stats)
+        assert edit.settings == {"features": [0, 1], "factor": 0.1, "layers": [1]}
+        assert same_edit(gemma, edit, edits.make("mine", gemma_sae, **edit.settings))
 
 
 def test_several_layers_and_a_layer_that_never_ran(gemma):
@@ -176,7 +271,7 @@ def test_several_layers_and_a_layer_that_never_ran(gemma):
         return h
 
     ids = some_ids(gemma)
-    edit = edits.Edit("look", {1: look, 3: look})
+    edit = edits.Edit("look", at={1: look, 3: look})
     for model in (gemma, gemma.original_model):
         seen.clear()
         with edits.applied(model, gemma.tokenizer, edit):
@@ -246,7 +341,7 @@ def test_latents_of_a_subset_are_those_of_saelens(gemma, make_sae, kind, norm, b
 @pytest.mark.parametrize("norm", NORMS)
 def test_reconstruction_is_saelens_own(gemma, make_sae, kind, norm):
     sae, h = make_sae(gemma, kind, norm), residual(gemma, some_ids(gemma))
-    torch.testing.assert_close(edits.passed(sae, h)[1], sae(h))
+    torch.testing.assert_close(edits.run_sae(sae, h)[1], sae(h))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -278,7 +373,7 @@ def test_centred_sae(gemma, make_sae, norm):
     h = residual(gemma, ids)
     mean = h.mean(-1, keepdim=True)
     torch.testing.assert_close(Latents(centred, MANY).encode(h)[0], sae.encode(h - mean)[..., MANY])
-    torch.testing.assert_close(edits.passed(centred, h)[1], sae(h - mean) + mean)
+    torch.testing.assert_close(edits.run_sae(centred, h)[1], sae(h - mean) + mean)
     with ablate(gemma, centred, MANY):
         found = next_layer_input(gemma, ids)
     wanted = edited_by_saelens(sae, h - mean, ordinary_mask(gemma, ids), MANY) + mean
@@ -348,10 +443,10 @@ def test_tokens_without_active_features_stay_bit_identical(gemma, gemma_sae):
 
 def test_mask_follows_each_forward_pass(gemma):
     ids = some_ids(gemma)
-    with edits.watch_tokens(gemma.original_model, gemma.tokenizer) as seen:
+    with edits.token_mask(gemma.original_model, gemma.tokenizer) as mask:
         for part in (ids, ids[:2, :7]):
             gemma(part)
-            assert torch.equal(seen["ordinary"], ordinary_mask(gemma, part))
+            assert torch.equal(mask.counted, ordinary_mask(gemma, part))
 
 
 def test_sequence_of_ablated_and_clean_runs(model, sae):
@@ -476,12 +571,12 @@ def test_an_edits_weights_follow_the_residual_stream(gemma, make_sae):
     }
 
 
-def test_alike_allows_rounding_in_the_models_dtype_and_no_more(half_model):
+def test_same_up_to_rounding_allows_rounding_in_the_models_dtype_and_no_more(half_model):
     plain, ids = half_model.original_model, edits.random_ids(half_model.original_model)
     wanted = edits.log_probs(plain, ids)
     noise = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
-    assert edits.alike(wanted + 0.01 * noise, wanted, plain, lambda: edits.log_probs(plain, ids))
-    assert not edits.alike(wanted + noise, wanted, plain, lambda: edits.log_probs(plain, ids))
+    assert edits.same_up_to_rounding(wanted + 0.01 * noise, wanted, plain, lambda: edits.log_probs(plain, ids))
+    assert not edits.same_up_to_rounding(wanted + noise, wanted, plain, lambda: edits.log_probs(plain, ids))
     assert torch.equal(edits.log_probs(plain, ids), wanted)  # the roundings are gone again
 
 
@@ -499,13 +594,13 @@ def test_a_sequences_first_token_is_neither_counted_nor_edited(wordy, make_sae):
 
 def test_the_first_token_of_a_cached_or_padded_pass(wordy):
     plain, ids = wordy.original_model, torch.tensor([[30, 31, 32, 33], [0, 0, 42, 43]])
-    with edits.watch_tokens(plain, wordy.tokenizer) as seen, torch.inference_mode():
+    with edits.token_mask(plain, wordy.tokenizer) as mask, torch.inference_mode():
         cache = plain(ids[:1, :2], use_cache=True).past_key_values
-        assert seen["ordinary"].tolist() == [[False, True]]
+        assert mask.counted.tolist() == [[False, True]]
         plain(ids[:1, 2:], past_key_values=cache)
-        assert seen["ordinary"].tolist() == [[True, True]]
+        assert mask.counted.tolist() == [[True, True]]
         plain(ids, attention_mask=(ids != 0).long())
-        assert seen["ordinary"].tolist() == [[False, True, True, True], [False, False, False, True]]
+        assert mask.counted.tolist() == [[False, True, True, True], [False, False, False, True]]
 
 
 def test_generation_without_bos_equals_recomputation(wordy, make_sae):
@@ -533,49 +628,50 @@ def test_special_tokens_are_edited_where_saebench_edits_them(model_folder, make_
     sae = make_sae(model)
     ids = some_ids(model)
     special = torch.isin(ids, torch.tensor(special_ids(model.tokenizer)))
-    with edits.watch_tokens(model.original_model, model.tokenizer) as seen:
+    with edits.token_mask(model.original_model, model.tokenizer) as mask:
         model(ids)
     first = torch.zeros_like(special)
     first[:, 0] = True
     end = torch.zeros_like(special)
     end[0, -4:] = True
-    assert torch.equal(seen["ordinary"], ~special & ~first)
-    assert torch.equal(seen["edited"], ~first & ~end if way == "all-but-bos" else ~special & ~first)
+    assert torch.equal(mask.counted, ~special & ~first)
+    assert torch.equal(mask.edited, ~first & ~end if way == "all-but-bos" else ~special & ~first)
     features = list(range(D_SAE))
     with common.ablate(model, sae, features, -5.0):
         there = residual(model, ids)
     moved = (there != residual(model, ids)).any(-1)
     assert not moved[first].any() and moved[~special & ~first].any()
     assert moved[special & ~first & ~end].any() == (way == "all-but-bos") and not moved[end].any()
-    run = engine.OnePass(model, [edits.edit_of("clamp", sae, features=features, clamp=-5.0)])
-    run(ids)
-    edited = run.edited(run.copies, 1, 0)
-    torch.testing.assert_close(edited, there[[copy.prompt for copy in run.copies]], atol=1e-5, rtol=1e-5)
+    edit = edits.make("clamp", sae, features=features, clamp=-5.0)
+    with torch.inference_mode(), edits.applied(model, model.tokenizer, edit):
+        alone = model(ids).log_softmax(-1)[:, -1, 20:24]
+    found = evaluation.score_letters(model, ids.tolist(), [20, 21, 22, 23], [edits.NONE, edit])[1]
+    torch.testing.assert_close(found, alone, atol=2e-5, rtol=0, check_dtype=False)
 
 
 def test_without_hook_points_inside_blocks_the_numbers_are_the_same(model):
     ids = some_ids(model)
     with torch.inference_mode():
         wanted = model(ids)
-        parts = edits.unwatched_parts(model)
-        with edits.without(parts):
+        parts = edits.idle_wrappers(model)
+        with edits.unwrapped(parts):
             left = [part for block in model.blocks for part in block.original_component.modules()
                     if isinstance(part, edits.GeneralizedComponent)]  # fmt: skip
             assert not [part for part in left if getattr(part, "use_native_layernorm_autograd", True)]
-            assert not edits.unwatched_parts(model)  # all are out
+            assert not edits.idle_wrappers(model)  # all are out
             assert torch.equal(model(ids), wanted)
-        assert len(parts) >= 4 * model.cfg.n_layers and len(edits.unwatched_parts(model)) == len(parts)
+        assert len(parts) >= 4 * model.cfg.n_layers and len(edits.idle_wrappers(model)) == len(parts)
 
 
 def test_a_hook_inside_a_block_is_not_passed_over(gemma, monkeypatch):
     """Scored with somebody's own hook in place, it is the hooked model that is scored."""
     ids, pushed = some_ids(gemma).tolist(), lambda x, hook: x + 1.0
     usual = evaluation.score_letters(gemma, ids, [20, 21, 22, 23], [edits.NONE])
-    everything = len(edits.unwatched_parts(gemma))
+    everything = len(edits.idle_wrappers(gemma))
     for point in ("blocks.1.mlp.hook_out", "blocks.2.attn.q.hook_out", "blocks.1.hook_mlp_in"):
         monkeypatch.setattr(gemma.cfg, "use_hook_mlp_in", point.endswith("mlp_in"))
         with gemma.hooks(fwd_hooks=[(point, pushed)]):
-            assert 0 < len(edits.unwatched_parts(gemma)) < everything
+            assert 0 < len(edits.idle_wrappers(gemma)) < everything
             found = evaluation.score_letters(gemma, ids, [20, 21, 22, 23], [edits.NONE])
             with torch.inference_mode():
                 alone = gemma(torch.tensor(ids))[:, -1].log_softmax(-1)[:, 20:24]

@@ -28,8 +28,8 @@ def shown(cell, kind):
 
 
 def only_names(source: str) -> bool:
-    """Imports and flags: cells that define names and need show nothing."""
-    return all(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(source).body) or "parse(" in source
+    """Flags and imports: the cell that defines names and need show nothing."""
+    return "args = parse(" in source
 
 
 @pytest.mark.slow
@@ -37,9 +37,9 @@ def only_names(source: str) -> bool:
 def test_every_cell_shows_something(script, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = jupytext.read(ROOT / script)
-    flags = next(cell for cell in notebook.cells if "args = parse(flags)" in cell.source)
+    flags = next(cell for cell in notebook.cells if only_names(cell.source))
     flags.source += "\nargs.limit = 8"
-    after = "print('a number', len(features) * sae.cfg.d_sae + model.cfg.d_model, len(rows + scores), record['layer'])"
+    after = "print('a number', len(features) * sae.cfg.d_sae + model.cfg.d_model, len(rows), record['form'])"
     notebook.cells.append(nbformat.v4.new_code_cell(after))
     cells = [cell for cell in execute(notebook, tmp_path) if cell.cell_type == "code"]
     for cell in cells:
@@ -53,7 +53,7 @@ def test_every_cell_shows_something(script, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_percent_run_leaves_its_names(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    lines = [f"%run {ROOT}/feature_ablate_2.py --layer 3 --n-features 5 --limit 8", "record['layer'], len(features)"]
+    lines = [f"%run {ROOT}/feature_ablate_2.py --layer 3 --n-features 5 --limit 8", "args.layer, len(features)"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(line) for line in lines])
     first, last = execute(notebook, tmp_path)
     assert len(shown(first, "image/png")) >= 4 and "record: " in shown(first, "stdout")
@@ -70,13 +70,25 @@ def test_a_mistake_is_one_line_in_a_notebook(tmp_path, monkeypatch):
     assert len(out.traceback) == 1 and out.traceback[0].startswith("error: ") and "no-such-model" in out.traceback[0]
 
 
-def test_a_lesson_is_short_and_imports_little():
+def test_a_lesson_is_short_imports_little_and_hands_no_settings_on():
     for script in LESSONS:
         source = (ROOT / script).read_text()
-        names = [alias.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)
-                 for alias in node.names]  # fmt: skip
-        assert 120 <= len(source.splitlines()) <= 180 and len(names) <= 12, script
-        assert not re.search(r"^def run|^if __name__", source, re.MULTILINE)
+        assert 120 <= len(source.splitlines()) <= 190 and not re.search(r"^def run|^if __name__", source, re.MULTILINE)
+        nodes, ours = list(ast.walk(ast.parse(source))), {path.stem for path in ROOT.glob("*.py")}
+        modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        froms = {
+            node.module: [alias.name for alias in node.names] for node in nodes if isinstance(node, ast.ImportFrom)
+        }
+        assert len(modules) + sum(map(len, froms.values())) <= 16, script
+        assert len(ours & {*modules, *froms}) <= 5, script
+        handed = [
+            name
+            for node in nodes
+            if isinstance(node, ast.Call)
+            for name in (*node.args, *node.keywords)
+            if getattr(getattr(name, "value", name), "id", None) == "args" and ast.unparse(node.func) != "Run"
+        ]
+        assert not [name for name in handed if not isinstance(name, ast.Attribute)], script
 
 
 def test_the_hook_of_lesson_1_is_common_ablates(tmp_path, capsys, monkeypatch):
@@ -87,14 +99,15 @@ def test_the_hook_of_lesson_1_is_common_ablates(tmp_path, capsys, monkeypatch):
     off = re.compile(r"common.ablate differs by (\S+)")
     lesson(LESSONS[0], **flags)
     assert [float(x) < 2e-6 for x in off.findall(capsys.readouterr().out)] == [True] * 2
-    monkeypatch.setattr(edits.Latents, "encode", lambda self, h: (self.own(self.sae.encode(h.float())), 1.0))
+    encode = lambda self, h: (self.select(self.sae.encode(h.float())), 1.0)  # noqa: E731
+    monkeypatch.setattr(edits.Latents, "encode", encode)
     names = lesson(LESSONS[0], **flags)
     assert off.findall(capsys.readouterr().out) == ["0e+00"] * 2
-    sae, h, own = names["sae"], names["h"], names["edit"].__globals__
+    sae, h, lesson_names = names["sae"], names["h"], names["edit"].__globals__
     active = sae.encode(h.float())[0] > 0  # (pos, d_sae)
     features = [*active[0].nonzero()[:, 0].tolist(), *active[-1].nonzero()[:, 0].tolist()]
-    own["features"] = features = list(dict.fromkeys(features))
+    lesson_names["features"] = features = list(dict.fromkeys(features))
     assert active[0].any() and active[1:, features].any()
     for clamp in (0.0, -40.0):
-        wanted = edits.edit_of("clamp", sae, features=features, clamp=clamp).at[3](h, names["ordinary"][..., 0])
+        wanted = edits.ablation(sae, features, clamp).at[3](h, names["ordinary"][..., 0])
         assert torch.equal(names["edit"](h, clamp=clamp), wanted)

@@ -7,6 +7,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import lm_eval
@@ -21,10 +22,9 @@ import baselines
 import lm_eval_ablated
 import pareto
 from common import load_model, load_sae
-from data import CLOZE, LETTERS, UserError, encode_prompts, halves, prompt
-from edits import NONE, edit_of
-from evaluation import score_letters, score_loss, score_open
-from flags import GRIDS, settings
+from data import CLOZE, LETTERS, Dataset, UserError, encode_prompts, load, prompt
+from edits import METHODS, NONE, Method, SetFeatures, ablation
+from evaluation import open_answers, score_letters, score_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
@@ -52,6 +52,13 @@ def lm_eval_scores(model: HFLM, rows: list[dict], subject: str, folder: Path) ->
     return [values[start : start + 4] for start in range(0, len(values), 4)]
 
 
+ROW = f"clamp {CLAMP:g}"
+
+
+def tasks_of(name: str):
+    return TaskManager(include_path=str(ROOT / "lm_eval_tasks"), include_defaults=False).load([name])["tasks"][name]
+
+
 @pytest.mark.parametrize("device", ["cpu"])
 def test_letters_and_log_probabilities_are_lm_evals(tmp_path, monkeypatch, device):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -76,10 +83,6 @@ def test_letters_and_log_probabilities_are_lm_evals(tmp_path, monkeypatch, devic
 # ------------------------------------------------------------------------------ the lessons' own numbers
 
 
-def points(record: dict) -> dict:
-    return {(point["method"], point["setting"].get("clamp")): point["scores"] for point in record["points"]}
-
-
 @pytest.mark.slow
 def test_scores_and_letters_are_the_lessons_on_every_question(tmp_path):
     same = dict(layer=3, n_features=10, pick_on="all")
@@ -88,68 +91,90 @@ def test_scores_and_letters_are_the_lessons_on_every_question(tmp_path):
         for script in ("feature_ablate_1.py", "feature_ablate_2.py")
     ]
     theirs = lm_eval_ablated.run(**same, unablated=True, out=str(tmp_path / "lm_eval.json"))
+    assert list(theirs["rows"]) == ["unablated", ROW]
     for record in lessons:
-        for setting in (("none", None), ("sae-ablation", CLAMP)):
-            mine, other = points(record)[setting], points(theirs)[setting]
-            for name in mine:
-                assert record["data"][name]["questions"] == theirs["data"][name]["questions"]
-                assert record["data"][name]["sha256"] == theirs["data"][name]["sha256"]
-                assert len(other[name]["letters"]) == other[name]["n"] == N_QUESTIONS[name]
-                for part in ("letters_mass", "right_probability"):  # but for rounding
-                    assert mine[name][part] == pytest.approx(other[name][part], abs=1e-5)
-                equal = set(mine[name]) - {"letters_mass", "right_probability", "in_words"}
-                assert {"accuracy", "low", "letters"} < equal <= set(other[name])
-                assert all(mine[name][part] == other[name][part] for part in equal)
-    own = theirs["lm_eval"]["ablated"]["tiny_wmdp_bio"]["acc,none"]
-    assert own == pytest.approx(points(theirs)["sae-ablation", CLAMP]["wmdp_bio"]["accuracy"])
-
-
-METHODS = ["zero-ablation", "mean-ablation", "clamp", "random-features", "conditional-clamp", "refusal-clamp", "dsg",
-           "diff-in-means"]  # fmt: skip
+        for row, other in theirs["rows"].items():
+            for name in set(record["rows"][row]["scores"]) & set(other["scores"]):
+                quiz, what = name.split("/")
+                assert record["data"][quiz]["asked"] == theirs["data"][quiz]["asked"]
+                assert record["data"][quiz]["sha256"] == theirs["data"][quiz]["sha256"]
+                mine, score = record["rows"][row]["scores"][name], other["scores"][name]
+                assert mine["n"] == score["n"] == N_QUESTIONS[quiz]
+                assert mine == (score if what == "letters" else pytest.approx(score, abs=1e-5))  # but for rounding
+                if what == "letters":
+                    assert record["rows"][row]["answers"][name] == other["answers"][name]
+                    assert len(other["answers"][name]) == N_QUESTIONS[quiz]
+        assert {f"{quiz}/letters" for quiz in ("wmdp_bio", "mmlu")} & set(record["measures"])
+    own = theirs["lm_eval"][ROW]["tiny_wmdp_bio"]["acc,none"]
+    assert own == pytest.approx(other["scores"]["wmdp_bio/letters"]["mean"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.grid])
 def test_every_method_gives_the_letters_of_baselines(method, monkeypatch, tmp_path):
-    """On every question of the reporting half: a record's edit as it is, and for DSG a setting given by flags."""
-    assert set(METHODS) == set(GRIDS)
-    monkeypatch.setitem(GRIDS, method, GRIDS[method][1:6:4])
+    """On every held-out question: a record's edit as it is, and for DSG one that is picked here."""
+    monkeypatch.setitem(METHODS, method, replace(METHODS[method], grid=METHODS[method].grid[1:6:4]))
     latent = dict(refusal_latent=11, refusal_value=-300.0) if method == "refusal-clamp" else {}
     path = str(tmp_path / "tuned.json")
     tuned = baselines.run(method=method, out=path, **latent)
-    flags = dict(out=str(tmp_path / "r.json"))
-    chosen = tuned["points"][tuned["chosen"]]
-    found = lm_eval_ablated.run(features=path, unablated=True, **flags)["points"]
-    for mine, other in zip((tuned["points"][0], chosen), found, strict=True):
-        for name in ("wmdp_bio", "mmlu"):
-            assert mine["scores"][name]["letters"] == other["scores"][name]["letters"]
-    assert found[1]["setting"] == chosen["setting"] and found[1]["edit"] == chosen["edit"]
+    out = dict(out=str(tmp_path / "r.json"))
+    found = lm_eval_ablated.run(record=path, unablated=True, **out)
+    assert list(found["rows"]) == ["unablated", tuned["chosen"]]
+    same_answers(tuned, found)
+    chosen = tuned["rows"][tuned["chosen"]]
+    assert found["rows"][tuned["chosen"]]["settings"] == chosen["settings"]
     if method == "dsg":
-        point = tuned["points"][1]  # 20 features
-        same = dict(n_features=20, clamp=point["setting"]["clamp"], layer=point["edit"]["layers"][0])
-        picked = lm_eval_ablated.run(method="dsg", **same, **flags)["points"][0]
-        assert picked["edit"] == point["edit"]
-        assert picked["scores"]["mmlu"]["letters"] == point["scores"]["mmlu"]["letters"]
+        name = next(name for name, row in tuned["rows"].items() if len(row["settings"].get("features", [])) == 20)
+        row = tuned["rows"][name]
+        picked = lm_eval_ablated.run(method="dsg", n_features=20, clamp=row["settings"]["clamp"], **out)["rows"]["DSG"]
+        assert picked["settings"] == row["settings"]
+
+
+def same_answers(one: dict, other: dict) -> None:
+    """Of rows and quizzes that both records have, of which there must be some."""
+    shared = [(row, name) for row in set(one["rows"]) & set(other["rows"])
+              for name in set(one["rows"][row]["answers"]) & set(other["rows"][row]["answers"])]  # fmt: skip
+    assert {name for _, name in shared} >= {"wmdp_bio/letters", "mmlu/letters"}
+    for row, name in shared:
+        assert one["rows"][row]["answers"][name] == other["rows"][row]["answers"][name]
+
+
+def test_a_method_that_a_user_adds_is_scored_from_a_record(monkeypatch, tmp_path):
+    """Without another line: from the record of a run that picked for it, and from a list."""
+
+    def halve(sae, features, share=0.5):
+        return SetFeatures(sae, features, lambda acts, mask: acts * share)
+
+    def resolve(stats, n_features):
+        return {"features": stats.features(n_features)}
+
+    monkeypatch.setitem(METHODS, "mine", Method("mine, halved", edit=halve, resolve=resolve))
+    flags = dict(tasks="tiny_wmdp_bio", limit=20)
+    picked = lm_eval_ablated.run(**flags, method="mine", layer=3, n_features=5, out=str(tmp_path / "picked.json"))
+    again = lm_eval_ablated.run(**flags, record=str(tmp_path / "picked.json"), out=str(tmp_path / "again.json"))
+    assert again["rows"] == picked["rows"] and list(again["rows"]) == ["mine, halved"]
+    features = picked["rows"]["mine, halved"]["settings"]["features"]
+    path = listing(tmp_path, "list", features)
+    listed = lm_eval_ablated.run(tasks="tiny_wmdp_bio", method="mine", features=path, setting=["share=0.25"], layer=3,
+                                 limit=5, out=str(tmp_path / "list.json"))  # fmt: skip
+    assert listed["rows"]["mine, halved"]["settings"] == {"features": features, "share": 0.25, "layers": [3]}
 
 
 def test_loss_is_our_own_scorers(tmp_path):
     """One BOS in front of every window, every token of it a target."""
     flags = dict(layer=3, n_features=10, tasks="tiny_openwebtext", limit=12, unablated=True)
     record = lm_eval_ablated.run(**flags, out=str(tmp_path / "r.json"))
-    (clean, ablated) = (point["scores"]["openwebtext"] for point in record["points"])
-    task = TaskManager(include_path=str(ROOT / "lm_eval_tasks"), include_defaults=False).load(["tiny_openwebtext"])
-    docs = task["tasks"]["tiny_openwebtext"].eval_docs
-    texts = [docs[i]["text"] for i in record["data"]["openwebtext"]["questions"]]
+    docs = [dict(doc) for doc in tasks_of("tiny_openwebtext").eval_docs]
+    docs = [docs[i] for i in record["data"]["openwebtext"]["asked"]]
     model = load_model("tiny", "cpu")
-    sae = load_sae(None, 3, model)
-    windows = [model.tokenizer(text)["input_ids"] for text in texts]
-    features = record["points"][1]["setting"]["features"]
-    rows = [NONE, edit_of("sae-ablation", sae, features=features, clamp=CLAMP)]
-    nats, targets = score_loss(model, windows, rows)
+    windows = [model.tokenizer(doc["text"])["input_ids"] for doc in docs]
+    features = record["rows"][ROW]["settings"]["features"]
+    nats, targets = score_loss(model, windows, [NONE, ablation(load_sae(None, 3, model), features, CLAMP)])
     mean = (nats.sum(1) / targets.sum()).tolist()
-    assert clean["n_tokens"] == int(targets.sum())
-    assert [clean["nats_per_token"], ablated["nats_per_token"]] == pytest.approx(mean, abs=1e-5)
-    assert ablated["loss_added"] == pytest.approx(mean[1] - mean[0], abs=1e-5)
+    clean, ablated = (row["scores"]["openwebtext/loss"] for row in record["rows"].values())
+    assert [clean["mean"], ablated["mean"]] == pytest.approx(mean, abs=1e-5)
+    assert ablated["change"] == pytest.approx(mean[1] - mean[0], abs=1e-5)
+    assert ablated["n"] == len({doc["document"] for doc in docs})
 
 
 # -------------------------------------------------------------------------- several processes, caches
@@ -165,9 +190,9 @@ def test_the_command_line_keeps_caches_apart(tmp_path):
     other = lm_eval_ablated.run(**flags, clamp=0.0, unablated=True, out=str(tmp_path / "3.json"))
     fresh = lm_eval_ablated.run(**{**flags, "use_cache": None}, clamp=0.0, unablated=True, out=str(tmp_path / "4.json"))
     assert len(list((tmp_path / "cache").glob("*.db"))) == 3
-    assert first["points"] == again["points"]
-    assert other["points"] == fresh["points"]
-    assert other["points"][1]["scores"] != first["points"][1]["scores"]
+    assert first["rows"] == again["rows"]
+    assert other["rows"] == fresh["rows"] and list(other["rows"]) == ["unablated", "zero ablation"]
+    assert other["rows"]["zero ablation"]["scores"] != first["rows"][ROW]["scores"]
 
 
 # ------------------------------------------------------------------------ features, tasks, subsets
@@ -177,105 +202,104 @@ def test_the_command_line_keeps_caches_apart(tmp_path):
 def test_features_come_from_picking_a_list_layers_or_a_record(tmp_path):
     flags = dict(tasks="tiny_wmdp_bio", limit=20, unablated=True)
     picked = lm_eval_ablated.run(**flags, layer=3, n_features=10, out=str(tmp_path / "picked.json"))
-    features = picked["points"][1]["setting"]["features"]
-    of_record = lm_eval_ablated.run(**flags, features=str(tmp_path / "picked.json"), out=str(tmp_path / "a.json"))
-    assert of_record["points"] == picked["points"]
-    assert of_record["layer"] == 3 and of_record["data"]["wmdp_bio"] == picked["data"]["wmdp_bio"]
+    features = picked["rows"][ROW]["settings"]["features"]
+    of_record = lm_eval_ablated.run(**flags, record=str(tmp_path / "picked.json"), out=str(tmp_path / "a.json"))
+    assert of_record["rows"] == picked["rows"]
+    assert of_record["saes"] == picked["saes"] and of_record["data"]["wmdp_bio"] == picked["data"]["wmdp_bio"]
     every = {**flags, "limit": None}
     path = listing(tmp_path, "list", features)
     of_list = lm_eval_ablated.run(**every, features=path, layer=3, out=str(tmp_path / "b.json"))
     # nobody knows what the list was picked on, so all are asked
-    assert of_list["points"][1]["scores"]["wmdp_bio"]["n"] == N_QUESTIONS["wmdp_bio"]
+    assert of_list["rows"][ROW]["scores"]["wmdp_bio/letters"]["n"] == N_QUESTIONS["wmdp_bio"]
     path = listing(tmp_path, "layers", {"3": features, "7": [1, 2]})
     both = lm_eval_ablated.run(**{**flags, "tasks": None}, features=path, out=str(tmp_path / "c.json"))
-    assert both["points"][1]["setting"] == {
-        "n_features": 12, "clamp": CLAMP, "features": {3: features, 7: [1, 2]}, "layer": "3+7",
-    }  # fmt: skip
-    assert set(both["sanity"]) == {3, 7}
+    parts = both["rows"][ROW]["settings"]["edits"]
+    assert [part["settings"]["features"] for part in parts] == [features, [1, 2]]
+    assert {part["method"] for part in parts} == {"clamp"} and set(both["quality"]) == {3, 7}
+    again = lm_eval_ablated.run(**flags, record=str(tmp_path / "c.json"), out=str(tmp_path / "d.json"))
+    assert again["rows"][ROW]["scores"]["wmdp_bio/letters"] == both["rows"][ROW]["scores"]["wmdp_bio/letters"]
     drawn = pareto.run(plot=[str(tmp_path / "c.json")], out=str(tmp_path / "plot.json"))
-    assert f"L3+7 n12 c{CLAMP:g}" in [at["setting"] for at in drawn["summary"][0]["frontier"]]
+    assert drawn
 
 
-def test_a_record_settles_what_its_edit_was_made_under(tmp_path):
-    point = {"method": "sae-ablation", "setting": {"n_features": 1, "clamp": -4.0, "features": [3]}}
-    made = {"pick_on": "all", "data": None, "edit_special": "all-but-bos"}
-    record = {"model": "tiny", "layer": 3, "sae": "tiny/sae/layer_3", "seed": 5, "settings": made, "points": [point]}
-    flags = {"features": listing(tmp_path, "r", record), "layer": 7, "n_features": 50}
-    s = settings(lm_eval_ablated.flags, flags)
-    given = {"layer": None, "n_features": None, "clamp": None}
-    assert lm_eval_ablated.given_edit(s, given)["setting"] == {"layer": 3, **point["setting"]}
-    assert (s.edit_special, s.seed, s.pick_on) == ("all-but-bos", 5, "all")
-    assert s.sae == str(TINY / "sae/layer_3")
+def test_a_record_settles_what_its_edit_was_made_under(tmp_path, monkeypatch):
+    made = dict(layer=3, n_features=2, limit=5, tasks="tiny_wmdp_bio")
+    first = lm_eval_ablated.run(**made, seed=5, pick_on="all", edit_special="all-but-bos", out=str(tmp_path / "1.json"))
+    seen = []
+    load = lm_eval_ablated.load_ablated
+    monkeypatch.setattr(lm_eval_ablated, "load_ablated", lambda *args: seen.append(load(*args)) or seen[0])
+    flags = dict(limit=5, tasks="tiny_wmdp_bio", out=str(tmp_path / "2.json"))
+    again = lm_eval_ablated.run(record=str(tmp_path / "1.json"), **flags)
+    assert again["rows"] == first["rows"] and again["data"]["wmdp_bio"] == first["data"]["wmdp_bio"]
+    assert seen[0].tokenizer.edit_special == "all-but-bos" and set(seen[0].edit.at) == {3}
 
 
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (dict(tasks="tiny_wmpd_bio"), "near: tiny_wmdp_bio"),
+        (dict(tasks="tiny_wmpd_bio"), "'tiny_wmpd_bio' is not a registered task"),
         (dict(tasks="tiny_mmlu", subjects="zoology,alchemy"), "no alchemy; there are astronomy"),
-        (
-            dict(tasks="tiny_mmlu", samples=["tiny_mmlu:FILE"], file=[700]),
-            f"{N_QUESTIONS['mmlu']} documents, there is no 700",
-        ),
-        (dict(tasks="tiny_mmlu", samples=["tiny_mmlu:FILE"], file=[]), "JSON list of indices"),
-        (dict(tasks="tiny_mmlu", samples=["mmlu:FILE"], file=[1]), "mmlu is none of the tasks"),
+        (dict(samples="FILE", file={"tiny_mmlu": [700]}), f"{N_QUESTIONS['mmlu']} documents, there is no 700"),
+        (dict(samples="FILE", file={"tiny_mmlu": []}), "leave no question"),
+        (dict(samples="FILE", file=[1, 2]), "give JSON {task: [indices]}"),
+        (dict(samples="FILE", file={"mmlu": [1]}), "mmlu is none of the tasks"),
         (dict(features="FILE", file=[1, 1]), "named twice"),
-        (dict(features="FILE", file=[1], setting=["gate=0.1"]), "sae-ablation takes no gate"),
+        (dict(features="FILE", file=[1], setting=["gate=0.1"]), "clamp: got an unexpected keyword argument 'gate'"),
         (dict(features="FILE", file=[1], setting=["gate"]), "NAME=NUMBER"),
-        (dict(setting=["gate=0.1"]), "of which --method"),
-        (dict(method="dsg", setting=["clamp=0.5"]), "dsg takes none"),
-        (dict(method="refusal-clamp"), "needs --refusal-latent"),
+        (dict(setting=["gate=0.1"]), "clamp takes clamp, n_features"),
+        (dict(method="dsg", setting=["gate=0.5"]), "dsg takes clamp, n_features"),
+        (dict(method="dgs"), "the methods are"),
+        (dict(method="sae-patched"), "no features are picked for it"),
+        (dict(method="refusal-clamp"), "refusal latent"),
         (dict(features="FILE", file=[5000]), "0..2047"),
         (dict(features="FILE", file={"4": [1]}), "layer_3, layer_5"),
         (dict(features="FILE", file={"3": [1], "7": [2]}, sae=str(TINY / "sae/layer_3")), "{layer}"),
-        (dict(features="FILE", file="x"), "a list of feature ids"),
+        (dict(features="FILE", file="x"), "a layer has no features"),
+        (dict(features="FILE", file=3), "a JSON list of feature ids"),
         (dict(features="no-such-file.json"), "no-such-file.json"),
         (dict(features="FILE", file={}), "no features"),
-        (dict(features="FILE", file=[]), "layer 3 has no features"),
-        (dict(features="FILE", file={"3": []}), "layer 3 has no features"),
-        (dict(features="FILE", file={"3": [1], "7": []}), "layer 7 has no features"),
-        (dict(features=""), "--features: nothing is given"),
-        (dict(subjects=""), "--subjects: nothing is given"),
+        (dict(features="FILE", file=[]), "no features"),
+        (dict(features="FILE", file={"3": [1], "7": []}), "no features"),
+        (dict(features=""), "features: nothing is given"),
+        (dict(subjects=""), "subjects: nothing is given"),
         (dict(clamp=float("nan")), "0 or negative"),
         (dict(clamp=-float("inf")), "0 or negative"),
-        (dict(model_args="dtype=bfloat16"), "--dtype"),
-        (dict(model_args="max_lenght=8"), "near: max_length"),
-        (dict(model_args="max_length=8,max_length=9"), "twice"),
-        (dict(model_args="peft"), "no value"),
         (dict(clamp=2.0), "0 or negative"),
+        (dict(model_args="dtype=bfloat16"), "multiple values for keyword argument 'dtype'"),
+        (dict(model_args="max_lenght=8"), "unexpected keyword argument 'max_lenght'"),
+        (dict(model_args="features=f.json"), "unexpected keyword argument 'features'"),
+        (dict(model_args="trust_remote_code=True"), "never run here"),
         (dict(tasks="tiny_openwebtext", robust="all"), "four-way"),
         (dict(tasks="wmdp_bio"), "cannot load task wmdp_bio"),
+        (dict(record="FILE", file=[1]), "is no record"),
+        (dict(record="FILE", file={"script": "x.py", "form": 3}, clamp=-4.0), "choose it with --row"),
     ],
 )
 def test_mistakes_are_named(tmp_path, flags, said):
     flags = dict(flags)
     path = listing(tmp_path, "file", flags.pop("file", None))
-    flags = {k: [x.replace("FILE", path) for x in v] if isinstance(v, list) else v for k, v in flags.items()}
     flags = {k: path if v == "FILE" else v for k, v in flags.items()}
+    usual = {} if "record" in flags else {"layer": 3, "n_features": 5}
     with pytest.raises(UserError) as caught:
-        lm_eval_ablated.run(**{"layer": 3, "n_features": 5, **flags}, out=str(tmp_path / "out/r.json"))
+        lm_eval_ablated.run(**usual | flags, out=str(tmp_path / "out/r.json"))
     assert said in str(caught.value)
     assert not list((tmp_path / "out").glob("*"))
 
 
-def test_limit_is_a_seeded_sample_and_subsets_are_what_was_asked_for(tmp_path):
-    def settings(**flags):
-        return lm_eval_ablated.settings(lm_eval_ablated.flags, {"layer": 3, "n_features": 5, **flags})
+def test_limit_is_a_seeded_sample_and_subsets_are_what_was_asked_for():
+    tasks = lm_eval_ablated.find_tasks(["tiny_mmlu"])
+    docs = [*tasks["tiny_mmlu"][1][0].eval_docs]
 
-    task = lm_eval_ablated.find_tasks(settings(tasks="tiny_mmlu"))
+    def chosen(seed=0, **options):
+        return lm_eval_ablated.choose(tasks, True, seed, **options)["tiny_mmlu"]
 
-    def chosen(**flags):
-        return lm_eval_ablated.choose(task, settings(**flags), True)["tiny_mmlu"]
-
-    docs = task["tiny_mmlu"][1][0].eval_docs
     whole, some = chosen(), chosen(limit=21)
-    assert whole == halves(list(docs), 0)[1]  # the lessons' reporting half
-    assert len(whole) > 170 and len(some) == 21 and set(some) < set(whole)
+    assert whole == load("mmlu").held_out.indices
+    assert len(whole) > 170 and some == load("mmlu").held_out.sample(21).indices
     assert some == chosen(limit=21) != chosen(limit=21, seed=1)
     assert some != whole[:21]
     assert {docs[i]["subject"] for i in chosen(subjects="zoology,astronomy")} == {"zoology", "astronomy"}
-    path = listing(tmp_path, "ids", [5, 3, 3, 8])
-    assert chosen(samples=[f"tiny_mmlu:{path}"]) == [3, 5, 8]
+    assert chosen(samples={"tiny_mmlu": [5, 3, 3, 8]}) == [3, 5, 8]
 
 
 # ---------------------------------------------------------------------------------- the task files
@@ -318,14 +342,14 @@ def test_the_24_orders_agree_with_robust(tmp_path):
     flags = dict(layer=3, n_features=10, unablated=True, num_fewshot=1)
     orders = "tiny_wmdp_bio_24,tiny_wmdp_bio_24_no_question"
     by_task = lm_eval_ablated.run(**flags, tasks=orders, limit=5, out=str(tmp_path / "a.json"))
-    clean = by_task["points"][0]["scores"]
-    assert clean["tiny_wmdp_bio_24"]["n"] == 5 and len(by_task["data"]["tiny_wmdp_bio_24"]["questions"]) == 120
+    clean = by_task["rows"]["unablated"]["scores"]
+    in_all, bare = clean["tiny_wmdp_bio_24/all orders"], clean["tiny_wmdp_bio_24_no_question/all orders"]
+    assert in_all["n"] == 5 and len(by_task["data"]["tiny_wmdp_bio_24"]["asked"]) == 120
     own = by_task["lm_eval"]["unablated"]["tiny_wmdp_bio_24"]["all_orders,none"]
-    assert own == pytest.approx(clean["tiny_wmdp_bio_24"]["accuracy"])
-    assert clean["tiny_wmdp_bio_24_no_question"]["accuracy"] < own
+    assert own == pytest.approx(in_all["mean"]) and bare["mean"] < own
     kept = lm_eval_ablated.run(**flags, tasks="tiny_wmdp_bio", limit=5, robust="question", out=str(tmp_path / "b.json"))
-    assert kept["points"][0]["scores"]["wmdp_bio"]["n"] <= round(5 * own)
-    assert kept["points"][0]["scores"]["wmdp_bio"]["accuracy"] == 1.0
+    score = kept["rows"]["unablated"]["scores"]["wmdp_bio/letters"]
+    assert score["n"] <= round(5 * own) and score["mean"] == 1.0
 
 
 def test_the_cloze_tasks_ask_as_their_release_does(manager):
@@ -346,40 +370,37 @@ def test_a_lessons_cloze_answers_are_lm_evals(tmp_path, capsys):
     same = dict(layer=3, n_features=10, limit=25)
     shown = lesson("feature_ablate_2.py", **same, wmdp="cloze", out=tmp_path / "lesson.json")
     mine, printed = shown["record"], capsys.readouterr().out
-    theirs = lm_eval_ablated.run(**same, tasks="tiny_wmdp_bio_cloze", features=str(tmp_path / "lesson.json"),
+    theirs = lm_eval_ablated.run(limit=25, tasks="tiny_wmdp_bio_cloze", record=str(tmp_path / "lesson.json"),
                                  unablated=True, out=str(tmp_path / "lm_eval.json"))  # fmt: skip
-    assert mine["data"]["wmdp_bio"]["questions"] == theirs["data"]["tiny_wmdp_bio_cloze"]["questions"]
-    assert mine["settings"]["wmdp"] == mine["data"]["wmdp_bio"]["wmdp"] == "cloze"
-    for setting in (("none", None), ("sae-ablation", CLAMP)):
-        score, other = points(mine)[setting]["wmdp_bio"], points(theirs)[setting]["tiny_wmdp_bio_cloze"]
-        assert all(score[name] == other[name] for name in ("letters", "accuracy", "low", "n", "chance"))
-        assert not {"letters_mass", "right_probability"} & (set(score) | set(other))
-    assert (
-        points(mine)["none", None]["wmdp_bio"]["in_words"]["letters"]
-        != points(mine)["none", None]["wmdp_bio"]["letters"]
-    )
-    assert "WMDP-Bio Cloze stand-in: n 25" in printed and "in words, %" in printed and "published" not in printed
+    assert mine["data"]["wmdp_bio"] == theirs["data"]["wmdp_bio"] and mine["data"]["wmdp_bio"]["variant"] == "cloze"
+    for name, row in theirs["rows"].items():
+        other = mine["rows"][name]
+        assert row["scores"]["wmdp_bio/cloze"] == other["scores"]["wmdp_bio/cloze"]
+        assert row["answers"]["wmdp_bio/cloze"] == other["answers"]["wmdp_bio/cloze"]
+        assert other["answers"]["wmdp_bio/cloze"] != other["answers"]["wmdp_bio/words"]
+        assert "wmdp_bio/P(a letter)" not in row["scores"] | other["scores"]
+    assert "WMDP-Bio Cloze stand-in" in printed and "in words, %" in printed and "published" not in printed
     sweep = pareto.run(layer=[3], n_features=[10], limit=25, clamp=[CLAMP], wmdp="cloze", out=str(tmp_path / "s.json"))
-    clean = sweep["points"][0]["scores"]
-    assert sweep["data"]["wmdp_bio"]["questions"] == mine["data"]["wmdp_bio"]["questions"]
-    assert clean["wmdp_bio"]["letters"] == points(mine)["none", None]["wmdp_bio"]["letters"]
-    assert clean["wmdp_bio"]["in_words"]["letters"] == points(mine)["none", None]["wmdp_bio"]["in_words"]["letters"]
-    assert "letters_mass" in clean["mmlu"] and "letters_mass" not in clean["wmdp_bio"]
+    clean, row = sweep["rows"]["unablated"], mine["rows"]["unablated"]
+    assert sweep["data"]["wmdp_bio"]["asked"] == mine["data"]["wmdp_bio"]["asked"]
+    for name in ("wmdp_bio/cloze", "wmdp_bio/words"):
+        assert clean["answers"][name] == row["answers"][name]
+    assert "mmlu/P(a letter)" in clean["scores"]
 
 
 @pytest.mark.slow
 def test_open_answers_are_graded_as_our_own_scorer_grades_them(manager, tmp_path):
     flags = dict(layer=3, n_features=10, tasks="tiny_wmdp_bio_open", limit=30, unablated=True)
     record = lm_eval_ablated.run(**flags, out=str(tmp_path / "r.json"))
-    docs = manager.load(["tiny_wmdp_bio_open"])["tasks"]["tiny_wmdp_bio_open"].eval_docs
-    rows = [docs[i] for i in record["data"]["tiny_wmdp_bio_open"]["questions"]]
-    features = record["points"][1]["setting"]["features"]
-    model = load_model("tiny", "cpu")
-    edit = edit_of("sae-ablation", load_sae(None, 3, model), features=features, clamp=CLAMP)
-    for point, score in zip(record["points"], score_open(model, rows, [NONE, edit]), strict=True):
-        found = point["scores"]["tiny_wmdp_bio_open"]
-        assert all(found[name] == score["exact"][name] for name in set(score["exact"]) - {"letters"})
-    assert found["accuracy"] < 0.9 < record["points"][0]["scores"]["tiny_wmdp_bio_open"]["accuracy"]
+    docs = [dict(doc) for doc in tasks_of("tiny_wmdp_bio_open").eval_docs]
+    quiz = Dataset("wmdp_bio", [docs[i] for i in record["data"]["tiny_wmdp_bio_open"]["asked"]])
+    model, features = load_model("tiny", "cpu"), record["rows"][ROW]["settings"]["features"]
+    rows = {"unablated": NONE, ROW: ablation(load_sae(None, 3, model), features, CLAMP)}
+    exact, _ = open_answers(model, quiz, rows)
+    for name in rows:
+        found = record["rows"][name]["scores"]["tiny_wmdp_bio_open/exact_match"]
+        assert found == {key: value for key, value in vars(exact[name]).items() if value is not None}
+    assert found["mean"] < 0.9 < exact["unablated"].mean
 
 
 def test_few_shot_examples_are_development_questions(manager):
@@ -404,8 +425,8 @@ def test_other_tasks_are_scored_too(tmp_path):
     flags = dict(layer=3, n_features=5, limit=5, unablated=True, include_path=str(tmp_path / "tasks"))
     logs = dict(output_path=str(tmp_path / "logs"), log_samples=True)
     record = lm_eval_ablated.run(**flags, **logs, tasks="my_generation,tiny_mmlu", out=str(tmp_path / "r.json"))
-    score = record["points"][1]["scores"]["my_generation"]
-    assert score["n"] == 5 and score["letters"] == "-----" and score["chance"] == 0.0
+    row, name = record["rows"][ROW], "my_generation/exact_match"
+    assert row["scores"][name]["n"] == 5 and name not in row["answers"] and record["measures"][name]["chance"] == 0.0
     for kind in ("unablated", "ablated"):
         files = [path.name for path in (tmp_path / "logs" / kind).rglob("*.json*")]
         assert sum(name.startswith("results_") for name in files) == 1
@@ -436,14 +457,15 @@ def test_the_letters_are_those_that_the_accuracy_counts(tmp_path, metric):
     (tmp_path / "normed.yaml").write_text(NORMED.format(metric=metric, path=path))
     flags = dict(layer=3, features=listing(tmp_path, "f", [45]), include_path=str(tmp_path), tasks=f"normed_{metric}")
     record = lm_eval_ablated.run(**flags, out=str(tmp_path / "r.json"))
-    score = record["points"][0]["scores"][f"normed_{metric}"]
-    right = [letter == LETTERS[row["answer"]] for letter, row in zip(score["letters"], rows, strict=True)]
-    assert score["accuracy"] == pytest.approx(sum(right) / 3)
-    assert score["accuracy"] == pytest.approx(record["lm_eval"]["ablated"][f"normed_{metric}"][f"{metric},none"])
-    assert score["chance"] == 0.25
+    name = f"normed_{metric}/{metric}"
+    score, answers = record["rows"][ROW]["scores"][name]["mean"], record["rows"][ROW]["answers"][name]
+    right = [letter == LETTERS[row["answer"]] for letter, row in zip(answers, rows, strict=True)]
+    assert score == pytest.approx(sum(right) / 3)
+    assert score == pytest.approx(record["lm_eval"][ROW][f"normed_{metric}"][f"{metric},none"])
+    assert record["measures"][name]["chance"] == 0.25
     (tmp_path / "normed.yaml").write_text(NORMED.format(metric="acc", path=path))
     plain = lm_eval_ablated.run(**{**flags, "tasks": "normed_acc"}, out=str(tmp_path / "r.json"))
-    same = plain["points"][0]["scores"]["normed_acc"]["letters"] == score["letters"]
+    same = plain["rows"][ROW]["answers"]["normed_acc/acc"] == answers
     assert same == (metric == "acc")  # else the questions show nothing
 
 
@@ -468,7 +490,7 @@ def clone(tmp_path_factory):
     for path in [*ROOT.glob("*.py"), ROOT / "lm_eval_tasks", ROOT / "tiny"]:
         (folder / path.name).symlink_to(path)
     (folder / "features.json").write_text("[45, 78, 286]")
-    out = folder / "results/feature_ablate_2_tiny_L7_n50.json"
+    out = folder / "results/feature_ablate_2_tiny_L7_n50_1.json"
     lesson("feature_ablate_2.py", layer=7, n_features=50, limit=20, out=out)
     return folder
 
@@ -483,9 +505,9 @@ def test_the_readme_and_help_name_the_same_commands():
 def test_commands_run_as_written(clone, monkeypatch, capsys, command):
     monkeypatch.chdir(clone)
     if "baselines_dsg" in command:
-        baselines.run(method="dsg", limit=6, out=str(clone / "results/baselines_dsg_tiny_L7.json"))
+        baselines.run(method="dsg", limit=6, out=str(clone / "results/baselines_dsg_tiny_L7_1.json"))
     if command.startswith("python lm_eval_ablated.py"):  # without a new process, whose imports take half of the time
-        monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
+        monkeypatch.setattr(sys, "argv", shlex.split(command.replace("*", "1"))[1:])
         runpy.run_path("lm_eval_ablated.py", run_name="__main__")
         shown = capsys.readouterr().out
     else:

@@ -19,39 +19,42 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import data
 import edits
 import lm_eval_ablated
-import lm_eval_model
-from common import firing_rates, load_model
-from data import LETTERS, UserError, encode_prompts, prompt, special_ids
-from edits import Edit, decoder_layers
+from common import firing_rates, load_model, load_sae
+from data import LETTERS, Dataset, UserError, encode_prompts, prompt, special_ids
+from edits import NONE, Edit, ablation, applied, decoder_layers, make, together
 from hub import identity
-from lm_eval_model import AblatedLM, Scored, Spread, by_question
+from lm_eval_ablated import AblatedLM, BridgeView, CommandLineLM, DataParallelLM, chosen_row, edit_of_row, measures_of
+
+
+def ablated(folder, edit: Edit, saes=(), **options) -> AblatedLM:
+    lm = AblatedLM(str(folder), **{"device": "cpu", "dtype": "float32", **options})
+    lm.set_edit(edit, saes)
+    return lm
 
 
 def test_a_gate_is_no_way_to_write_an_answer(model_folder, get_model, make_sae):
     sae = make_sae(get_model("llama"))
-    lm = AblatedLM(str(model_folder("llama")), sae={1: sae}, features={1: [3, 17]}, method="dsg", gate=0.1, clamp=-4.0,
-                   device="cpu", dtype="float32")  # fmt: skip
-    assert lm.edit.whole and lm.loglikelihood(requests(SENTENCES, [" sea"]))
+    lm = ablated(model_folder("llama"), make("dsg", sae, features=[3, 17], gate=0.1, clamp=-4.0), [sae])
+    assert lm.edit.needs_whole_prompt and lm.loglikelihood(requests(SENTENCES, [" sea"]))
     with pytest.raises(UserError, match="leave out tasks that generate"):
         lm.generate_until([Instance("generate_until", {}, ("The cat", {"max_gen_toks": 4, "until": []}), 0)])
-    with pytest.raises(UserError, match=r"missing .* .gate."):
-        AblatedLM(str(model_folder("llama")), sae={1: sae}, features={1: [3]}, method="dsg", clamp=-4.0, device="cpu")
 
 
 @pytest.mark.parametrize("pad", [0, 1])
 def test_a_gates_share_of_tokens_leaves_lm_evals_padding_out(model_folder, get_model, make_sae, monkeypatch, pad):
     """lm-eval pads with token 0, which some tokenizers have as a word."""
-    monkeypatch.setattr(lm_eval_model, "pad_id", lambda tokenizer: pad)
+    monkeypatch.setattr(data, "pad_id", lambda tokenizer: pad)
     monkeypatch.setattr(edits, "special_ids", lambda tokenizer: [2] if pad else [0, 2])
     asked = requests([*SENTENCES, "Blood carries oxygen from the lungs to the heart"], [" sea"])
     sae, found = make_sae(get_model("llama")), {}
     for size in (1, 4):
         values = []
         for gate in (0.1, 0.2, 0.3, 0.4, 0.5):
-            lm = AblatedLM(str(model_folder("llama")), sae={1: sae}, features={1: [3, 17]}, method="dsg", gate=gate,
-                           clamp=-9.0, device="cpu", dtype="float32", batch_size=size)  # fmt: skip
+            edit = make("dsg", sae, features=[3, 17], gate=gate, clamp=-9.0)
+            lm = ablated(model_folder("llama"), edit, [sae], batch_size=size)
             values.append([value for value, _ in lm.loglikelihood(asked)])
         found[size] = np.array(values)
     assert np.abs(found[1] - found[1][0]).max() > 0.1  # the gates part them
@@ -60,11 +63,11 @@ def test_a_gates_share_of_tokens_leaves_lm_evals_padding_out(model_folder, get_m
 
 def test_an_answer_under_other_special_tokens_is_another(model_folder, get_model, make_sae):
     sae = make_sae(get_model("llama"))
-    lm = AblatedLM(str(model_folder("llama")), sae={1: sae}, features={1: [3]}, device="cpu", dtype="float32")
+    lm = ablated(model_folder("llama"), ablation(sae, [3]), [sae])
     known = [lm.fingerprint()]
     lm.tokenizer.edit_special = "all-but-bos"
     known.append(lm.fingerprint())
-    lm.ablated = False
+    lm.set_edit(NONE)
     known.append(lm.fingerprint())
     lm.tokenizer.edit_special = "never"
     assert len(set(known)) == 3 and lm.fingerprint() == known[2]  # with nothing edited it does not matter
@@ -84,13 +87,14 @@ def test_with_no_feature_it_is_hf_to_the_last_bit(dtype):
     asked = requests([prompt(row) for row in questions], [" A", " B", " C", " D", " Vibrio cholerae"])
     same = dict(device="cpu", dtype=dtype, batch_size=8)
     theirs = HFLM(str(TINY / "model"), **same).loglikelihood(asked)
-    ours = AblatedLM(str(TINY / "model"), sae=str(TINY / "sae/layer_7"), features={7: []}, **same)
+    sae = load_sae(None, 7, load_model("tiny", "cpu"))
+    ours = ablated(TINY / "model", ablation(sae, []), [sae], **same)
     assert list(ours.edit.at) == [7]
     assert ours.loglikelihood(asked) == theirs
-    other = AblatedLM("tiny", features={7: list(range(300))}, clamp=-80.0, **same)
-    assert other.loglikelihood(asked) != theirs
-    other.ablated = False
-    assert other.loglikelihood(asked) == theirs
+    ours.set_edit(ablation(sae, range(300), -80.0))
+    assert ours.loglikelihood(asked) != theirs
+    ours.set_edit(NONE)
+    assert ours.loglikelihood(asked) == theirs
 
 
 @pytest.fixture(params=FAMILIES)
@@ -157,11 +161,9 @@ CASES = ["two features", "zero ablation", "two layers", "topk"]
 
 
 def ablated_lm(folder: Path, edits: dict, **options) -> AblatedLM:
-    saes = {number: sae for number, (sae, _, _) in edits.items()}
-    features = {number: ids for number, (_, ids, _) in edits.items()}
-    (clamp,) = {clamp for _, _, clamp in edits.values()}
-    same = dict(device="cpu", dtype="float32", batch_size=2, attn_implementation="eager")
-    return AblatedLM(str(folder), sae=saes, features=features, clamp=clamp, **same, **options)
+    parts = [ablation(sae, ids, clamp) for sae, ids, clamp in edits.values()]
+    same = dict(batch_size=2, attn_implementation="eager")
+    return ablated(folder, together(*parts), [sae for sae, _, _ in edits.values()], **same, **options)
 
 
 def ordinary_of(lm: AblatedLM, ids: torch.Tensor) -> torch.Tensor:
@@ -225,9 +227,9 @@ def test_a_layer_may_return_a_tuple(model_folder, get_model, make_sae, monkeypat
 
     whole, pair = torch.nn.Identity(), Layer()
     (edit,) = lm.edit.at.values()
-    lm.set_edit(Edit("both", {0: edit, 1: edit}))
+    lm.set_edit(Edit("both", at={0: edit, 1: edit}))
     monkeypatch.setattr(edits, "decoder_layers", lambda model: [whole, pair])
-    with torch.no_grad(), lm.patched():
+    with torch.no_grad(), applied(lm.model, lm.tokenizer, lm.edit):
         lm.model(ids)
         alone, (first, second) = whole(seen["h"]), pair(seen["h"])
     assert second == "weights" and torch.equal(first, alone)
@@ -246,9 +248,10 @@ def test_lm_evals_options_do_not_move_a_number(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # without a GPU parallelize=True keeps weights in a folder
     questions = [json.loads(line) for line in (TINY / "data/wmdp_bio.jsonl").open()][:10]
     asked = requests([prompt(row) for row in questions], [" A", " B"])
-    same = dict(features={3: [45, 78, 286]}, clamp=-80.0, device="cpu", dtype="float32")
-    plain = AblatedLM("tiny", batch_size=4, **same).loglikelihood(asked)
-    other = AblatedLM("tiny", **{"batch_size": 4, **options}, **same).loglikelihood(asked)
+    sae = load_sae(None, 3, load_model("tiny", "cpu"))
+    edit = ablation(sae, [45, 78, 286], -80.0)
+    plain = ablated("tiny", edit, batch_size=4).loglikelihood(asked)
+    other = ablated("tiny", edit, **{"batch_size": 4, **options}).loglikelihood(asked)
     assert [value for value, _ in other] == pytest.approx([value for value, _ in plain], abs=1e-4)
 
 
@@ -317,7 +320,7 @@ def test_pads_and_special_tokens_are_not_edited(get_model, model_folder, make_sa
     assert alone[0][0] == pytest.approx(beside[0][0], abs=1e-4)
 
 
-class Echo:
+class Echo(AblatedLM):
     """Answers a request by what it was asked, and keeps count."""
 
     def __init__(self):
@@ -341,39 +344,40 @@ def test_requests_are_dealt_out_whole_and_come_back_in_order(monkeypatch, n):
         parts.append(part)
         raise Collected
 
-    monkeypatch.setattr(lm_eval_ablated.processes, "from_all", collect)
+    monkeypatch.setattr(lm_eval_ablated.data, "from_all_processes", collect)
     for index in range(n):
-        monkeypatch.setattr(lm_eval_ablated.processes, "own", lambda items, i=index: items[i::n])
+        monkeypatch.setattr(lm_eval_ablated.data, "own_share", lambda items, i=index: items[i::n])
         echo = Echo()
         with pytest.raises(Collected):
-            Spread(echo).loglikelihood(asked)
+            DataParallelLM(echo, echo).loglikelihood(asked)
         assert echo.answered == len(parts[-1]) <= 3 * math.ceil(10 / n)
     positions = sorted(i for part in parts for i, _ in part)
     assert positions == list(range(len(asked)))  # none lost, none twice
     where = {i: number for number, part in enumerate(parts) for i, _ in part}
     assert all(where[i] == where[i + 1] == where[i + 2] for i in range(0, 21, 3))  # a question's letters stay together
-    monkeypatch.setattr(lm_eval_ablated.processes, "from_all", lambda part: [pair for one in parts for pair in one])
-    found = Spread(Echo()).loglikelihood(asked)
+    monkeypatch.setattr(
+        lm_eval_ablated.data, "from_all_processes", lambda part: [pair for one in parts for pair in one]
+    )
+    echo = Echo()
+    found = DataParallelLM(echo, echo).loglikelihood(asked)
     assert [value for value, _ in found] == [len(request.args[0]) for request in asked]
 
 
 def test_a_cache_is_one_ablations_own(tmp_path):
     asked = requests([prompt(json.loads(line)) for line in list((TINY / "data/mmlu.jsonl").open())[:3]], [" A", " B"])
-    same = dict(device="cpu", dtype="float32", batch_size=8)
-    first = AblatedLM("tiny", features={3: list(range(200))}, clamp=-80.0, **same)
+    sae, same = load_sae(None, 3, load_model("tiny", "cpu")), dict(batch_size=8)
+    first = ablated("tiny", ablation(sae, range(200), -80.0), [sae], **same)
     cached = CachingLM(first, str(tmp_path / "cache.db"))
     answers = cached.loglikelihood(asked)
-    again = CachingLM(
-        AblatedLM("tiny", features={3: list(range(200))}, clamp=-80.0, **same), str(tmp_path / "cache.db")
-    )
+    again = CachingLM(ablated("tiny", first.edit, [sae], **same), str(tmp_path / "cache.db"))
     again.lm._model_call = None  # nothing is left to ask the model
     assert again.loglikelihood(asked) == answers
-    for features, clamp in (({3: list(range(200))}, -40.0), ({3: list(range(199))}, -80.0), ({}, 0.0)):
-        other = AblatedLM("tiny", features=features, clamp=clamp, **same)
+    for edit in (ablation(sae, range(200), -40.0), ablation(sae, range(199), -80.0), NONE):
+        other = ablated("tiny", edit, [sae], **same)
         assert other.fingerprint() != first.fingerprint()
-        with pytest.raises(UserError, match="another ablation's"):
+        with pytest.raises(UserError, match="another edit's"):
             CachingLM(other, str(tmp_path / "cache.db"))
-    first.ablated = False
+    first.set_edit(NONE)
     assert first.fingerprint() == other.fingerprint()
 
 
@@ -418,25 +422,43 @@ def test_an_adapter_is_picked_checked_and_cached_as_scored(tmp_path, model_folde
     shutil.copy(folder / "tokenizer_config.json", tmp_path / "merged")
     sae, windows = make_sae(get_model("llama")), [some_ids(get_model("llama"))[1].tolist()]
     merged = firing_rates(load_model(str(tmp_path / "merged"), "cpu"), sae, windows)
-    assert torch.equal(firing_rates(Scored(lm), sae, windows).fires, merged.fires)
+    assert torch.equal(firing_rates(BridgeView(lm), sae, windows).fires, merged.fires)
     assert not torch.equal(firing_rates(get_model("llama"), sae, windows).fires, merged.fires)
     adapter(folder, tmp_path / "adapter", 1)
     assert AblatedLM(str(folder), peft=str(tmp_path / "adapter"), **same).fingerprint() != lm.fingerprint()
 
 
-def test_an_sae_trained_again_refuses_a_records_features(tmp_path, gemma, scale_of):
-    folder = write_sae(tmp_path / "sae", gemma.cfg.model_name, scale_of(gemma))
-    point = {"method": "sae-ablation", "setting": {"n_features": 2, "clamp": -4.0, "features": [3, 17]}}
-    record = {"layer": 1, "points": [point], "identity": {"sae": identity(str(folder))}}
+def test_a_record_is_of_one_sae_and_one_model(tmp_path, gemma, scale_of, model_folder):
+    model, folder = str(model_folder("gemma2")), write_sae(tmp_path / "sae", gemma.cfg.model_name, scale_of(gemma))
+    sae = {
+        "layer": 1,
+        "source": str(folder),
+        "identity": identity(str(folder)),
+        "hook_point": "blocks.1.hook_resid_post",
+    }
+    settings = {"features": [3, 17], "clamp": -4.0, "layers": [1]}
+    record = {"form": 3, "script": "some.py", "model": model, "identity": {"model": identity(model)}, "saes": [sae],
+              "settings": {"edit_special": "all-but-bos"},
+              "rows": {"clamp": {"method": "clamp", "settings": settings}}}  # fmt: skip
     path = listing(tmp_path, "record", record)
-    read = lambda: lm_eval_model.from_file(path, 1, {}, str(folder), "some/model")  # noqa: E731
-    assert lm_eval_model.features_of(read()) == {1: [3, 17]}
+    lm = CommandLineLM(model, record=path, device="cpu", dtype="float32")
+    assert (lm.edit.method, lm.edit.settings, lm.tokenizer.edit_special) == ("clamp", settings, "all-but-bos")
+    with pytest.raises(UserError, match=r"not of what .* holds now"):
+        edit_of_row(lm, {**record, "identity": {"model": "sha256:1"}}, None, None, None, model)
     write_sae(folder, gemma.cfg.model_name, scale_of(gemma), seed=1)
     with pytest.raises(UserError, match="another SAE"):
-        read()
-    point["setting"]["features"] = []
-    with pytest.raises(UserError, match="no features"):
-        lm_eval_model.from_file(listing(tmp_path, "empty", record), 1, {}, str(folder), "some/model")
+        edit_of_row(lm, record, None, None, None, model)
+
+
+def test_lm_evals_command_line_makes_an_edit_of_a_list(tmp_path):
+    path, same = listing(tmp_path, "list", [45, 78]), dict(layer=3, device="cpu", dtype="float32")
+    lm = CommandLineLM("tiny", features=path, clamp=-80, **same)
+    assert (lm.edit.method, lm.edit.settings) == ("clamp", {"features": [45, 78], "clamp": -80, "layers": [3]})
+    assert CommandLineLM("tiny", features=path, **same).edit.method == "zero-ablation"
+    lm = CommandLineLM("tiny", features=path, method="dsg", gate=0.1, clamp=-9, **same)
+    assert lm.edit.settings == {"features": [45, 78], "clamp": -9, "gate": 0.1, "layers": [3]}
+    with pytest.raises(UserError, match=r"missing .* .gate."):
+        CommandLineLM("tiny", features=path, method="dsg", clamp=-9, **same)
 
 
 def test_logits_that_are_not_finite_are_no_answer(model_folder, tmp_path):
@@ -467,47 +489,55 @@ def test_a_thought_is_no_place_for_a_letter(model_folder):
         lm.loglikelihood(requests(["Answer: <think>\n"], ["A"]))
 
 
-def test_a_sweeps_setting_is_chosen_by_flags():
-    def point(n, clamp):
-        return {
-            "method": "sae-ablation",
-            "setting": {"n_features": n, "clamp": clamp, "features": [*range(n)], "layer": 3},
-        }
+def test_which_row_of_a_record_is_meant():
+    def record(chosen=None, **methods):
+        rows = {name: {"method": method, "settings": {}} for name, method in methods.items()}
+        return {"script": "some.py", "rows": rows} | ({"chosen": chosen} if chosen else {})
 
-    record = {"layer": [3, 5], "points": [point(n, clamp) for n in (1, 5) for clamp in (0.0, -40.0, -80.0)]}
-    choose = lm_eval_model.of_record
-    assert choose("r", record, layer=3, n_features=5, clamp=-40.0) == record["points"][4]
-    assert choose("r", record, layer=None, n_features=5, clamp=None)["setting"]["clamp"] == -80.0
-    with pytest.raises(UserError, match="--layer 3 --n-features 1 --clamp -40"):
-        choose("r", record, layer=None, n_features=None, clamp=-40.0)
-    with pytest.raises(UserError, match="--n-features 5"):
-        choose("r", record, layer=7, n_features=None, clamp=None)
+    row = chosen_row
+    lesson = record(unablated="none", zero="zero-ablation", clamp="clamp", control="random-features", twin="retrained")
+    assert row(lesson) == "clamp" and row(lesson, "control") == "control"
+    assert row(lesson, method="zero-ablation") == "zero"
+    swept = record(first="clamp", second="clamp", third="dsg", chosen="second")
+    assert row(swept) == row(swept, method="clamp") == "second" and row(swept, method="dsg") == "third"
+    assert row(record(unablated="none", both="together")) == "both"
+    with pytest.raises(UserError, match="has 2 such edits; name one with --row: first; second; third"):
+        row(record(first="clamp", second="clamp", third="dsg"))
+    for asked in (dict(row="unablated"), dict(row="twin"), dict(method="dsg")):
+        with pytest.raises(UserError, match="no such edits"):
+            row(lesson, **asked)
+    with pytest.raises(UserError, match="scored with --model"):
+        row(record(unablated="none", trained="npo", chosen="trained"))
 
 
 def test_how_sure_of_its_letter_a_model_is():
     def row(probabilities, target):
-        said = {"arguments": [("question", f" {x}") for x in "ABCD"], "target": target, "doc": {}, "doc_id": 0}
+        said = {"arguments": [("question", f" {x}") for x in "ABCD"], "target": target, "doc": {}, "choices": [*"ABCD"]}
         chosen = [(math.log(p), False) for p in probabilities]
         return {**said, "metrics": ["acc"], "acc": float(np.argmax(probabilities) == 1), "filtered_resps": chosen}
 
-    runs = [[row((0.1, 0.7, 0.1, 0.1), 1), row((0.1, 0.5, 0.1, 0.1), "B")], [row((0.1, 0.1, 0.1, 0.1), "1")] * 2]
-    clean, ablated = lm_eval_model.scores_of(runs, None, 0)
-    assert clean["letters_mass"]["mean"] == pytest.approx(0.9)
-    assert clean["right_probability"]["mean"] == pytest.approx(0.6)
-    assert ablated["letters_mass"]["change"] == pytest.approx(-0.5)
-    for rows in runs:
+    logs = {"unablated": [row((0.1, 0.7, 0.1, 0.1), 1), row((0.1, 0.5, 0.1, 0.1), "B")],
+            "clamp": [row((0.1, 0.1, 0.1, 0.1), "1")] * 2}  # fmt: skip
+    asked = Dataset("some_task", [])
+    right, mass, sure = measures_of(asked, logs)
+    assert right.name == "some_task/letters" and right.answers == ("BB", "AA") and right.chance == 0.25
+    assert mass["unablated"].mean == pytest.approx(0.9) and mass["clamp"].change == pytest.approx(-0.5)
+    assert sure["unablated"].mean == pytest.approx(0.6)
+    for rows in logs.values():
         for one in rows:
             one["arguments"] = [("question", " the sea")] * 4
-    assert "letters_mass" not in lm_eval_model.scores_of(runs, None, 0)[0]
+    assert [measure.name for measure in measures_of(asked, logs)] == ["some_task/acc"]
 
 
 def test_means_are_compared_in_pairs():
     def row(value):
         return {"metrics": ["f1"], "f1": value, "doc": {}, "doc_id": 0, "filtered_resps": ["text"]}
 
-    runs = [[row(v) for v in (0.5, 0.25, 1.0)], [row(v) for v in (0.25, 0.25, 0.5)]]
-    clean, ablated = lm_eval_model.scores_of(runs, None, 0)
-    assert clean["mean"] == pytest.approx(1.75 / 3) and ablated["change"] == pytest.approx(-0.25)
-    assert ablated["change_low"] <= -0.25 <= ablated["change_high"]
-    assert np.array_equal(by_question(runs[1])["value"], [0.25, 0.25, 0.5])
-    assert lm_eval_model.scores_of([[{**row(1.0), "f1": (1.0, 2)}]], None, 0) == [None]
+    asked = Dataset("some_task", [])
+    logs = {"unablated": [row(v) for v in (0.5, 0.25, 1.0)], "clamp": [row(v) for v in (0.25, 0.25, 0.5)]}
+    (measure,) = measures_of(asked, logs)
+    score = measure["clamp"]
+    assert measure["unablated"].mean == pytest.approx(1.75 / 3) and score.change == pytest.approx(-0.25)
+    assert score.change_low <= -0.25 <= score.change_high
+    assert np.array_equal(measure.values[1], [0.25, 0.25, 0.5])
+    assert measures_of(asked, {"clamp": [{**row(1.0), "f1": (1.0, 2)}]}) == []

@@ -8,104 +8,118 @@ import torch
 from conftest import CONFIG, D_SAE, QUESTIONS, fill, hf, ordinary_mask, residual, some_windows
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
-import baselines
 import edits
-import methods
+import evaluation
 from common import activation_ratio, load_model, load_sae
-from data import UserError, load_benchmark, prompt
-from flags import settings
+from data import Dataset, UserError, prompt
+from evaluation import FeatureStats
 
 
-def test_what_reads_the_stream_reads_it_there_too(renamed, monkeypatch):
-    """DSG's gate, CRISP's layers, and the layers from which a direction is taken out."""
-    s, lm = settings(baselines.flags, dict(sae=renamed, layer=4, limit=6)), load_model("tiny")
-    texts = load_benchmark(s)[0]
-    texts["retain"] = [part[:200] for part in texts["retain"]]
-    measured, straight = (
-        methods.measure(lm, layer, load_sae(place, layer, lm), texts["forget"], texts["retain"], s.clamp, s)
-        for layer, place in ((4, renamed), (3, None))
+def test_what_reads_the_stream_reads_it_where_it_is_edited(renamed):
+    """DSG's gate, and the layers from which a direction is taken out, of an SAE of hook_resid_pre."""
+    model = load_model("tiny")
+    windows = [model.tokenizer(row["question"])["input_ids"] for row in QUESTIONS]
+    later, straight = (
+        FeatureStats(model, load_sae(folder, layer, model), layer, windows, [windows[::-1]], insist=False)
+        for layer, folder in ((4, renamed), (3, None))
     )
-    features = measured.features(50, "dsg")
-    assert features == straight.features(50, "dsg")
-    assert methods.gate_for(measured, 50, 1.0) == methods.gate_for(straight, 50, 1.0) > 0
-    assert list(baselines.read_by_crisp(measured)[0]) == [3]
-    edit = methods.edit_for("diff-in-means", {"strength": 1, "behind": True}, measured)
-    assert list(edit.at) == list(range(3, CONFIG["num_hidden_layers"]))
+    features = later.features(5, "ratio")
+    later.features = straight.features = lambda n, rule=None: features
+    assert later.gate(5) == straight.gate(5) > 0
+    edit = edits.from_grid("diff-in-means", {"strength": 1, "behind": True}, later)
+    assert list(edit.at) == edit.settings["layers"] == list(range(3, CONFIG["num_hidden_layers"]))
+    assert list(edits.from_grid("clamp", {"n_features": 5}, later).at) == [3]
 
 
 @pytest.fixture
 def small(gemma, make_sae):
-    """Measured on random windows, two retain sets of another length, and all that it was measured on, by hand."""
+    """FeatureStats of random windows, two retain sets of another length, and all residual streams, by hand."""
     sae, sets = make_sae(gemma), [some_windows(gemma, seed) for seed in range(3)]
     sets[2] = sets[2][:4]
-    s = SimpleNamespace(batch_size=4, pick="ratio", seed=0, no_sanity=True, refusal_latent=5, refusal_value=-50.0)
     streams = []
     for windows in sets:
         rows = [torch.tensor([window]) for window in windows]
         streams.append(
             [residual(gemma, ids)[ordinary_mask(gemma, ids) & (torch.arange(ids.shape[1]) > 0)] for ids in rows]
         )
-    return methods.Measured(gemma, sae, 1, sets[0], sets[1:], -40.0, s), streams
+    options = dict(batch_size=4, insist=False, refusal_latent=5, refusal_value=-50.0, clamp=-40.0)
+    return FeatureStats(gemma, sae, 1, sets[0], sets[1:], **options), streams
 
 
-def test_edits_are_made_of_what_the_texts_say(small, gemma):
-    measured, streams = small
-    sae, (forget, *retain) = measured.sae, streams
+def test_edits_are_made_of_what_the_texts_say(small):
+    stats, streams = small
+    sae, (forget, *retain) = stats.sae, streams
     acts = [edits.Latents(sae, range(D_SAE)).encode(torch.cat(rows))[0].double() for rows in streams]
 
-    def made(method, **one):
-        return methods.edit_for(method, one, measured)
+    def made(method, **setting):
+        return edits.from_grid(method, setting, stats).settings
 
-    features = measured.features(4)
+    features = stats.features(4)
+    assert made("zero-ablation", n_features=4) == {"features": features, "clamp": 0.0, "layers": [1]}
+    assert made("clamp", n_features=4) == {"features": features, "clamp": -40.0, "layers": [1]}  # by the usual clamp
     threshold = made("conditional-clamp", n_features=4, clamp=2, threshold=0.25)
     active = torch.stack([acts[0][:, i][acts[0][:, i] > 0].mean() for i in features]).mean()
-    assert threshold.arguments["threshold"] == pytest.approx(0.25 * active.item(), rel=1e-5)
-    assert threshold.arguments["clamp"] == threshold.setting["clamp"] == -80.0
-    means = made("mean-ablation", n_features=4).arguments["means"]
+    assert threshold["threshold"] == pytest.approx(0.25 * active.item(), rel=1e-5) and threshold["clamp"] == -80.0
+    means = made("mean-ablation", n_features=4)["means"]
     total = [part.sum(0) for part in acts[1:]]  # of the retain sets the larger, at the first one's number of tokens
     grown = torch.maximum(total[0], total[1] * len(acts[1]) / len(acts[2])) / len(acts[1])
     assert means == pytest.approx(grown[features].tolist(), rel=1e-4)
     direction = torch.cat(forget).double().mean(0)
     direction -= torch.stack([torch.cat(part).double().mean(0) for part in retain]).mean(0)
-    assert made("diff-in-means", strength=2, behind=False).arguments["direction"] == pytest.approx(
-        direction.tolist(), rel=1e-4, abs=1e-5
-    )
-    behind = made("diff-in-means", strength=2, behind=True)
-    assert list(behind.at) == [1, 2, 3] and behind.setting == {"layer": 1, "strength": 2, "behind": True}
-    refusal = made("refusal-clamp", n_features=4, refusal=0.5).arguments
+    one = made("diff-in-means", strength=2, behind=False)
+    assert one["direction"] == pytest.approx(direction.tolist(), rel=1e-4, abs=1e-5)
+    assert (one["strength"], one["layers"]) == (2, [1])
+    assert made("diff-in-means", behind=True)["layers"] == [1, 2, 3]
+    refusal = made("refusal-clamp", n_features=4, refusal=0.5)
     assert (refusal["refusal"], refusal["refusal_value"], refusal["threshold"]) == (5, -25.0, 0.05)
-    control = made("random-features", n_features=4, clamp=1).arguments["features"]
-    assert len(control) == 4 and not set(control) & set(measured.features(20))
+    stats.refusal_latent = None
+    with pytest.raises(UserError, match="refusal latent"):
+        made("refusal-clamp", n_features=4)
 
 
-def test_a_gate_is_the_share_that_one_retain_text_in_twenty_exceeds(small, monkeypatch):
-    measured, (_, *retain) = small
-    monkeypatch.setattr(measured, "features", lambda n, rule=None: [3, 17][:n])
-    latents = edits.Latents(measured.sae, [3, 17])
+def test_controls_of_few_features_are_the_first_of_those_of_many(small):
+    stats, _ = small
+    most, fewer = (edits.from_grid("random-features", {"n_features": n}, stats).settings["features"] for n in (20, 4))
+    assert fewer == most[:4] == stats.control(4, 20) and not set(most) & set(stats.features(20))
+    assert len(edits.from_grid("random-features", {"n_features": 25}, stats).settings["features"]) == 25
+
+
+def test_every_point_of_every_grid_is_an_edit_with_a_label_of_its_own(small):
+    stats, _ = small
+    stats.features = lambda n, rule=None: list(range(10, 10 + n))  # the rule "dsg" leaves four
+    for method, about in edits.METHODS.items():
+        points = [setting for setting in about.grid if setting.get("n_features", 0) <= 50]
+        made = [edits.from_grid(method, setting, stats) for setting in points]
+        assert len({edits.label(edit.method, edit.settings) for edit in made}) == len(made), method
+        assert bool(about.grid) == bool(about.resolve) and about.edit and not about.train
+
+
+def test_a_gate_is_the_share_that_one_retain_text_in_twenty_exceeds(small):
+    stats, (_, *retain) = small
+    stats.features = lambda n, rule=None: [3, 17][:n]
+    latents = edits.Latents(stats.sae, [3, 17])
     shares = [(latents.encode(h)[0] > 0).any(1).double().mean().item() for part in retain for h in part]
-    assert methods.gate_for(measured, 2) == pytest.approx(np.quantile(shares, 0.95), abs=1e-6)
+    assert stats.gate(2) == pytest.approx(np.quantile(shares, 0.95), abs=1e-6)
 
 
 @pytest.fixture
-def wide(model_folder, monkeypatch):
-    """Measured on a float64 model with a float64 SAE, whose picking half is conftest's questions."""
+def wide(model_folder):
+    """A float64 model and a float64 SAE of its layer 1."""
     model, tokenizer = hf(model_folder("gemma2"))
     model.requires_grad_(False)
     sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=32, d_sae=64, dtype="float64"))
     fill(sae, 3.0, 0)
     sae.hook_point = "blocks.1.hook_resid_post"
-    monkeypatch.setattr(methods, "load_rows", lambda *asked: (QUESTIONS, {}))
-    s = SimpleNamespace(batch_size=2, pick="ratio", seed=0, pick_on="all", model="tiny", data=None)
-    lm = SimpleNamespace(original_model=model, tokenizer=tokenizer, cfg=SimpleNamespace(device="cpu"))
-    return methods.Measured(lm, sae.requires_grad_(False), 1, [], [], -1.0, s)
+    bridge = SimpleNamespace(original_model=model, tokenizer=tokenizer, cfg=SimpleNamespace(device="cpu"))
+    return bridge, sae.requires_grad_(False)
 
 
 def stream_and_rest(model, tokenizer, ids, layer=1):
     """What the layer puts out, (pos, d_model), and a function from another to the next token's log-probabilities."""
-    h = edits.hidden(model, ids, layer)[0]
+    h = edits.residual_stream(model, ids, layer)[0]
 
     def rest(stream):
-        with edits.applied(model, tokenizer, edits.Edit("", {layer: lambda h, ordinary: stream[None]})):
+        with edits.applied(model, tokenizer, edits.Edit("", at={layer: lambda h, ordinary: stream[None]})):
             return model(ids).logits[0, -1].log_softmax(-1)
 
     return h, rest
@@ -113,7 +127,8 @@ def stream_and_rest(model, tokenizer, ids, layer=1):
 
 def test_attribution_by_hand(wide):
     """Activations as the leaf of the graph, question by question."""
-    model, tokenizer, sae = wide.lm.original_model, wide.lm.tokenizer, wide.sae
+    bridge, sae = wide
+    model, tokenizer = bridge.original_model, bridge.tokenizer
     total = torch.zeros(D_SAE, dtype=torch.float64)
     for question in QUESTIONS:
         ids = torch.tensor([tokenizer(prompt(question))["input_ids"]])
@@ -122,14 +137,15 @@ def test_attribution_by_hand(wide):
         (right,) = tokenizer(f" {'ABCD'[question['answer']]}", add_special_tokens=False)["input_ids"][-1:]
         (slope,) = torch.autograd.grad(rest(h + (acts - acts.detach()) @ sae.W_dec)[right], acts)
         total += (acts.detach() * slope)[1:].sum(0)  # without BOS
-    found = methods.attributions(wide)
+    found = evaluation.attribution(bridge, sae, Dataset("wmdp_bio", QUESTIONS), batch_size=2)
     assert (total > 0.01).sum() > 5 and (total < -0.01).sum() > 5
     assert found.tolist() == pytest.approx((total / len(QUESTIONS)).tolist(), rel=1e-4, abs=1e-6)
 
 
 def test_output_scores_by_hand(wide):
-    model, tokenizer, sae = wide.lm.original_model, wide.lm.tokenizer, wide.sae
-    found = methods.output_scores(wide, "The cat sat on", top=3, factor=2.0)
+    bridge, sae = wide
+    model, tokenizer = bridge.original_model, bridge.tokenizer
+    found = evaluation.output_scores(bridge, sae, "The cat sat on", top=3, factor=2.0)
     h, rest = stream_and_rest(model, tokenizer, torch.tensor([tokenizer("The cat sat on")["input_ids"]]))
     step = 2.0 * sae.encode(h[-1]).max()
     for feature in range(D_SAE):
@@ -143,15 +159,35 @@ def test_output_scores_by_hand(wide):
 
 
 def test_rules_that_look_at_more_than_rates_are_asked_by_name(small, monkeypatch):
-    measured, _ = small
+    stats, _ = small
+    with pytest.raises(UserError, match="needs questions"):
+        stats.features(5, "attribution")
     score = torch.arange(D_SAE).double() - 40
-    monkeypatch.setattr(methods, "SCORES", dict.fromkeys(methods.SCORES, lambda m: score))
-    fires, ratio = measured.rates[0].fires > 0, activation_ratio(*measured.rates)
+    for name in ("attribution", "output_scores"):
+        monkeypatch.setattr(evaluation, name, lambda *args: score)
+    stats.questions = Dataset("wmdp_bio", QUESTIONS)
+    fires, ratio = stats.rates[0].fires > 0, activation_ratio(*stats.rates)
     by_score = [i for i in range(63, 40, -1) if fires[i]]
-    assert measured.features(5, "attribution") == by_score[:5]
+    assert stats.features(5, "attribution") == by_score[:5]
     best = sorted((i for i in range(48, 64) if fires[i]), key=lambda i: -ratio[i])
-    assert measured.features(3, "output-score") == best[:3]
+    assert stats.features(3, "output-score") == best[:3]
     with pytest.raises(UserError, match="leaves only"):
-        measured.features(60, "attribution")  # what hinders the right answer is not picked
-    measured.s.pick = "attribution"
-    assert not set(measured.control(5, 5)) & set(by_score[:5])
+        stats.features(60, "attribution")  # what hinders the right answer is not picked
+    stats.rule = "attribution"
+    assert not set(stats.control(5, 5)) & set(by_score[:5])
+
+
+def test_each_thing_is_computed_once_and_the_sae_is_checked_first(small, monkeypatch):
+    stats, _ = small
+    calls = []
+    for module, name in ((evaluation, "check_sae_quality"), (evaluation, "firing_rates"),
+                         (evaluation, "residual_stream"), (edits, "iter_residual_stream")):  # fmt: skip
+        function = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *given, n=name, f=function, **named: calls.append(n) or f(*given, **named)
+        )
+    for _ in range(2):
+        stats.features(4), stats.gate(2), stats.direction
+    assert calls[0] == "check_sae_quality" and calls.count("firing_rates") == 3
+    assert calls.count("iter_residual_stream") == 7  # of the check, the rates, and the means
+    assert calls.count("residual_stream") == sum(-(-len(part) // 4) for part in stats.retain)  # of the gate

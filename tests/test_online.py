@@ -235,7 +235,7 @@ SCRIPTS = {
     "feature_ablate_2.py": ["--n-features", 4],
     "feature_ablate_3.py": ["--n-features", 4],
     "pareto.py": ["--n-features", 2, 4],
-    "rmu.py": ["--max-batches", 2],
+    "baselines.py": ["--method", "rmu", "--setting", "layer=1", "--steps", 2],
     "lm_eval_ablated.py": ["--n-features", 4, "--tasks", "wmdp_bio"],
 }
 
@@ -244,10 +244,7 @@ def flags_of(family: str, script: str, tmp_path: Path) -> list:
     flags = FAMILIES[family] + SCRIPTS[script] + ["--limit", 8, "--out", tmp_path / "r.json"]
     if "SAE" in flags:
         at = flags.index("SAE")
-        if script == "rmu.py":
-            del flags[at - 1 : at + 1]
-        else:
-            flags[at] = str(local_sae(tmp_path / "sae"))
+        flags[at] = str(local_sae(tmp_path / "sae"))
     return flags
 
 
@@ -270,10 +267,10 @@ def first_run(online, tmp_path_factory):
 def test_every_script_runs_to_the_end(first_run, family):
     for script in SCRIPTS:
         printed, record = first_run(family, script)
-        assert record["points"][0]["scores"]
+        assert record["rows"]["unablated"]["scores"]
         assert re.search(r"@[0-9a-f]{40}$", record["identity"]["model"])
-        if family != "qwen3" and script != "rmu.py":
-            assert re.search(r"@[0-9a-f]{40}:", str(record["identity"]["sae"]))
+        assert family == "qwen3" or all(re.search(r"@[0-9a-f]{40}:", sae["identity"]) for sae in record["saes"])
+        assert record["saes"] or script == "baselines.py"
         assert "stand-in" not in printed
 
 
@@ -296,35 +293,16 @@ def test_a_second_run_needs_no_network(first_run, hub, home, tmp_path):
     assert len(hub.asked) == asked
 
 
-@pytest.fixture(scope="module")
-def lost(hub, tmp_path_factory):
-    """A fresh cache, and a hub that has lost OpenWebText: two runs of lesson 3, and where."""
-    folder = tmp_path_factory.mktemp("fresh")
-    worker, flags = Worker(folder, hub.address), flags_of("gemma-3-1b-it", "feature_ablate_3.py", folder)
+def test_where_openwebtext_fails_its_sample_serves(hub, tmp_path):
+    worker = Worker(tmp_path, hub.address)  # with a fresh cache
     hub.lost.add("Skylion007/openwebtext")
-    runs = [worker("feature_ablate_3.py", *flags) for _ in range(2)]
+    code, _, errors = worker("feature_ablate_3.py", *flags_of("gemma-3-1b-it", "feature_ablate_3.py", tmp_path))
     hub.lost.clear()
     worker.process.kill()
-    return runs, folder
-
-
-def test_where_openwebtext_fails_its_sample_serves(lost):
-    ((code, _, errors), _), folder = lost
     assert code == 0, errors[-2000:]
     assert "data: openwebtext is 20 rows of stas/openwebtext-10k train, as Skylion007/openwebtext failed: " in errors
-    record = json.loads((folder / "r.json").read_text())
+    record = json.loads((tmp_path / "r.json").read_text())
     assert record["data"]["openwebtext"]["source"] == "stas/openwebtext-10k train"
-
-
-def test_a_download_is_announced_once(lost, hub):
-    runs, folder = lost
-    said = [[line for line in errors.splitlines() if line.startswith("download: ")] for _, _, errors in runs]
-    size = sum(file.stat().st_size for file in (hub.root / "models/google/gemma-3-1b-it").glob("*.safetensors"))
-    assert [line.split(",")[0] for line in said[0]] == [
-        "download: google/gemma-3-1b-it", "download: google/gemma-scope-2-1b-it"
-    ]  # fmt: skip
-    assert f"{size / 1e6:.1f} MB to {folder}" in said[0][0] and " free)" in said[0][0]
-    assert not said[1]
 
 
 SETS = {"robust": ("EleutherAI/wmdp_bio_robust_mcqa", "35%", 24), "cloze": ("EleutherAI/wmdp_bio_cloze", "24%", 12)}
@@ -334,7 +312,8 @@ SETS = {"robust": ("EleutherAI/wmdp_bio_robust_mcqa", "35%", 24), "cloze": ("Ele
 def test_wmdp_bios_other_sets_by_flag_and_by_task_the_second_time_offline(online, home, tmp_path):
     offline = Worker(home, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
     flags = flags_of("gemma-3-1b-it", "feature_ablate_2.py", tmp_path)
-    by_task = [*FAMILIES["gemma-3-1b-it"], "--n-features", 4, "--pick-on", "all", "--out", tmp_path / "r.json",
+    by_task = [*FAMILIES["gemma-3-1b-it"], "--n-features", 4, "--pick-on", "all", "--unablated",
+               "--out", tmp_path / "r.json",
                "--tasks", ",".join(f"sae_wmdp_bio_{which}" for which in (*SETS, "open"))]  # fmt: skip
     try:
         for worker in (online, offline):
@@ -343,15 +322,17 @@ def test_wmdp_bios_other_sets_by_flag_and_by_task_the_second_time_offline(online
                 assert code == 0, errors[-2000:]
                 record = json.loads((tmp_path / "r.json").read_text())
                 found = record["data"]["wmdp_bio"]
-                assert found["source"].startswith(source) and found["wmdp"] == record["settings"]["wmdp"] == which
-                assert f"WMDP-Bio {which.capitalize()}: n" in said and f"about {floor}" in said
+                assert found["source"].startswith(source) and found["variant"] == record["settings"]["wmdp"] == which
+                assert f"WMDP-Bio {which.capitalize()}" in said and f"about {floor}" in said
             code, said, errors = worker("lm_eval_ablated.py", *by_task)
             assert code == 0, errors[-2000:]
             record = json.loads((tmp_path / "r.json").read_text())
+            row, about = record["rows"]["unablated"], record["data"]
             for which, (_, floor, n) in SETS.items():
-                score = record["points"][0]["scores"][f"sae_wmdp_bio_{which}"]
-                assert score["n"] == n == len(score["letters"]) and f"about {floor}" in said
-            assert record["points"][0]["scores"]["sae_wmdp_bio_open"]["n"] == SETS["cloze"][2]
+                (answers,) = [letters for name, letters in row["answers"].items()
+                              if which in about[name.rsplit("/", 1)[0]]["source"]]  # fmt: skip
+                assert len(answers) == n and f"about {floor}" in said
+            assert [score["n"] for name, score in row["scores"].items() if "_open/" in name] == [SETS["cloze"][2]]
     finally:
         offline.process.kill()
 
@@ -368,10 +349,10 @@ def test_ones_own_forget_corpus_and_the_form_that_asks_for_it(online, hub, tmp_p
     finally:
         hub.gated.add(name)
     assert code == 0, errors[-2000:]
-    assert json.loads((tmp_path / "r.json").read_text())["data"]["forget_corpus"]["documents"] == 24
-    rmu = flags_of("gemma-3-1b-it", "rmu.py", tmp_path)
+    assert json.loads((tmp_path / "r.json").read_text())["data"]["forget_corpus"]["n_rows"] == 24
+    rmu = flags_of("gemma-3-1b-it", "baselines.py", tmp_path)
     (tmp_path / "mine.jsonl").write_text('{"text": "The heart is an organ of the cat."}\n' * 9)
-    code, _, errors = online("rmu.py", *rmu, "--forget-corpus", tmp_path / "mine.jsonl")
+    code, _, errors = online("baselines.py", *rmu, "--forget-corpus", tmp_path / "mine.jsonl")
     assert code == 0, errors[-2000:]
     record = json.loads((tmp_path / "r.json").read_text())
     assert record["data"]["forget_corpus"]["source"] == str(tmp_path / "mine.jsonl")
@@ -421,7 +402,7 @@ def test_each_failure_has_one_line_and_leaves_the_cache_usable(hub, tmp_path, wh
         hub.gated.clear()
         hub.gated.add("cais/wmdp")
         said = fails(worker, *flags)
-        assert "cais/wmdp" in said and "--data FOLDER with wmdp_bio.jsonl" in said
+        assert "cais/wmdp" in said and "a data folder with wmdp_bio.jsonl" in said
         hub.gated.clear()
         hub.broken.add("cais/mmlu")
         assert "cais/mmlu" in fails(worker, *flags)
@@ -439,7 +420,7 @@ def test_each_failure_has_one_line_and_leaves_the_cache_usable(hub, tmp_path, wh
 def test_without_a_network_the_line_says_what_to_do(tmp_path):
     worker = Worker(tmp_path, "http://127.0.0.1:9")
     said = fails(worker, "--model", "gemma-3-1b-it", "--layer", 1, "--out", tmp_path / "r.json")
-    assert "google/gemma-3-1b-it" in said and "--model tiny" in said
+    assert "google/gemma-3-1b-it" in said and "the model tiny" in said
     worker.process.kill()
 
 

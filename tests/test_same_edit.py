@@ -1,6 +1,5 @@
 """Every script puts an edit at the SAE's own hook point: one answer for one SAE, whatever it calls that point."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,63 +13,63 @@ import pareto
 import robustness
 from common import load_model, load_sae
 from edits import layer_of
-from flags import settings
 
-TINY = Path(__file__).resolve().parent.parent / "tiny"
 N, CLAMP, LIMIT = 20, -160.0, 40
-RIGHT = (0.8, 0.975)  # WMDP-Bio and MMLU stand-ins, 40 of each reporting half; one layer late: 0.55, 0.75
+RIGHT = {"wmdp_bio/letters": 0.8, "mmlu/letters": 0.975}  # 40 held-out stand-ins; one layer late: 0.55, 0.75
+ROW = f"n_features {N}, clamp {CLAMP:g}"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_setting():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(baselines.GRIDS, "clamp", [{"n_features": N, "clamp": 1}])
-        yield
-
-
-def accuracies(point) -> tuple:
-    return tuple(round(point["scores"][name]["accuracy"], 3) for name in ("wmdp_bio", "mmlu"))
+def right(record: dict, row: str) -> bool:
+    scores = record["rows"][row]["scores"]
+    return {name: round(scores[name]["mean"], 3) for name in RIGHT} == RIGHT
 
 
 @pytest.fixture(scope="module")
 def tuned(renamed, tmp_path_factory):
-    """The record of baselines.py."""
-    path = tmp_path_factory.mktemp("records") / "clamp.json"
-    baselines.run(method="clamp", sae=renamed, layer=4, clamp=CLAMP, limit=LIMIT, out=str(path))
-    return path
+    """baselines.py's record of one setting, and its path."""
+    path, setting = str(tmp_path_factory.mktemp("records") / "clamp.json"), [f"n_features={N}", "clamp=1"]
+    flags = dict(method="clamp", sae=renamed, layer=4, clamp=CLAMP, limit=LIMIT)
+    return baselines.run(**flags, setting=setting, out=path), path
 
 
 @pytest.mark.slow
 def test_lesson_2(renamed, tmp_path):
     flags = dict(sae=renamed, layer=4, n_features=N, clamp=CLAMP, limit=LIMIT, out=tmp_path / "r.json")
-    assert accuracies(lesson("feature_ablate_2.py", **flags)["record"]["points"][4]) == RIGHT
+    assert right(lesson("feature_ablate_2.py", **flags)["record"], f"clamp {CLAMP:g}")
 
 
 @pytest.mark.slow
 def test_pareto(renamed, tmp_path):
     flags = dict(sae=renamed, layer=[4], n_features=[N], clamp=[CLAMP], limit=LIMIT, out=str(tmp_path / "r.json"))
-    assert accuracies(pareto.run(**flags)["points"][1]) == RIGHT
+    record = pareto.run(**flags)
+    assert right(record, next(row for row in record["rows"] if row.endswith(ROW)))
 
 
 def test_baselines(tuned):
-    assert accuracies(json.loads(tuned.read_text())["points"][1]) == RIGHT
+    record, _ = tuned
+    assert right(record, ROW)
+    assert record["rows"][ROW]["settings"]["layers"] == [3]
 
 
 def test_robustness(tuned):
-    s = settings(robustness.flags, {"records": [str(tuned)]})
-    subject, record = robustness.subject_of(str(tuned), s)
-    s.pick_text, s.layer = "prompt", record["layer"]
-    texts, _ = robustness.load_texts([record], s)
-    scores = robustness.scores_of(robustness.examine(subject, texts, s, ("as tuned", "MMLU")), texts)
-    assert tuple(round(scores[name]["accuracy"], 3) for name in ("as tuned", "MMLU")) == RIGHT
+    record, path = tuned
+    (subject,) = (s for s in robustness.subjects_of([path], [record], None, "float32") if s.edit.at)
+    model = subject.load()
+    quizzes = baselines.benchmark_of(baselines.settings(baselines.flags, record["settings"])).quizzes
+    found = {
+        quiz: baselines.letters(model, quizzes[quiz], {"clamp": subject.edit})[0]["clamp"]
+        for quiz in ("wmdp_bio", "mmlu")
+    }
+    assert {f"{quiz}/letters": round(score.mean, 3) for quiz, score in found.items()} == RIGHT
 
 
 def test_lm_eval(renamed, tmp_path):
     flags = dict(sae=renamed, layer=4, n_features=N, clamp=CLAMP, limit=LIMIT, out=str(tmp_path / "r.json"))
-    assert accuracies(lm_eval_ablated.run(**flags)["points"][0]) == RIGHT
+    record = lm_eval_ablated.run(**flags)
+    assert right(record, next(iter(record["rows"])))
 
 
-def test_the_layer_an_edit_goes_behind_is_decided_in_one_place(renamed, gemma, gemma_sae):
+def test_the_layer_after_which_an_edit_goes_is_decided_in_one_place(renamed, gemma, gemma_sae):
     assert layer_of(load_sae(renamed, 4, load_model("tiny"))) == 3 and layer_of(gemma_sae) == 1
     with common.ablate(gemma, gemma_sae, [0]):
         gemma(torch.tensor([[2, 9, 8]]))

@@ -1,9 +1,7 @@
 """The three lessons as a user meets them: defaults, bad input, notebooks, the same numbers every time."""
 
-import ast
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -17,13 +15,12 @@ from conftest import LAYERS, command, lesson
 import data
 import evaluation
 import hub
-import methods
+import show
 from edits import NONE
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = ["feature_ablate_1.py", "feature_ablate_2.py", "feature_ablate_3.py"]
-SCRIPTS = [*LESSONS, "pareto.py", "rmu.py", "baselines.py", "robustness.py", "lm_eval_ablated.py", "train_sae.py",
-           "make_tiny.py"]  # fmt: skip
+SCRIPTS = [*LESSONS, "pareto.py", "baselines.py", "robustness.py", "lm_eval_ablated.py", "train_sae.py", "tiny/make.py"]
 
 
 def record(monkeypatch, script, out, *flags):
@@ -62,12 +59,12 @@ def narrow_sae(folder):
     [
         (["--layer", "4"], ["layer_4", "layer_7"]),
         (["--layer", "99"], [LAYERS]),
-        (["--n-features", "0"], ["--n-features 0", "at least 1"]),
-        (["--n-features", "999999"], ["--n-features 999999", "2048"]),
+        (["--n-features", "0"], ["--n-features", "0 is not an integer from 1 on"]),
+        (["--n-features", "999999"], ["999999", "2048"]),
         (["--model", "no-such-model"], ["no-such-model", "tiny"]),
-        (["--model", "no-such/model"], ["no-such/model", "--model tiny"]),
+        (["--model", "no-such/model"], ["no-such/model", "tiny"]),
         (["--sae", "no-such-release:x"], ["no-such-release"]),
-        (["--clamp", "3"], ["--clamp 3"]),
+        (["--clamp", "3"], ["--clamp", "3 is not a number below 0"]),
         (["--pick", "best"], ["best", "retain-threshold"]),
         (["--prompt", "chat"], ["chat template"]),
         (["--layers", "3"], ["--layers"]),
@@ -107,9 +104,9 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(monkeypatch, capfd,
 
 @pytest.mark.parametrize("script", LESSONS[:2])
 def test_a_mistake_in_what_is_asked_last_comes_before_the_work(monkeypatch, capfd, tmp_path, script):
-    monkeypatch.setattr(methods, "measure", None)
+    monkeypatch.setattr(evaluation, "FeatureStats", None)
     assert command(monkeypatch, script, "--subjects", "alchemy", "--out", tmp_path / "r.json") == 2
-    assert "error: --subjects: no alchemy; there are" in capfd.readouterr().err
+    assert "error: MMLU stand-in has no subject alchemy; it has astronomy" in capfd.readouterr().err
 
 
 def test_ctrl_c_leaves_nothing_half_written(tmp_path):
@@ -123,7 +120,7 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path):
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    assert process.stderr.read().strip().endswith("stopped: nothing was written")
+    assert process.stderr.read().strip().endswith("stopped")
     assert not list(tmp_path.iterdir())
 
 
@@ -135,62 +132,74 @@ def test_another_batch_size_agrees_and_so_does_another_run(monkeypatch, tmp_path
         record(monkeypatch, script, tmp_path / f"{i}.json", "--limit", limit, "--batch-size", size)
         for i, size in enumerate(sizes)
     )
-    assert all(run["points"] == first["points"] for run in again)
-    for a, b in zip(first["points"], other["points"]):
+    assert all(run["rows"] == first["rows"] for run in again)
+    for a, b in zip(first["rows"].values(), other["rows"].values(), strict=True):
+        assert a["answers"] == b["answers"]
         for name, score in a["scores"].items():
-            if "letters" in score:
-                assert score["letters"] == b["scores"][name]["letters"]
-            else:
-                assert score["nats_per_token"] == pytest.approx(b["scores"][name]["nats_per_token"], abs=1e-5)
+            assert score["mean"] == pytest.approx(b["scores"][name]["mean"], abs=1e-5)
 
 
 @pytest.mark.slow
 def test_a_record_says_what_was_scored(monkeypatch, tmp_path):
     found = record(monkeypatch, "feature_ablate_2.py", tmp_path / "r.json", "--limit", 30)
-    assert [point["method"] for point in found["points"]] == [
-        "none", "sae-patched", "sae-reconstruction", "sae-ablation", "sae-ablation", "random-features",
-    ]  # fmt: skip
+    assert {name: row["method"] for name, row in found["rows"].items()} == {
+        "unablated": "none",
+        "SAE patched, nothing ablated": "sae-patched",
+        "SAE reconstruction, no error term": "sae-reconstruction",
+        "zero ablation": "zero-ablation",
+        "clamp -40": "clamp",
+        "random features, clamp -40": "random-features",
+    }
     questions = [json.loads(line) for line in (ROOT / "tiny/data/wmdp_bio.jsonl").open()]
-    for point in found["points"]:
-        score = point["scores"]["wmdp_bio"]
-        answers = ["ABCD"[questions[i]["answer"]] for i in found["data"]["wmdp_bio"]["questions"]]
-        right = sum(a == b for a, b in zip(score["letters"], answers, strict=True))
-        assert score["accuracy"] == pytest.approx(right / 30)
-    assert found["points"][0]["scores"]["wmdp_bio"]["letters"] == found["points"][1]["scores"]["wmdp_bio"]["letters"]
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
+    for row in found["rows"].values():
+        answers = ["ABCD"[questions[i]["answer"]] for i in found["data"]["wmdp_bio"]["asked"]]
+        right = sum(a == b for a, b in zip(row["answers"]["wmdp_bio/letters"], answers, strict=True))
+        assert row["scores"]["wmdp_bio/letters"]["mean"] == pytest.approx(right / 30)
+    unablated, patched, *_ = found["rows"].values()
+    assert unablated["answers"] == patched["answers"]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".png"}
 
 
-@pytest.mark.parametrize(
-    "script, lines", [(LESSONS[1], 4), *(pytest.param(x, 2, marks=pytest.mark.slow) for x in LESSONS[::2])]
-)
-def test_the_model_that_never_knew_has_a_row(script, lines, twin, tmp_path, capsys):
-    assert hub.never_knew("tiny") == "never-knew" and hub.never_knew("gpt2") is None
+@pytest.mark.parametrize("script", [LESSONS[1], *(pytest.param(x, marks=pytest.mark.slow) for x in LESSONS[::2])])
+def test_the_retrained_model_has_a_row(script, twin, tmp_path, capsys):
+    assert hub.retrained("tiny") == "tiny-retrained" and hub.retrained("gpt2") is None
     found = lesson(script, limit=8, n_features=3, layer=3, seed=1, out=tmp_path / "r.json")["record"]
-    clean, *_, last = found["points"]
-    assert last["method"] == "never-knew" and len(found["points"]) == 7
-    assert capsys.readouterr().out.count("\n  trained without the facts") == lines
+    last = found["rows"][show.RETRAINED]
+    assert last["method"] == "retrained" and list(found["rows"])[-1] == show.RETRAINED and len(found["rows"]) == 7
+    assert f"\n  {show.RETRAINED}" in capsys.readouterr().out
     for name, score in last["scores"].items():
-        if "nats_per_token" in score:
-            was = clean["scores"][name]["nats_per_token"]
-            assert score["loss_added"] == pytest.approx(score["nats_per_token"] - was)
-            assert abs(score["loss_added"]) > 0.01
+        kind = name.split("/")
+        assert score["change"] == pytest.approx(score["mean"] - found["rows"]["unablated"]["scores"][name]["mean"])
+        if kind[1] == "loss":
+            assert abs(score["change"]) > 0.01
+        if kind[1] != "letters":
             continue
-        rows = [json.loads(line) for line in (ROOT / f"tiny/data/{name}.jsonl").open()]
-        asked = [rows[i] for i in found["data"][name]["questions"]]
+        rows = [json.loads(line) for line in (ROOT / f"tiny/data/{kind[0]}.jsonl").open()]
+        asked = [rows[i] for i in found["data"][kind[0]]["asked"]]
         prompts, letters = data.encode_prompts(twin.tokenizer, [data.prompt(row) for row in asked])
         alone = evaluation.score_letters(twin, prompts, letters, [NONE])[0]
-        assert score["letters"] == "".join("ABCD"[i] for i in alone.argmax(-1))
-        assert score["letters_mass"]["mean"] == pytest.approx(alone.exp().sum(-1).mean().item(), abs=1e-5)
+        assert last["answers"][name] == "".join("ABCD"[i] for i in alone.argmax(-1))
+        sure = last["scores"][f"{kind[0]}/P(a letter)"]["mean"]
+        assert sure == pytest.approx(alone.exp().sum(-1).mean().item(), abs=1e-5)
 
 
 @pytest.mark.slow
-def test_random_features_are_drawn_several_times(tmp_path, capsys):
+def test_random_features_are_drawn_several_times(tmp_path):
     found = lesson("feature_ablate_2.py", controls=3, n_features=4, limit=6, out=tmp_path / "r.json")["record"]
-    draws = [point["setting"]["features"] for point in found["points"] if point["method"] == "random-features"]
-    assert len(draws) == 3 and len({tuple(ids) for ids in draws}) == 3
-    assert "3 draws of random features" in capsys.readouterr().out
-    with pytest.raises(data.UserError, match="--controls 0: at least 1"):
+    draws = {name: row["settings"]["features"] for name, row in found["rows"].items() if name.startswith("random")}
+    assert list(draws) == ["random features, clamp -40", "random features 2, clamp -40", "random features 3, clamp -40"]
+    assert len({tuple(ids) for ids in draws.values()}) == 3
+    with pytest.raises(data.UserError, match="--controls: 0 is not an integer from 1 on"):
         lesson("feature_ablate_2.py", controls=0)
+
+
+@pytest.mark.slow
+def test_robust_and_cloze_questions_in_a_lesson(tmp_path):
+    found = lesson("feature_ablate_2.py", robust=True, n_features=4, limit=12, out=tmp_path / "r.json")
+    assert 0 < len(found["bio"]) < 12 and found["letters"]["unablated"].mean == 1
+    assert found["record"]["data"]["wmdp_bio"]["asked"] == found["bio"].indices
+    found = lesson("feature_ablate_2.py", wmdp="cloze", n_features=4, limit=4, out=tmp_path / "r.json")["record"]
+    assert "wmdp_bio/cloze" in found["measures"] and found["data"]["wmdp_bio"]["variant"] == "cloze"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -199,57 +208,24 @@ def test_scripts_are_notebooks(script, tmp_path):
     assert subprocess.run(command, capture_output=True, cwd=tmp_path).returncode == 0
 
 
-# Each module imports of lines above its own, and of its own line; of the last line, the scripts, none another
-HOUSE = [["processes"], ["data"], ["edits", "hub"], ["flags", "common"], ["memory"], ["engine"], ["evaluation"],
-         ["pieces"], ["methods", "training", "records", "show"], ["unlearning", "attacks", "survival"],
-         ["lm_eval_model", "publish"],
-         [script.removesuffix(".py") for script in SCRIPTS]]  # fmt: skip
-
-
-def imported(source: str) -> set[str]:
-    """Modules that a file imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found.add(node.module)
-    return found
-
-
-def test_imports_go_one_way():
-    ours = [name for line in HOUSE for name in line]
-    assert sorted(ours) == sorted(path.stem for path in ROOT.glob("*.py"))
-    below = set()
-    for line in HOUSE:
-        for name in line:
-            allowed = below | (set() if line is HOUSE[-1] else set(line))  # no script imports another
-            assert (imported((ROOT / f"{name}.py").read_text()) & set(ours)) - {name} <= allowed, name
-        below |= set(line)
-
-
-def test_flags_answer_before_the_slow_imports():
-    """Nothing that --help and --list need takes long to import: no torch, no SAELens, no transformers."""
-    slow = "torch", "sae_lens", "transformers", "transformer_lens", "datasets", "accelerate", "matplotlib", "lm_eval"
-    code = f"import sys, flags; flags.listed(); print([name for name in {slow} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "[]", done.stderr
-    for script in SCRIPTS:
-        source = (ROOT / script).read_text()
-        before = source[: re.search(r"answered\(flags, __name__\)|= parse\(flags\)", source).start()]
-        assert imported(before) <= {"argparse", "pathlib", "data", "flags"}, script
+SLOW = "torch", "sae_lens", "transformers", "transformer_lens", "datasets", "accelerate", "matplotlib", "lm_eval"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_teaches(script, monkeypatch, capsys):
-    assert command(monkeypatch, script, "--help") == 0
-    assert f"python {script}" in capsys.readouterr().out
+def test_help_teaches_and_answers_before_the_slow_imports(script):
+    code = f"import runpy, sys; sys.argv = [{script!r}, '--help']\n" \
+           f"try: runpy.run_path({script!r}, run_name='__main__')\n" \
+           f"finally: print([name for name in {SLOW} if name in sys.modules])"  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0 and f"python {script}" in done.stdout, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_list_shows_the_presets(monkeypatch, capsys):
     assert command(monkeypatch, "feature_ablate_1.py", "--list") == 0
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
-    assert set(rows) == {"tiny", "never-knew", "gemma-2-2b-it", "gemma-3-1b-it", "gemma-3-4b-it", "gpt2"}
+    assert set(rows) == {"tiny", "tiny-retrained", "gemma-2-2b-it", "gemma-3-1b-it", "gemma-3-4b-it", "gpt2"}
     assert "3, 5, 7, 9, 15" in rows["tiny"] and "2048" in rows["tiny"]
     assert "0 to 25" in rows["gemma-2-2b-it"] and "16k" in rows["gemma-2-2b-it"]
     assert "0 to 33" in rows["gemma-3-4b-it"] and "0 to 11" in rows["gpt2"]

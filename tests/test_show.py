@@ -1,108 +1,185 @@
-"""Records and figures: names, what is written first, what other programs can read."""
+"""Tables and figures: what they say of Measures, and what titles, text and single documents may hold."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qs, urlparse
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
-from conftest import CLAMP
 from sae_lens.analysis.neuronpedia_integration import get_neuronpedia_quick_list
 
-import baselines
-import lm_eval_ablated
-import pareto
-import records
 import show
-import train_sae
 from common import Rates
-from data import UserError
-from edits import NONE, Edit
-from flags import parser, settings
+from evaluation import Measure
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def name(**changes):
-    flags = parser("a script")
-    flags.add_argument("--prompt", default="plain")
-    return records.outputs("lesson.py", settings(flags, changes), flags).name
+ROWS = ("unablated", "SAE patched, nothing ablated", "zero ablation", "clamp -40", "random features, clamp -40",
+        show.RETRAINED)  # fmt: skip
+RIGHT = (0.9, 0.9, 0.8, 0.3, 0.7, 0.25)
 
 
-def test_a_record_of_other_settings_has_another_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert name() == name(batch_size=3, device="cpu", clamp=CLAMP) == "lesson_tiny_L7_n50.json"
-    assert name(layer=3, n_features=10) == "lesson_tiny_L3_n10.json"
-    assert name(clamp=-4.0, seed=1) == "lesson_tiny_L7_n50_c-4_seed1.json"
-    assert name(pick="dsg", prompt="chat") == "lesson_tiny_L7_n50_pickdsg_promptchat.json"
-    for folder in ("a/mine", "b/mine"):
-        Path(folder).mkdir(parents=True)
-        (Path(folder) / "mmlu.jsonl").touch()
-    others = [{"data": "a/mine"}, {"data": "b/mine"}, {"sae": "a/layer_7"}, {"sae": "b/layer_7"}, {"limit": 8},
-              {"sae": "gemma-scope:layer_7/width_16k"}, {"pick_on": "all"}, {"pick_text": "prose"},
-              {"dtype": "bfloat16"}, {"forget_corpus": "x/y"}, {"pick": "x" * 300}, {"pick": "x" * 301}]  # fmt: skip
-    names = {name(), *(name(**other) for other in others)}
-    assert len(names) == 1 + len(others) and max(map(len, names)) < 140
-    assert not any(set(text) & set('/:\\"$ ') for text in names)
+def quiz(name="wmdp_bio/letters", title="WMDP-Bio, in letters", rows=ROWS, right=RIGHT, n=40, **more):
+    """A quiz of n questions; rows get the first of them right, as many as their share says."""
+    values = np.array([np.arange(n) < round(share * n) for share in right])
+    return Measure(name, title, "%", rows, values, chance=0.25, **more)
 
 
-def test_a_sweep_or_an_evaluation_of_another_method_has_another_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def name(script, **changes):
-        return records.outputs(f"{script.__name__}.py", settings(script.flags, changes), script.flags).name
-
-    swept = [name(pareto), name(pareto, method=["dsg"]), name(pareto, method=["dsg", "clamp"])]
-    assert len(set(swept)) == 3 and swept[1].endswith("_dsg.json")
-    rest = {"layer": 3, "n_features": 10, "clamp": CLAMP}
-    scored = [name(lm_eval_ablated, **rest, **more) for more in ({}, {"method": "dsg"}, {"setting": ["gate=1"]})]
-    assert len(set(scored)) == 3
-    assert "None" not in name(lm_eval_ablated, **rest | {"n_features": None}, method="diff-in-means")
-    s = settings(baselines.flags, {"method": "dsg"})
-    tuned = records.outputs("baselines_dsg.py", s, baselines.flags, without=("method",)).name
-    assert tuned == "baselines_dsg_tiny_L7.json"
+def probability(name, values, n=40):
+    return Measure(f"wmdp_bio/{name}", f"WMDP-Bio, {name}", "probability", ROWS,
+                   np.array([np.full(n, value) + 0.01 * (np.arange(n) % 2 - 0.5) for value in values]))  # fmt: skip
 
 
-def test_a_record_is_written_before_a_figure_that_fails(tmp_path, capsys):
-    def fail():
-        raise ValueError("ParseException: unknown symbol")
-
-    with pytest.raises(ValueError, match="unknown symbol"):
-        records.write_record(tmp_path / "r.json", {"points": []}, {"accuracy": fail})
-    assert json.loads((tmp_path / "r.json").read_text()) == {"points": []}
-    assert f"record: {tmp_path / 'r.json'}" in capsys.readouterr().out
+def loss(documents=4, rows=ROWS):
+    tokens = np.arange(1, documents + 1) * 100
+    return Measure("openwebtext/loss", "OpenWebText, loss", "nats per token", rows,
+                   np.array([tokens * (3 + 0.1 * k) for k in range(len(rows))]), weights=tokens)  # fmt: skip
 
 
-def test_a_record_is_valid_json_or_is_not_written(tmp_path):
-    with pytest.raises(ValueError, match="JSON"):
-        records.write_record(tmp_path / "r.json", {"points": [float("nan")]}, {})
-    assert not list(tmp_path.iterdir())
+def drawn(axes, marker):
+    return {(round(line.get_xdata()[0], 6), line.get_color()) for line in axes.lines
+            if line.get_marker() == marker and len(line.get_xdata()) == 1}  # fmt: skip
 
 
-SCORE = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 9, "chance": 0.25}
-SURE = {**SCORE, "letters_mass": {"mean": 0.75}, "right_probability": {"mean": 0.375}, "in_words": SCORE}
-LOSS = {"nats_per_token": 3.0, "n_tokens": 90, "n_documents": 1}
-LOST = {**LOSS, "loss_added": 0.2, "loss_added_low": None, "loss_added_high": None}
-ROWS = [NONE, Edit("sae-ablation", setting={"n_features": 1, "clamp": -5.0})]
+@pytest.fixture(autouse=True)
+def no_figures_left():
+    yield
+    plt.close("all")
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+def test_a_table_has_a_line_a_row_with_intervals_and_paired_changes(capsys):
+    measure = quiz()
+    show.table([measure])
+    lines = {line.strip()[: line.strip().index("   ")]: line for line in capsys.readouterr().out.splitlines()[3:]}
+    assert list(lines) == list(ROWS)
+    score = measure["clamp -40"]
+    ends = [f"{100 * end:.1f}" for end in (score.low, score.high)]
+    changes = [f"{100 * end:+.1f}" for end in (score.change, score.change_low, score.change_high)]
+    assert f"30.0 [{', '.join(ends)}]" in lines["clamp -40"]
+    assert f"{changes[0]} [{changes[1]}, {changes[2]}] p {score.p:.1g}" in lines["clamp -40"]
+    assert lines["unablated"].count("[") == 1  # it is what others are compared with
+
+
+def test_a_table_says_unit_number_and_chance_and_wraps(capsys):
+    show.table([quiz(), probability("P(a letter)", [0.99] * 6), quiz("mmlu/letters", "MMLU, in letters", n=60), loss()])
+    text = capsys.readouterr().out
+    for head in ("in letters, % (n 40, chance 25%)", "P(a letter) (n 40)", "in letters, % (n 60, chance 25%)",
+                 "loss, nats per token (1,000 tokens of 4 documents)"):  # fmt: skip
+        assert head in text
+    assert max(map(len, text.splitlines())) <= show.TABLE_WIDTH and text.count("  unablated") == 2
+    assert "3.3000" in text and "+0.3000 [+0.3000, +0.3000]" in text
+
+
+def test_what_an_accuracy_hides_is_shown(capsys):
+    sure = [
+        probability("P(a letter)", (1, 1, 1, 0.5, 1, 1)),
+        probability("P(right letter)", (0.8, 0.8, 0.7, 0.25, 0.6, 0.2)),
+    ]
+    show.table([quiz(), *sure])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  clamp -40")]
+    assert "0.50  -0.50 [-0.50, -0.50]" in line and "0.25  -0.55 [-0.55, -0.55]" in line
+    (axes,) = show.intervals([quiz(), *sure], "title").axes
+    assert (50.0, "#c0392b") in drawn(axes, "x") and (25.0, "#c0392b") in drawn(axes, "|")
+    assert (30.0, "#c0392b") in drawn(axes, "o")
+
+
+def test_rows_can_be_left_out_and_measures_may_lack_some(capsys):
+    show.table([quiz(), loss(rows=ROWS[:3])], rows=["clamp -40", "unablated"], title="two of them")
+    text = capsys.readouterr().out
+    assert "two of them" in text and "zero" not in text and text.index("clamp -40") < text.index("unablated")
+
+
+def test_draws_of_random_features_are_averaged_and_share_a_row(capsys):
+    rows = (
+        "unablated",
+        "random features, clamp -5",
+        "random features 2, clamp -5",
+        "random features 3, clamp -5",
+        "clamp -5",
+    )
+    measure = quiz(rows=rows, right=(0.9, 0.8, 0.7, 0.9, 0.2))
+    show.table([measure])
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == ("WMDP-Bio, in letters: 3 draws of random features, clamp -5 change it by -10.0 points on average, "
+                    "-20.0 to +0.0")  # fmt: skip
+    (axes,) = show.intervals([measure], "title").axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["unablated", "random features, clamp -5,\n3 draws", "clamp -5"]
+    heights = {line.get_ydata()[0] for line in axes.lines if line.get_color() == show.colour("random")}
+    assert heights == {1} and {value for value, _ in drawn(axes, "o")} == {90.0, 80.0, 70.0, 20.0}
+    show.table([measure.select(rows[:2])])
+    assert "draws" not in capsys.readouterr().out
+
+
+def test_two_clamps_of_random_features_are_no_draws_of_one():
+    rows = [
+        "random features, layer 7, n_features 2, clamp 0",
+        "random features, layer 7, n_features 2, clamp -40",
+        "clamp 0",
+    ]
+    assert all(family == [row] for row, family in zip(rows, show.draws_of(rows).values(), strict=True))
+    assert list(show.draws_of(["random 0", "random 1"])) == ["random"]
+
+
+def test_a_subject_that_changed_has_a_star(capsys):
+    groups = tuple("law" if k < 20 else "art" for k in range(40))
+    measure = quiz(right=(1.0, 1.0, 1.0, 0.5, 1.0, 1.0), groups=groups)  # the clamp takes all of art
+    show.group_table(measure)
+    lines = capsys.readouterr().out.splitlines()
+    art, law = lines[-2:]
+    assert art.split()[:2] == ["art", "20"] and art.split()[5] == "0.0*" and art.count("*") == 1
+    assert law.split()[5] == "100.0" and "*" not in law and "over the 2 subjects" in lines[1]
+
+
+def test_groups_are_drawn_for_edits_alone_or_the_rows_that_are_asked_for():
+    measure = quiz(groups=tuple("ab"[k % 2] for k in range(40)))
+    for rows, names in ((None, ROWS[2:5]), (["clamp -40"], ["clamp -40"])):
+        figure = show.group_figure(measure, "title", rows)
+        assert [text.get_text() for text in figure.legends[0].texts] == list(names)
+
+
+# ------------------------------------------------------------------------------------------------- figures
+
+
+def test_an_interval_figure_has_a_panel_a_measure_with_chance_and_the_retrained_model():
+    figure = show.intervals([quiz(), quiz("mmlu/letters", "MMLU, in letters", n=60)], "title")
+    assert [axes.get_title() for axes in figure.axes] == ["WMDP-Bio, in letters (n 40)", "MMLU, in letters (n 60)"]
+    for axes in figure.axes:
+        lines = {
+            round(line.get_xdata()[0], 6): line.get_linestyle() for line in axes.lines if len(line.get_xdata()) == 2
+        }
+        assert lines[25.0] in ("--", ":")
+        assert axes.get_xlim() == (0, 103)
+
+
+def test_of_a_loss_what_is_added_is_drawn():
+    (axes,) = show.intervals([loss()], "title").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(ROWS[1:])
+    assert {value for value, _ in drawn(axes, "o")} == {0.1, 0.2, 0.3, 0.4, 0.5}
+    assert axes.get_title().endswith("3.00 nats per token unablated")
+    accuracy, added = show.intervals([quiz(), loss()], "title").axes
+    assert len(accuracy.get_yticks()) == len(ROWS) and len(drawn(added, "o")) == 5
 
 
 def test_titles_with_dollars_and_losses_without_intervals_are_drawn(tmp_path, capsys):
-    title = r"$\no_such$ model"
-    change = {**SCORE, "change": 0.0, "change_low": -0.1, "change_high": 0.1, "p_value": 1.0, "q_value": 1.0}
-    by_subject = [{"subjects": {r"a$\b$": score}} for score in (SCORE, change)]
-    figures = {"accuracy": lambda: show.quiz_figure({"MMLU": [SCORE, SCORE]}, ROWS, title),
-               "loss": lambda: show.loss_figure({"web": [LOSS, LOST]}, ROWS, title),
-               "subjects": lambda: show.subject_figure(ROWS, by_subject, title)}  # fmt: skip
-    records.write_record(tmp_path / "r.json", {"points": [LOST]}, figures)
-    assert len(list(tmp_path.glob("*.png"))) == 3
-    show.print_loss("web", ROWS, [LOSS, LOST])
-    assert "+0.2000\n" in capsys.readouterr().out
-    plt.close("all")
+    title, one = r"$\no_such$ model", loss(documents=1)
+    groups = tuple(r"a$\b$" if k % 2 else "b" for k in range(40))
+    rows = (*ROWS[:-1], r"mine, $\no_such$")
+    figures = [show.intervals([quiz(rows=rows)], title), show.intervals([one], title),
+               show.group_figure(quiz(groups=groups), title), show.curves({"loss": [1.0, 2.0]}, title)]  # fmt: skip
+    for number, figure in enumerate(figures):
+        figure.savefig(tmp_path / f"{number}.png")
+    show.table([one])
+    assert "3.1000" in capsys.readouterr().out
+
+
+def test_numbers_are_written_by_their_unit():
+    assert show.number(None, "%") == show.number(float("nan"), "%") == "?"
+    assert show.number(0.1234, "%", "+") == "+12.3" and show.number(0.1234, "probability") == "0.12"
+    assert show.interval_text(1.0, None, None, "nats per token") == "1.0000"
 
 
 def test_tokens_stand_where_they_are_read_and_are_as_dark_as_their_value():
@@ -135,65 +212,6 @@ def test_letters_are_bars_and_the_right_one_is_marked():
     assert [text.get_text() for text in figure.legends[0].texts] == ["unablated (together 1.00)",
                                                                      "clamp (together 0.80)"]  # fmt: skip
     plt.close("all")
-
-
-def test_what_a_quiz_hides_is_shown(capsys):
-    moved = {"mean": 0.5, "change": -0.25, "change_low": -0.3, "change_high": -0.2}
-    show.print_quiz("quiz", ROWS, [SURE, {**SURE, "letters_mass": moved}])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].split()[1:3] == ["0.75", "0.38"] and "50.0 [ 40.0," in lines[-2]
-    assert "0.50  -0.25 [-0.30, -0.20]" in lines[-1]
-    figure = show.quiz_figure({"quiz": [SURE, {**SCORE, "letters_mass": moved}]}, ROWS, "title")
-    drawn = {(line.get_marker(), *line.get_xdata()) for line in figure.axes[0].lines if len(line.get_xdata()) == 1}
-    assert {("x", 75.0), ("x", 50.0), ("|", 37.5), ("s", 50.0)} <= drawn
-    show.print_quiz("quiz", ROWS, [SCORE, SCORE])
-    assert "P(a letter)" not in capsys.readouterr().out
-    plt.close("all")
-
-
-def test_draws_of_random_features_are_averaged(capsys):
-    rows = [*ROWS, *[Edit("random-features", setting={"clamp": -5.0})] * 2]
-    scores = [SCORE, *({**SCORE, "change": change} for change in (-0.4, -0.1, 0.02))]
-    show.print_controls(rows, {"quiz": scores})
-    wanted = "quiz: 2 draws of random features change it by -4.0 points on average, -10.0 to +2.0\n"
-    assert capsys.readouterr().out == f"\n{wanted}"
-    show.print_controls(rows[:3], {"quiz": scores})
-    assert capsys.readouterr().out == ""
-
-
-def test_a_subject_that_changed_has_a_star(capsys):
-    scores = [{"subjects": {"law": SCORE, "art": SCORE}},
-              {"subjects": {"law": {**SCORE, "q_value": 0.01}, "art": {**SCORE, "q_value": 0.2}}}]  # fmt: skip
-    show.print_subjects(ROWS, scores)
-    law, art = capsys.readouterr().out.splitlines()[-2:]
-    assert law.endswith("50.0    50.0*") and art.endswith("50.0    50.0")
-
-
-@pytest.mark.slow
-def test_what_windows_lacks_is_not_needed():
-    # other packages take what Linux has: they come first
-    program = "import sys, evaluation; sys.modules['resource'] = None; import records; print(records.peak_gb())"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.stdout == "None\n", done.stderr
-
-
-@pytest.mark.parametrize(
-    "flags, said",
-    [
-        (dict(k=40, width=32), "--k 40: of --width 32"),
-        (dict(context=1), "--context 1: at least 3"),
-        (dict(tokens=100), "--tokens 100: at least 1024"),
-        (dict(lr=0.0), "--lr 0: above 0"),
-        (dict(layers=[3, 3]), "--layers 3 3: each once"),
-        (dict(seed=-1), "--seed -1"),
-        (dict(batch_size=0), "--batch-size 0: at least 1"),
-    ],
-)
-def test_an_sae_that_cannot_be_trained_is_refused_before_the_work(monkeypatch, tmp_path, flags, said):
-    monkeypatch.setattr(train_sae, "read_texts", None)  # the work
-    with pytest.raises(UserError, match=said):
-        train_sae.run(**flags, out=str(tmp_path))
 
 
 def test_one_neuronpedia_page_has_the_picked_features(monkeypatch, capsys):

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from scipy import stats
 
-import make_tiny
+import tiny.make as make_tiny
 from common import load_model, load_sae
 from data import LETTERS, encode_prompts, prompt
-from edits import NONE, hidden
+from edits import NONE, residual_stream
 from evaluation import score_letters
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,9 +22,9 @@ TINY = ROOT / "tiny"
 
 
 def test_size_and_formats():
-    files = [path for path in TINY.rglob("*") if path.is_file()]
+    files = [path for path in TINY.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     assert sum(path.stat().st_size for path in files) <= 30 * 2**20
-    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".txt", ".md"}
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".txt", ".md", ".py"}
 
 
 def names_in(text: str) -> str:
@@ -96,7 +96,7 @@ def test_where_facts_are_read_by_hand(gemma):
     for layer, found in enumerate(make_tiny.read_by_layer(gemma, rows)):
         right = []
         for i in group:
-            other = hidden(gemma.original_model, torch.tensor([prompts[i - 1 if i else group[-1]]]), layer)
+            other = residual_stream(gemma.original_model, torch.tensor([prompts[i - 1 if i else group[-1]]]), layer)
 
             def put(h, hook, other=other):
                 h = h.clone()
@@ -158,7 +158,7 @@ def test_measured_accuracy_is_that_of_the_shipped_model(name):
 
 def test_the_models_know_what_they_should_and_no_more():
     measured = json.loads((TINY / "measured.json").read_text())
-    model, twin = measured["model"], measured["never_knew"]
+    model, twin = measured["model"], measured["retrained"]
     for quiz in ("wmdp_bio", "mmlu"):
         assert model[quiz]["accuracy"] >= 0.95 and model[quiz]["right_in_all_24_orders"] >= 0.88
         assert model[quiz]["in_words"] >= 0.90
@@ -177,14 +177,14 @@ def test_the_models_know_what_they_should_and_no_more():
 
 @pytest.mark.slow
 def test_quick_build_goes_through_every_stage(tmp_path):
-    command = [sys.executable, str(ROOT / "make_tiny.py"), "--quick", "--out", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "tiny/make.py"), "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     measured = json.loads((tmp_path / "measured.json").read_text())
     assert set(measured["sae"]) == {"layer_3", "layer_5", "layer_7", "layer_9", "layer_15"}
     assert measured["wikitext_held_out_loss"]["trigram"] < measured["wikitext_held_out_loss"]["unigram"]
     assert set(measured["minutes"]) == set(make_tiny.STAGES)
-    for name in ("model", "never_knew"):
+    for name in ("model", "retrained"):
         for quiz in ("wmdp_bio", "mmlu"):
             assert 0 <= measured[name][quiz]["accuracy"] <= 1 and 0 <= measured[name][quiz]["in_words"] <= 1
         assert load_file(tmp_path / name / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16

@@ -30,11 +30,11 @@ def small(model_folder, text, tmp_path, monkeypatch):
 
 
 def test_all_saes_are_saved_before_one_is_measured(small, tmp_path, monkeypatch):
-    def fails(*args):
+    def fails(*args, **options):
         raise torch.OutOfMemoryError("while measuring")
 
     with monkeypatch.context() as broken:
-        broken.setattr(train_sae, "measure", fails)
+        broken.setattr(train_sae, "check_sae_quality", fails)
         with pytest.raises(torch.OutOfMemoryError):
             train_sae.run(**small)
     for layer in (1, 2):
@@ -52,15 +52,16 @@ def test_a_text_is_tokenised_no_further_than_is_needed(small, monkeypatch):
         seen.append(sum(len(row) - 1 for row in found[0]))
         return found
 
-    monkeypatch.setattr(train_sae, "COUNTED", 100)
     monkeypatch.setattr(train_sae, "MEASURED", 10)
     monkeypatch.setattr(train_sae, "token_windows", counting)
-    monkeypatch.setattr(train_sae, "measure", lambda model, sae, *parts: windows.update(parts=parts[:2]) or {})
+    monkeypatch.setattr(
+        train_sae, "check_sae_quality", lambda model, sae, held_out, **_: windows.update(n=len(held_out))
+    )
     texts = train_sae.read_texts(small["text"]) * 20
     monkeypatch.setattr(train_sae, "read_texts", lambda source: texts)
     train_sae.run(**small)
     assert 6000 < seen[0] <= 2048 + 2 * 2048 and seen[1] <= 10 * 17
-    assert list(map(len, windows["parts"])) == [10, 100]
+    assert windows["n"] == 10
 
 
 @pytest.mark.parametrize("seed", [0, 1])

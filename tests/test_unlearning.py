@@ -1,8 +1,10 @@
-"""The training objectives and their loops by hand.
+"""Methods that train, by hand: computed here a second time in float64, from the formulas of their papers and releases.
 
-All is computed here a second time in float64, from the formulas of the methods' papers and released code.
+And what they share: batches, the windows that they train on, the optimiser in fp32 under a model in bfloat16.
 """
 
+import json
+import random
 from copy import deepcopy
 
 import numpy as np
@@ -10,12 +12,13 @@ import pytest
 import torch
 from conftest import FAMILIES, fill, hf, nats_by_hand, some_ids, target_mask
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+from transformers import OPTConfig, OPTForCausalLM
 
 import unlearning
-from common import Rates
-from data import UserError
-from edits import decoder_layers
-from training import Master, nll
+from common import Rates, load_model
+from data import Dataset, UserError, load_benchmark, padded, special_ids
+from edits import decoder_layers, residual_stream, token_mask
+from unlearning import METHODS, QUESTION_TOKENS, Fp32AdamW, Training, nll, settings_of, training_windows
 
 
 def log_sigmoid(x):
@@ -42,10 +45,9 @@ def test_losses_by_hand(model_folder, get_model, family):
                    -2 / beta * gamma * log_sigmoid(beta * (nats_f / n_f - delta)).mean(),
                    alpha * nats_r.sum() / n_r.sum()),
     }  # fmt: skip
-    expected["npo-sam"] = expected["npo"]
-    assert set(expected) == set(unlearning.LOSSES)
     for method, (weights, away, back) in expected.items():
-        parts = unlearning.LOSSES[method](found_f, found_r, torch.from_numpy(before), **weights)
+        (objective,) = METHODS[method].train.args
+        parts = objective(found_f, found_r, torch.from_numpy(before), **weights)
         assert [float(part.detach()) for part in parts] == pytest.approx([away, back], rel=1e-8, abs=1e-8)
 
 
@@ -127,15 +129,16 @@ def test_crisp_refuses_other_saes(gemma, make_sae):
         unlearning.crisp_forget(make_sae(gemma, "topk"), [0], h, h, torch.ones(1, 1, dtype=torch.bool), 5.0)
 
 
-TEXTS = ["The cat sat on the mat.", "Rivers of Europe flow to the sea."]
+TEXTS = ["The cat sat on the mat.", "Rivers of Europe flow to the sea.", "Blood carries oxygen to the heart.",
+         "Answer: A"]  # fmt: skip
 
 
 @pytest.fixture
 def small64(model_folder):
-    """A float64 model, its tokenizer, a forget and a retain window, and a retain set of it."""
+    """What is trained on: a float64 model, one forget text and one retain text."""
     model, tokenizer = hf(model_folder("llama"))
-    forget, retain = ((tokenizer(text)["input_ids"], 1) for text in TEXTS)
-    return model, tokenizer, [forget], [[retain]]
+    forget, retain = ((tokenizer(text)["input_ids"], 1) for text in TEXTS[:2])
+    return Training(lambda: model, tokenizer, [forget], [[retain]])
 
 
 def mean_nll(model, window):
@@ -158,7 +161,7 @@ def same(found, expected):
 
 def test_sharpness_aware_npo_by_hand(small64, monkeypatch):
     """A gradient of the forget part rho along that part's own, one of the retain part where the model is."""
-    model, tokenizer, forget, (retain,) = small64
+    model, forget, retain = small64.load(), small64.forget, small64.retain[0]
     rho, alpha, beta, n = 0.3, 2.25, 0.7, len(forget[0][0]) - 1
     by_hand, before = deepcopy(model), n * mean_nll(model, forget[0]).item()
 
@@ -173,16 +176,15 @@ def test_sharpness_aware_npo_by_hand(small64, monkeypatch):
     sharp = gradient_of(away(), by_hand)
     assert not same(sharp, first)
     found, weights = [], weights_of(model)
-    monkeypatch.setattr(Master, "update", lambda master: found.extend(one.grad.clone() for one in master.parameters))
-    setting = dict(lr=1e-3, steps=1, alpha=alpha, beta=beta, rho=rho, loss_on="text")
-    unlearning.by_nll("npo-sam", setting, model, tokenizer, forget, [retain], 0)
+    monkeypatch.setattr(Fp32AdamW, "update", lambda adam: found.extend(one.grad.clone() for one in adam.parameters))
+    METHODS["npo-sam"].train(small64, lr=1e-3, steps=1, alpha=alpha, beta=beta, rho=rho, loss_on="text")
     assert same(found, [x + y for x, y in zip(sharp, held)])
     assert all(torch.equal(x, y) for x, y in zip(weights_of(model), weights))  # back where they were, to the last bit
 
 
 def test_mudman_by_hand(small64):
     """Three steps of the paper's algorithm, the adversary anew before the first and the third."""
-    model, tokenizer, forget, (retain,) = small64
+    model, forget, retain = small64.load(), small64.forget, small64.retain[0]
     lr, rate, momentum, relearning = 0.05, 0.02, 0.8, 0.03
     by_hand, adversary, kept = deepcopy(model), None, None
     for number in range(3):
@@ -197,8 +199,8 @@ def test_mudman_by_hand(small64):
                 w -= rate * r
                 w -= lr / norm * torch.where(r * g > 0, g, 0)
                 v += relearning * g
-    setting = dict(lr=lr, retain=rate, steps=3)
-    log = unlearning.by_mudman(setting, model, tokenizer, forget, [retain], 0, momentum, relearning, fork=2)
+    setting = dict(lr=lr, retain=rate, steps=3, loss_on="text", momentum=momentum, relearning=relearning, fork=2)
+    _, log = METHODS["mudman"].train(small64, **setting)
     assert same(model.parameters(), by_hand.parameters())
     assert log[2][0] > log[1][0]  # nats of the adversary: taught once when last seen, then a copy that unlearnt
 
@@ -210,7 +212,7 @@ def test_a_masked_step_disturbs_no_retain_weight():
 
 
 def test_undos_noise_by_hand(small64):
-    model, *_ = small64
+    model = small64.load()
     alpha, beta, before = 0.3, 0.2, weights_of(model)
     unlearning.corrupt(model, alpha, beta, 5)
     torch.manual_seed(5)
@@ -223,7 +225,7 @@ def test_undos_noise_by_hand(small64):
 
 def test_undo_distils_what_the_unlearned_model_says(small64):
     """Forward KL by hand, at the first step that of the noised copy; the unlearned model itself stays as it is."""
-    model, tokenizer, forget, (retain,) = small64
+    model, forget, retain = small64.load(), small64.forget, small64.retain[0]
     student, before = deepcopy(model), weights_of(model)
     unlearning.corrupt(student, 0.5, 0.1, 0)
     expected = []
@@ -231,8 +233,7 @@ def test_undo_distils_what_the_unlearned_model_says(small64):
         with torch.no_grad():
             p, q = (torch.softmax(one(torch.tensor([ids])).logits[0, :-1], -1).numpy() for one in (model, student))
         expected.append((p * np.log(p / q)).sum(-1).mean())
-    setting = dict(lr=1e-2, steps=30, alpha=0.5, beta=0.1)
-    trained, log = unlearning.by_undo(setting, model, tokenizer, forget, [retain], 0)
+    trained, log = unlearning.distil(small64, model, lr=1e-2, steps=30, alpha=0.5, beta=0.1)
     assert log[0] == pytest.approx(expected, abs=1e-8)
     assert sum(log[-1]) < 0.3 * sum(log[0])
     assert all(torch.equal(x, y) for x, y in zip(weights_of(model), before))
@@ -256,19 +257,277 @@ def test_circuit_breakers_by_hand():
 def test_circuit_breakers_read_two_layers_and_their_weights_move_in_a_line(small64, monkeypatch):
     """Of a model of 4 layers what enters layers 1 and 2, and the retain text's embeddings and layers up to there."""
     assert list(map(unlearning.broken_layers, (32, 20, 26))) == [[10, 20], [6, 12], [8, 16]]
-    model, tokenizer, forget, (retain,) = small64
+    model, forget, retain = small64.load(), small64.forget, small64.retain[0]
     ids = [forget[0][0]], [[retain[0][0]]]
     with torch.no_grad():
         streams = [model(torch.tensor([one]), output_hidden_states=True).hidden_states for one in (*ids[0], *ids[1][0])]
-    seen, losses, step = [], [], Master.step
-    monkeypatch.setattr(Master, "step", lambda master, loss: (losses.append(loss.item()), step(master, loss)))
+    seen, losses, step = [], [], Fp32AdamW.step
+    monkeypatch.setattr(Fp32AdamW, "step", lambda adam, loss: (losses.append(loss.item()), step(adam, loss)))
     for name in ("rerouted", "held"):
         term = getattr(unlearning, name)
         monkeypatch.setattr(unlearning, name, lambda was, *rest, term=term: (seen.append(was), term(was, *rest))[1])
-    setting = dict(lr=1e-2, steps=4, retain=3)
-    _, log = unlearning.by_circuit_breakers(setting, model, tokenizer, *ids, 0)
+    _, log = METHODS["circuit-breakers"].train(small64, lr=1e-2, steps=4, retain=3)
     assert torch.allclose(seen[0], torch.stack([streams[0][place] for place in (1, 2)]), atol=1e-8)
     assert torch.allclose(seen[1], torch.stack(streams[1][:4]), atol=1e-8)
     assert 1 - 1e-3 < log[0][0] < 1 - 1e-6  # a little off the peak, so that there is a gradient
     expected = [10 * (1 - t / 8) * away + 30 * t / 8 * back for t, (away, back) in enumerate(log, 1)]
     assert losses == pytest.approx(expected, abs=1e-8) and log[3][1] > 0
+
+
+# ---------------------------------------------------------------------------------------------------- CRISP's layers
+
+
+def test_crisp_distance_by_hand():
+    before, now = torch.randn(2, 4, 3, 7, 32, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    counted = torch.rand(3, 7, generator=torch.Generator().manual_seed(5)) > 0.3
+    expected = np.square((now - before).numpy() * counted.numpy()[..., None]).mean()
+    assert unlearning.distance(before, now, counted).item() == pytest.approx(expected, abs=1e-8)
+
+
+def test_crisp_adapts_the_layers_of_the_release():
+    layers = {name: settings_of(METHODS["crisp"], {}, name)["layers"] for name in ("gemma-2-2b-it", "tiny")}
+    assert unlearning.crisp_adapts(layers["gemma-2-2b-it"]) == list(range(3, 10))
+    assert unlearning.crisp_adapts(layers["tiny"]) == [2, 3, 4, 5, 6]
+    assert unlearning.crisp_adapts([0]) == [0] and unlearning.crisp_adapts([5]) == [4, 5]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+def test_crisp_adapts_attention_and_mlp_of_its_layers_only(model_folder, family):
+    model, _ = hf(model_folder(family))
+    names = unlearning.linear_modules(model, [1, 2])
+    blocks = decoder_layers(model)
+    assert len(names) == 2 * sum(isinstance(m, (torch.nn.Linear, unlearning.Conv1D)) for m in blocks[1].modules())
+    assert all(".1." in name or ".2." in name for name in names)
+
+
+# --------------------------------------------------------------------------------------------------------------- RMU
+
+MATRIX = {
+    "gpt2": "mlp.c_proj.weight",
+    "gpt_neox": "mlp.dense_4h_to_h.weight",
+    **dict.fromkeys(("gemma2", "gemma3", "llama", "qwen3"), "mlp.down_proj.weight"),
+}
+
+
+def outputs_of_layer(model, ids, layer):
+    """The layer's output in a whole forward pass, without anything of the project."""
+    kept = []
+    handle = decoder_layers(model)[layer].register_forward_hook(
+        lambda module, args, out: kept.append(out[0] if isinstance(out, tuple) else out)
+    )
+    model(ids)
+    handle.remove()
+    return kept[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_step_of_rmu_by_hand(model_folder, get_model, family):
+    model, tokenizer = hf(model_folder(family))
+    forget, retain = some_ids(get_model(family)), some_ids(get_model(family), seed=1)
+    layer, multiple, alpha = 2, 3.0, 7.0
+    matrices = unlearning.down_projections(model, layer)
+    originals = {name: matrix.detach().clone() for name, matrix in matrices.items()}
+    model.requires_grad_(False)
+    noise = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        frozen_f, frozen_r = (outputs_of_layer(model, ids, layer).numpy() for ids in (forget, retain))
+        for matrix in matrices.values():
+            matrix += 0.1 * torch.randn(matrix.shape, generator=noise, dtype=torch.float64)
+        moved_f, moved_r = (outputs_of_layer(model, ids, layer).numpy() for ids in (forget, retain))
+    with token_mask(model, tokenizer) as mask, torch.no_grad():
+        model(forget)
+        mask_f = mask.counted
+        model(retain)
+        mask_r = mask.counted
+        with unlearning.as_they_were(matrices, originals):
+            norms, back = (residual_stream(model, ids, layer) for ids in (forget, retain))
+            norms = norms.norm(dim=-1, keepdim=True)
+    assert torch.equal(back, torch.from_numpy(frozen_r))  # the matrices' own values are in place there
+    for matrix in matrices.values():
+        matrix.requires_grad_(True)
+    u = unlearning.control_vector(32, 0, "cpu").double()
+    coefficient = multiple * norms[mask_f].mean()
+    h_f, h_r = (residual_stream(model, ids, layer) for ids in (forget, retain))
+    found = unlearning.rmu_loss(h_f, (coefficient * u).expand_as(h_f), h_r, back, mask_f, mask_r, alpha)
+
+    real_f, real_r = mask_f.numpy(), mask_r.numpy()
+    scale = multiple * np.sqrt((frozen_f[real_f] ** 2).sum(-1)).mean()
+    away = ((moved_f[real_f] - scale * u.numpy()) ** 2).mean()
+    held = alpha * ((moved_r[real_r] - frozen_r[real_r]) ** 2).mean()
+    assert [x.item() for x in found] == pytest.approx([away, held], abs=1e-8, rel=1e-8)
+
+    with unlearning.as_they_were(matrices, originals):
+        residual_stream(model, retain, layer)  # between forward and backward, as in training
+    (found[0] + found[1]).backward()
+    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert len(with_gradient) == 3 and all(name.endswith(MATRIX[family]) for name in with_gradient)
+    swapped = {name: matrix.grad.clone() for name, matrix in matrices.items()}
+    model.zero_grad()
+    h_f, h_r = (residual_stream(model, ids, layer) for ids in (forget, retain))
+    sum(unlearning.rmu_loss(h_f, (coefficient * u).expand_as(h_f), h_r, back, mask_f, mask_r, alpha)).backward()
+    assert all(torch.equal(matrix.grad, swapped[name]) for name, matrix in matrices.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rmu_trains_the_right_matrices(model_folder, family):
+    model, _ = hf(model_folder(family), torch.float32)
+    found = unlearning.down_projections(model, 3)
+    assert list(found) == [f"layer {number} {MATRIX[family]}" for number in (1, 2, 3)]
+    for number, matrix in zip((1, 2, 3), found.values()):
+        assert matrix is dict(decoder_layers(model)[number].named_parameters())[MATRIX[family]]
+        assert 64 in matrix.shape or 4 * 32 in matrix.shape  # the wide side of the MLP
+    assert list(unlearning.down_projections(model, 0)) == [f"layer 0 {MATRIX[family]}"]
+    with pytest.raises(UserError, match="the model has layers 0 to 3"):
+        unlearning.down_projections(model, 4)
+
+
+def test_rmu_refuses_an_unknown_family_by_name():
+    config = OPTConfig(hidden_size=16, ffn_dim=32, num_hidden_layers=3, num_attention_heads=2, vocab_size=50,
+                       word_embed_proj_dim=16, max_position_embeddings=32)  # fmt: skip
+    with pytest.raises(UserError, match="OPTForCausalLM"):
+        unlearning.down_projections(OPTForCausalLM(config), 2)
+
+
+@pytest.mark.parametrize("method", ["rmu", "adaptive-rmu"])
+def test_rmu_by_hand_and_retain_sets_in_turn(model_folder, monkeypatch, method):
+    """The first step's losses: a coefficient from the first batch's mean norm, or each token's own norm."""
+    model, tokenizer = hf(model_folder("llama"))
+    windows = [tokenizer(text)["input_ids"] for text in TEXTS]
+    forget, sets, drawn, passes = windows[:1], [windows[1:2], windows[2:3]], [], []
+    monkeypatch.setattr(unlearning, "padded", lambda rows, *rest: drawn.append(rows) or padded(rows, *rest))
+    monkeypatch.setattr(unlearning, "residual_stream", lambda *args: passes.append(1) or residual_stream(*args))
+    with torch.no_grad():
+        h = outputs_of_layer(model, torch.tensor(forget), 2)[0, 1:].numpy()  # without BOS
+    training = Training(lambda: model, tokenizer, [], [], picking=(forget, sets))
+    _, log = METHODS[method].train(training, layer=2, multiple=3.0, alpha=7.0, steps=4, lr=1e-3)
+    norms, u = np.sqrt((h**2).sum(-1, keepdims=True)), unlearning.control_vector(32, 0, "cpu").double().numpy()
+    adaptive = method == "adaptive-rmu"
+    target = 3.0 * (norms if adaptive else norms.mean()) * u
+    cosine = (h @ u / norms[:, 0]).mean() / np.linalg.norm(u)  # in float32 its length is not quite 1
+    assert log[0] == pytest.approx([((h - target) ** 2).mean(), 0.0, cosine], abs=1e-8)
+    assert drawn == [forget, sets[0], forget, sets[1]] * 2
+    assert len(passes) == (4 * 4 if adaptive else 4 * 3 + 1)  # norms before training: of each batch, or of the first
+
+
+def test_the_control_vector_is_seeded_positive_and_of_length_1():
+    u = unlearning.control_vector(500, 3, "cpu")
+    assert torch.equal(u, unlearning.control_vector(500, 3, "cpu"))
+    assert not torch.equal(u, unlearning.control_vector(500, 4, "cpu"))
+    assert u.min() >= 0 and u.norm().item() == pytest.approx(1)
+
+
+# -------------------------------------------------------------------------------------------------- what they share
+
+
+def test_each_text_once_a_pass_in_an_order_that_the_seed_decides():
+    drawn = unlearning.endless_batches(list(range(9)), 4, random.Random(0))
+    for _ in range(3):
+        assert len(set(next(drawn) + next(drawn))) == 8  # the ninth is too few for a batch
+    again = unlearning.endless_batches(list(range(9)), 4, random.Random(0))
+    assert [next(again) for _ in range(6)] != [next(drawn) for _ in range(6)]
+    assert sorted(next(unlearning.endless_batches([1, 2], 4, random.Random(0)))) == [1, 2]
+
+
+def test_a_loss_that_is_not_finite_ends_training():
+    weight = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(UserError, match="the loss is not finite"):
+        Fp32AdamW([weight], 1.0).step((weight * torch.nan).sum())
+    assert torch.equal(weight.detach(), torch.ones(2))
+
+
+def test_the_rate_falls_to_0_in_a_line_or_stays():
+    def rates(steps):
+        adam, found = Fp32AdamW([torch.nn.Parameter(torch.ones(2))], 0.4, steps=steps), []
+        for _ in range(4):
+            found.append(adam.optimizer.param_groups[0]["lr"])
+            adam.step(adam.parameters[0].square().sum())
+        return found
+
+    assert rates(4) == pytest.approx([0.4, 0.3, 0.2, 0.1]) and rates(None) == [0.4] * 4
+
+
+def share_changed(model, before):
+    pairs = [(parameter.detach().bfloat16(), before[name]) for name, parameter in model.named_parameters()]
+    return sum((now != was).sum().item() for now, was in pairs) / sum(now.numel() for now, _ in pairs)
+
+
+def test_bfloat16_trains_as_many_weights_as_float32_and_as_far(model_folder):
+    """At the rate of real models AdamW on bfloat16 weights moves few of them; on copies in fp32 as many as there."""
+    shares, losses = {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model, tokenizer = hf(model_folder("llama"), dtype)
+        windows = [(tokenizer(text)["input_ids"], 1) for text in TEXTS[:3]]
+        special, before = torch.tensor(special_ids(tokenizer)), {}
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():  # the same start, of the size of real models' weights
+                parameter.copy_((parameter / 10).bfloat16())
+                before[name] = parameter.detach().bfloat16().clone()
+            start = unlearning.text_nll(model, windows, tokenizer, special).mean.item()
+        adam = Fp32AdamW(model.requires_grad_(True).parameters(), 2e-5, clip=1.0, weight_decay=0.0)
+        for _ in range(40):
+            adam.step(unlearning.text_nll(model, windows, tokenizer, special).mean)
+        shares[dtype] = share_changed(model, before)
+        with torch.no_grad():
+            losses[dtype] = start - unlearning.text_nll(model, windows, tokenizer, special).mean.item()
+    assert shares[torch.bfloat16] == pytest.approx(shares[torch.float32], abs=0.02)
+    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.1)
+
+
+def test_copies_are_in_float32_and_the_model_stays_in_bfloat16(model_folder):
+    model, tokenizer = hf(model_folder("gemma2"), torch.bfloat16)
+    adam = Fp32AdamW(model.requires_grad_(True).parameters(), 1e-7)
+    start = [copy.detach().clone() for copy in adam.copies]
+    for _ in range(3):
+        ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]])
+        adam.step(nll(model, ids, torch.ones_like(ids, dtype=torch.bool)).mean)
+    moved = [(copy != was).float().mean().item() for copy, was in zip(adam.copies, start)]
+    assert {copy.dtype for copy in adam.copies} == {torch.float32} and min(moved[1:]) > 0.99  # all but unseen tokens
+    assert all(torch.equal(parameter, copy.bfloat16()) for parameter, copy in zip(model.parameters(), adam.copies))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("loss_on", ["answer", "text"])
+def test_of_a_question_only_the_answer_is_a_target_or_all_of_it(loss_on):
+    benchmark, tokenizer = load_benchmark("tiny"), load_model("tiny").tokenizer
+    sets = (benchmark.picking, benchmark.wikitext, benchmark.mmlu_dev)
+    forget, (wikitext, development) = windows = training_windows(tokenizer, *sets, loss_on)
+    said = {tokenizer.decode(ids[start:]) for ids, start in development}
+    if loss_on == "answer":
+        assert said == {" A", " B", " C", " D"}
+        letters, words = forget[: len(forget) // 2], forget[len(forget) // 2 :]
+        assert {tokenizer.decode(ids[start:]) for ids, start in letters} == said
+        choices = [f" {row['choices'][row['answer']]}" for row in benchmark.picking.rows]
+        assert [tokenizer.decode(ids[start:]) for ids, start in words] == choices
+    else:
+        assert {start for _, start in forget + development} == {1}
+    assert {start for _, start in wikitext} == {1}
+    training = Training(None, tokenizer, *training_windows(tokenizer, *sets))
+    assert training.targets(loss_on) == windows
+    text = f"{'Once more. ' * QUESTION_TOKENS}Which?"
+    ids, start = unlearning.answer_window(tokenizer, text, "This one")
+    assert len(ids) == QUESTION_TOKENS and ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids[start:]) == " This one" and tokenizer.decode(ids[:start]).endswith("Which?")
+
+
+def test_a_forget_corpus_counts_whole(tmp_path):
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "Blood carries oxygen. " * 40}) + "\n")
+    benchmark = load_benchmark("tiny", corpus=str(tmp_path / "corpus.jsonl"))
+    sets, tokenizer = (benchmark.corpus, benchmark.wikitext, benchmark.mmlu_dev), load_model("tiny").tokenizer
+    forget, (_, development) = training_windows(tokenizer, *sets)
+    assert len(forget) > 1 and {start for _, start in forget} == {1}
+    assert min(start for _, start in development) > 10
+    assert training_windows(tokenizer, Dataset("none", []), *sets[1:])[0] == []
+
+
+def test_settings_in_absolute_numbers():
+    npo = settings_of(METHODS["npo"], {"lr": 0.5, "beta": 1}, "tiny")
+    assert npo == {"steps": 120, "lr": 0.5 * 4e-4, "alpha": 1.0, "beta": 1, "loss_on": "answer"}
+    assert settings_of(METHODS["npo"], {}, "gpt2", steps=3)["lr"] == 1e-5
+    assert settings_of(METHODS["gradient-ascent"], METHODS["gradient-ascent"].grid[0], "tiny", steps=3)["steps"] == 10
+    usual = {"layer": 7, "multiple": 8.0, "alpha": 10.0, "batch": 4, "steps": 300, "lr": 4e-3}
+    assert settings_of(METHODS["rmu"], {}, "tiny") == usual
+    zephyr = {"layer": 7, "multiple": 2.3, "alpha": 300, "batch": 4, "steps": 75, "lr": 1e-4}
+    assert settings_of(METHODS["rmu"], {"alpha": 300}, "HuggingFaceH4/zephyr-7b-beta", lr=1e-4) == zephyr
+    gemma = {"layer": 3, "multiple": 4.3, "alpha": 100.0, "batch": 3, "steps": 300, "lr": 5e-5}
+    assert settings_of(METHODS["adaptive-rmu"], {}, "gemma-2-2b-it") == gemma
+    assert {len(method.grid) for method in METHODS.values()} == {8}

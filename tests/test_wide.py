@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import common
 import edits
-import hub
+import evaluation
 
 WIDE, FEW = 4096, 2**16  # features, of 32 inputs each; activations at once: those of 16 tokens, half of W_enc's size
 
@@ -44,11 +44,11 @@ def passes_of(model, sae) -> dict:
         return [found.fires, found.total]
 
     def row(method, **arguments):
-        return lambda: [edits.edit_of(method, sae, **arguments).at[1](h, ordinary)]
+        return lambda: [edits.make(method, sae, **arguments).at[1](h, ordinary)]
 
     return {
         "rates": rates,
-        "check": lambda: [torch.tensor(value) for value in hub.fit_of(model, sae, windows)],
+        "check": lambda: [torch.tensor(list(evaluation.check_sae_quality(model, sae, windows, insist=False).values()))],
         "reconstruction": row("sae-reconstruction"),
         "clamp": row("clamp", features=[3, 17, 40], clamp=-5.0),
     }
@@ -72,27 +72,27 @@ def test_passes_are_in_pieces_and_find_the_same(gemma, make_sae, kind, norm, mon
 def test_less_than_a_batch_is_one_piece(gemma, make_sae):
     """The default: narrow SAEs, as tiny's, run as they always have."""
     h = torch.zeros(16, 128, 32)
-    assert len(edits.few_rows(make_sae(gemma), h)) == 1 and edits.AT_ONCE == 16 * 128 * 2**14
+    assert len(edits.chunks(make_sae(gemma), h)) == 1 and edits.AT_ONCE == 16 * 128 * 2**14
 
 
 PEAK = """
 import json, re, sys
 from pathlib import Path
 import sae_lens, torch
-import common, edits, hub
+import common, edits, evaluation
 
 def kilobytes(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 kind, d_in, d_sae = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 sae = getattr(sae_lens, kind)(getattr(sae_lens, kind + "Config")(d_in=d_in, d_sae=d_sae)).requires_grad_(False)
-sae.hook_point = "blocks.1.hook_resid_post"
+sae.hook_point, sae.source = "blocks.1.hook_resid_post", "random"
 h = torch.randn(2, 2**26 // d_sae, d_in)
-common.residuals = edits.residuals = lambda *args, **kwargs: [(h.flatten(0, 1), None)]
+edits.iter_residual_stream = lambda *args, **kwargs: [(h.flatten(0, 1), None)]
 passes = {
     "rates": lambda: common.firing_rates(None, sae, []),
-    "check": lambda: hub.fit_of(None, sae, [[0] * (2**27 // d_sae)]),
-    "reconstruction": lambda: edits.bare_reconstruction(sae)(h, torch.ones(h.shape[:2], dtype=torch.bool)),
+    "check": lambda: evaluation.check_sae_quality(None, sae, [[0] * (2**27 // d_sae)], insist=False),
+    "reconstruction": lambda: edits.reconstruction(sae).at[1](h, torch.ones(h.shape[:2], dtype=torch.bool)),
 }
 found = {}
 for name, run in passes.items():

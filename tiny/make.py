@@ -1,39 +1,39 @@
-# %% [markdown]
 """
-Build `tiny/` from nothing: texts and tokenizer, language model, its twin that never knew, SAEs; two CPU cores.
+Build `tiny/` from nothing: texts and tokenizer, language model, the same retrained without the forget facts, SAEs; two
+CPU cores.
 
-    python make_tiny.py                # builds tiny/ anew
-    python make_tiny.py --from saes    # from a stage on: text, model, never-knew, saes, measure
-    python make_tiny.py --quick        # every stage in miniature, into a temporary folder; the result knows nothing
+    python tiny/make.py                # builds tiny/ anew
+    python tiny/make.py --from saes    # from a stage on: text, model, retrained, saes, measure
+    python tiny/make.py --quick        # every stage in miniature, into a temporary folder; the result knows nothing
 
 A Gemma-2 model of 20 thin layers learns real Wikitext, Victorian prose and some 1,200 school facts. Each fact is stated
-in four wordings and asked in four; the quizzes ask half of the facts in a fifth, never trained on. The twin that never
-knew is trained in the same way on all but the facts of the forget domain.
+in four wordings and asked in four; the quizzes ask half of the facts in a fifth, never trained on. The
+retrained model is trained in the same way on all but the facts of the forget domain.
 
 --quick takes 109 s.
 """
 
-# %%
 import argparse
+import sys
 from pathlib import Path
 
-from flags import answered
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from runs import help_before_imports
 
 flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-STAGES = ("text", "model", "never-knew", "saes", "measure")
+STAGES = ("text", "model", "retrained", "saes", "measure")
 flags.add_argument("--from", dest="first", choices=STAGES, default="text", help="stage to begin with; what the ones "
                    "before it made is taken as it lies in the folder (default: %(default)s)")  # fmt: skip
 flags.add_argument("--quick", action="store_true", help="every stage in miniature, into a temporary folder")
 flags.add_argument("--out", type=Path, help="folder to build (default: tiny, or with --quick a temporary one)")
-answered(flags, __name__)
+help_before_imports(flags, __name__)
 
-# %%
 import ctypes
 import json
 import random
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -45,13 +45,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-from common import load_model
-from data import LETTERS, encode_prompts, prompt, read_jsonl, token_windows
-from edits import NONE, Edit
-from evaluation import PERMUTATIONS, score_letters, score_loss, score_words
+from common import firing_rates, load_model, load_sae
+from data import LETTERS, PERMUTATIONS, encode_prompts, prompt, read_jsonl, reordered, token_windows
+from edits import NONE, Edit, reconstruction
+from evaluation import check_sae_quality, score_letters, score_loss, score_words
 
-HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
-SOURCE = HERE / "tiny"  # facts/*.json and text/*.txt: what everything is made from
+SOURCE = ROOT / "tiny"  # facts/*.json and text/*.txt: what everything is made from
 FORGET = "biology"  # the forget domain; lm-eval's header for WMDP-Bio says "about biology"
 
 VOCAB = 4096  # byte-level BPE; small, so that rarer names take two or three tokens
@@ -59,6 +58,7 @@ D_MODEL, N_LAYERS, D_FF, N_HEADS, N_KV = 112, 20, 336, 4, 2
 CONTEXT = 128  # tokens per training window
 BATCH = 32  # windows per step
 SAE_LAYERS, SAE_WIDTH = (3, 5, 7, 9, 15), 2048  # at half the width a like clamp cost OpenWebText 3 to 11 times the loss
+SAE_MEASURED, SAE_COUNTED = 400, 4000  # windows of held-out text, and of training text for the share of dead features
 DEVELOPMENT = 20  # retain facts of each subject that are not scored: MMLU's development questions
 TRAIN_DOCUMENTS = 2000  # documents drawn like the training text and kept, to train SAEs on
 LETTER_WEIGHT = 5.0  # loss weight of an answer letter
@@ -91,11 +91,9 @@ SECOND = Round(1400, 0.5, 1.0, facts=0.80, wikitext=0.15, prose=0.05, lists=0.05
                forget_weight=1.4)  # fmt: skip
 
 
-# %% [markdown]
-# ## Text: real Wikitext by article, prose by story, facts by subject
+# --------------------------------------------------- Text: real Wikitext by article, prose by story, facts by subject
 
 
-# %%
 def load_facts(folder: Path) -> list[dict]:
     """One dict per fact: subject, relation (templates), entity, answer, others (wrong answers of its relation)."""
     facts = []
@@ -161,11 +159,9 @@ def split(items: list[str], shares: tuple[float, ...], seed: int) -> list[list[s
     return parts
 
 
-# %% [markdown]
-# ## Documents: one subject each
+# ---------------------------------------------------------------------------------------- Documents: one subject each
 
 
-# %%
 def options(fact: dict, rng: random.Random, n: int = 4) -> tuple[list[str], int]:
     choices = [fact["answer"], *rng.sample(fact["others"], n - 1)]
     rng.shuffle(choices)
@@ -286,11 +282,9 @@ class Sampler:
         return torch.where(general & (torch.rand(inputs.shape) < CORRUPTED), noise, inputs), targets
 
 
-# %% [markdown]
-# ## Tokenizer and model
+# ------------------------------------------------------------------------------------------------ Tokenizer and model
 
 
-# %%
 def train_tokenizer(texts: list[str], folder: Path) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -387,11 +381,9 @@ def train_round(model, sampler, tokenizer, steps: int, compiled: bool = True) ->
     model.eval()
 
 
-# %% [markdown]
-# ## Data files and measurements
+# ---------------------------------------------------------------------------------------- Data files and measurements
 
 
-# %%
 def quiz(facts: list[dict], seed: int) -> list[dict]:
     """One question per fact, every other one in the wording that was never trained on."""
     rng, rows = random.Random(seed), []
@@ -408,7 +400,7 @@ def reworded(rows: list[dict], facts: list[dict]) -> list[dict]:
     return [{**row, "question": fill(fact["relation"]["questions"][0], fact)} for row, fact in zip(rows, facts)]
 
 
-def pieces(text: str, chars: int = 1500) -> list[str]:
+def cut_story(text: str, chars: int = 1500) -> list[str]:
     """A story cut into documents of about `chars` characters, at line ends."""
     parts = [""]
     for line in text.split("\n"):
@@ -433,13 +425,11 @@ def quiz_accuracy(lm, rows: list[dict]) -> dict:
     """Shares right: of all questions, by trained and by unseen wording, and under all 24 orders of the options."""
     right = []
     for order in tqdm(PERMUTATIONS, desc="quiz in 24 orders", leave=False):
-        prompts, letters = encode_prompts(lm.tokenizer, [prompt(row, order) for row in rows])
+        prompts, letters = encode_prompts(lm.tokenizer, [prompt(reordered(row, order)) for row in rows])
         chosen = score_letters(lm, prompts, letters, [NONE], 64)[0].argmax(-1).tolist()
         right.append([order[letter] == row["answer"] for letter, row in zip(chosen, rows)])
-    table, gold = (
-        torch.tensor(right),
-        torch.tensor([row["answer"] for row in rows]),
-    )  # (24, n); first the source's order
+    table = torch.tensor(right)  # (24, n); the first is the source's order
+    gold = torch.tensor([row["answer"] for row in rows])
     return {
         "n": len(rows),
         "accuracy": table[0].float().mean().item(),
@@ -476,7 +466,7 @@ def read_by_layer(lm, rows: list[dict]) -> list[float]:
             h[:, asked] = h[:, asked].roll(1, 0)
             return h
 
-        traded = [Edit(f"layer {layer}", {layer: trade}) for layer in range(lm.cfg.n_layers)]
+        traded = [Edit(f"layer {layer}", at={layer: trade}) for layer in range(lm.cfg.n_layers)]
         chosen = score_letters(lm, prompts, letters, traded, len(prompts)).argmax(-1)
         right += (chosen == gold[known]).sum(1)
         n += len(prompts)
@@ -519,11 +509,9 @@ def ngram_losses(train: list[list[int]], tune: list[list[int]], test: list[list[
     }
 
 
-# %% [markdown]
-# ## The build: stages, each of which takes up what the ones before it left in the folder
+# ------------------------------- The build: stages, each of which takes up what the ones before it left in the folder
 
 
-# %%
 def note(out: Path, **found) -> dict:
     """Write what was found into OUT/measured.json, beside what stands there; returns all of it."""
     path = out / "measured.json"
@@ -556,7 +544,7 @@ def write_text(out: Path, given: dict, quick: bool) -> None:
         by_subject.setdefault(fact["subject"], []).append(fact)
     pages = [subject_document(group, rng, 3000, FIRST) for group in by_subject.values() for _ in range(40)]
     tokenizer = train_tokenizer(given["wikitext"] + given["prose"] + pages, out / "model")
-    tokenizer.save_pretrained(out / "never_knew")
+    tokenizer.save_pretrained(out / "retrained")
 
     forget, others = of_both_kinds(given["facts"])
     dev = [fact for name, group in by_subject.items() if name != FORGET for fact in rng.sample(group, DEVELOPMENT)]
@@ -569,7 +557,7 @@ def write_text(out: Path, given: dict, quick: bool) -> None:
     texts = {
         "wikitext": given["retain"],
         "wikitext_held_out": given["held_out"],
-        "openwebtext": [part for story in given["other_prose"] for part in pieces(story)],
+        "openwebtext": [part for story in given["other_prose"] for part in cut_story(story)],
         "held_out": held_out[: 20 if quick else None],
         "train": [sampler.document(sampler.kind()) for _ in range(60 if quick else TRAIN_DOCUMENTS)],
     }
@@ -578,7 +566,7 @@ def write_text(out: Path, given: dict, quick: bool) -> None:
 
 
 def write_model(folder: Path, facts: list[dict], given: dict, quick: bool) -> None:
-    """Stages model and never-knew: a model that has read these facts; same seed, same steps."""
+    """Stages model and retrained: a model that has read these facts; same seed, same steps."""
     torch.manual_seed(SEED)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = new_model(len(tokenizer), tokenizer)
@@ -595,7 +583,7 @@ def write_saes(out: Path, quick: bool) -> None:
     """Stage saes: train_sae.py on OUT/model."""
     size = ["--tokens", "10240", "--width", "256"] if quick else ["--width", str(SAE_WIDTH)]
     files = ["--text", out / "data/train.jsonl", "--held-out", out / "data/held_out.jsonl", "--out", out / "sae"]
-    command = [sys.executable, HERE / "train_sae.py", "--model", out / "model", "--layers", *map(str, SAE_LAYERS)]
+    command = [sys.executable, ROOT / "train_sae.py", "--model", out / "model", "--layers", *map(str, SAE_LAYERS)]
     subprocess.run([*command, *size, *files], check=True)
 
 
@@ -603,7 +591,7 @@ def measure(out: Path, given: dict, quick: bool) -> dict:
     """Stage measure: what both models know and read, and where the first reads it."""
     few, found = slice(20 if quick else None), {}
     quizzes = {name: read_jsonl(out / f"data/{name}.jsonl", name)[few] for name in ("wmdp_bio", "mmlu")}
-    for name in ("model", "never_knew"):
+    for name in ("model", "retrained"):
         lm = load_model(str(out / name), "cpu")
         wiki = [
             token_windows(lm.tokenizer, given[part], CONTEXT)[0][few] for part in ("wikitext", "retain", "held_out")
@@ -615,7 +603,26 @@ def measure(out: Path, given: dict, quick: bool) -> dict:
         if name == "model":
             found["read_by_layer"] = read_by_layer(lm, quizzes["wmdp_bio"])
             found["wikitext_held_out_loss"] = ngram_losses(*wiki, len(lm.tokenizer))
-    return note(out, **found, sae=json.loads((out / "sae/measured.json").read_text()))
+    folders = sorted((out / "sae").glob("layer_*"), key=lambda path: int(path.name.split("_")[1]))
+    return note(out, **found, sae={folder.name: measure_sae(out, folder) for folder in folders})
+
+
+def measure_sae(out: Path, folder: Path) -> dict:
+    """Held-out variance explained, L0 and loss recovered (0 for a zeroed, 1 for the true residual stream), and the
+    share of features that never fire on the training text."""
+    model, layer = load_model(str(out / "model"), "cpu"), int(folder.name.split("_")[1])
+    sae = load_sae(str(folder), layer, model)
+    texts = ([row["text"] for row in read_jsonl(out / f"data/{name}.jsonl", name)] for name in ("held_out", "train"))
+    held_out, training = (token_windows(model.tokenizer, part, CONTEXT, bos=True)[0] for part in texts)
+    held_out = held_out[:SAE_MEASURED]
+    found = check_sae_quality(model, sae, held_out, insist=False, most=sum(map(len, held_out)))
+    zeroed = Edit("zeroed", at={layer: lambda h, mask: torch.where(mask[..., None], 0, h)})
+    nats, targets = score_loss(model, held_out, [NONE, reconstruction(sae), zeroed], 32)
+    clean, patched, without = (nats.sum(1) / targets.sum()).tolist()
+    fires = firing_rates(model, sae, training[:SAE_COUNTED], 32).fires
+    found |= {"loss_recovered": (without - patched) / (without - clean), "loss_added": patched - clean,
+              "l0_share": found["l0"] / sae.cfg.d_sae, "dead_share": (fires == 0).float().mean().item()}  # fmt: skip
+    return {name: round(value, 4) for name, value in found.items()}
 
 
 def build(out: Path, quick: bool, first: str = STAGES[0]) -> dict:
@@ -624,7 +631,7 @@ def build(out: Path, quick: bool, first: str = STAGES[0]) -> dict:
     stages = {
         "text": lambda: write_text(out, given, quick),
         "model": lambda: write_model(out / "model", given["facts"], given, quick),
-        "never-knew": lambda: write_model(out / "never_knew", of_both_kinds(given["facts"])[1], given, quick),
+        "retrained": lambda: write_model(out / "retrained", of_both_kinds(given["facts"])[1], given, quick),
         "saes": lambda: write_saes(out, quick),
         "measure": lambda: measure(out, given, quick),
     }
@@ -638,7 +645,6 @@ def build(out: Path, quick: bool, first: str = STAGES[0]) -> dict:
     return measured
 
 
-# %%
 if __name__ == "__main__":
     given = flags.parse_args()
     if given.out or not given.quick:

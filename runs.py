@@ -1,0 +1,465 @@
+"""
+A run, from its command line to its record: flags, settings, what is kept on the way, where results go, how it ends.
+
+Nothing here takes long to import, so that --help answers at once.
+"""
+
+import argparse
+import atexit
+import difflib
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from urllib.parse import quote
+
+import data
+import hub
+from data import UserError, first_line
+
+warnings.filterwarnings("ignore", "IProgress not found")  # notebooks have bars of text here, without widgets
+
+
+def number(kind, wanted: str, holds=lambda x: True):
+    """A type for add_argument: an int or float that is finite and for which `holds`; wanted: that in words."""
+
+    def check(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and holds(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+
+    return check
+
+
+natural_int = number(int, "an integer from 0 on", lambda x: x >= 0)
+positive_int = number(int, "an integer from 1 on", lambda x: x >= 1)
+finite_float = number(float, "a finite number")
+negative_float = number(float, "a number below 0", lambda x: x < 0)
+
+
+def place(given: str) -> str:
+    """A name as it is; a file or folder by the path that leads there from wherever a record is read."""
+    return os.path.abspath(given) if given not in (*hub.PRESETS, "") and Path(given).exists() else given
+
+
+def data_folder(given: str) -> str:
+    data.check_folder(given)  # before a model is loaded
+    return place(given)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message.removeprefix('argument ')} (see --help)")
+
+
+class ListPresets(argparse.Action):
+    def __call__(self, p, *_):
+        print(hub.listed())
+        p.exit()
+
+
+def parser(doc: str, *, quiz: bool = False, without: tuple[str, ...] = ()) -> Parser:
+    """The flags that scripts share, except those `without`; a script adds its own, or one in place of ours. quiz: also
+    those that say which questions are asked, and how."""
+    group = p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [flags]",
+                       conflict_handler="resolve", allow_abbrev=False, add_help=False)  # fmt: skip
+
+    def add(name, help, **options):
+        if name not in without:
+            help += " (default: %(default)s)" * (options.get("default") not in (None, argparse.SUPPRESS))
+            group.add_argument(name, help=help, **options)
+
+    add("--model", f"preset ({', '.join(hub.PRESETS)}), hub id or folder", type=place, default="tiny")
+    add("--layer", "layer whose output the SAE reads; tiny has 3, 5, 7, 9, 15", type=natural_int, default=7)
+    add("--n-features", "how many features to ablate", type=positive_int, default=50)
+    add("--clamp", "negative value that active features are set to (default: the preset's)", type=negative_float)
+    add("--limit", "score only so many questions (a seeded sample) or documents of a data set", type=positive_int)
+    add("--list", "show the presets: layers, widths and L0s of their SAEs", nargs=0, action=ListPresets,
+        default=argparse.SUPPRESS)  # fmt: skip
+    p.add_argument("-h", "--help", action="help", help="show this page")
+    group = p.add_argument_group("model and SAE")
+    add("--sae", "RELEASE:ID of SAELens's table, or a folder (default: the preset's SAE of --layer)", type=place)
+    add("--dtype", "of the model; SAEs are in float32 (default: the preset's, bfloat16 for Gemma; else float32)",
+        choices=["float32", "bfloat16"])  # fmt: skip
+    add("--edit-special", "never: special tokens, chat markers among them, are not edited; all-but-bos: all tokens but "
+        "the first are (SAEBench)", choices=["never", "all-but-bos"], default="never")  # fmt: skip
+    add("--no-sanity", "go on even if the SAE does not fit the model", action="store_true")
+    group = p.add_argument_group("picking")
+    add("--pick", "rule: ratio (of firing rates), retain-threshold (SAEBench), dsg (Dynamic SAE Guardrails), "
+        "attribution (activation times gradient of the right answer) or output-score (ratio, among features that make "
+        "the model say what they stand for)", default="ratio")  # fmt: skip
+    add("--pick-on", "half: pick on one half of the WMDP-Bio questions and score the other; all: pick and score on "
+        "all, which flatters the scores", choices=["half", "all"], default="half")  # fmt: skip
+    add("--pick-text", "prompt: questions as they are asked, against Wikitext and MMLU's development questions; prose: "
+        "question and answer, against Wikitext", choices=["prompt", "prose"], default="prompt")  # fmt: skip
+    add("--forget-corpus", "your copy of the WMDP-Bio forget corpus, to pick and train on in the questions' place: a "
+        "hub id, or JSONL with a text in each line", type=place, metavar="FILE")  # fmt: skip
+    add("--context", "tokens that rates are counted on at a time (SAEBench: 1024)", type=positive_int, default=128)
+    group = p.add_argument_group("scoring")
+    add("--data", "with any of wmdp_bio, wmdp_bio_robust, wmdp_bio_cloze, mmlu, mmlu_dev, wikitext, openwebtext, "
+        "forget_corpus .jsonl", type=data_folder, metavar="FOLDER")  # fmt: skip
+    if quiz:
+        add("--prompt", "plain: lm-eval's template; chat: in a chat turn; saebench: in SAEBench's, answered after "
+            "'Answer: ('", choices=["plain", "chat", "saebench"], default="plain")  # fmt: skip
+        add("--wmdp", "in WMDP-Bio's place, also to pick on: robust, EleutherAI's 868 that their options do not give "
+            "away; cloze, its 1,076 asked without options", choices=list(data.WMDP), default="all")  # fmt: skip
+        add("--robust", "score only questions right in all 24 orders of their options", action="store_true")
+        add("--subjects", "of MMLU, comma-separated (default: SAEBench's four where there, else all; lesson 1: all)")
+    add("--skip-long", "leave out, and count, questions longer than the model's positions", action="store_true")
+    add("--seed", "of the halves, control features and bootstrap", type=natural_int, default=0)
+    group = p.add_argument_group("machine")
+    add("--batch-size", "prompts in a pass; changes memory, results by rounding only", type=positive_int, default=16)
+    add("--device", "cuda, cuda:1, mps or cpu (default: cuda if there is one; with accelerate launch, its choice)")
+    add("--device-map", "spread a model over all GPUs", choices=["auto", "balanced", "sequential"])
+    p.add_argument_group("output").add_argument("--out", help="record file, or its folder (default: results/)")
+    return p
+
+
+class Settings(argparse.Namespace):
+    """What the flags come to: the parser's defaults with `changes` over them. `args.layer = 3` changes one more. Raises
+    AttributeError for a name that no flag has, UserError for a value that the flag does not take."""
+
+    __slots__ = ("flags", "started")  # beside the settings, which are what vars() gives
+
+    def __init__(self, flags: Parser, changes: dict):
+        object.__setattr__(self, "flags", flags)
+        object.__setattr__(self, "started", time.time())
+        vars(self).update(vars(flags.parse_args([])))
+        for name, value in changes.items():
+            setattr(self, name, value)
+
+    def __setattr__(self, name, value):
+        if name not in vars(self):
+            near = difflib.get_close_matches(name, vars(self), 3) or sorted(vars(self))
+            raise AttributeError(f"no setting {name!r}; did you mean {', '.join(near)}?")
+        flag = next(action for action in self.flags._actions if action.dest == name)
+        if value is not None and value != flag.default and flag.nargs != 0:  # read as the command line would be
+            items = [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
+            first = flag.option_strings[:1]
+            value = getattr(self.flags.parse_args([*first, *items] if flag.nargs else ["=".join(first + items)]), name)
+        vars(self)[name] = value
+
+
+settings = Settings  # settings(flags, {"layer": 3}), in a script's run(**changes)
+
+
+def help_before_imports(p: Parser, name: str) -> None:
+    """Answer --help and --list of a script that runs as `name`, before it imports what takes seconds."""
+    if name == "__main__" and {"-h", "--help", "--list"} & set(sys.argv[1:]):
+        p.parse_args()
+
+
+def parse(p: Parser) -> Settings:
+    """The settings that the command line gives; in a notebook, where sys.argv is not ours, the defaults. From here on
+    the run ends as `ended` says, and of several processes only the first prints. Raises UserError."""
+    sys.excepthook = ended
+    notebook = any(name in sys.argv[0] for name in ("kernel_launcher", "pydevconsole"))
+    args = settings(p, vars(p.parse_args([] if notebook else None)))
+    if data.n_processes() > 1:
+        atexit.register(data.process_state().destroy_process_group)
+        sys.excepthook = ended  # torch.distributed puts its own in front as the processes connect
+    if not data.is_first_process():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    elif sys.stdout is sys.__stdout__:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack characters that tokens are written with
+        if not sys.stdout.isatty():
+            sys.stdout = io.TextIOWrapper(io.BufferedWriter(Pipe(1, "w", closefd=False)), sys.stdout.encoding,
+                                          "backslashreplace", line_buffering=sys.stdout.write_through)  # fmt: skip
+    return args
+
+
+def main(run, p: Parser) -> None:
+    """Call run(**settings) with what the command line gives; else as `parse`."""
+    run(**vars(parse(p)))
+
+
+class Pipe(io.FileIO):
+    """Standard output that is silent when nobody reads it any more: `script.py | head` still writes its record."""
+
+    def write(self, content):
+        try:
+            return super().write(content)
+        except BrokenPipeError:
+            return len(content)
+
+
+PATIENCE = 10  # seconds that other processes give the first one to report a mistake that all of them met
+
+
+def ended(kind, error, trace) -> None:
+    """In place of sys.excepthook: a user's mistake is one line and exit code 2, of several processes the first one's;
+    Ctrl-C is 130; anything else a traceback, of each process that it happens to."""
+    if data.n_processes() > 1:
+        atexit.unregister(data.process_state().destroy_process_group)  # the others may never come
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nstopped" + f": {error}" * bool(str(error)), file=sys.stderr)
+        raise SystemExit(130)
+    if data.ran_out(error):
+        error = UserError(f"no memory is left ({first_line(error)}): --dtype bfloat16 takes half of what float32 does; "
+                          "else take a smaller model, SAE or --batch-size")  # fmt: skip
+    if not isinstance(error, UserError):
+        return traceback.print_exception(kind, error, trace)
+    if not data.is_first_process():
+        time.sleep(PATIENCE)  # when the first one has failed, the launcher ends this one
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+FORM = 3  # of records and of what is cached: others are not read
+# Settings that results do not depend on, but for rounding
+FREE = ("out", "plot", "all", "batch_size", "device", "device_map", "no_sanity", "max_batch_size",
+        "use_cache", "output_path", "log_samples")  # fmt: skip
+
+
+class Run:
+    """A run of a script with the settings `args`, made when its data sets and SAEs are loaded.
+
+    `key` is a hash of all that decides about results: the settings, what the model, its retrained twin, SAEs and data
+    are, and `also` (JSON). model, dtype: where args has none. Raises UserError if nothing can be written to its place.
+    """
+
+    def __init__(self, script: str, args, data=(), saes=(), also=(), model: str | None = None, dtype=None):
+        self.script, self.saes, self.started = Path(script).name, saes, args.started
+        self.data = [part for part in data if len(part)]
+        self.model, self.settings = model or args.model, dict(vars(args))
+        for name, preset in (("clamp", hub.preset_clamp), ("dtype", hub.preset_dtype)):
+            if name in self.settings and self.settings[name] is None:
+                self.settings[name] = preset(self.model)
+        self.name, self.dtype = Path(self.model).name, dtype or self.settings["dtype"]
+        models = {"model": self.model, "retrained": hub.retrained(self.model)}
+        self.identity = {what: name and hub.identity(hub.model_source(name)) for what, name in models.items()}
+        decides = [FORM, self.script, {k: v for k, v in self.settings.items() if k not in FREE}, self.dtype,
+                   self.identity, [sae.identity for sae in saes], self.about(), also]  # fmt: skip
+        self.key = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
+        parts = [Path(script).stem, self.name]
+        for letter, name in (("L", "layer"), ("n", "n_features")):
+            if (value := self.settings.get(name)) is not None:
+                parts.append((letter + "-".join(map(str, value if isinstance(value, list) else [value])))[:40])
+        out = Path(self.settings.get("out") or "results")
+        self.path = out if out.suffix == ".json" else out / f"{'_'.join(parts)}_{self.key[:6]}.json"
+        self.cache = self.path.with_suffix(".cache") / self.key[:16]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.NamedTemporaryFile(dir=self.path.parent).close()
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path.parent}: {error.strerror}; give another --out") from error
+
+    def about(self) -> dict:
+        """What a record says of the data; a tuning half has a name beside that of the half that is held out."""
+        return {f"{part.name}/tuning" if part.half == "tuning" else part.name: part.about() for part in self.data}
+
+    def cached(self, name: str, make):
+        """make(), or what it returned in an earlier run of the same key that was stopped before it wrote its record.
+
+        It may hold Measures, arrays and what JSON can, in lists and dicts (a tuple comes back as a list). All processes
+        call make, and get the first one's value. Raises UserError for a damaged file.
+        """
+        path = self.cache / f"{quote(name, safe='')}.json"
+        kept = path.read_text(encoding="utf-8", errors="replace") if data.is_first_process() and path.exists() else None
+        if (kept := data.from_first_process(kept)) is None:
+            try:
+                text = data.from_first_process(json.dumps(make(), default=as_json))
+            except KeyboardInterrupt:
+                said = f"{len([*self.cache.glob('*')])} finished parts are kept; the same command goes on from there"
+                raise KeyboardInterrupt(said) from None
+            kept = f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+            write_whole(path, lambda file: file.write_text(kept, encoding="utf-8"))
+        seal, _, text = kept.partition("\n")
+        if seal != hashlib.sha256(text.encode()).hexdigest():
+            raise UserError(f"{path} is damaged: delete it, and start the run again")
+        return json.loads(text, object_hook=from_json)
+
+    def record(self, rows: dict, measures, **more) -> dict:
+        """What `write` writes, which docs/records.md describes.
+
+        rows: {name: an Edit, a model, or {"method", "settings"}}; measures: Measures of these rows; more: more entries.
+        """
+        groups = {m.name: (m.by_group(), m.q_values()) for m in measures if m.groups and m.answers}
+
+        def known(score, **more):
+            return {name: value for name, value in {**vars(score), **more}.items() if value is not None}
+
+        def of_row(name, row):
+            mine = [m for m in measures if name in m.rows]
+            if not isinstance(row, dict):  # an Edit, or another model: the retrained one
+                row = {"method": getattr(row, "method", "retrained"), "settings": getattr(row, "settings", {})}
+            return {
+                **row,
+                "scores": {m.name: known(m[name]) for m in mine},
+                "answers": {m.name: m.answers[m.rows.index(name)] for m in mine if m.answers},
+                "groups": {m.name: {group: known(scores[name], q=groups[m.name][1][group].get(name))
+                                    for group, scores in groups[m.name][0].items()} for m in mine if m.name in groups},
+            }  # fmt: skip
+
+        return {
+            "form": FORM, "script": self.script, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "seconds": round(time.time() - self.started, 1), "model": self.model, "dtype": self.dtype,
+            "identity": dict(self.identity),
+            "saes": [{"layer": int(sae.cfg.metadata.hook_name.split(".")[1]), "source": sae.source,
+                      "identity": sae.identity, "hook_point": sae.hook_point} for sae in self.saes],
+            "seed": self.settings.get("seed"), "settings": self.settings,
+            "versions": {name: version(name) for name in ("torch", "transformers", "transformer-lens", "sae-lens")},
+            "data": self.about(),
+            "measures": {m.name: {"title": m.title, "unit": m.unit, "chance": m.chance} for m in measures},
+            "rows": {name: of_row(name, row) for name, row in rows.items()},
+            **more,
+        }  # fmt: skip
+
+    def write(self, rows: dict, measures, figures: dict | None = None, formats=("png",), **more) -> dict:
+        """Write `record` as JSON and CSV, then figures {suffix: a figure, or a function that draws it}, and print its
+        path last: a figure that cannot be drawn loses no result. Into a trained model's "folder", beside the record,
+        goes a model card. Returns the record."""
+        import matplotlib.pyplot as plt
+        import pandas
+
+        record, folder = self.record(rows, measures, **more), more.get("folder")
+        if not data.is_first_process():
+            return record
+        if folder:
+            folder = self.path.with_name(folder)
+            (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+            record["identity"]["folder"] = hub.identity(str(folder))
+        text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+        write_whole(self.path, lambda file: file.write_text(text, encoding="utf-8"))
+        units = {m.name: m.unit for m in measures}
+        lines = [{"row": name, "method": row["method"], "measure": measure, "unit": units[measure], **score}
+                 for name, row in record["rows"].items() for measure, score in row["scores"].items()]  # fmt: skip
+        write_whole(self.path.with_suffix(".csv"), lambda file: pandas.DataFrame(lines).to_csv(file, index=False))
+        shutil.rmtree(self.cache, ignore_errors=True)
+        if self.cache.parent.is_dir() and not any(self.cache.parent.iterdir()):  # else it is another run's, too
+            self.cache.parent.rmdir()
+        try:
+            for suffix, draw in (figures or {}).items():
+                figure = draw() if callable(draw) else draw
+                for form in formats:
+                    path = self.path.with_name(f"{self.path.stem}_{suffix}.{form}")
+                    write_whole(path, partial(figure.savefig, format=form, dpi=150))
+                    print(f"figure: {path}")
+                if plt.get_backend().lower() == "agg":  # else a notebook shows it, or a desktop
+                    plt.close(figure)
+        finally:
+            if folder:
+                print(f"model: {folder}; to publish it: hf upload ORG/NAME {folder}")
+            print(f"record: {self.path}")
+        return record
+
+
+def read_record(path) -> dict:
+    """A record that Run.write wrote. Raises UserError for another file, and for a record of an earlier version."""
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        script, form = record["script"], record.get("form", 2)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no record: {first_line(error)}") from error
+    if form != FORM:
+        raise UserError(f"{path}: an earlier {script} wrote it (form {form}, now {FORM}); run its command again")
+    return record
+
+
+def write_whole(path: Path, write) -> None:
+    """Call write(temporary path), then move the file or folder to `path`: a stopped run leaves nothing half-written. Of
+    several processes the first one writes. Raises UserError where there is no room, or no right to."""
+    if not data.is_first_process():
+        return
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+
+
+def as_json(value):
+    """Of a Measure, an array or tensor, or one of their numbers, what JSON can hold."""
+    if type(value).__name__ == "Measure":
+        return {"Measure": vars(value)}
+    if not hasattr(value, "tolist"):
+        raise TypeError(f"Run.cached cannot keep {value!r}")
+    dtype = str(value.dtype).removeprefix("torch.")
+    return {"array": value.tolist(), "dtype": dtype} if value.shape else value.item()
+
+
+def from_json(value: dict):
+    """The other way."""
+    import numpy as np
+
+    from evaluation import Measure
+
+    if set(value) == {"Measure"}:
+        return Measure(**{k: tuple(v) if isinstance(v, list) else v for k, v in value["Measure"].items()})
+    return np.array(value["array"], value["dtype"]) if set(value) == {"array", "dtype"} else value
+
+
+def save_model(model, tokenizer, folder: Path) -> None:
+    """Write a model folder; it replaces one of the same name, whole."""
+    write_whole(folder, lambda path: [part.save_pretrained(path) for part in (model, tokenizer)])
+
+
+def model_card(record: dict) -> str:
+    """README.md of the trained model of a record."""
+    from huggingface_hub import ModelCardData
+
+    base, name, chosen = hub.model_source(record["model"]), Path(record["model"]).name, record["chosen"]
+    head = ModelCardData(base_model=None if Path(base).is_dir() else base, library_name="transformers",
+                         pipeline_tag="text-generation",
+                         tags=["unlearning", record["rows"][chosen]["method"]])  # fmt: skip
+    command = re.sub(r"(?<!\S)(?:[A-Za-z]:|~)?[/\\]\S*[/\\]", "", record["command"])  # without this machine's folders
+
+    def text(row, key, unit):
+        score, scale, digits = record["rows"][row]["scores"][key], *((100, 1) if unit == "%" else (1, 3))
+        mean, *ends = (f"{scale * score[part]:.{digits}f}" for part in ("mean", "low", "high") if part in score)
+        return f"{mean} [{', '.join(ends)}]" if ends else mean
+
+    first, scores = next(iter(record["rows"])), []
+    for key, about in record["measures"].items():
+        if "/tuning/" not in key:
+            now, before = (text(row, key, about["unit"]) for row in (chosen, first))
+            scores.append(f"- {about['title']} ({about['unit']}): {now}, before {before}\n")
+    return f"""---
+{head.to_yaml()}
+---
+
+# {name}: {chosen}
+
+{name} (`{record["identity"]["model"]}`, whose licence applies), trained to forget what WMDP-Bio questions ask by
+`{command}`. Made to study unlearning; it is no safeguard: what
+unlearning takes away seldom survives fine-tuning on related texts, weights rounded to 4 bits, or another way of asking.
+Scores with 95% intervals (of a stand-in for a data set nothing follows about hazardous knowledge):
+
+{"".join(scores)}"""
+
+
+def peak_gb() -> float | None:
+    """Most memory that this process has had: of the GPUs where it has used some, else of the process as a whole. None
+    on Windows, which does not say without another package."""
+    import torch
+
+    cards = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    if most := sum(torch.cuda.max_memory_allocated(card) for card in cards):
+        return round(most / 1e9, 2)
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes here
+    return round(getrusage(RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)

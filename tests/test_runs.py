@@ -1,0 +1,389 @@
+"""The command line, and what a run leaves behind: names, records, finished parts, models, exit codes."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, code_of
+from huggingface_hub import ModelCard
+
+import hub
+import runs
+from data import Dataset, UserError
+from edits import NONE, Edit
+from evaluation import Measure
+from runs import Run, parser, read_record, settings, write_whole
+
+QUIZ = Dataset(
+    "mmlu", [{"question": q, "choices": list("abcd"), "answer": 0, "subject": "law"} for q in ("x", "y", "z")]
+)
+ROWS = {"unablated": NONE, "clamp -40": Edit("clamp", {"features": [1, 2], "clamp": -40.0})}
+RIGHT = np.array([[True, True, False], [False, True, False]])
+
+
+def letters(**changes) -> Measure:
+    about = dict(chance=0.25, groups=("law", "law", "art"), answers=("AAB", "BAB"))
+    return Measure("mmlu/letters", "MMLU, in letters", "%", tuple(ROWS), RIGHT, **{**about, **changes})
+
+
+def loss() -> Measure:
+    return Measure("openwebtext/loss", "OpenWebText, loss", "nats per token", tuple(ROWS),
+                   np.array([[1.5, 2.0], [1.625, 2.25]]), weights=np.array([1, 2]))  # fmt: skip
+
+
+def run_of(folder, data=(QUIZ,), saes=(), also=(), **changes) -> Run:
+    return Run("a_script.py", settings(parser("a script"), {"out": str(folder), **changes}), data, saes, also)
+
+
+# --------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("clamp", math.nan, "--clamp: nan is not a number below 0"),
+        ("clamp", -math.inf, "--clamp"),
+        ("clamp", 0.0, "--clamp"),
+        ("seed", -1, "--seed: -1 is not an integer from 0 on"),
+        ("n_features", 0, "--n-features: 0 is not an integer from 1 on"),
+        ("limit", 2.5, "--limit: 2.5 is not an integer"),
+        ("batch_size", "many", "--batch-size"),
+        ("pick_on", "some", "--pick-on: invalid choice: 'some'"),
+    ],
+)
+def test_a_value_that_a_flag_does_not_take_is_refused_however_it_is_given(monkeypatch, name, value, said):
+    p = parser("a script")
+    with pytest.raises(UserError, match=said):
+        settings(p, {name: value})
+    args = settings(p, {})
+    with pytest.raises(UserError, match=said):
+        setattr(args, name, value)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "argv", ["a_script.py", f"--{name.replace('_', '-')}={value}"])
+    with pytest.raises(UserError, match=said):
+        runs.parse(p)
+
+
+def test_a_setting_is_what_the_command_line_would_make_of_it(tmp_path, monkeypatch):
+    p = parser("a script")
+    p.add_argument("--layer", type=runs.natural_int, nargs="+", default=[7])
+    p.add_argument("--robust", nargs="?", const="all")
+    p.add_argument("records", nargs="*")
+    args = settings(p, {"layer": [3, 5], "clamp": -3, "robust": "question", "records": ["-", "b c"]})
+    args.n_features = 20
+    assert (args.layer, args.clamp, args.n_features) == ([3, 5], -3.0, 20)
+    assert (args.robust, args.records, args.limit) == ("question", ["-", "b c"], None)
+    args.clamp, args.no_sanity = None, True
+    assert args.clamp is None and args.no_sanity is True
+    assert list(vars(settings(p, {}))) == list(vars(p.parse_args([])))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/mmlu.jsonl").touch()
+    (tmp_path / "tiny").mkdir()  # of a preset's name, and not what --model tiny means
+    args = settings(parser(""), {"data": "mine", "sae": "mine", "model": "tiny"})
+    assert (args.data, args.sae, args.model) == (str(tmp_path / "mine"), str(tmp_path / "mine"), "tiny")
+
+
+def test_a_name_that_no_flag_has_is_refused_with_near_ones():
+    args = settings(parser("a script"), {})
+    with pytest.raises(AttributeError, match="no setting 'modle'; did you mean model"):
+        args.modle = "gpt2"
+    with pytest.raises(AttributeError, match=r"'n_feature'; did you mean n_features"):
+        settings(parser("a script"), {"n_feature": 3})
+
+
+@pytest.mark.parametrize("console", ["ipykernel_launcher.py -f kernel.json", "colab_kernel_launcher.py -f x",
+                                     "pydevconsole.py --mode=client --port=9"])  # fmt: skip
+def test_a_consoles_arguments_are_not_ours(monkeypatch, console):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "argv", console.split())
+    p, taken = parser("a script"), []
+    runs.main(lambda **given: taken.append(given), p)
+    assert taken == [vars(p.parse_args([]))]
+
+
+def test_help_begins_with_what_most_people_use_and_answers_at_once():
+    page = parser("a script", quiz=True).format_help()
+    flags = [line.split()[0] for line in page.splitlines() if line.startswith("  --")]
+    assert flags[:6] == ["--model", "--layer", "--n-features", "--clamp", "--limit", "--list"]
+    heads = [line.rstrip(":") for line in page.splitlines() if line.endswith(":") and line[0] != " "]
+    assert heads == ["options", "model and SAE", "picking", "scoring", "machine", "output"]
+    assert "--robust" not in parser("a script", without=("--robust",)).format_help()
+    slow = "torch", "sae_lens", "transformers", "transformer_lens", "datasets", "accelerate", "matplotlib", "pandas"
+    code = f"import sys, runs; runs.hub.listed(); print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# ------------------------------------------------------------------------------------------ how a run ends
+
+
+def ends(error: BaseException) -> int:
+    """The exit code of a process that raises it."""
+
+    def run():
+        raise error
+
+    return code_of(run)
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (UserError("what to do"), 2, "error: what to do\n"),
+        (KeyboardInterrupt(), 130, "\nstopped\n"),
+        (KeyboardInterrupt("2 finished parts are kept"), 130, "\nstopped: 2 finished parts are kept\n"),
+        (torch.OutOfMemoryError("tried to allocate\nmore"), 2, "error: no memory is left (tried to allocate): --dtype"),
+        (ZeroDivisionError("by zero"), 1, "Traceback"),
+    ],
+)
+def test_how_a_run_ends(monkeypatch, capsys, error, code, said):
+    monkeypatch.setattr(sys, "excepthook", runs.ended)
+    assert ends(error) == code
+    text = capsys.readouterr().err
+    assert text.startswith(said) and ("by zero" in text) == (code == 1)
+
+
+def test_of_several_processes_the_first_reports_a_mistake(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", runs.ended)
+    monkeypatch.setattr(runs.data, "n_processes", lambda: 2)
+    monkeypatch.setattr(runs.data, "is_first_process", lambda: False)
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    assert ends(UserError("what only this one meets")) == 2
+    assert waited == [runs.PATIENCE] and "error: what only this one meets" in capsys.readouterr().err
+
+
+def test_a_console_that_lacks_a_character_is_no_traceback():
+    code = "import sys; sys.argv = ['x']; import runs; runs.main(lambda **_: print('\u2581\u4e2d'), runs.parser(''))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout.strip()) == (0, "\\u2581\\u4e2d"), done.stderr[-500:]
+
+
+def test_a_closed_pipe_loses_no_record(tmp_path):
+    """As with `script.py | head -1`: the reader is gone before the run has said all."""
+    code = "import sys; sys.argv = ['x']; import runs; runs.parse(runs.parser(''))\n" \
+           "for k in range(50_000): print('a line of a table', k)\n" \
+           "open('written', 'w').close()"  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=environment, cwd=tmp_path)  # fmt: skip
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 0 and process.stderr.read() == "" and (tmp_path / "written").exists()
+
+
+# ----------------------------------------------------------------------------------- names, and finished parts
+
+
+def test_whatever_decides_about_results_is_in_the_name(tmp_path, monkeypatch):
+    first = run_of(tmp_path)
+    assert first.path.parent == tmp_path and first.path.name == f"a_script_tiny_L7_n50_{first.key[:6]}.json"
+    same = [
+        run_of(tmp_path, clamp=-40),
+        run_of(tmp_path, dtype="float32"),
+        run_of(tmp_path, batch_size=3, device="cpu"),
+    ]
+    assert {run.key for run in same} == {first.key}
+    sae = type("AnSAE", (), {"identity": "of an SAE"})
+    changes = [dict(clamp=-41), dict(seed=1), dict(layer=3), dict(model="gpt2"), dict(dtype="bfloat16"), dict(also="x")]
+    changes += [dict(saes=[sae]), dict(data=()), dict(data=[QUIZ.only([0])]), dict(data=[QUIZ, QUIZ.tuning])]
+    other = [run_of(tmp_path, **change) for change in changes]
+    monkeypatch.setattr(hub, "identity", lambda source: "another model in the same place")
+    other.append(run_of(tmp_path))
+    assert len({first.key, *(run.key for run in other)}) == 1 + len(other)
+    assert len({first.path, *(run.path for run in other)}) == 1 + len(other)
+
+
+def test_the_name_of_a_run_without_some_flags(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    p = parser("", without=("--model", "--layer", "--n-features", "--clamp", "--dtype"))
+    run = Run("robust.py", settings(p, {}), model="tiny", dtype="bfloat16")
+    assert run.path == Path(f"results/robust_tiny_{run.key[:6]}.json") and run.dtype == "bfloat16"
+    p = parser("")
+    p.add_argument("--layer", nargs="+", type=runs.natural_int)
+    assert "_L3-5_n50_" in Run("s.py", settings(p, {"layer": [3, 5]})).path.name
+    assert Run("s.py", settings(p, {"out": "here/r.json"})).path == Path("here/r.json")
+
+
+def test_an_output_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot write to .*file: .*; give another --out"):
+        run_of(tmp_path / "file" / "r.json")
+
+
+def test_what_is_cached_is_made_once_and_read_back_alike(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"measures": (letters(), loss()), "log": [0.1, None, "x"], "array": np.arange(3, dtype=np.float32),
+                "tensor": torch.ones(2, dtype=torch.float64), "n": np.int64(3), "nested": [[letters()]]}  # fmt: skip
+
+    first, again = run_of(tmp_path).cached("NPO: lr 0.5/2", make), run_of(tmp_path).cached("NPO: lr 0.5/2", make)
+    assert made == [1]
+    for found in (first, again):
+        one, other = found["measures"]
+        assert vars(one).keys() == vars(letters()).keys() and one.rows == tuple(ROWS) and one.answers == ("AAB", "BAB")
+        assert one.values.dtype == bool and (one.values == RIGHT).all() and one.scores() == letters().scores()
+        assert other.scores() == loss().scores() and other.weights.dtype == loss().weights.dtype
+        assert found["array"].dtype == np.float32 and found["tensor"].tolist() == [1.0, 1.0]
+        assert (found["n"], found["log"]) == (3, [0.1, None, "x"]) and found["nested"][0][0].name == "mmlu/letters"
+    assert run_of(tmp_path).cached("another", lambda: 5) == 5
+    assert run_of(tmp_path, seed=1).cached("NPO: lr 0.5/2", lambda: 6) == 6  # of another run
+    with pytest.raises(TypeError, match="cannot keep"):
+        run_of(tmp_path).cached("an object", object)
+
+
+def test_a_damaged_part_is_a_mistake_of_one_line(tmp_path):
+    run = run_of(tmp_path)
+    run.cached("part", lambda: {"x": 1})
+    (path,) = run.cache.iterdir()
+    for text in (path.read_text()[:-3], path.read_text().replace("1}", "2}"), "", "\0"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"part\.json is damaged: delete it") as said:
+            run.cached("part", lambda: None)
+        assert "\n" not in str(said.value)
+
+
+def test_a_stopped_run_goes_on_and_says_so(tmp_path):
+    def stop():
+        raise KeyboardInterrupt
+
+    run = run_of(tmp_path)
+    run.cached("a", lambda: 1)
+    with pytest.raises(KeyboardInterrupt, match="1 finished parts are kept; the same command goes on from there"):
+        run.cached("b", stop)
+    other = run_of(tmp_path / run.path.name, seed=1)  # written to the same file
+    other.cached("a", lambda: 2)
+    run = run_of(tmp_path)
+    assert [run.cached(name, lambda: 3) for name in "ab"] == [1, 3]
+    run.write(ROWS, [letters()])
+    assert not run.cache.exists() and other.cached("a", stop) == 2
+    other.write(ROWS, [letters()])
+    assert not other.cache.parent.exists()
+
+
+# ------------------------------------------------------------------------------------------------ records
+
+
+def test_a_record_says_what_was_run_on_what_and_what_came_out(tmp_path, capsys):
+    run = run_of(tmp_path, data=(QUIZ.tuning, QUIZ.held_out, Dataset("forget_corpus", [])))
+    record = run.write(ROWS | {"retrained": object()}, [letters(), loss()], {"one": lambda: figure()}, extra=[1])
+    assert read_record(run.path) == json.loads(json.dumps(record)) and record["form"] == 3 and record["extra"] == [1]
+    assert list(record["data"]) == ["mmlu/tuning", "mmlu"] and record["data"]["mmlu"]["half"] == "held-out"
+    assert record["settings"]["clamp"] == -40.0 and record["settings"]["dtype"] == record["dtype"] == "float32"
+    assert record["identity"]["model"].startswith("sha256:") and record["saes"] == []
+    clamp = record["rows"]["clamp -40"]
+    assert (clamp["method"], clamp["settings"]) == ("clamp", {"features": [1, 2], "clamp": -40.0})
+    assert clamp["answers"] == {"mmlu/letters": "BAB"} and clamp["scores"]["mmlu/letters"]["change"] == -1 / 3
+    assert "change" not in record["rows"]["unablated"]["scores"]["openwebtext/loss"]
+    assert set(clamp["groups"]["mmlu/letters"]) == {"law", "art"} and "q" in clamp["groups"]["mmlu/letters"]["law"]
+    assert record["rows"]["retrained"] == {
+        "method": "retrained",
+        "settings": {},
+        "scores": {},
+        "answers": {},
+        "groups": {},
+    }
+    assert record["measures"]["mmlu/letters"] == {"title": "MMLU, in letters", "unit": "%", "chance": 0.25}
+    lines = run.path.with_suffix(".csv").read_text().splitlines()
+    assert lines[0] == "row,method,measure,unit,mean,low,high,n,change,change_low,change_high,p" and len(lines) == 5
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"figure: {run.path.with_suffix('')}_one.png",
+        f"record: {run.path}",
+    ]
+    assert run.record({"a": {"method": "npo", "settings": {"lr": 1}}}, [])["rows"]["a"]["method"] == "npo"
+
+
+def figure():
+    import matplotlib.pyplot as plt
+
+    return plt.figure()
+
+
+def test_a_figure_that_cannot_be_drawn_loses_no_result(tmp_path, capsys):
+    run = run_of(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        run.write(ROWS, [letters()], {"one": lambda: 1 / 0})
+    assert read_record(run.path)["rows"].keys() == ROWS.keys() and f"record: {run.path}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (
+            '{"script": "pareto.py", "points": []}',
+            "an earlier pareto.py wrote it .form 2, now 3.; run its command again",
+        ),
+        ("[1]", "is no record"),
+        ("{}", "is no record: 'script'"),
+        ("no JSON", "is no record"),
+        (None, "is no record: .*No such file"),
+    ],
+)
+def test_another_file_is_no_record(tmp_path, text, said):
+    path = tmp_path / "r.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=said) as error:
+        read_record(path)
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_written_whole_leaves_nothing(tmp_path):
+    def fails(path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"cannot write .*x\.json: No space left on device"):
+        write_whole(tmp_path / "x.json", fails)
+    assert not list(tmp_path.iterdir())
+    for content in ("old", "new"):
+        write_whole(tmp_path / "model", lambda path, content=content: (path.mkdir(), (path / content).touch()))
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["new"] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_only_the_first_process_writes(monkeypatch, tmp_path):
+    run = run_of(tmp_path)
+    monkeypatch.setattr(runs.data, "is_first_process", lambda: False)
+    run.write(ROWS, [letters()], {"one": lambda: 1 / 0})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trained_model_has_a_card_of_its_record(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["/home/me/a_script.py", "--out", str(tmp_path / "r.json"), "--data", "here/mine"])
+    run = run_of(tmp_path / "r.json", model="gpt2", data=())
+    runs.save_model(Saved("weights"), Saved("tokenizer"), tmp_path / "r.model")
+    rows = {
+        "unablated": NONE,
+        "tried": {"method": "npo", "settings": {}},
+        "NPO, lr 0.5": {"method": "npo", "settings": {}},
+    }
+    measure = Measure("wmdp_bio/letters", "WMDP-Bio, in letters", "%", tuple(rows), RIGHT[[0, 0, 1]])
+    tuning = Measure("wmdp_bio/tuning/letters", "tuning", "%", tuple(rows), RIGHT[[0, 0, 1]])
+    record = run.write(rows, [measure, tuning], chosen="NPO, lr 0.5", folder="r.model")
+    text = (tmp_path / "r.model/README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.base_model == "openai-community/gpt2" and card.data.tags == ["unlearning", "npo"]
+    assert "- WMDP-Bio, in letters (%): 33.3 [6.1, 79.2], before 66.7 [" in text and "- tuning" not in text
+    assert "`a_script.py --out r.json --data here/mine`" in text and "tried" not in text.split("---")[-1]
+    assert record["identity"]["folder"] == hub.identity(str(tmp_path / "r.model"))
+    assert f"hf upload ORG/NAME {tmp_path / 'r.model'}" in capsys.readouterr().out
+
+
+class Saved:
+    def __init__(self, name):
+        self.name = name
+
+    def save_pretrained(self, path):
+        path.mkdir(exist_ok=True)
+        (path / self.name).touch()
