@@ -230,19 +230,15 @@ def check_folder(folder: str | None) -> None:
 
 def read_jsonl(path: Path, name: str, most: int | None = None) -> list[dict]:
     """The rows of a file, or of its first `most` lines. Raises UserError naming the line that is no row of `name`."""
+    rows = []
     try:
         with path.open(encoding="utf-8-sig") as file:
-            lines = list(islice(file, most))
+            for number, line in enumerate(islice(file, most), 1):
+                rows += [checked(json.loads(line), name)] if line.strip() else []
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {first_line(error)}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(checked(json.loads(line), name))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: {reason_of(error)}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}, line {number}: {reason_of(error)}") from error
     if not rows:
         raise UserError(f"{path} is empty")
     return rows

@@ -563,7 +563,7 @@ def test_questions_beyond_the_models_positions_are_refused_or_left_out_and_count
         data.drop_too_long(tokenizer, quiz)
     kept = data.drop_too_long(tokenizer, quiz, skip=True)
     assert kept.indices == [2, 0] and kept.skipped_long == kept.about()["skipped_long"] == 2
-    assert "2 of 4 questions are longer than the model's" in capsys.readouterr().err
+    assert "left out 2 of 4 questions, longer than the model's" in capsys.readouterr().err
     assert data.drop_too_long(tokenizer, kept) is kept
     words, _ = data.encode_words(tokenizer, [GOOD], data.CLOZE)
     tokenizer.model_max_length = max(map(len, words))

@@ -342,7 +342,7 @@ def test_ones_own_forget_corpus_and_the_form_that_asks_for_it(online, hub, tmp_p
     name = "cais/wmdp-bio-forget-corpus"
     flags = [*flags_of("gemma-3-1b-it", "feature_ablate_2.py", tmp_path), "--forget-corpus"]
     said = fails(online, *flags, name)
-    assert f"cannot load {name}" in said and f"form at https://huggingface.co/datasets/{name}" in said
+    assert f"cannot load the forget corpus {name}" in said and f"form at https://huggingface.co/datasets/{name}" in said
     hub.gated.discard(name)
     try:
         code, _, errors = online("feature_ablate_2.py", *flags, name)
