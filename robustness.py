@@ -299,8 +299,8 @@ class Exam:
 
     def as_it_is(self, subject: Subject) -> list[Measure]:
         """Its answers in all forms, and open ones."""
-        model, rows = subject.load(), {subject.name: subject.edit}
-        open_ended = open_answers(model, self.quiz, rows, batch_size=self.batch_size)
+        model = subject.load()
+        open_ended = open_answers(model, self.quiz, {subject.name: subject.edit}, batch_size=self.batch_size)
         return [*self.ask(subject, model, every_form=True), *open_ended]
 
     def rounded(self, subject: Subject) -> list[Measure]:
@@ -317,9 +317,9 @@ class Exam:
         letters of these two, a row each.
 
         Returns the layer, the share, the `questions` (places in the quiz), and for pushes to the "right" and to a
-        "wrong" option the `targets`, what is `answered`, and how often the target was `reached`. Its `measure` is, of
-        each question, 1 if it is answered right as tuned; of those that were lost 1 if the push brought the right
-        option, less 1 if the control's push brought the wrong one.
+        "wrong" option the `targets`, what is `answered`, and how often the target was `reached`. `measure` is 1 where a
+        question is answered right as tuned; where it was lost, 1 if the push brought the right option, less 1 if the
+        control's push brought the wrong one.
         """
         lost = np.flatnonzero(unablated.values[0] & ~tuned.values[0]).tolist()
         right, now = [self.quiz.rows[i]["answer"] for i in lost], [LETTERS.index(tuned.answers[0][i]) for i in lost]
@@ -595,12 +595,12 @@ def run(**changes) -> dict:
         raise UserError("give one or several records of baselines.py")
     records = [read_tuned(path) for path in paths]
     same = shared_settings(records)
-    name, seed, lr = same["model"], same["seed"], args.lr or LEARNING_RATE.get(same["model"], 2e-5)
+    name, lr = same["model"], args.lr or LEARNING_RATE.get(same["model"], 2e-5)
     subjects = subjects_of(paths, records, args.device, args.dtype or records[0]["dtype"])
     benchmark, questions, reworded = load_questions(records, same, args.shots, load_tokenizer(model_source(name)))
-    used, also = [*benchmark.datasets, reworded], decides(subjects, records, steps)
-    current = Run(__file__, args, used, also=also, model=name, dtype=subjects[0].dtype)
-    exam = Exam(benchmark, benchmark.quizzes["wmdp_bio"], questions, steps, lr, seed, args.batch_size)
+    also, dtype = decides(subjects, records, steps), subjects[0].dtype
+    current = Run(__file__, args, [*benchmark.datasets, reworded], also=also, model=name, dtype=dtype)
+    exam = Exam(benchmark, benchmark.quizzes["wmdp_bio"], questions, steps, lr, same["seed"], args.batch_size)
     measures, pushes = examine(exam, subjects, current.cached)
     curve = {mark: measures[f"wmdp_bio/after {mark} steps/letters"] for mark in (marks_of(steps) if steps else ())}
     curve, (stages, shares) = {0: measures["wmdp_bio/letters"], **curve}, survival(measures)
@@ -619,8 +619,7 @@ def run(**changes) -> dict:
                "survives": lambda: survival_figure(shares, title)}  # fmt: skip
     if steps:
         figures["curves"] = lambda: panels({f"{mark} steps on the asked facts": m for mark, m in curve.items()})
-    rows = {subject.name: subject.edit for subject in subjects}
-    return current.write(rows, measures.values(), figures, pushed=pushes, survives=shares)
+    return current.write({s.name: s.edit for s in subjects}, measures.values(), figures, pushed=pushes, survives=shares)
 
 
 # %%
