@@ -233,7 +233,7 @@ def read_jsonl(path: Path, name: str, most: int | None = None) -> list[dict]:
     rows = []
     try:
         with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(islice(file, most), 1):
+            for number, line in enumerate(islice(file, most), 1):  # noqa: B007 (the message below names it)
                 rows += [checked(json.loads(line), name)] if line.strip() else []
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {first_line(error)}") from error

@@ -507,8 +507,7 @@ def check_sae_quality(model, sae, windows: list[list[int]], insist: bool = True,
     stream = edits.iter_residual_stream(model, layer_of(sae), windows, 16, shared=False)
     if not (parts := [rows.float() for rows, _ in stream if len(rows)]):
         raise UserError("the retain texts hold no token that rates could be counted on")
-    h = torch.cat(parts)
-    active, back = edits.run_sae(sae, h)
+    h, (active, back) = torch.cat(parts), map(torch.cat, zip(*(edits.run_sae(sae, rows) for rows in parts)))
     finite = bool(torch.isfinite(h).all() and torch.isfinite(back).all())  # the thousandth might hide it
     shortest = h.norm(dim=-1).argsort()[: len(h) - math.ceil(len(h) / 1000)]
     h, back, variance = h[shortest].cpu(), back[shortest].cpu(), ExplainedVarianceCalculator()
