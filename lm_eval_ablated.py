@@ -78,6 +78,7 @@ import json
 import logging
 import random
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partialmethod
 from importlib.metadata import version
 from pathlib import Path
@@ -521,7 +522,7 @@ def keep_robust(lm: AblatedLM, tasks: dict, chosen: dict, args) -> dict[str, lis
     return right
 
 
-def data_set(task_name: str, taken: set[str], parts: list, chosen: dict, folder: str | None) -> Dataset:
+def data_set(task_name: str, taken: set[str], parts: list, chosen: dict, folder: str | None, seed: int) -> Dataset:
     """What a task asks, under the name that DATA_SETS has unless an earlier task has `taken` it. Indices of a group are
     over all of its tasks' documents, one after another."""
     rows, asked = [], []
@@ -529,8 +530,10 @@ def data_set(task_name: str, taken: set[str], parts: list, chosen: dict, folder:
         asked += [len(rows) + i for i in chosen.get(part.task_name, [])]
         rows += map(dict, part.eval_docs)
     name, *loaded_by = DATA_SETS.get(task_name, (task_name,))
-    if loaded_by and name not in taken:
-        return data.load(name, loaded_by[0], folder, variant=loaded_by[1]).only(asked)
+    if loaded_by:
+        found = data.load(name, loaded_by[0], folder, variant=loaded_by[1]).only(asked)
+        held_out = all(data.half_of(row, seed) == "held-out" for row in found.rows)
+        return replace(found, name=task_name if name in taken else name, half="held-out" if held_out else None)
     stand_in = task_name.startswith("tiny_") and not folder
     return Dataset(task_name if name in taken else name, rows, f"lm-eval task {task_name}", stand_in).only(asked)
 
@@ -664,7 +667,7 @@ def run(**changes) -> dict:
         chosen = keep_robust(lm, tasks, chosen, args)
     asked = {}
     for task, (_, parts) in tasks.items():
-        asked[task] = data_set(task, {known.name for known in asked.values()}, parts, chosen, args.data)
+        asked[task] = data_set(task, {known.name for known in asked.values()}, parts, chosen, args.data, args.seed)
     writer = runs.Run(__file__, args, [*asked.values(), *datasets], saes,
                       also=[edit.method, edit.settings, lm.identity, lm.arguments])  # fmt: skip
 

@@ -174,7 +174,7 @@ def parse(p: Parser) -> Settings:
         atexit.register(data.process_state().destroy_process_group)
         sys.excepthook = ended  # torch.distributed puts its own in front as the processes connect
     if not data.is_first_process():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     elif sys.stdout is sys.__stdout__:
         sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack characters that tokens are written with
         if not sys.stdout.isatty():
@@ -204,19 +204,20 @@ PATIENCE = 10  # seconds that other processes give the first one to report a mis
 def ended(kind, error, trace) -> None:
     """In place of sys.excepthook: a user's mistake is one line and exit code 2, of several processes the first one's;
     Ctrl-C is 130; anything else a traceback, of each process that it happens to."""
+    to = sys.stderr if data.is_first_process() else sys.__stderr__  # `parse` silences the others
     if data.n_processes() > 1:
         atexit.unregister(data.process_state().destroy_process_group)  # the others may never come
     if issubclass(kind, KeyboardInterrupt):
-        print("\nstopped" + f": {error}" * bool(str(error)), file=sys.stderr)
+        print("\nstopped" + f": {error}" * bool(str(error)), file=to)
         raise SystemExit(130)
     if data.ran_out(error):
         error = UserError(f"no memory is left ({first_line(error)}): --dtype bfloat16 takes half of what float32 does; "
                           "else take a smaller model, SAE or --batch-size")  # fmt: skip
     if not isinstance(error, UserError):
-        return traceback.print_exception(kind, error, trace)
+        return traceback.print_exception(kind, error, trace, file=to)
     if not data.is_first_process():
         time.sleep(PATIENCE)  # when the first one has failed, the launcher ends this one
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {error}", file=to)
     raise SystemExit(2)
 
 

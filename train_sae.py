@@ -119,24 +119,24 @@ def activations(model, windows: list[list[int]], layers: list[int], batch_size: 
 
 
 # %% Train and measure
-def new_sae(config: BatchTopKTrainingSAEConfig) -> BatchTopKTrainingSAE:
-    """On config's device. Its threshold is in float64; on Apple's GPUs, which have none, in float32."""
-    if not config.device.startswith("mps"):
+def new_sae(config: BatchTopKTrainingSAEConfig, float64: bool) -> BatchTopKTrainingSAE:
+    """On config's device. Its threshold is in float64, or in float32 for Apple's GPUs, which have no float64."""
+    if float64:
         return BatchTopKTrainingSAE(config)
     sae = BatchTopKTrainingSAE(replace(config, device="cpu"))
     sae.topk_threshold = sae.topk_threshold.float()
     return sae.to(config.device)
 
 
-def train(model, windows, layers, width, k, tokens, lr, context, batch_size, seed, model_name) -> dict:
-    """{layer: SAE}, all trained on the same stream of activations."""
+def train(model, windows, layers, width, k, tokens, lr, context, batch_size, seed, model_name, float64) -> dict:
+    """{layer: SAE}, all trained on the same stream of activations. float64: has the device such numbers?"""
     device, saes = str(model.cfg.device), {}
     for layer in layers:
         metadata = SAEMetadata(hook_name=HOOK.format(layer), model_name=model_name, context_size=context)
         saes[str(layer)] = new_sae(BatchTopKTrainingSAEConfig(
             d_in=model.cfg.d_model, d_sae=width, k=k, device=device, apply_b_dec_to_input=False,
             normalize_activations="expected_average_only_in", metadata=metadata,
-        ))  # fmt: skip
+        ), float64)  # fmt: skip
     steps = tokens // TRAINING_BATCH
     config = SAETrainerConfig(
         total_training_samples=steps * TRAINING_BATCH, train_batch_size_samples=TRAINING_BATCH, lr=lr,
@@ -174,7 +174,7 @@ def run(**changes) -> dict:
     if not training or not held_out:
         raise UserError(f"--text {args.text}: too little text to train and measure on")
     saes = train(model, training, args.layers, width, args.k, args.tokens, args.lr, args.context, args.batch_size,
-                 args.seed, Path(args.model).name)  # fmt: skip
+                 args.seed, Path(args.model).name, float64=not (args.device or "").startswith("mps"))  # fmt: skip
     folders = {layer: Path(args.out) / f"layer_{layer}" for layer in args.layers}
     for layer, folder in folders.items():  # all are saved before the first is measured
         saes[str(layer)].save_inference_model(folder)

@@ -40,7 +40,7 @@ class Training:
 
     load: () -> the Hugging Face model, loaded anew, without gradients. forget: windows (ids, start), retain: sets of
     them, of `training_windows` with loss_on "answer". picking: (forget, retain sets) of ids alone, the windows that
-    features are picked on. stats: layer -> FeatureStats, for methods that need SAEs. layer: the user's.
+    features are picked on. stats: layer -> FeatureStats, for methods that need SAEs. layer: the one asked for.
     """
 
     load: Callable
@@ -127,8 +127,8 @@ def settings_of(method: Method, setting: dict, model_name: str, steps=None, lr=N
         return value.get(model_name, value[""]) if isinstance(value, dict) else value
 
     usual = {name: of_model(value) for name, value in method.usual.items()}
-    found = {"steps": steps or of_model(method.steps), **usual, **setting}
-    return found | {"lr": found.get("lr", 1) * (lr or of_model(method.lr))}
+    found = {**({"steps": steps or of_model(method.steps)} if method.steps else {}), **usual, **setting}
+    return found | ({"lr": found.get("lr", 1) * (lr or of_model(method.lr))} if method.lr else {})
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:  # in at least fp32

@@ -236,7 +236,7 @@ SCRIPTS = {
     "feature_ablate_3.py": ["--n-features", 4],
     "pareto.py": ["--n-features", 2, 4],
     "baselines.py": ["--method", "rmu", "--setting", "layer=1", "--steps", 2],
-    "lm_eval_ablated.py": ["--n-features", 4, "--tasks", "wmdp_bio"],
+    "lm_eval_ablated.py": ["--n-features", 4, "--tasks", "wmdp_bio", "--unablated"],
 }
 
 

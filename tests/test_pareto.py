@@ -186,7 +186,8 @@ def test_methods_and_layers_are_swept_in_one_pass(monkeypatch, tmp_path):
     record = pareto.run(
         limit=6, layer=[5, 3], method=["dsg", "diff-in-means"], clamp=[CLAMP], out=str(tmp_path / "r.json")
     )
-    methods = [(row["method"], name.split(", ")[1]) for name, row in list(record["rows"].items())[1:]]
+    assert list(record["rows"])[-1] == RETRAINED
+    methods = [(row["method"], name.split(", ")[1]) for name, row in list(record["rows"].items())[1:-1]]
     assert methods == [(name, f"layer {layer}") for layer in (3, 5) for name in ("dsg", "diff-in-means") for _ in "12"]
     swept = [row for name, row in record["rows"].items() if "layer 3" in name]
     expected = [row for rows in alone for row in list(rows.values())[1:3]]
@@ -232,7 +233,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_record(tmp_path_factory,
 
 @pytest.mark.slow
 def test_a_stopped_sweep_says_what_it_kept_and_takes_it_up(monkeypatch, capfd, tmp_path):
-    done, real = [], evaluation.score_letters
+    done, real = [], evaluation.letters
 
     def stop_at_the_second(*args, **options):
         if len(done) == 1:
@@ -241,13 +242,13 @@ def test_a_stopped_sweep_says_what_it_kept_and_takes_it_up(monkeypatch, capfd, t
         return real(*args, **options)
 
     settings = dict(limit=6, n_features=[2], clamp=[0.0], out=str(tmp_path / "sweep.json"))
-    monkeypatch.setattr(evaluation, "score_letters", stop_at_the_second)
+    monkeypatch.setattr(evaluation, "letters", stop_at_the_second)
     monkeypatch.setattr(sys, "argv", ["pareto.py"])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     assert code_of(lambda: runs.main(lambda **_: pareto.run(**settings), pareto.flags)) == 130
     assert "stopped: 2 finished parts are kept" in capfd.readouterr().err  # one half of WMDP-Bio, letters and words
     done.clear()
-    monkeypatch.setattr(evaluation, "score_letters", lambda *args, **options: done.append(1) or real(*args, **options))
+    monkeypatch.setattr(evaluation, "letters", lambda *args, **options: done.append(1) or real(*args, **options))
     pareto.run(**{**settings, "batch_size": 4})
     assert len(done) == 3  # the other half of WMDP-Bio, and MMLU's two
 
