@@ -195,8 +195,8 @@ def test_random_features_are_drawn_several_times(tmp_path):
 
 @pytest.mark.slow
 def test_robust_and_cloze_questions_in_a_lesson(tmp_path):
-    found = lesson("feature_ablate_2.py", robust=True, n_features=4, limit=12, out=tmp_path / "r.json")
-    assert 0 < len(found["bio"]) < 12 and found["letters"]["unablated"].mean == 1
+    found = lesson("feature_ablate_2.py", robust=True, n_features=4, limit=25, out=tmp_path / "r.json")
+    assert 0 < len(found["bio"]) < 25 and found["letters"]["unablated"].mean == 1
     assert found["record"]["data"]["wmdp_bio"]["asked"] == found["bio"].indices
     found = lesson("feature_ablate_2.py", wmdp="cloze", n_features=4, limit=4, out=tmp_path / "r.json")["record"]
     assert "wmdp_bio/cloze" in found["measures"] and found["data"]["wmdp_bio"]["variant"] == "cloze"
