@@ -21,7 +21,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # image processors com
 
 import random
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -103,9 +103,8 @@ def as_bridge(hf, tokenizer, name: str) -> TransformerBridge:
     return model
 
 
-@cache
 def load_retrained(name: str, device: str | None = None, dtype: str | None = None) -> TransformerBridge | None:
-    """The model of the preset `name` trained from scratch without the forget set, loaded once; None if it has none."""
+    """The model of the preset `name` trained from scratch without the forget set; None if it has none."""
     preset = hub.retrained(name)
     return load_model(preset, device, dtype) if preset else None
 

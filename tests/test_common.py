@@ -536,7 +536,7 @@ def test_a_model_in_memory_becomes_the_bridge_that_its_folder_gives(model_folder
 
 def test_the_dtype_and_the_retrained_model_are_the_presets():
     model, twin = common.load_model("tiny", "cpu"), common.load_retrained("tiny", "cpu")
-    assert model.cfg.dtype == torch.float32 and twin is common.load_retrained("tiny", "cpu") is not model
+    assert model.cfg.dtype == torch.float32 and twin is not model
     assert common.load_retrained("tiny-retrained") is None and common.load_retrained("gpt2") is None
 
 
