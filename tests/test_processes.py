@@ -22,7 +22,7 @@ FLAGS = {
     "feature_ablate_1.py": "--layer 3 --n-features 10 --limit 37",
     "feature_ablate_2.py": "--layer 3 --n-features 10 --limit 37",
     "feature_ablate_3.py": "--layer 3 --n-features 10 --limit 7",
-    "pareto.py": "--layers 3 --n-features 2 10 --clamp 0 -80 --limit 37",
+    "pareto.py": "--layers 3 --n-features 2 10 --clamp 0 -80 --limit 35",
     "lm_eval_ablated.py": "--layer 3 --n-features 10 --limit 37 --unablated --tasks "
     "tiny_wmdp_bio,tiny_mmlu,tiny_openwebtext",
 }

@@ -1,5 +1,6 @@
 """The command line, and what a run leaves behind: names, records, finished parts, models, exit codes."""
 
+import io
 import json
 import math
 import os
@@ -151,14 +152,15 @@ def test_how_a_run_ends(monkeypatch, capsys, error, code, said):
     assert text.startswith(said) and ("by zero" in text) == (code == 1)
 
 
-def test_of_several_processes_the_first_reports_a_mistake(monkeypatch, capsys):
+def test_of_several_processes_the_first_reports_a_mistake(monkeypatch, capfd):
     monkeypatch.setattr(sys, "excepthook", runs.ended)
     monkeypatch.setattr(runs.data, "n_processes", lambda: 2)
     monkeypatch.setattr(runs.data, "is_first_process", lambda: False)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # where `parse` leaves the bars of all but the first
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
     assert ends(UserError("what only this one meets")) == 2
-    assert waited == [runs.PATIENCE] and "error: what only this one meets" in capsys.readouterr().err
+    assert waited == [runs.PATIENCE] and "error: what only this one meets" in capfd.readouterr().err
 
 
 def test_a_console_that_lacks_a_character_is_no_traceback():
