@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import common
 import edits
 import evaluation
+import hub
 from common import Rates, ablate, largest, matched_random
 from data import UserError, batches, load, token_windows
 
@@ -534,9 +536,12 @@ def test_a_model_in_memory_becomes_the_bridge_that_its_folder_gives(model_folder
     assert not any(p.requires_grad for p in bridge.parameters())
 
 
-def test_the_dtype_and_the_retrained_model_are_the_presets():
-    model, twin = common.load_model("tiny", "cpu"), common.load_retrained("tiny", "cpu")
-    assert model.cfg.dtype == torch.float32 and twin is not model
+def test_the_dtype_and_the_retrained_model_are_the_presets(without_twin, monkeypatch):
+    model = common.load_model("tiny", "cpu")
+    assert model.cfg.dtype == torch.float32 and common.load_retrained("tiny", "cpu") is None
+    monkeypatch.setitem(hub.PRESETS, "tiny", replace(hub.PRESETS["tiny"], retrained="tiny-retrained"))
+    weights, others = (one.original_model.state_dict() for one in (model, common.load_retrained("tiny", "cpu")))
+    assert weights.keys() == others.keys() and any(not torch.equal(w, others[name]) for name, w in weights.items())
     assert common.load_retrained("tiny-retrained") is None and common.load_retrained("gpt2") is None
 
 
