@@ -607,8 +607,10 @@ def ablation(sae, features: list[int], clamp: float = 0.0, method: str | None = 
 
 
 def patched(sae, features: list[int]) -> Edit:
+    """The features set to their own activations: with the error term kept, nothing changes."""
     return make("sae-patched", sae, features=features)
 
 
 def reconstruction(sae) -> Edit:
+    """The residual stream replaced by what the SAE makes of it, so without the error term."""
     return make("sae-reconstruction", sae)

@@ -469,6 +469,7 @@ def bootstrap(statistic, *samples, seed: int = 0) -> tuple[float | None, float |
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
+    """95% interval of the share right / n (Wilson, J Am Stat Assoc 22:209, 1927)."""
     interval = stats.binomtest(right, n).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 

@@ -296,6 +296,7 @@ def train_by_nll(objective, training: Training, *, steps, lr, loss_on="answer", 
 
 
 def by_nll(title: str, objective: Callable, grid: tuple, steps: dict | None = None, **usual) -> Method:
+    """The Method that trains all weights by `objective`, whose arguments from the fourth on are its settings."""
     weights = list(inspect.signature(objective).parameters.values())[3:]
     usual = {"loss_on": "answer", **{weight.name: weight.default for weight in weights}, **usual}
     return Method(title, grid, train=partial(train_by_nll, objective), usual=usual, needs_sae=False,
