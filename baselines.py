@@ -97,19 +97,19 @@ def benchmark_of(args, tokenizer=None) -> Benchmark:
 
 def prepare(model, benchmark: Benchmark, saes: dict, args) -> unlearning.Training:
     """What methods are made from, none of it measured yet. saes: by layer."""
-    tokenizer, forget = model.tokenizer, benchmark.corpus if benchmark.corpus.rows else benchmark.picking
+    tokenizer, forget = model.tokenizer, benchmark.corpus if benchmark.corpus.rows else benchmark.wmdp.tuning
     picking = picking_windows(tokenizer, benchmark.forget, benchmark.retain, args.context)
 
     @cache
     def stats(layer: int) -> FeatureStats:
-        return FeatureStats(model, saes.get(layer), layer, *picking, rule=args.pick, questions=benchmark.picking,
+        return FeatureStats(model, saes.get(layer), layer, *picking, rule=args.pick, questions=benchmark.wmdp.tuning,
                             style=args.prompt, seed=args.seed, batch_size=args.batch_size, insist=not args.no_sanity,
-                            clamp=args.clamp or hub.preset_clamp(args.model), refusal_latent=args.refusal_latent,
+                            clamp=args.clamp or hub.preset(args.model).clamp, refusal_latent=args.refusal_latent,
                             refusal_value=args.refusal_value)  # fmt: skip
 
     windows = unlearning.training_windows(tokenizer, forget, benchmark.wikitext, benchmark.mmlu_dev)
     return unlearning.Training(lambda: load_hf(args.model, args.device, args.dtype)[0], tokenizer, *windows, picking,
-                               stats, args.model, args.layer, args.seed)  # fmt: skip
+                               stats, args.model, args.seed)  # fmt: skip
 
 
 # %% The run
@@ -124,6 +124,43 @@ def scored(model, rows: dict, benchmark, args, cached=lambda name, make: make())
     return [*measures, cached("web", lambda: loss(model, benchmark.web, rows, **size))]
 
 
+def load(method: Method, grid: list[dict], args) -> tuple:
+    """(model, {layer: SAE} that the settings read, benchmark)."""
+    model = load_model(args.model, args.device, args.dtype, edit_special=args.edit_special)
+    if not 0 <= args.layer < model.cfg.n_layers:
+        raise UserError(f"--layer {args.layer}: the model has layers 0 to {model.cfg.n_layers - 1}")
+    layers = sorted({layer for setting in grid for layer in setting.get("layers", [args.layer])})
+    saes = {layer: load_sae(args.sae, layer, model, args.model) for layer in layers if method.needs_sae}
+    benchmark = benchmark_of(args, model.tokenizer)
+    if args.robust:
+        narrowed = {name: robust_only(model, quiz, style=args.prompt, batch_size=args.batch_size)
+                    for name, quiz in benchmark.quizzes.items()}  # fmt: skip
+        benchmark = replace(benchmark, quizzes=narrowed)
+    return model, saes, benchmark
+
+
+def tune(model, method: Method, grid: list[dict], saes: dict, benchmark, args, cached) -> tuple[dict, list]:
+    """({row: Edit} of the grid, of training its settings alone; Measures of the unablated model, of these rows and of
+    the retrained model, if there is one)."""
+    training = prepare(model, benchmark, saes, args)
+    if method.train:
+        made = [Edit(args.method, setting) for setting in grid]
+    else:
+        made = [edits.from_grid(args.method, setting, training.stats(args.layer)) for setting in grid]
+    rows = {label(args.method, edit.settings) or method.title: edit for edit in made}
+    parts = [scored(model, {UNABLATED: NONE, **({} if method.train else rows)}, benchmark, args, cached)]
+
+    def trained(name: str) -> list:
+        hf, _ = method.train(training, **rows[name].settings)
+        return scored(as_bridge(hf, model.tokenizer, args.model), {name: NONE}, benchmark, args)
+
+    for name in tqdm(rows if method.train else (), desc="settings", unit="setting", leave=False):
+        parts.append(cached(name, lambda: trained(name)))  # noqa: B023
+    if twin := load_retrained(args.model, args.device, args.dtype):
+        parts.append(cached(show.RETRAINED, lambda: scored(twin, {show.RETRAINED: NONE}, benchmark, args)))
+    return rows, [joined(same) for same in zip(*parts)]
+
+
 def run(**changes) -> dict:
     """run(method="npo"): any flag by name. Returns the record that it writes; raises UserError."""
     args, methods = settings(flags, changes), tunable()
@@ -135,36 +172,11 @@ def run(**changes) -> dict:
         raise UserError(f"--method {args.method}: there are {', '.join(methods)}")
     method = methods[args.method]
     grid = grid_of(method, args)
-    model = load_model(args.model, args.device, args.dtype, edit_special=args.edit_special)
-    if not 0 <= args.layer < model.cfg.n_layers:
-        raise UserError(f"--layer {args.layer}: the model has layers 0 to {model.cfg.n_layers - 1}")
-    layers = sorted({layer for setting in grid for layer in setting.get("layers", [args.layer])})
-    saes = {layer: load_sae(args.sae, layer, model, args.model) for layer in layers if method.needs_sae}
-    benchmark = benchmark_of(args, model.tokenizer)
-    if args.robust:
-        narrowed = {name: robust_only(model, quiz, style=args.prompt, batch_size=args.batch_size)
-                    for name, quiz in benchmark.quizzes.items()}  # fmt: skip
-        benchmark = replace(benchmark, quizzes=narrowed)
+    model, saes, benchmark = load(method, grid, args)
     job = Run("baselines.py", args, benchmark.datasets, saes.values(), also=grid)
-    training = prepare(model, benchmark, saes, args)
-    if method.train:
-        made = [Edit(args.method, setting) for setting in grid]
-    else:
-        made = [edits.from_grid(args.method, setting, training.stats(args.layer)) for setting in grid]
-    rows = {label(args.method, edit.settings) or method.title: edit for edit in made}
-    parts = [scored(model, {UNABLATED: NONE, **({} if method.train else rows)}, benchmark, args, job.cached)]
-
-    def trained(name: str) -> list:
-        hf, _ = method.train(training, **rows[name].settings)
-        return scored(as_bridge(hf, model.tokenizer, args.model), {name: NONE}, benchmark, args)
-
-    for name in tqdm(rows if method.train else (), desc="settings", unit="setting", leave=False):
-        parts.append(job.cached(name, lambda: trained(name)))  # noqa: B023
-    if twin := load_retrained(args.model, args.device, args.dtype):
-        parts.append(job.cached(show.RETRAINED, lambda: scored(twin, {show.RETRAINED: NONE}, benchmark, args)))
-    measures = [joined(same) for same in zip(*parts)]
+    rows, measures = tune(model, method, grid, saes, benchmark, args, job.cached)
     right = {measure.name: measure for measure in measures if measure.name.endswith(("/letters", "/cloze"))}
-    chosen = best_row(*(of.select([UNABLATED, *rows]) for name, of in right.items() if "/tuning/" in name))
+    chosen = best_row(*(of.select([UNABLATED, *rows]).scores() for name, of in right.items() if "/tuning/" in name))
     show.table([*right.values(), measures[-1]], title=f"{method.title}, all settings, on both halves")
     held_out = [measure for measure in measures if "/tuning/" not in measure.name]
     shown = [row for row in measures[0].rows if row == chosen or row not in rows]
@@ -183,8 +195,8 @@ def run(**changes) -> dict:
     else:
         edits.from_grid(args.method, grid[list(rows).index(chosen)], training.stats(args.layer))
     more |= {"seconds_to_make": round(time.time() - started, 2), "peak_gb": peak_gb()}
-    rows = {UNABLATED: NONE, **rows, **({show.RETRAINED: twin} if twin else {})}
-    return job.write(rows, measures, figures, **more)
+    rows |= {UNABLATED: NONE, show.RETRAINED: Edit("retrained")}
+    return job.write({row: rows[row] for row in measures[0].rows}, measures, figures, **more)
 
 
 # %% All methods: a process and a record for each, then one figure and one table

@@ -1,12 +1,8 @@
 """
-What the lessons share and must not disagree on, three verbs: load a model and an SAE, pick features, ablate them.
+What the lessons share and must not disagree on: load a model and an SAE, pick features, ablate them.
 
-Notation: h is the residual stream at the hook point, (batch, pos, d_model); a = SAE.encode(h), (batch, pos, d_sae); F
-the picked features. An ablation keeps the SAE's error term:
-
-    h' = h + sum over i in F of (a'_i - a_i) * W_dec[i],    a'_i = clamp where a_i > 0
-
-with clamp 0 for zero ablation and a negative clamp as in Farrell, Lau and Conmy (arXiv 2410.19278).
+A feature's activation is set to 0 (zero ablation) or to a negative clamp (Farrell, Lau and Conmy, arXiv 2410.19278)
+where it is active; the formula is in edits.py.
 """
 
 import atexit
@@ -38,7 +34,7 @@ from data import HERE, UserError, first_line, n_processes, process_device, total
 from edits import NONE, Latents, ablation, layer_of, patched, reconstruction  # noqa: F401 (lessons have them from here)
 
 gc.freeze()
-gc.unfreeze()  # together: all of them count as old, and the next collection does not look through them
+gc.unfreeze()  # the two together make all objects old, and the next collection leaves old ones out
 gc.enable()
 disable_progress_bar()  # transformers' "Loading weights" bar would come before a script's first line
 
@@ -50,10 +46,10 @@ def load_model(name: str, device=None, dtype=None, device_map=None, edit_special
     preset's); device_map: "auto" spreads the layers over all GPUs (Hugging Face's accelerate); edit_special: see
     edits.token_mask. Raises UserError as load_hf and as_bridge do.
     """
-    return as_bridge(*load_hf(name, device, dtype, edit_special, device_map), name)
+    return as_bridge(*load_hf(name, device, dtype, device_map, edit_special), name)
 
 
-def load_hf(name: str, device=None, dtype=None, edit_special="never", device_map=None) -> tuple:
+def load_hf(name: str, device=None, dtype=None, device_map=None, edit_special="never") -> tuple:
     """The Hugging Face model, frozen, and the tokenizer behind load_model(name): eager attention, no dropout.
 
     Raises UserError if there is no such model, it cannot be had or read, its weights are packed or not finite, the disk
@@ -61,7 +57,7 @@ def load_hf(name: str, device=None, dtype=None, edit_special="never", device_map
     """
     if device_map and (device or n_processes() > 1):
         raise UserError("device_map spreads one model over the GPUs: give no device, and start one process")
-    path, dtype = hub.resolve_model(name), dtype or hub.preset_dtype(name)
+    path, dtype = hub.resolve_model(name), dtype or hub.preset(name).dtype
     options = {"dtype": getattr(torch, dtype), "attn_implementation": "eager", "device_map": device_map}
     try:
         tokenizer = hub.load_tokenizer(path, edit_special)
@@ -86,8 +82,8 @@ def as_bridge(hf, tokenizer, name: str) -> TransformerBridge:
     """A Hugging Face model in memory, of the preset, hub id or folder `name`, as a TransformerBridge: the same object,
     frozen, with TransformerLens's modules put between its own. Raises UserError if TransformerLens cannot run it, or
     its probabilities are not those that the model gave before."""
-    ids, path = edits.random_ids(hf), hub.model_source(name)
-    plain = edits.log_probs(hf, ids)
+    log_probs = partial(edits.log_probs, hf, edits.random_ids(hf))
+    before, path = log_probs(), hub.model_source(name)
     try:
         # where an image processor fails to load, TransformerLens would pip install torchvision and a new torch
         with patch("subprocess.check_call", side_effect=OSError("nothing is installed from here")):
@@ -96,8 +92,7 @@ def as_bridge(hf, tokenizer, name: str) -> TransformerBridge:
         raise UserError(f"TransformerLens cannot run {name}: {first_line(error)}") from error
     model._tokenizer = tokenizer  # the bridge's own adds a BOS where the model's, which lm-eval uses, does not
     model.eval().requires_grad_(False)
-    again = partial(edits.log_probs, hf, ids)
-    if not edits.same_up_to_rounding(plain, again(), hf, again):
+    if not edits.same_up_to_rounding(before, log_probs(), hf, log_probs):
         raise UserError(f"{name}: TransformerLens's {type(hf).__name__} gives other probabilities than Hugging Face's "
                         "own, so nothing measured on it would be of this model")  # fmt: skip
     return model
@@ -105,8 +100,8 @@ def as_bridge(hf, tokenizer, name: str) -> TransformerBridge:
 
 def load_retrained(name: str, device: str | None = None, dtype: str | None = None) -> TransformerBridge | None:
     """The model of the preset `name` trained from scratch without the forget set; None if it has none."""
-    preset = hub.retrained(name)
-    return load_model(preset, device, dtype) if preset else None
+    retrained = hub.preset(name).retrained
+    return load_model(retrained, device, dtype) if retrained else None
 
 
 def best_device() -> str:
@@ -138,15 +133,13 @@ def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str
             others = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
             raise UserError(f"no SAE folder {spec}; there are: {', '.join(others) or 'none'}")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load the SAE {spec}: {first_line(error)}{hub.sae_ids_near(spec)}") from error
+        raise UserError(f"cannot load the SAE {spec}: {first_line(error)}") from error
     sae.eval().requires_grad_(False)
     sae.source = os.path.relpath(spec, HERE) if folder.is_dir() and HERE in folder.parents else spec
     sae.identity = hub.identity(spec)
     sae.hook_point = hub.check_sae(sae, model, layer, sae.source)
     if not edits.encodes_like_saelens(sae):
-        raise UserError(
-            f"{spec}: SAELens encodes by another formula than edits.Latents, which cannot ablate it exactly"
-        )
+        raise UserError(f"{spec}: SAELens encodes by another formula than edits.Latents: no ablation would be exact")
     device = next(model.blocks[layer_of(sae)].parameters()).device
     return sae if device.type == "meta" else sae.to(device)  # offloaded weights have no device: edits follow h
 
@@ -158,7 +151,7 @@ PICKING_RULES = ("ratio", "retain-threshold", "dsg", "attribution", "output-scor
 class Rates:
     """How often and how strongly each of d_sae features is active on some tokens."""
 
-    fires: torch.Tensor  # (d_sae,) int64, tokens on which a_i > 0
+    fires: torch.Tensor  # (d_sae,) int64, tokens on which it is active
     total: torch.Tensor  # (d_sae,) float64, summed activation
     n_tokens: int
 
@@ -193,9 +186,9 @@ def largest(rates: list[Rates]) -> Rates:
     """Of several retain sets the larger rate of each feature: a picked one must be rare in all of them."""
     first, *others = rates
     for other in others:
-        grow = first.n_tokens / other.n_tokens
-        fires = torch.maximum(first.fires, (other.fires * grow).ceil().long())
-        first = Rates(fires, torch.maximum(first.total, other.total * grow), first.n_tokens)
+        scale = first.n_tokens / other.n_tokens
+        fires = torch.maximum(first.fires, (other.fires * scale).ceil().long())
+        first = Rates(fires, torch.maximum(first.total, other.total * scale), first.n_tokens)
     return first
 
 
@@ -240,8 +233,8 @@ def pick_features(
 
 
 def matched_random(forget: Rates, retain: Rates, features: list[int], seed: int, nearest: int = 10) -> list[int]:
-    """For each of `features` another, drawn from the `nearest` unused ones in retain rate and all that are as near as
-    the last of these: many never fire on a retain set. A feature that fires on neither set is no control: ablating it
+    """For each of `features` another, drawn from the `nearest` unused ones in retain rate and those that tie with the
+    last of them: many features never fire on a retain set. One that fires on neither set is no control, as ablating it
     does nothing. Raises UserError if too few are left."""
     rng, rate, control = random.Random(seed), retain.rate, []
     unused = (forget.fires + retain.fires) > 0

@@ -6,8 +6,8 @@ mask of tokens to be edited. It returns h', in h's shape and dtype. With a = SAE
 
     h' = h + sum over i in F of (a'_i - a_i) * W_dec[i]
 
-on these tokens: the SAE's error term is kept. The methods differ in a'_i, and in where it applies. All are
-differentiable, so that a model can be fine-tuned under its edit.
+on these tokens, so the SAE's error term is kept. The methods differ in a'_i. All are differentiable: a model can be
+fine-tuned under its edit.
 """
 
 import inspect
@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import torch
 from sae_lens import SAE
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from data import UserError, batches, first_line, pad_id, special_ids
@@ -29,10 +30,8 @@ from data import UserError, batches, first_line, pad_id, special_ids
 
 # ------------------------------------------------------------------------------------- layers and tokens
 def layer_of(sae: SAE) -> int:
-    """The layer whose output is the SAE's hook point, which is where its edits go.
-
-    Not always the layer in the SAE's name: an SAE of blocks.4.hook_resid_pre reads what layer 3 writes.
-    """
+    """The layer whose output the SAE reads, which is where its edits go: not always the layer in the SAE's name, as an
+    SAE of blocks.4.hook_resid_pre reads what layer 3 writes."""
     return int(sae.hook_point.split(".")[1])
 
 
@@ -53,42 +52,34 @@ def token_mask(model: torch.nn.Module, tokenizer):
     the first and padding.
 
     The first token is left out because it is an attention sink, whose residual is of another size than all others;
-    where a tokenizer adds no BOS it is a word. After a cache no token is the first; after left padding, known from the
-    attention mask, it is the first real one.
+    where a tokenizer adds no BOS it is a word. After left padding, known from the attention mask, it is the first real
+    token; in a pass that continues a cache there is none.
     """
-    special, pad = torch.tensor(special_ids(tokenizer)), pad_id(tokenizer)
-    mask, call = SimpleNamespace(), {}
+    special, pad, mask = torch.tensor(special_ids(tokenizer)), pad_id(tokenizer), SimpleNamespace()
 
-    def remember_call(module, inputs, kwargs):
-        call.update(cache=kwargs.get("past_key_values"), mask=kwargs.get("attention_mask"))
-
-    def fill(module, inputs):
-        ids, cache, attention = inputs[0], call.pop("cache", None), call.pop("mask", None)
+    def fill(module, inputs, kwargs):
+        ids = inputs[0] if inputs else kwargs["input_ids"]
+        cache, attention = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         padded = attention is not None and attention.shape == ids.shape
-        rows, first = torch.arange(len(ids)), None
         mask.counted = mask.edited = ~torch.isin(ids, special.to(ids.device))
-        if cache is None or not cache.get_seq_length():
-            first = attention.argmax(1) if padded else 0
-            mask.counted[rows, first] = False
         if getattr(tokenizer, "edit_special", "never") == "all-but-bos":
             # padding is left out: a share of tokens, such as DSG's gate, must not depend on the batch
             mask.edited = attention.bool() if padded else (ids != pad).int().flip(1).cummax(1).values.flip(1).bool()
-            if first is not None:
-                mask.edited[rows, first] = False
+        if cache is None or not cache.get_seq_length():
+            first = torch.arange(len(ids)), attention.argmax(1) if padded else 0
+            mask.counted[first] = mask.edited[first] = False
 
-    with ExitStack() as hooks:
-        hooks.callback(model.register_forward_pre_hook(remember_call, with_kwargs=True).remove)
-        hooks.callback(model.get_input_embeddings().register_forward_pre_hook(fill).remove)
+    with model.register_forward_pre_hook(fill, with_kwargs=True):
         yield mask
 
 
 def idle_wrappers(model) -> list[tuple]:
     """(parent module, name, wrapper) of TransformerLens's wrappers inside blocks that have no hooks and only call the
     wrapped module. model: a TransformerBridge."""
-    # TransformerLens itself listens to norms, but does something with them only where a block's input is forked
+    # TransformerLens itself hooks norms, but uses what it captures only where a block's input is forked
     forks = any(getattr(model.cfg, name, False) for name in ("use_attn_in", "use_split_qkv_input", "use_hook_mlp_in"))
-    handles = [] if forks else [getattr(block, "_capture_hook_handles", []) for block in model.blocks]
-    its_own = {handle.id for of_block in handles for handle in of_block}
+    handles = [] if forks else [h for block in model.blocks for h in getattr(block, "_capture_hook_handles", [])]
+    its_own = {handle.id for handle in handles}
 
     def needed(part):
         hooks = (set(m._forward_hooks) | set(m._forward_pre_hooks) for m in part.modules()
@@ -113,24 +104,17 @@ def unwrapped(wrappers: list[tuple]):
             module._modules[name] = part
 
 
-class LayerReached(Exception): ...
-
-
 def residual_stream(model, ids: torch.Tensor, layer: int) -> torch.Tensor:
     """Residual stream (batch, pos, d_model) after the layer of a Hugging Face model; later layers are not run."""
-    captured = {}
 
     def stop(module, inputs, output):
-        captured["h"] = output[0] if isinstance(output, tuple) else output
-        raise LayerReached
+        raise StopAtLayerException(output[0] if isinstance(output, tuple) else output)
 
-    handle = decoder_layers(model)[layer].register_forward_hook(stop)
-    try:
-        model(ids, use_cache=False)
-    except LayerReached:
-        return captured["h"]
-    finally:
-        handle.remove()
+    with decoder_layers(model)[layer].register_forward_hook(stop):
+        try:
+            model(ids, use_cache=False)
+        except StopAtLayerException as reached:
+            return reached.layer_output
     raise RuntimeError(f"layer {layer} never ran")
 
 
@@ -138,7 +122,7 @@ def residual_stream(model, ids: torch.Tensor, layer: int) -> torch.Tensor:
 def iter_residual_stream(model, layer: int, windows: list, batch_size: int, desc: str | None = None, shared=True):
     """Yield, batch by batch, the residual stream (n, d_model) after the layer and the ids (n,) of the counted tokens.
 
-    model: a TransformerBridge; windows: lists of ids; desc: of the progress bar; shared: see data.batches.
+    model: a TransformerBridge; windows: lists of ids; desc, shared: see data.batches.
     """
     with token_mask(model.original_model, model.tokenizer) as mask:
         for _, ids in batches(windows, batch_size, model.tokenizer, model.cfg.device, desc, shared):
@@ -192,7 +176,7 @@ def same_up_to_rounding(found: torch.Tensor, expected: torch.Tensor, model, run:
     with ExitStack() as hooks:
         for module in model.modules():
             if any(True for _ in module.parameters(recurse=False)):
-                hooks.callback(module.register_forward_hook(round_differently).remove)
+                hooks.enter_context(module.register_forward_hook(round_differently))
         rounding = run() - expected
     return bool(gap.pow(2).mean() <= ROUNDINGS**2 * rounding.pow(2).mean())
 
@@ -202,8 +186,8 @@ AT_ONCE = 2**25  # most activations of all features at a time; an SAE's pass hol
 
 
 def chunks(sae: SAE, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """h (..., d_model) as parts (n, d_model), each of so few tokens that the SAE makes at most AT_ONCE activations of
-    it: a batch's (batch, pos, d_sae) may take more memory than the model."""
+    """h (..., d_model) in parts (n, d_model), of each of which the SAE makes at most AT_ONCE activations: a batch's
+    (batch, pos, d_sae) may take more memory than the model."""
     return h.flatten(0, -2).split(max(1, AT_ONCE // sae.cfg.d_sae))
 
 
@@ -221,22 +205,19 @@ class Latents:
             raise ValueError(f"feature ids must lie in 0..{sae.cfg.d_sae - 1}")
         self.sae, self.features = sae, torch.as_tensor(features, dtype=torch.long)
         self.arch, self.every = sae.cfg.architecture(), features == range(sae.cfg.d_sae)
-        self.load_weights(sae.W_dec.device)
+        self.copy_weights()
         # GPT-2's SAEs were trained with centred writing weights: each residual vector had mean zero
         kwargs = sae.cfg.metadata.model_from_pretrained_kwargs or {}
         self.centre = bool(kwargs.get("center_writing_weights"))
 
-    def load_weights(self, device: torch.device) -> None:
-        """Copy the features' weights from the SAE, which is on the device."""
-        self.features = self.features.to(device)
+    def copy_weights(self) -> None:
+        """Copy the features' weights from the SAE, on the device where it is."""
+        W_enc, W_dec = self.sae.W_enc, self.sae.W_dec
+        self.features = self.features.to(W_dec.device)
         self.index = slice(None) if self.every else self.features
-        self.rows, W_enc = self.sae.W_dec[self.index], self.sae.W_enc
+        self.rows = W_dec[self.index]
         # whether a feature is among the top k depends on all others
         self.W_enc = W_enc if self.arch == "topk" else W_enc[:, self.index].contiguous()
-
-    def select(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., n), the features' part of x (..., d_sae)."""
-        return x[..., self.index]
 
     @property
     def W_dec(self) -> torch.Tensor:
@@ -244,17 +225,14 @@ class Latents:
         rescaled = self.arch == "topk" and self.sae.cfg.rescale_acts_by_decoder_norm
         return self.rows / self.rows.norm(dim=-1, keepdim=True) if rescaled else self.rows
 
-    def to_device(self, device: torch.device) -> None:
-        """Move, once, to where the residual stream is: a large model's layers are spread over devices."""
-        if self.rows.device != device:
-            self.sae.to(device)
-            self.load_weights(device)
-
-    def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """h: (..., d_model), any dtype. Returns activations (..., n) in fp32, and the scale (1.0 or (..., 1)) by which
-        what they add is multiplied."""
-        self.to_device(h.device)
-        sae, select, x, scale = self.sae, self.select, h.to(self.sae.dtype), 1.0
+    def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """h: (..., d_model), any dtype. Returns activations (..., n) in fp32, and the scale (..., 1) by which what they
+        add is multiplied."""
+        if self.rows.device != h.device:  # a large model's layers are spread over devices
+            self.sae.to(h.device)
+            self.copy_weights()
+        sae, at, x = self.sae, self.index, h.to(self.sae.dtype)
+        scale = torch.ones_like(x[..., :1])
         if self.centre:
             x = x - x.mean(-1, keepdim=True)
         if sae.cfg.normalize_activations == "constant_norm_rescale":
@@ -268,17 +246,17 @@ class Latents:
             x = x - sae.b_dec
         if self.arch == "topk":
             norms = sae.W_dec.norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else 1.0
-            acts = [select(sae.activation_fn((rows @ self.W_enc + sae.b_enc) * norms)) for rows in chunks(sae, x)]
+            acts = [sae.activation_fn((rows @ self.W_enc + sae.b_enc) * norms)[:, at] for rows in chunks(sae, x)]
             return torch.cat(acts).unflatten(0, x.shape[:-1]), scale
         pre = x @ self.W_enc
         if self.arch == "gated":
-            acts = torch.relu(pre * select(sae.r_mag).exp() + select(sae.b_mag))
-            return (pre + select(sae.b_gate) > 0) * acts, scale
-        pre = pre + select(sae.b_enc)
+            acts = torch.relu(pre * sae.r_mag[at].exp() + sae.b_mag[at])
+            return (pre + sae.b_gate[at] > 0) * acts, scale
+        pre = pre + sae.b_enc[at]
         acts = torch.relu(pre)
-        return (acts * (pre > select(sae.threshold)) if self.arch == "jumprelu" else acts), scale
+        return (acts * (pre > sae.threshold[at]) if self.arch == "jumprelu" else acts), scale
 
-    def moved(self, h: torch.Tensor, change: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    def moved(self, h: torch.Tensor, change: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """h (..., d_model) with `change` (..., n) added to the activations, in h's dtype."""
         return (h + change @ self.W_dec * scale).to(h.dtype)  # added in fp32, rounded once
 
@@ -291,15 +269,14 @@ def run_sae(sae: SAE, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         sae.process_sae_in(rows - mean)  # leaves the norms behind that decode uses
         acts, _ = latents.encode(rows)  # SAELens's encode would copy a gated SAE's W_enc for each chunk
         found.append(((acts > 0).sum(-1), sae.decode(acts) + mean))
-    active, back = (torch.cat(parts).unflatten(0, h.shape[:-1]) for parts in zip(*found))
-    return active, back
+    return tuple(torch.cat(parts).unflatten(0, h.shape[:-1]) for parts in zip(*found))
 
 
 @torch.inference_mode()
-def encodes_like_saelens(sae: SAE, n: int = 16) -> bool:
-    """Whether Latents computes the activations that SAELens's own encode does, on n random rows of all sizes."""
+def encodes_like_saelens(sae: SAE) -> bool:
+    """Whether Latents computes the activations that SAELens's own encode does, on 16 random rows of all sizes."""
     noise = torch.Generator().manual_seed(0)
-    picked = torch.randperm(sae.cfg.d_sae, generator=noise)[:n].tolist()
+    picked = torch.randperm(sae.cfg.d_sae, generator=noise)[:16].tolist()
     h = torch.nn.functional.normalize(sae.W_enc.T[picked], dim=-1)  # so that the picked features are active
     h = (h + 0.1 * torch.randn(h.shape, generator=noise)) * torch.logspace(-1, 3, len(h))[:, None]
     latents = Latents(sae, picked)
@@ -367,8 +344,7 @@ def make(method: str, saes, layers: list[int] | None = None, **settings) -> Edit
         inspect.signature(kind.edit).bind(None, **settings)
     except TypeError as error:
         raise UserError(f"{method}: {error}") from error
-    at = {layer: kind.edit(saes[layer] if kind.needs_sae else None, **settings) for layer in layers}
-    return Edit(method, {**settings, "layers": layers}, at)
+    return Edit(method, {**settings, "layers": layers}, {at: kind.edit(saes.get(at), **settings) for at in layers})
 
 
 def together(*edits: Edit) -> Edit:
@@ -380,11 +356,11 @@ def together(*edits: Edit) -> Edit:
     return Edit("together", {"edits": parts}, {layer: f for edit in edits for layer, f in edit.at.items()})
 
 
-def from_grid(method: str | Method, setting: dict, stats) -> Edit:
-    """The edit for one point of a grid: n_features becomes the best features, multiples become absolute. method: a name
-    in METHODS, or one of its values; setting: may leave out what the method's `usual` has; stats: a FeatureStats."""
-    name = method if isinstance(method, str) else next(name for name, known in METHODS.items() if known is method)
-    return make(name, stats.sae, **METHODS[name].resolve(stats, **{**METHODS[name].usual, **setting}))
+def from_grid(method: str, setting: dict, stats) -> Edit:
+    """The edit for one point of a grid: n_features becomes the best features, multiples become absolute. setting: may
+    leave out what the method's `usual` has; stats: a FeatureStats."""
+    about = METHODS[method]
+    return make(method, stats.sae, **about.resolve(stats, **about.usual | setting))
 
 
 def label(method: str, settings: dict) -> str:
@@ -415,14 +391,13 @@ def applied(model, tokenizer, edit: Edit):
     with token_mask(model.original_model if bridge else model, tokenizer) as mask, ExitStack() as hooks:
         for layer in edit.at:
             place = model.hook_dict[f"blocks.{layer}.hook_resid_post"] if bridge else decoder_layers(model)[layer]
-            hooks.callback(place.register_forward_hook(partial(edited, layer)).remove)
+            hooks.enter_context(place.register_forward_hook(partial(edited, layer)))
         yield
     if missing := sorted(set(edit.at) - ran):
         raise RuntimeError(f"layers {missing} never ran: nothing was edited there")
 
 
 # ----------------------------------------------------------------------------------------------- methods
-@dataclass(eq=False)
 class SetFeatures:
     """An edit that sets features (ids, (n,)): target(acts, mask) -> a', both (batch, pos, n), where the mask is on.
 
@@ -430,14 +405,9 @@ class SetFeatures:
     on which it changes nothing.
     """
 
-    sae: SAE
-    features: list[int]
-    target: Callable
-    needs_whole_prompt: bool = False
-    always: bool = False
-
-    def __post_init__(self):
-        self.latents = Latents(self.sae, self.features)
+    def __init__(self, sae, features: list[int], target: Callable, needs_whole_prompt=False, always=False):
+        self.latents, self.target = Latents(sae, features), target
+        self.needs_whole_prompt, self.always = needs_whole_prompt, always
 
     def change(self, acts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """a' - a (batch, pos, n), 0 where nothing is edited."""
@@ -466,7 +436,7 @@ def resolve_clamp(stats, n_features: int, clamp: float = 0.0) -> dict:
 
 
 def resolve_random(stats, n_features: int, clamp: float) -> dict:
-    """Drawn for the grid's largest number, of which a smaller one takes the first: rows differ by number alone."""
+    """The first n_features of one draw, of as many as the grid has at most: rows differ by number alone."""
     most = max(n_features, *(setting["n_features"] for setting in CLAMPS))
     return {"features": stats.control(n_features, most), "clamp": clamp * stats.clamp}
 
@@ -528,8 +498,8 @@ def dsg(sae, features: list[int], clamp: float, gate: float) -> SetFeatures:
 
     features: ids, (n,); gate: a share of tokens, 0 to 1. It looks at a whole sequence before it edits the first token,
     so it is for scoring, not for generating with a cache. Differs from the release (github.com/aashiqmuhamed/
-    DynamicSAEGuardrails), which counts BOS among the tokens that rho is a share of, and clamps to -500. Its are the
-    selection of features, and as the gate the 95th percentile of rho over retain sequences.
+    DynamicSAEGuardrails), which counts BOS among the tokens that rho is a share of, and clamps to -500. The
+    selection of features is the release's, and so is the gate: the 95th percentile of rho over retain sequences.
     """
 
     def target(acts, mask):

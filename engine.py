@@ -7,7 +7,6 @@ run on the copies from their first edited token on. Tokens that several prompts 
 once for all of them.
 """
 
-import itertools
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
@@ -16,10 +15,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_map
-from transformers.cache_utils import DynamicCache, DynamicLayer, KVSharingDict
+from transformers.cache_utils import DynamicCache, KVSharingDict
 
-import edits as inference
-from data import UserError, batches, first_line, padded, ran_out, special_ids, total_of_processes
+import edits
+from data import UserError, batches, first_line, padded, ran_out, total_of_processes
 from edits import NONE, Edit, Latents, SetFeatures, idle_wrappers, token_mask, unwrapped
 
 PASS_TOKENS = 4096  # most tokens, of prompts or of edited copies, that run at a time: it bounds the memory of a pass
@@ -63,7 +62,7 @@ class Stage:
     ids: torch.Tensor
     editable: torch.Tensor  # (n, pos), the tokens to be edited
     result: torch.Tensor  # (n, pos, d_model), what leaves the final norm
-    inputs: dict[int, tuple]  # {layer: (h behind an edited one, args, kwargs, what lower layers share with it)}
+    inputs: dict[int, tuple]  # {layer: (h where it is edited, args, kwargs, copy of what lower layers share)}
     cache: DynamicCache  # keys and values of these tokens and of those before
 
 
@@ -90,11 +89,11 @@ class OnePass:
     def __init__(self, model, edits: list[Edit], share_beginnings: bool = True):
         self.model, self.wrappers, self.share, self.beginning = model, idle_wrappers(model), share_beginnings, None
         # what such an edit does at its second layer depends on the whole prompt as its first one leaves it
-        self.plain = {k: edit for k, edit in enumerate(edits) if edit.needs_whole_prompt and len(edit.at) > 1}
-        self.shared = {k: edit for k, edit in enumerate(edits) if k not in self.plain}
+        self.alone = {k: edit for k, edit in enumerate(edits) if edit.needs_whole_prompt and len(edit.at) > 1}
+        self.shared = {k: edit for k, edit in enumerate(edits) if k not in self.alone}
         self.layers = sorted({layer for edit in self.shared.values() for layer in edit.at})
         unions = {}  # {(layer, SAE): features of any edit}, which are encoded once for all edits
-        for layer, f in itertools.chain(*(edit.at.items() for edit in self.shared.values())):
+        for layer, f in [item for edit in self.shared.values() for item in edit.at.items()]:
             if isinstance(f, SetFeatures):
                 unions.setdefault((layer, f.latents.sae), set()).update(f.latents.features.tolist())
         self.latents = {(layer, sae): Latents(sae, sorted(union)) for (layer, sae), union in unions.items()}
@@ -111,21 +110,21 @@ class OnePass:
 
         for copies in filter(None, self.plan()):
             in_parts(copies, PASS_TOKENS // (ids.shape[1] - copies[0].start), run_part)  # later ones are shorter
-        for k, edit in self.plain.items():
-            with inference.applied(self.model, self.model.tokenizer, edit):
+        for k, edit in self.alone.items():
+            with edits.applied(self.model, self.model.tokenizer, edit):
                 out[k, places] = score(places, 0, self.forward(ids, DynamicCache()).result).to(out.dtype)
 
     def run(self, ids: torch.Tensor) -> torch.Tensor:
         """Run the unablated prompts (batch, pos); returns what leaves the final norm, (batch, pos, d_model)."""
         self.stages, self.streams, self.acts, self.changed = [], {}, {}, {}  # frees the memory of the prompts before
         cache = DynamicCache()  # without a config it keeps sliding layers' keys, too
-        first, of = beginnings(ids.tolist()) if self.share else (0, [])
-        if first:
-            beginning, rows = ids[[of.index(k) for k in range(max(of) + 1)], :first], torch.tensor(of)
+        n_shared, of = beginnings(ids.tolist()) if self.share else (0, [])
+        if n_shared:
+            beginning, rows = ids[[of.index(k) for k in range(max(of) + 1)], :n_shared], torch.tensor(of)
             if self.beginning is None or not torch.equal(self.beginning.ids, beginning):
                 self.beginning = self.forward(beginning, DynamicCache())
-            self.stages, cache = [(self.beginning, rows)], for_rows(self.beginning.cache, rows, first)
-        self.stages.append((self.forward(ids[:, first:], cache), torch.arange(len(ids))))
+            self.stages, cache = [(self.beginning, rows)], for_rows(self.beginning.cache, rows, n_shared)
+        self.stages.append((self.forward(ids[:, n_shared:], cache), torch.arange(len(ids))))
         parts = [(stage.result[rows], stage.editable[rows], *(stage.inputs[n + 1][0][rows] for n in self.layers))
                  for stage, rows in self.stages]  # fmt: skip
         result, self.editable, *streams = (torch.cat(part, 1) for part in zip(*parts))
@@ -137,8 +136,7 @@ class OnePass:
         given, result, modules = {}, {}, [*self.model.blocks, self.model.ln_final]
 
         def keep(module, inputs, kwargs, number):
-            shared = {}  # a copy, as the layers go on to fill it
-            shared.update(*(value for value in kwargs.values() if isinstance(value, KVSharingDict)))
+            shared = next((dict(x) for x in kwargs.values() if isinstance(x, KVSharingDict)), {})
             given[number] = (inputs[0] if number - 1 in self.layers else None, inputs[1:], kwargs, shared)
 
         def keep_result(module, inputs):
@@ -147,8 +145,8 @@ class OnePass:
 
         with ExitStack() as hooks:
             for n in range(self.layers[0] + 1, len(modules)) if self.layers else ():
-                hooks.callback(modules[n].register_forward_pre_hook(partial(keep, number=n), with_kwargs=True).remove)
-            hooks.callback(self.model.unembed.register_forward_pre_hook(keep_result).remove)
+                hooks.enter_context(modules[n].register_forward_pre_hook(partial(keep, number=n), with_kwargs=True))
+            hooks.enter_context(self.model.unembed.register_forward_pre_hook(keep_result))
             mask = hooks.enter_context(token_mask(self.model.original_model, self.model.tokenizer))
             hooks.enter_context(unwrapped(self.wrappers))
             self.model(ids, past_key_values=cache, use_cache=True)
@@ -181,7 +179,6 @@ class OnePass:
             (acts, scale), weights = self.acts[layer, space], odd_numbers(len(union)).to(h.device)[columns]
             change = f.change(acts[..., columns], editable)
             always = (acts[..., columns] > 0) & editable[..., None] if f.always else False
-            scale = scale if torch.is_tensor(scale) else torch.full_like(acts[..., :1], scale)
             self.changed[layer, f] = lambda h, of: f.latents.moved(h, change[of], scale[of])
         else:
             space, weights, new = None, odd_numbers(h.shape[-1]).to(h.device), f(h, editable)
@@ -195,12 +192,12 @@ class OnePass:
         """Run copies of one layer, sorted by start. Returns the first start, and what leaves the final norm from there
         on, (n, pos - start, d_model)."""
         layer, start, prompts = copies[0].layer, copies[0].start, torch.tensor([copy.prompt for copy in copies])
-        h, cache, out, first = self.streams[layer][prompts, start:], None, [], 0
+        h, cache, out, offset = self.streams[layer][prompts, start:], None, [], 0
         for edit in {copy.edit for copy in copies}:
             rows = [i for i, copy in enumerate(copies) if copy.edit is edit]
             h[rows] = self.changed[layer, edit.at[layer]](h[rows], (prompts[rows], slice(start, None)))
         for stage, of in self.stages:
-            begin, end = max(first, start), first + stage.ids.shape[1]
+            begin, end = max(offset, start), offset + stage.ids.shape[1]
             if begin < end:
                 ones, shares = distinct(copies, of[prompts])  # in the last stage, none shares
                 cache = cache or for_rows(self.stages[-1][0].cache, prompts[ones], start, layer + 1)
@@ -208,18 +205,17 @@ class OnePass:
                 x = self.later_layers(x, [copies[i] for i in ones], stage, of[prompts[ones]], mask, cache)
                 out.append(x[shares])
                 cache = for_rows(cache, shares, end, layer + 1) if stage is self.beginning else None
-            first = end
+            offset = end
         return start, self.model.ln_final(torch.cat(out, 1))
 
     def later_layers(self, h, copies: list[Copy], stage: Stage, of, mask, cache) -> torch.Tensor:
-        """Run the layers after the copies' on h (n, pos, d_model), given what they were given in the stage for its rows
-        `of` (n,), the copies', and its last tokens; mask (n, pos): what is edited."""
-        blocks, left = self.model.blocks, stage.inputs[copies[0].layer + 1][3]
-        shared = {name: tuple(x[of] for x in pair) for name, pair in left.items()}
-
+        """Run the layers after the copies' on h (n, pos, d_model), the stage's last tokens. of (n,): the row of the
+        stage that each copy continues, whose arguments the layers get; mask (n, pos): what is edited."""
+        blocks, lowest = self.model.blocks, copies[0].layer + 1
+        shared = {name: tuple(x[of] for x in pair) for name, pair in stage.inputs[lowest][3].items()}
         given = partial(cut, rows=of, n=h.shape[1], shape=stage.ids.shape, cache=cache, shared=shared)
         with unwrapped(self.wrappers):
-            for number in range(copies[0].layer + 1, len(blocks)):
+            for number in range(lowest, len(blocks)):
                 args, kwargs = tree_map(given, stage.inputs[number][1:3], is_leaf=lambda x: isinstance(x, STATE))
                 out = blocks[number](h, *args, **kwargs)
                 h = out[0] if isinstance(out, tuple) else out
@@ -237,8 +233,8 @@ def head(model, h: torch.Tensor) -> torch.Tensor:
 
 
 def cut(value, rows: torch.Tensor, n: int, shape: tuple[int, int], cache: DynamicCache, shared: dict):
-    """What a block was given for a stage of `shape` (batch, pos), such as its attention mask or positions, for these
-    rows of it and its last n tokens; cache, shared: the rows' own."""
+    """A block's argument in a stage of `shape` (batch, pos), such as an attention mask or positions, for these rows and
+    the last n tokens; the cache and what lower layers share are replaced by the rows' own."""
     if isinstance(value, STATE):
         return cache if isinstance(value, DynamicCache) else shared
     if not torch.is_tensor(value):
@@ -251,17 +247,13 @@ def cut(value, rows: torch.Tensor, n: int, shape: tuple[int, int], cache: Dynami
 
 def for_rows(cache: DynamicCache, rows: torch.Tensor, length: int, layer: int = 0) -> DynamicCache:
     """The keys and values of the first `length` tokens, from `layer` on, with row rows[i] of `cache` as row i."""
-    new = DynamicCache()
-    for number, old in enumerate(cache.layers):
-        new.layers.append(DynamicLayer())
-        if length and number >= layer:
-            new.update(*(x[rows, :, :length] for x in (old.keys, old.values)), number)
-    return new
+    return DynamicCache([(old.keys[rows, :, :length], old.values[rows, :, :length]) if length and number >= layer
+                         else (None, None) for number, old in enumerate(cache.layers)])  # fmt: skip
 
 
 def beginnings(rows: list[list[int]]) -> tuple[int, list[int]]:
-    """How many tokens of the rows (of equal length) are best run once for all that begin alike, 0 where it is not worth
-    it; and for each row the number of its beginning among the different ones."""
+    """How many first tokens of the rows (of equal length) to run once for all rows that share them, so that most is
+    saved, 0 where it is not worth it; and for each row the number of its beginning among the different ones."""
     best, found, numbers = WORTH_SHARING * (len(rows) - 1), (0, []), [0] * len(rows)
     for n in range(1, len(rows[0])):
         known = {}
@@ -319,22 +311,20 @@ def pushed(direction: torch.Tensor, turn: int):
 @torch.inference_mode()
 def try_engine(model, layer: int | None) -> None:
     """check_engine at one layer (None: without an edit). Raises ValueError where log-probabilities differ."""
-    plain, edits = model.original_model, [NONE]
-    ids = inference.random_ids(plain, (3, 20))
-    special = torch.tensor(special_ids(model.tokenizer), device=ids.device)
-    ids[torch.isin(ids, special)] = next(i for i in itertools.count() if i not in special)
+    plain, tried = model.original_model, [NONE]
+    ids = edits.random_ids(plain, (3, 20))
     ids[:, : WORTH_SHARING + 1] = ids[0, : WORTH_SHARING + 1]
     prompts = [row[:n].tolist() for row, n in zip(ids, (20, 17, 12))]
     if layer is not None:
-        h = inference.residual_stream(plain, ids, layer)
+        h = edits.residual_stream(plain, ids, layer)
         noise = torch.randn(2, h.shape[-1], generator=torch.Generator().manual_seed(0)).to(h.device) * h.float().std()
-        edits += [Edit(f"pushed {k}", at={layer: pushed(direction, 3 * k)}) for k, direction in enumerate(noise)]
+        tried += [Edit(f"pushed {k}", at={layer: pushed(direction, 3 * k)}) for k, direction in enumerate(noise)]
 
     def one_by_one() -> torch.Tensor:  # (n_edits, tokens of all prompts, d_vocab)
         found = []
-        for edit in edits:
-            with inference.applied(model, model.tokenizer, edit):
-                found.append([inference.log_probs(plain, torch.tensor([row], device=ids.device))[0] for row in prompts])
+        for edit in tried:
+            with edits.applied(model, model.tokenizer, edit):
+                found.append([edits.log_probs(plain, torch.tensor([row], device=ids.device))[0] for row in prompts])
         return torch.stack([torch.cat(rows) for rows in found])
 
     def score(places, start, h):  # of tokens that the row does not have or that are unablated, NaN
@@ -342,8 +332,8 @@ def try_engine(model, layer: int | None) -> None:
 
     expected, real = one_by_one(), torch.arange(20) < torch.tensor([[20], [17], [12]])
     for share in (True, False):
-        found = torch.empty(len(edits), 3, 20, expected.shape[-1])
-        OnePass(model, edits, share).fill(found, prompts, score, [0, 1, 2])
+        found = torch.empty(len(tried), 3, 20, expected.shape[-1])
+        OnePass(model, tried, share).fill(found, prompts, score, [0, 1, 2])
         found = torch.where(found.isnan(), found[0], found)[:, real]
-        if not inference.same_up_to_rounding(found, expected, plain, one_by_one):
+        if not edits.same_up_to_rounding(found, expected, plain, one_by_one):
             raise ValueError("it gives other probabilities than a plain pass for each of them")

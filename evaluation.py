@@ -1,20 +1,22 @@
 """
-Measure what edits do: letters, answers in words, loss, open answers, many edits in one pass (engine.py); statistics;
-and what forget and retain texts say about features, from which edits are made.
+Measure what edits do to letters, answers in words, loss and open answers, with statistics; and measure on forget and
+retain texts what edits are made of: firing rates, feature scores, directions.
 """
 
 import math
 import re
 import string
 from dataclasses import KW_ONLY, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from sae_lens.evals import ExplainedVarianceCalculator
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from scipy import stats
+from torch.nn.utils.rnn import pad_sequence
 
 import data
 import edits
@@ -31,8 +33,8 @@ SCORED_TOKENS = 20_000  # of OpenWebText, documents in order: enough for +-0.001
 # --------------------------------------------------------------------------------------------------- measures
 @dataclass(frozen=True)
 class Score:
-    """A mean over items with its 95% interval, and its paired change against the first row of the Measure. Fractions,
-    not per cent. p: McNemar's, of right and wrong items alone; an interval of a single value is None."""
+    """A mean over n items with its 95% interval, and its paired change against the Measure's first row with its own.
+    Fractions, not per cent; a single item has no interval (None). p: McNemar's, only of right and wrong items."""
 
     mean: float
     low: float | None
@@ -48,9 +50,9 @@ class Score:
 class Measure:
     """A value for each row (an edit, or another model) and each item (a question, a document).
 
-    values (n_rows, n_items): bool where an item is right or wrong; with `weights` (n_items,), the tokens of a document,
-    sums over them, so that means are sums over sums; else values to be averaged. The first row is what others are
-    compared with. groups: each item's subject; answers: for each row a letter per item; seed: of the bootstrap.
+    The other rows are compared with the first. values (n_rows, n_items): bool where an item is right or wrong, else
+    float. weights (n_items,): the tokens of each document, over which a value is then a sum, so that the mean is per
+    token. groups: each item's subject; answers: for each row a letter per item; seed: of the bootstrap.
     """
 
     name: str
@@ -65,11 +67,11 @@ class Measure:
     seed: int = 0
 
     def scores(self, only=slice(None)) -> dict[str, Score]:
-        """Score of each row; only: which items, as an index of numpy arrays."""
+        """The Score of each row; only: of these items, any index of numpy arrays."""
         return {name: self._score(k, only) for k, name in enumerate(self.rows)}
 
     def __getitem__(self, row: str) -> Score:
-        """Of all items. Raises KeyError for a name that no row has."""
+        """The Score of a row over all items. Raises KeyError for a name that no row has."""
         if row not in self.rows:
             raise KeyError(f"no row {row!r}; there are {', '.join(self.rows)}")
         return self._score(self.rows.index(row))
@@ -77,7 +79,7 @@ class Measure:
     def _score(self, k: int, only=slice(None)) -> Score:
         values, before = self.values[k, only], self.values[0, only] if k else None
         if self.weights is not None:
-            return rate(values, self.weights[only], before, self.seed)
+            return average(values, before, partial(per_token, tokens=self.weights[only], seed=self.seed))
         return share(values, before) if self.values.dtype == bool else average(values, before)
 
     def by_group(self) -> dict[str, dict[str, Score]]:
@@ -86,21 +88,20 @@ class Measure:
         return {str(group): self.scores(member == group) for group in np.unique(member)}
 
     def q_values(self) -> dict[str, dict[str, float]]:
-        """{group: {row: q}} for every row but the first: where all groups below q = 0.05 are called changed, at most 5%
-        of these are expected not to be (Benjamini and Hochberg, J R Stat Soc B 57:289, 1995)."""
+        """{group: {row: q}} for every row but the first. If every group with q < 0.05 is called changed, at most 5% of
+        these calls are expected to be wrong (Benjamini and Hochberg, J R Stat Soc B 57:289, 1995)."""
         groups = self.by_group()
-        q = {row: stats.false_discovery_control([scores[row].p for scores in groups.values()])
-             for row in self.rows[1:] if groups}  # fmt: skip
+        q = {row: stats.false_discovery_control([group[row].p for group in groups.values()]) for row in self.rows[1:]}
         return {group: {row: float(q[row][k]) for row in q} for k, group in enumerate(groups)}
 
     def select(self, rows) -> "Measure":
-        """Of these rows alone, in this order: the first is what the others are compared with."""
+        """These rows alone, in this order: the others are compared with the first of them."""
         at = [self.rows.index(row) for row in rows]
         answers = self.answers and tuple(self.answers[k] for k in at)
         return replace(self, rows=tuple(rows), values=self.values[at], answers=answers)
 
     def table(self):
-        """A pandas DataFrame, a row a row, in the measure's unit: per cent where that is "%"."""
+        """The Scores as a pandas DataFrame for notebooks, in the measure's unit: per cent where that is "%"."""
         import pandas
 
         table = pandas.DataFrame({name: vars(score) for name, score in self.scores().items()}).T.astype(float)
@@ -110,13 +111,12 @@ class Measure:
 
 
 def joined(measures: list[Measure]) -> Measure:
-    """The same measure of several models' rows, one under the other. Raises ValueError where items differ or a row's
-    name comes twice."""
+    """One Measure of all the rows, from Measures of the same items (one per model). Raises ValueError where the items
+    differ or two rows have the same name."""
     first, rows = measures[0], tuple(row for measure in measures for row in measure.rows)
     for other in measures[1:]:
-        same = other.name == first.name and other.groups == first.groups
-        same = same and np.array_equal(other.weights, first.weights)
-        if not same or other.values.shape[1] != first.values.shape[1]:
+        same = (other.name, other.groups, other.values.shape[1]) == (first.name, first.groups, first.values.shape[1])
+        if not same or not np.array_equal(other.weights, first.weights):
             raise ValueError(f"{other.name} and {first.name} are not measures of the same items")
     if len(set(rows)) < len(rows):
         raise ValueError(f"a name comes twice among the rows {', '.join(rows)}")
@@ -125,25 +125,19 @@ def joined(measures: list[Measure]) -> Measure:
 
 
 def share(right: np.ndarray, before: np.ndarray | None = None) -> Score:
-    """Of (n,) bool: Wilson's interval, and against `before` Newcombe's of the paired change and McNemar's exact p."""
+    """The share of (n,) bool that is right, with Wilson's interval; its paired change against `before`, with Newcombe's
+    interval and McNemar's exact p."""
     n = len(right)
-    score = Score(right.mean().item(), *wilson(int(right.sum()), n), n)
+    score = right.mean().item(), *wilson(int(right.sum()), n), n
     if before is None:
-        return score
+        return Score(*score)
     both, won, lost = (int(pairs.sum()) for pairs in (right & before, right & ~before, ~right & before))
     p = float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
-    ends = paired_interval(both, won, lost, n - both - won - lost)
-    return replace(score, change=(won - lost) / n, change_low=ends[0], change_high=ends[1], p=p)
-
-
-def average(values: np.ndarray, before: np.ndarray | None = None) -> Score:
-    """Mean of (n,) values and its paired change, with Student's intervals."""
-    change = () if before is None else student(values - before)
-    return Score(*student(values), len(values), *change)
+    return Score(*score, (won - lost) / n, *paired_interval(both, won, lost, n - both - won - lost), p)
 
 
 def student(values: np.ndarray) -> tuple[float, float | None, float | None]:
-    """The mean with its 95% interval, of which a single value has none."""
+    """The mean of (n,) values with Student's 95% interval, which a single value does not have."""
     mean, n = values.mean().item(), len(values)
     if n == 1:
         return mean, None, None
@@ -151,24 +145,23 @@ def student(values: np.ndarray) -> tuple[float, float | None, float | None]:
     return mean, mean - reach, mean + reach
 
 
-def rate(sums: np.ndarray, tokens: np.ndarray, before: np.ndarray | None = None, seed: int = 0) -> Score:
-    """Sum of (n,) sums per token, and its change, each with a bootstrap over the items."""
+def per_token(sums: np.ndarray, tokens: np.ndarray, seed: int) -> tuple[float, float | None, float | None]:
+    """The sum of (n,) sums over that of (n,) tokens, with its bootstrap interval over the n items."""
 
-    def per_token(total, count, axis=-1):
-        return total.sum(axis) / count.sum(axis)
+    def ratio(sums, tokens, axis=-1):
+        return sums.sum(axis) / tokens.sum(axis)
 
-    def with_interval(total):
-        return float(per_token(total, tokens)), *bootstrap(per_token, total, tokens, seed=seed)
+    return float(ratio(sums, tokens)), *bootstrap(ratio, sums, tokens, seed=seed)
 
-    change = () if before is None else with_interval(sums - before)
-    return Score(*with_interval(sums), len(sums), *change)
+
+def average(values: np.ndarray, before: np.ndarray | None = None, interval=student) -> Score:
+    """The mean of (n,) values and its paired change; interval(values) -> (mean, low, high)."""
+    return Score(*interval(values), len(values), *(() if before is None else interval(values - before)))
 
 
 def each_row(model, rows: dict, score) -> torch.Tensor:
-    """(n_rows, ...): score(model, edits) of the rows that are Edits, score(other, [NONE]) of each other model.
-
-    Raises ValueError where the first row, which the others are compared with, is none of `model`'s.
-    """
+    """(n_rows, ...): of the rows that are Edits score(model, edits), of every other model score(that model, [NONE])[0].
+    Raises ValueError where the first row, with which the others are compared, is not an Edit."""
     edits = {name: row for name, row in rows.items() if isinstance(row, Edit)}
     if next(iter(rows)) not in edits:
         raise ValueError("the first row must be an edit of the model, as NONE")
@@ -177,38 +170,34 @@ def each_row(model, rows: dict, score) -> torch.Tensor:
     return torch.stack([found[name] for name in rows])
 
 
-def measure_name(data: Dataset, what: str) -> str:
-    return f"{data.name}/tuning/{what}" if data.half == "tuning" else f"{data.name}/{what}"
+def measure_of(dataset: Dataset, what: str, title: str, unit: str, rows: dict, values, **more) -> Measure:
+    """The Measure DATASET/what, or DATASET/tuning/what on the tuning half. more: its other fields; groups are by
+    default the subjects of the questions, if all have one."""
+    name = f"{dataset.name}/tuning/{what}" if dataset.half == "tuning" else f"{dataset.name}/{what}"
+    subjects = tuple(row.get("subject") for row in dataset.rows)
+    more = {"groups": subjects if all(subjects) else None, **more}
+    return Measure(name, f"{dataset.title}, {title}", unit, tuple(rows), values, **more)
 
 
 def right_answers(quiz: Dataset, what: str, title: str, rows: dict, values) -> Measure:
     """Is the option of the highest value, (n_rows, n_questions, 4), the right one?"""
     chosen, right = np.asarray(values).argmax(-1), np.array([row["answer"] for row in quiz.rows])
-    return Measure(
-        measure_name(quiz, what), f"{quiz.title}, {title}", "%", tuple(rows), chosen == right, CHANCE,
-        groups=subjects_of(quiz), answers=tuple("".join(LETTERS[i] for i in row) for row in chosen),
-    )  # fmt: skip
-
-
-def subjects_of(quiz: Dataset) -> tuple[str, ...] | None:
-    return tuple(row["subject"] for row in quiz.rows) if all(row.get("subject") for row in quiz.rows) else None
+    answers = tuple("".join(LETTERS[i] for i in row) for row in chosen)
+    return measure_of(quiz, what, title, "%", rows, chosen == right, chance=CHANCE, answers=answers)
 
 
 def letters(
     model, quiz: Dataset, rows: dict, *, style: str = "plain", prompts: list[str] | None = None, batch_size: int = 16
 ) -> tuple[Measure, ...]:
-    """Whether the right letter is the likeliest; P(a letter), the four letters' probability together (low: the model
-    does not answer with a letter at all); and P(right letter).
+    """Three Measures: whether the right letter is the likeliest; P(a letter), the four letters' probability together
+    (if it is low the model does not answer with a letter at all); and P(right letter).
 
     rows: {name: an Edit of `model`, or another model}, the first an Edit. style: see data.encode_prompts; prompts: one
-    for each question, where they are not data.prompt's. Of a cloze quiz, which has no letters, one Measure alone:
-    whether the right option is the likeliest answer in words, in the form data.CLOZE. Errors: as score_letters.
+    per question (default: data.prompt's). A cloze quiz has no letters: its one Measure is that of `words`, with the
+    questions in the form data.CLOZE. Raises ValueError as each_row does and UserError as score_letters does.
     """
     if quiz.is_cloze:
-        values = each_row(model, rows, lambda model, edits: score_words(model, quiz.rows, edits, batch_size, quiz.title,
-                                                                        form=data.CLOZE))  # fmt: skip
-        return (right_answers(quiz, "cloze", "as a cloze", rows, values),)
-
+        return (words(model, quiz, rows, batch_size=batch_size, cloze=True),)
     texts = [prompt(row, style=style) for row in quiz.rows] if prompts is None else prompts
 
     def score(model, edits):
@@ -219,75 +208,72 @@ def letters(
     p, right = np.exp(log_probs.double().numpy()), [row["answer"] for row in quiz.rows]
     probabilities = {"P(a letter)": p.sum(-1), "P(right letter)": p[:, np.arange(len(right)), right]}
     return right_answers(quiz, "letters", "in letters", rows, log_probs), *(
-        Measure(measure_name(quiz, what), f"{quiz.title}, {what}", "probability", tuple(rows), values,
-                groups=subjects_of(quiz))
-        for what, values in probabilities.items()
-    )  # fmt: skip
+        measure_of(quiz, what, what, "probability", rows, values) for what, values in probabilities.items()
+    )
 
 
-def words(model, quiz: Dataset, rows: dict, *, batch_size: int = 16) -> Measure:
-    """Whether the right option is the likeliest answer in words, per character. rows, errors: as for `letters`."""
+def words(model, quiz: Dataset, rows: dict, *, batch_size: int = 16, cloze: bool = False) -> Measure:
+    """Whether the right option is the likeliest answer in words, per character. cloze: asked in the form data.CLOZE,
+    not data.IN_WORDS. rows, errors: as for `letters`."""
+    what, title, form = ("cloze", "as a cloze", data.CLOZE) if cloze else ("words", "in words", data.IN_WORDS)
     values = each_row(model, rows, lambda model, edits: score_words(model, quiz.rows, edits, batch_size,
-                                                                    f"{quiz.title} in words"))  # fmt: skip
-    return right_answers(quiz, "words", "in words", rows, values)
+                                                                    f"{quiz.title} {title}", form))  # fmt: skip
+    return right_answers(quiz, what, title, rows, values)
 
 
 def window_losses(
     model, texts: Dataset, rows: dict, *, batch_size: int = 16, limit: int | None = None
 ) -> tuple[torch.Tensor, list[list[int]], list[int], torch.Tensor]:
-    """Summed next-token loss in nats of each window, (n_rows, n_windows); the windows; for each the document that it is
-    of; and how many targets it has. limit: of documents. Other models' tokenizers must be the model's."""
-    if any(
-        not isinstance(row, Edit) and row.tokenizer.get_vocab() != model.tokenizer.get_vocab() for row in rows.values()
-    ):
+    """The texts' first SCORED_TOKENS tokens in windows. Returns the next-token loss in nats summed over each window,
+    (n_rows, n_windows); the windows; the index of each window's document; and how many targets each window has.
+
+    rows: as for `letters`; limit: of documents. Raises ValueError for a row whose tokenizer is not the model's, and as
+    `letters` does.
+    """
+    others = [row.tokenizer for row in rows.values() if not isinstance(row, Edit)]
+    if any(tokenizer.get_vocab() != model.tokenizer.get_vocab() for tokenizer in others):
         raise ValueError("losses per token of models with different tokenizers cannot be compared")
     windows, documents = data.token_windows(model.tokenizer, texts.texts[:limit], max_tokens=SCORED_TOKENS, bos=True)
-    targets = {}
-
-    def score(model, edits):
-        nats, targets["n"] = score_loss(model, windows, edits, batch_size, texts.title)
-        return nats
-
-    return each_row(model, rows, score), windows, documents, targets["n"]
+    nats = each_row(model, rows, lambda model, edits: score_loss(model, windows, edits, batch_size, texts.title)[0])
+    return nats, windows, documents, torch.tensor([int(mask.sum()) for mask in target_masks(model.tokenizer, windows)])
 
 
 def loss(model, texts: Dataset, rows: dict, *, batch_size: int = 16, limit: int | None = None) -> Measure:
-    """Nats per token of the first SCORED_TOKENS tokens of the texts, a document an item. rows, limit: as for
-    `window_losses`. Raises UserError for a document without a token to predict, and as score_letters does."""
+    """Nats per token, an item per document. Arguments, errors: as for `window_losses`; and UserError for a document
+    without a token to predict."""
     nats, _, documents, targets = window_losses(model, texts, rows, batch_size=batch_size, limit=limit)
     member = np.unique(documents, return_inverse=True)[1]
     tokens, values = np.bincount(member, targets), np.stack([np.bincount(member, row) for row in nats])
     if not tokens.all():
         raise UserError("a document has no token to predict: leave it out of the data")
-    return Measure(measure_name(texts, "loss"), f"{texts.title}, loss", "nats per token", tuple(rows), values,
-                   weights=tokens, seed=texts.seed)  # fmt: skip
+    return measure_of(texts, "loss", "loss", "nats per token", rows, values, weights=tokens, seed=texts.seed,
+                      groups=None)  # fmt: skip
 
 
 def open_answers(model, quiz: Dataset, rows: dict, *, batch_size: int = 16) -> tuple[Measure, Measure]:
-    """Whether what the model writes is the right answer (`exact_answers`), and what a token of that costs it, in nats.
-    rows, errors: as for `letters`."""
+    """Two Measures: whether what the model writes is the right answer, up to what `normalised` removes; and its loss on
+    the right answer, in nats per token. rows, errors: as for `letters`."""
+    right = [row["choices"][row["answer"]] for row in quiz.rows]
+    alone = [{**row, "choices": [answer]} for row, answer in zip(quiz.rows, right)]
 
-    def cost(model, edits):
-        windows, first = right_windows(model.tokenizer, quiz.rows)
+    def score(model, edits):  # (n_edits, n_questions, 2): is it right, and the loss
+        windows, first = data.encode_words(model.tokenizer, alone)
+        room = 1 + max(len(ids) - at for ids, at in zip(windows, first))  # one more, to see an answer that goes on
+        written = written_answers(model, quiz.rows, edits, room, batch_size, quiz.title)
+        exact = [[normalised(text) == normalised(answer) for text, answer in zip(texts, right)] for texts in written]
         nats, tokens = score_loss(model, windows, edits, 4 * batch_size, quiz.title, first=first)
-        return nats / tokens.clamp(min=1)
+        return torch.stack([torch.tensor(exact).double(), nats / tokens.clamp(min=1)], -1)
 
-    def written(model, edits):
-        return torch.from_numpy(exact_answers(model, quiz.rows, edits, batch_size, quiz.title))
-
-    exact, nats = (each_row(model, rows, score).numpy() for score in (written, cost))
-    names, groups = tuple(rows), subjects_of(quiz)
-    return (
-        Measure(measure_name(quiz, "exact"), f"{quiz.title}, written", "%", names, exact, 0.0, groups=groups),
-        Measure(measure_name(quiz, "right answer"), f"{quiz.title}, loss on the right answer", "nats per token", names,
-                nats, groups=groups),
-    )  # fmt: skip
+    values = each_row(model, rows, score).numpy()
+    return (measure_of(quiz, "exact", "written", "%", rows, values[..., 0] == 1, chance=0.0),
+            measure_of(quiz, "right answer", "loss on the right answer", "nats per token", rows,
+                       values[..., 1]))  # fmt: skip
 
 
 def rounding_noise(model, quiz: Dataset, *, style: str = "plain", batch_size: int = 16, most: int = 64) -> dict:
-    """How much the unablated model's answers to up to `most` of the questions depend on the batch size alone, taken
-    against a third of it (3 where that is 0): the noise floor, next to nothing in float32. Returns {"asked", "answers"
-    that change, "log_probability", the most that one moves by, in nats}."""
+    """What the batch size alone changes in the unablated model's answers to up to `most` of the questions: batch_size
+    against a third of it (3 where that is 0). Next to nothing in float32. Returns {"asked": number of questions,
+    "answers": how many letters differ, "log_probability": the largest difference of a letter's, in nats}."""
     rows = quiz.rows[:: math.ceil(len(quiz) / most)]
     prompts, ids = encode_prompts(model.tokenizer, [prompt(row, style=style) for row in rows], style)
     one, other = (score_letters(model, prompts, ids, [NONE], size)[0] for size in (batch_size, batch_size // 3 or 3))
@@ -295,119 +281,119 @@ def rounding_noise(model, quiz: Dataset, *, style: str = "plain", batch_size: in
     return {"asked": len(rows), "answers": int(differ.sum()), "log_probability": (one - other).abs().max().item()}
 
 
-def best_row(forget: Measure | dict[str, Score], retain: Measure | dict[str, Score]) -> str:
+def best_row(forget: dict[str, Score], retain: dict[str, Score]) -> str:
     """SAEBench's choice (arXiv 2503.09532): of the rows but the first that keep KEEP of the first one's accuracy on
     `retain`, the one of lowest accuracy on `forget`; ties go to the higher accuracy on `retain`, then to the earlier
     row. Where none keeps as much, the one that keeps most. Raises ValueError where rows differ or there is one alone.
     """
-    scores = [measure.scores() if isinstance(measure, Measure) else measure for measure in (forget, retain)]
-    known, kept = ({name: score.mean for name, score in of_rows.items()} for of_rows in scores)
-    first, *others = known
-    if list(kept) != [first, *others] or not others:
+    first, *others = forget
+    if list(retain) != list(forget) or not others:
         raise ValueError("two measures of the same rows, more than one, are needed to choose among them")
-    good = [name for name in others if kept[name] >= KEEP * kept[first] - 1e-12]
-    return min(good, key=lambda name: (known[name], -kept[name])) if good else max(others, key=kept.get)
+    good = [row for row in others if retain[row].mean >= KEEP * retain[first].mean - 1e-12]
+    if not good:
+        return max(others, key=lambda row: retain[row].mean)
+    return min(good, key=lambda row: (forget[row].mean, -retain[row].mean))
 
 
 def robust_only(model, quiz: Dataset, *, style: str = "plain", batch_size: int = 16) -> Dataset:
-    """Of the quiz the questions that the unablated model answers right in all 24 orders of the options (SAEBench, arXiv
+    """The questions that the unablated model answers right in all 24 orders of the options (SAEBench, arXiv
     2503.09532); none is asked again after a wrong answer. Raises UserError where none is left."""
-    places = list(range(len(quiz)))
     for number, order in enumerate(data.PERMUTATIONS, 1):
-        rows = [data.reordered(quiz.rows[i], order) for i in places]
-        if not rows:
-            raise UserError(f"{quiz.title}: no question is answered right in all 24 orders of its options")
+        rows = [data.reordered(row, order) for row in quiz.rows]
         prompts, ids = encode_prompts(model.tokenizer, [prompt(row, style=style) for row in rows], style)
         chosen = score_letters(model, prompts, ids, [NONE], batch_size, f"order {number} of 24")[0].argmax(-1).tolist()
-        places = [i for i, row, letter in zip(places, rows, chosen) if letter == row["answer"]]
-    return quiz.only(places)
+        quiz = quiz.only(i for i, row in enumerate(rows) if row["answer"] == chosen[i])
+        if not quiz.rows:
+            raise UserError(f"{quiz.title}: no question is answered right in all 24 orders of its options")
+    return quiz
 
 
-def refuse_not_numbers(found: torch.Tensor, rows: list[list[int]], edits, what: str, tokenizer) -> None:
-    """Raises UserError naming the first of the scored rows, and the edit, whose score is not finite; found:
-    (n_edits, n_rows, ...)."""
-    bad = ~found.isfinite().flatten(2).all(-1) if found.ndim > 2 else ~found.isfinite()
+def refuse_not_numbers(scores: torch.Tensor, rows: list[list[int]], edits, what: str, tokenizer) -> None:
+    """Raises UserError naming the first of the rows (of ids), and the edit, whose scores (n_edits, n_rows, ...) are not
+    all finite; what: "question" or "text"."""
+    bad = ~scores[..., None].isfinite().flatten(2).all(-1)
     if bad.any():
         row, k = bad.T.nonzero()[0].tolist()
         raise UserError(f"{what} {row} ({data.excerpt(tokenizer, rows[row])}): its log-probabilities under "
                         f"{edits[k].method} are not finite (NaN or infinity)")  # fmt: skip
 
 
-def score_letters(model, prompts, letters, edits, batch_size=16, desc=None) -> torch.Tensor:
-    """Log-probability of each answer letter after each prompt: (n_edits, n_prompts, 4), fp32, over the vocabulary.
+def score_letters(model, prompts, letter_ids, edits, batch_size=16, desc=None) -> torch.Tensor:
+    """Log-probability, over the vocabulary, of each answer letter after each prompt: (n_edits, n_prompts, 4), fp32.
 
-    prompts: lists of ids; letters: the four letters' ids, or several for each, of which the likeliest counts. Only the
-    last position meets the unembedding. Raises UserError for a prompt beyond the model's positions, one whose result is
-    not finite, and a model that the engine cannot run (`check_engine`).
+    prompts: lists of ids; letter_ids: one for each letter, or several, of which the likeliest counts. Only the last
+    position meets the unembedding. Raises UserError for a prompt longer than the model's positions, for a result that
+    is not finite, and for a model that the engine cannot run (`check_engine`).
     """
     refuse_long(model.tokenizer, prompts)
     check_engine(model, {min(edit.at) for edit in edits if edit.at})
-    letters = torch.tensor(letters).reshape(4, -1)
+    letter_ids = torch.tensor(letter_ids).reshape(4, -1)
 
     def score(places, start, h):
-        last = torch.tensor([len(prompts[i]) - 1 - start for i in places], device=h.device)
-        logits = head(model, h[torch.arange(len(h), device=h.device), last][:, None])[:, 0]
-        return logits.log_softmax(-1)[:, letters].amax(-1).cpu()
+        last = [len(prompts[i]) - 1 - start for i in places]
+        logits = head(model, h[range(len(h)), last][:, None])[:, 0]
+        return logits.log_softmax(-1)[:, letter_ids].amax(-1).cpu()
 
-    found = each_edit(model, prompts, edits, score, (4,), batch_size=batch_size, desc=desc).float()
-    refuse_not_numbers(found, prompts, edits, "question", model.tokenizer)
-    return found
+    log_probs = each_edit(model, prompts, edits, score, (4,), batch_size=batch_size, desc=desc).float()
+    refuse_not_numbers(log_probs, prompts, edits, "question", model.tokenizer)
+    return log_probs
 
 
-def score_loss(
-    model, windows, edits, batch_size=16, desc=None, chunk=2**25, first=None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed next-token loss of each window, (n_edits, n_windows) in nats, fp64, and its targets (n_windows,).
+def target_masks(tokenizer, windows: list[list[int]], first: list[int] | None = None) -> list[torch.Tensor]:
+    """For each window a mask (pos,) of the tokens that count in its loss: not special, and from index `first` on, by
+    default from 1, since nothing predicts the first token."""
+    special = torch.tensor(special_ids(tokenizer))
+    return [~torch.isin(torch.tensor(ids), special) & (torch.arange(len(ids)) >= max(1, begin))
+            for ids, begin in zip(windows, first or [1] * len(windows))]  # fmt: skip
 
-    Special tokens are no targets, nor are those before a window's `first` (n_windows,), if given. `chunk`: how many
-    logits are held at a time. Raises UserError as score_letters does.
-    """
+
+def score_loss(model, windows, edits, batch_size=16, desc=None, chunk=2**25, first=None) -> tuple:
+    """Next-token loss in nats summed over each window's targets (see `target_masks`), (n_edits, n_windows) in fp64; and
+    how many targets it has, (n_windows,). chunk: how many logits are held at a time. Errors: as score_letters."""
     refuse_long(model.tokenizer, windows)
     check_engine(model, {min(edit.at) for edit in edits if edit.at})
-    special, begin = torch.tensor(special_ids(model.tokenizer)), torch.tensor(first or [1] * len(windows)).clamp(min=1)
-
-    def is_target(ids, places):  # (n, pos)
-        behind = torch.arange(ids.shape[1]) >= begin[places][:, None]
-        return ~torch.isin(ids, special.to(ids.device)) & behind.to(ids.device)
-
-    unablated = {}  # {window: loss of each token but the first}, for the tokens that an edit leaves as they are
+    masks = target_masks(model.tokenizer, windows, first)
+    unablated = {}  # {window: loss of each token but the first}, for the tokens before an edit's first one
 
     def score(places, start, h):
-        ids = data.padded([windows[i] for i in places], model.tokenizer, h.device)
-        goal, real = ids[:, start + 1 :], is_target(ids, places)[:, start + 1 :]
-        losses = token_losses(model, h[:, : goal.shape[1]], goal, real, chunk)
+        ids = data.padded([windows[i] for i in places], model.tokenizer, h.device)[:, start + 1 :]
+        real = pad_sequence([masks[i] for i in places], batch_first=True)[:, start + 1 :]
+        size, parts = max(1, chunk // model.cfg.d_vocab), []
+        for part, goal in zip(*(x[real].split(size) for x in (h[:, : ids.shape[1]], ids))):
+            logits = head(model, part[None])[0]  # where the unembedding is, which may be another device
+            parts.append(F.cross_entropy(logits, goal.to(logits.device), reduction="none").cpu())
+        losses = torch.zeros(real.shape, dtype=torch.float64)
+        losses[real] = torch.cat(parts).double()
         for place, of_window in zip(places, losses):
-            unablated.setdefault(place, of_window)
+            unablated.setdefault(place, of_window)  # every window is scored unablated first
         return losses.sum(1) + torch.stack([unablated[place][:start].sum() for place in places])
 
     nats = each_edit(model, windows, edits, score, batch_size=batch_size, desc=desc, first=first)
     refuse_not_numbers(nats, windows, edits, "text", model.tokenizer)
-    targets = [is_target(torch.tensor([ids]), [place]).sum() for place, ids in enumerate(windows)]
-    return nats, torch.tensor(targets)
+    return nats, torch.tensor([int(mask.sum()) for mask in masks])
 
 
 def score_words(model, questions: list[dict], edits, batch_size=16, desc=None, form=data.IN_WORDS) -> torch.Tensor:
-    """Log-probability per character of each option as an answer in words, (n_edits, n_questions, 4), fp64: asked
-    without header, options and letters. Per character, as in lm-eval's acc_norm, or the shortest option would win.
-    form: IN_WORDS or CLOZE; a pass has four times batch_size of these short windows. Errors: as score_letters."""
+    """Log-probability per character of each option as an answer in words, (n_edits, n_questions, 4), fp64. Per
+    character, as in lm-eval's acc_norm, or the shortest option would win. form: data.IN_WORDS or data.CLOZE. A pass has
+    four times batch_size of these short windows. Errors: as score_letters."""
     windows, first = data.encode_words(model.tokenizer, questions, form)
-    nats = score_loss(model, windows, edits, 4 * batch_size, desc, first=first)[0]
+    nats, _ = score_loss(model, windows, edits, 4 * batch_size, desc, first=first)
     lengths = torch.tensor([[max(1, len(choice.strip())) for choice in row["choices"]] for row in questions])
     return -nats.reshape(len(edits), -1, 4) / lengths
 
 
 @torch.inference_mode()
 def written_answers(model, questions: list[dict], edits, room: int, batch_size=16, desc=None) -> list[list[str]]:
-    """The first line of what the model writes as an answer in words, greedily: a text per edit and question.
+    """The first line of what the model writes, greedily, as an answer in words: a text per edit and question.
 
-    Asked as by score_words, in batches padded on the left; room: new tokens, at the most. An edit that looks at a whole
-    prompt is run without a cache, on all that is written so far. Raises UserError for a prompt that leaves the model
-    too few positions.
+    Asked in the form data.IN_WORDS; room: the most new tokens. An edit that looks at a whole prompt is run without a
+    cache, on all that is written so far. Raises UserError for a prompt that leaves the model too few positions.
     """
     rows = [data.encode(model.tokenizer, data.IN_WORDS.format(row["question"].strip())) for row in questions]
     pad, found = data.pad_id(model.tokenizer), []
     refuse_long(model.tokenizer, [row + [pad] * room for row in rows])
-    backwards = [row[::-1] for row in rows]
+    backwards = [row[::-1] for row in rows]  # `batches` pads on the right; turned again, that is the left
     for picked, ids in batches(backwards, batch_size, model.tokenizer, model.cfg.device, desc):
         ids, lengths = ids.flip(1), torch.tensor([len(rows[i]) for i in picked], device=ids.device)
         mask = torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - lengths[:, None]
@@ -419,7 +405,7 @@ def written_answers(model, questions: list[dict], edits, room: int, batch_size=1
                 )[:, ids.shape[1] :]  # fmt: skip
             texts = model.tokenizer.batch_decode(written, skip_special_tokens=True)
             found += [((k, i), text.split("\n")[0].strip()) for i, text in zip(picked, texts)]
-    found = dict(data.from_all_processes(found))  # each process has written its share
+    found = dict(gather_object(found))  # each process has written its share
     return [[found[k, i] for i in range(len(rows))] for k in range(len(edits))]
 
 
@@ -430,41 +416,13 @@ def normalised(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def right_windows(tokenizer, questions: list[dict]) -> tuple[list[list[int]], list[int]]:
-    """encode_words' windows of the right answers alone."""
-    return data.encode_words(tokenizer, [{**row, "choices": [row["choices"][row["answer"]]]} for row in questions])
-
-
-def exact_answers(model, questions: list[dict], edits, batch_size=16, desc=None) -> np.ndarray:
-    """(n_edits, n_questions) bool: is what the model writes the right answer, up to what `normalised` removes? It may
-    write one token more than the longest right answer has, so that an answer that goes on is seen to."""
-    windows, first = right_windows(model.tokenizer, questions)
-    room = 1 + max(len(ids) - at for ids, at in zip(windows, first))
-    said = written_answers(model, questions, edits, room, batch_size, desc)
-    right = [normalised(row["choices"][row["answer"]]) for row in questions]
-    return np.array([[normalised(text) == one for text, one in zip(texts, right)] for texts in said])
-
-
-def token_losses(model, h: torch.Tensor, goal: torch.Tensor, real: torch.Tensor, chunk: int) -> torch.Tensor:
-    """(n, pos) losses of the next tokens `goal` in nats, fp64 on the CPU, 0 where they are not real."""
-    losses = []
-    for part, ids in zip(*(x[real].split(max(1, chunk // model.cfg.d_vocab)) for x in (h, goal))):
-        logits = head(model, part[None])[0]  # where the unembedding is, which may be another device
-        losses.append(F.cross_entropy(logits, ids.to(logits.device), reduction="none").cpu())
-    out = torch.zeros(real.shape, dtype=torch.float64)
-    out[real.cpu()] = torch.cat(losses).double()
-    return out
-
-
 def bootstrap(statistic, *samples, seed: int = 0) -> tuple[float | None, float | None]:
-    """95% percentile bootstrap interval of statistic(*samples), resampling the samples' entries together; of a single
-    entry there is none."""
+    """95% percentile bootstrap interval of statistic(*samples), (None, None) for a single entry. Entries of the samples
+    are drawn together."""
     if len(samples[0]) < 2:
         return None, None
-    result = stats.bootstrap(
-        samples, statistic, n_resamples=2000, paired=True, vectorized=True, method="percentile",
-        rng=np.random.default_rng(seed), batch=200,
-    )  # fmt: skip
+    result = stats.bootstrap(samples, statistic, n_resamples=2000, paired=True, vectorized=True, method="percentile",
+                             rng=np.random.default_rng(seed), batch=200)  # fmt: skip
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
@@ -475,7 +433,8 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 
 def paired_interval(both: int, won: int, lost: int, neither: int) -> tuple[float, float]:
-    """95% interval of (won - lost) / n from the pairs that are right after and before, after only, before only, never.
+    """95% interval of the paired change (won - lost) / n; both, won, lost, neither: how many of the n pairs are right
+    before and after, after only, before only, and never.
 
     Newcombe's square-and-add of two Wilson intervals with a corrected phi (Stat Med 17:2635, 1998, method 10). Where no
     pair is discordant it still has the width that n pairs leave open, of which resampling them knows nothing.
@@ -497,12 +456,13 @@ def paired_interval(both: int, won: int, lost: int, neither: int) -> tuple[float
 # -------------------------------------------------------------------------------- what edits are made of
 @torch.inference_mode()
 def check_sae_quality(model, sae, windows: list[list[int]], insist: bool = True, most: int = 10_000) -> dict:
-    """L0 and variance explained on counted tokens, beside the L0 that SAELens's table or the SAE itself promises.
+    """L0 and variance explained on the windows' counted tokens; prints them beside the L0 that SAELens's table or the
+    SAE itself promises. Of more than `most` tokens every second window, or third, and so on is read.
 
-    1 - sum |h - SAE(h)|^2 / sum |h - mean h|^2, both sums without the thousandth of tokens with the largest norm: a
-    handful of attention sinks, tens of times as long as other tokens, would decide it alone. Of more than `most` tokens
-    every second window, or third, and so on is read. Raises UserError if the SAE does not fit (read with the wrong
-    architecture, scaling or layer it would give numbers too) unless `insist` is False; always if they are not finite.
+    Variance explained is 1 - sum |h - SAE(h)|^2 / sum |h - mean h|^2, both sums without the thousandth of tokens with
+    the largest norm: a handful of attention sinks, tens of times as long as other tokens, would decide it alone. Raises
+    UserError if values are not finite, and unless `insist` is False for an SAE that does not fit the model: read with
+    the wrong architecture, scaling or layer it would give numbers too.
     """
     windows = windows[:: math.ceil(sum(map(len, windows)) / most) or 1]
     stream = edits.iter_residual_stream(model, layer_of(sae), windows, 16, shared=False)
@@ -524,8 +484,8 @@ def check_sae_quality(model, sae, windows: list[list[int]], insist: bool = True,
           f"{explained:.3f} on {n} tokens, the thousandth of largest norm left out")  # fmt: skip
     if insist and (explained < 0.5 or (promised and not promised / 4 < l0 < promised * 4)):
         raise UserError(f"{sae.source} does not fit this model (see the line above)")
-    found = {"l0": round(l0, 2), "variance_explained": round(explained, 4), "n_tokens": n}
-    return found | ({"promised_l0": round(promised, 2)} if promised else {})
+    quality = {"l0": round(l0, 2), "variance_explained": round(explained, 4), "n_tokens": n}
+    return {**quality, "promised_l0": round(promised, 2)} if promised else quality
 
 
 @dataclass(eq=False)
@@ -533,9 +493,9 @@ class FeatureStats:
     """What forget and retain windows say about a model's layer and its SAE. Each thing is computed once, when needed.
 
     model: a TransformerBridge; sae: None for methods that need none; layer: the SAE's; forget: windows (lists of ids);
-    retain: several sets of them, in each of which a picked feature must be rare; rule: of common.PICKING_RULES;
-    questions: those of the rule "attribution", asked in `style`; insist: whether an SAE that does not fit the model is
-    refused; clamp, refusal_value: what grids multiply; refusal_latent: for refusal-clamp.
+    retain: several sets of windows, in each of which a picked feature must be rare; rule: the default of `features`;
+    questions, style: for the rule "attribution"; insist: as for check_sae_quality; clamp, refusal_value: what the grids
+    of edits.METHODS multiply; refusal_latent: for refusal-clamp.
     """
 
     model: object
@@ -557,7 +517,7 @@ class FeatureStats:
 
     @property
     def edited_layer(self) -> int:
-        """The layer whose output is edited: of an SAE that reads hook_resid_pre the one before `layer`."""
+        """The layer whose output is edited: for an SAE that reads hook_resid_pre the one before `layer`."""
         return self.layer if self.sae is None else layer_of(self.sae)
 
     @cached_property
@@ -567,7 +527,7 @@ class FeatureStats:
 
     @cached_property
     def rates(self) -> tuple[Rates, Rates]:
-        """Of the forget windows, and the larger ones of the retain sets; the SAE is checked first."""
+        """Of the forget windows, and the larger ones of the retain sets."""
         _ = self.quality  # raises where the SAE does not fit
         forget = firing_rates(self.model, self.sae, self.forget, self.batch_size, "forget rates")
         retain = [firing_rates(self.model, self.sae, part, self.batch_size, "retain rates") for part in self.retain]
@@ -584,18 +544,18 @@ class FeatureStats:
         return output_scores(self.model, self.sae)
 
     def features(self, n: int, rule: str | None = None) -> list[int]:
-        """The n best features by a rule (None: self.rule), best first; see common.pick_features."""
+        """The n best features by a rule of common.pick_features (None: self.rule), best first."""
         rule = rule or self.rule
         by_score = {"attribution": "attribution", "output-score": "output_scores"}
         return pick_features(*self.rates, n, rule, score=getattr(self, by_score[rule]) if rule in by_score else None)
 
     def control(self, n: int, most: int) -> list[int]:
-        """The first n of random features that match the `most` best ones."""
+        """The first n of the `most` random features that match the `most` best ones (common.matched_random)."""
         return matched_random(*self.rates, self.features(most), self.seed)[:n]
 
     @cached_property
     def direction(self) -> list[float]:
-        """(d_model,), the mean residual stream of forget tokens less that of retain tokens, sets weighing the same."""
+        """(d_model,), the mean residual stream of forget tokens less that of retain tokens; the sets weigh the same."""
 
         def mean(windows):
             total, n = 0.0, 0
@@ -606,22 +566,22 @@ class FeatureStats:
         return (mean(self.forget) - torch.stack([mean(part) for part in self.retain]).mean(0)).tolist()
 
     @torch.inference_mode()
-    def gate(self, n: int, quantile: float = 0.95) -> float:
-        """DSG's tau for its n features: that quantile of rho over retain windows."""
-        if (n, quantile) not in self.gates:
+    def gate(self, n: int) -> float:
+        """DSG's gate for its n features: the 95% quantile of rho (see edits.gate_of) over the retain windows."""
+        if n not in self.gates:
             latents, shares, model = Latents(self.sae, self.features(n, "dsg")), [], self.model
             with edits.token_mask(model.original_model, model.tokenizer) as mask:
                 for part in self.retain:
                     for _, ids in batches(part, self.batch_size, model.tokenizer, model.cfg.device, "gate"):
                         h = residual_stream(model.original_model, ids, self.edited_layer)
                         shares.append(edits.gate_of(latents.encode(h)[0], mask.edited.to(h.device)).cpu())
-            self.gates[n, quantile] = torch.cat(shares).quantile(quantile).item()
-        return self.gates[n, quantile]
+            self.gates[n] = torch.cat(shares).quantile(0.95).item()
+        return self.gates[n]
 
 
 def attribution(model, sae, questions: Dataset, style: str = "plain", batch_size: int = 16) -> torch.Tensor:
-    """(d_sae,) what each feature's activation adds to the right answer, to first order: activation times the gradient
-    of the right letter's log-probability, summed over a question's edited tokens; the mean over the questions.
+    """(d_sae,) what each feature's activation adds to the right letter's log-probability, to first order: activation
+    times gradient, summed over a question's edited tokens; the mean over the questions.
 
     Differs from Farrell et al. (arXiv 2410.19278), whose notebooks take the logit, and then leave out what moves MMLU.
     """
@@ -653,10 +613,10 @@ def output_scores(model, sae, text: str = "From my experience,", top: int = 20, 
     """(d_sae,) the output scores of Arad et al., arXiv 2505.20063, by their code (github.com/technion-cs-nlp/
     saes-are-good-for-steering): does a feature make the model say what its decoder vector says?
 
-    A feature's own tokens are the `top` ones that the final norm and the unembedding make of W_dec[i]. The model is
-    asked what follows a neutral text while `factor` times the largest activation at its last token is added to the
-    feature's. The score is (1 - rank / d_vocab) * probability of the most probable of its own tokens. Raises UserError
-    where the final norm cannot be told.
+    A feature's own tokens are the `top` ones that the final norm and the unembedding make of W_dec[i]. At the last
+    token of a neutral text `factor` times the largest activation there is added to the feature's. The score is
+    (1 - rank / d_vocab) * probability of the most probable of its own tokens as the next one. Raises UserError where
+    the model's final norm cannot be told.
     """
     hf, everything = model.original_model, Latents(sae, range(sae.cfg.d_sae))
     norms = [part for part in hf.get_decoder().children() if {p.ndim for p in part.parameters()} == {1}]

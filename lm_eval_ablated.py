@@ -32,7 +32,8 @@ flags = runs.parser(__doc__, without=("--skip-long",))
 
 
 def lm_eval_flag(name: str, **options) -> None:
-    lm_evals.add_argument(f"--{name}", *{f"--{name.replace('_', '-')}"} - {f"--{name}"}, dest=name, **options)
+    spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])  # one, where it has no underscore
+    lm_evals.add_argument(*spellings, dest=name, **options)
 
 
 flags.add_argument("--clamp", type=runs.number(float, "0 or negative", lambda x: x <= 0),
@@ -87,6 +88,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from lm_eval import simple_evaluate
 from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import model_registry, register_model
@@ -184,7 +186,7 @@ class AblatedLM(HFLM):
         asked = [(key, context, answer) for key, context, answer in requests if key is not None]
         data.check_bos(self.tokenizer, [context for _, context, _ in asked])
         for (text, _), context, answer in asked:
-            data.without_thought(text)
+            data.refuse_thought(text)
             self.refuse_long(text, len(context) + len(answer) - 1)
         # lm-eval pads with token 0, which a share of tokens must not count
         alone = self.edit.needs_whole_prompt and data.pad_id(self.tokenizer) != 0
@@ -247,7 +249,7 @@ class DataParallelLM(AblatedLM):
         chosen = set(data.own_share(range(len(numbers))))
         shard = [i for i, context in enumerate(contexts) if numbers[context] in chosen]
         answers = getattr(self.inner, name)([requests[i] for i in shard]) if shard else []
-        answers = dict(data.from_all_processes(list(zip(shard, answers))))
+        answers = dict(gather_object(list(zip(shard, answers))))
         return [answers[i] for i in range(len(requests))]
 
     loglikelihood = partialmethod(share, "loglikelihood")
@@ -265,7 +267,7 @@ def load_ablated(args) -> AblatedLM:
         raise UserError("--device-map spreads one model over the GPUs: leave out --device and accelerate launch")
     spread = args.device_map and torch.cuda.is_available()
     spread = {"parallelize": True, "device_map": args.device_map} if spread else {}
-    path, dtype = hub.resolve_model(args.model), args.dtype or hub.preset_dtype(args.model)
+    path, dtype = hub.resolve_model(args.model), args.dtype or hub.preset(args.model).dtype
     try:
         lm = AblatedLM(args.model, device=args.device, dtype=dtype, edit_special=args.edit_special, **spread, **more,
                        batch_size=args.batch_size, max_batch_size=args.max_batch_size)  # fmt: skip
@@ -614,6 +616,43 @@ def measures_of(asked: Dataset, logs: dict[str, list[dict]], count_tokens=len, s
 
 
 # %% The run
+def with_record(args) -> tuple:
+    """(args, the record of --record or None). Who gives a record or a list of features has decided other flags, too."""
+    if not args.record:
+        decided = {"pick_on": "all"} if args.features else {}  # who knows what a list was picked on
+        return runs.settings(flags, vars(args) | decided), None
+    record = runs.read_record(args.record)
+    row_says = ("features", "layer", "n_features", "clamp", "setting")
+    if given := [name for name in row_says if getattr(args, name) != flags.get_default(name)]:
+        raise UserError(f"{given[0]}: a record's row says all about its edit; choose it with --row")
+    decided = {name: record["settings"].get(name, getattr(args, name))
+               for name in ("seed", "pick_on", "edit_special", "data")}  # fmt: skip
+    decided |= {"layer": None, "n_features": None} | ({"data": args.data} if args.data else {})
+    return runs.settings(flags, vars(args) | decided), record
+
+
+def edit_to_score(lm: AblatedLM, args, record: dict | None, clamp: float, numbers: dict) -> tuple:
+    """(name of its row, Edit, its SAEs, {layer: what the SAE check found}, data sets): the record's, of --features, or
+    picked. numbers: of --setting."""
+    name = None
+    if not record and not args.features:
+        edit, saes, quality, datasets = picked(lm, args, clamp, numbers)
+    else:
+        if record:
+            edit, saes, name = edit_of_row(lm, record, args.row, args.method, args.sae, args.model)
+        else:
+            numbers = ({"clamp": clamp} if "clamp" in METHODS[args.method or "clamp"].usual else {}) | numbers
+            features = read_features(args.features, args.layer)
+            edit, saes = edit_of_features(lm, features, args.method, args.sae, args.model, numbers)
+        datasets = [data.load("wikitext", args.model, args.data)]
+        windows = data.picking_windows(lm.tokenizer, [], [datasets[0].texts], args.context)[1][0]
+        quality = {layer_of(sae): check_sae_quality(BridgeView(lm), sae, windows, not args.no_sanity) for sae in saes}
+    if not name:  # by the method, of several layers that of the first
+        name = METHODS[edit.settings.get("edits", [{"method": edit.method}])[0]["method"]].title
+        name += f" {clamp:g}" if name == "clamp" else ""
+    return name, edit, saes, quality, datasets
+
+
 def run(**changes) -> dict:
     """run(tasks="tiny_mmlu", unablated=True): any flag by name. Returns the record, {} for --tasks list. Raises
     UserError."""
@@ -626,17 +665,8 @@ def run(**changes) -> dict:
         return {}
     if args.method and args.method not in METHODS:
         raise UserError(f"--method {args.method}: the methods are {', '.join(METHODS)}")
-    record = runs.read_record(args.record) if args.record else None
-    decided = {"pick_on": "all"} if args.features else {}  # who knows what a list was picked on
-    if record:  # its row says all about the edit
-        row_says = ("features", "layer", "n_features", "clamp", "setting")
-        if given := [name for name in row_says if getattr(args, name) != flags.get_default(name)]:
-            raise UserError(f"{given[0]}: a record's row says all about its edit; choose it with --row")
-        decided = {name: record["settings"].get(name, getattr(args, name))
-                   for name in ("seed", "pick_on", "edit_special", "data")}  # fmt: skip
-        decided |= {"layer": None, "n_features": None} | ({"data": args.data} if args.data else {})
-    args = runs.settings(flags, vars(args) | decided)
-    clamp = hub.preset_clamp(args.model) if args.clamp is None else args.clamp
+    args, record = with_record(args)
+    clamp = hub.preset(args.model).clamp if args.clamp is None else args.clamp
     names = args.tasks or (TINY_TASKS if args.model == "tiny" or args.data else HUB_TASKS)
     tasks = find_tasks([name.strip() for name in names.split(",")], args.include_path, args.data)
     numbers = simple_parse_args_string(",".join(args.setting or []))
@@ -648,21 +678,7 @@ def run(**changes) -> dict:
     chosen = choose(tasks, args.pick_on == "half", args.seed, args.subjects, samples, args.limit)
 
     lm = load_ablated(args)
-    if record or args.features:
-        if record:
-            edit, saes, name = edit_of_row(lm, record, args.row, args.method, args.sae, args.model)
-        else:
-            numbers = ({"clamp": clamp} if "clamp" in METHODS[args.method or "clamp"].usual else {}) | numbers
-            features = read_features(args.features, args.layer)
-            edit, saes = edit_of_features(lm, features, args.method, args.sae, args.model, numbers)
-        datasets = [data.load("wikitext", args.model, args.data)]
-        windows = data.picking_windows(lm.tokenizer, [], [datasets[0].texts], args.context)[1][0]
-        quality = {layer_of(sae): check_sae_quality(BridgeView(lm), sae, windows, not args.no_sanity) for sae in saes}
-    else:
-        edit, saes, quality, datasets = picked(lm, args, clamp, numbers)
-    if not record:
-        name = METHODS[edit.settings.get("edits", [{"method": edit.method}])[0]["method"]].title
-        name += f" {clamp:g}" if name == "clamp" else ""
+    name, edit, saes, quality, datasets = edit_to_score(lm, args, record, clamp, numbers)
     if args.robust:
         chosen = keep_robust(lm, tasks, chosen, args)
     asked = {}

@@ -51,7 +51,7 @@ import unlearning
 from common import load_model, load_retrained, load_sae
 from data import UserError, load_benchmark, picking_windows
 from evaluation import CHANCE, KEEP, FeatureStats, Score
-from hub import preset_clamp
+from hub import preset
 from show import RETRAINED
 
 # %% What a method's settings are worth: the frontier, the area under it, the best setting that keeps MMLU
@@ -311,7 +311,7 @@ def run(**changes) -> dict:
     args = runs.settings(flags, changes)
     if args.plot:
         return plot(args.plot, args.out or "results")
-    usual, methods = preset_clamp(args.model), args.method or []
+    usual, methods = preset(args.model).clamp, args.method or []
     clamps = sorted(set(args.clamp or (0.0, usual / 2, usual)), reverse=True)
     known = {name: method for name, method in edits.METHODS.items() if method.grid}
     if unknown := set(methods) - set(known):
@@ -335,7 +335,7 @@ def run(**changes) -> dict:
     rows = {"unablated": edits.NONE}
     for layer, sae in saes.items():
         stats = FeatureStats(
-            model, sae, layer, *windows, rule=args.pick, questions=benchmark.picking, seed=args.seed, **how,
+            model, sae, layer, *windows, rule=args.pick, questions=benchmark.wmdp.tuning, seed=args.seed, **how,
             insist=not args.no_sanity, clamp=clamps[-1], refusal_latent=args.refusal_latent,
             refusal_value=args.refusal_value,
         )  # fmt: skip

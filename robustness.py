@@ -56,10 +56,10 @@ import edits
 import show
 import unlearning
 from common import as_bridge, load_hf, load_model, load_sae
-from data import HERE, LETTERS, Benchmark, Dataset, UserError, encode_prompts, n_processes, pad_id, prompt, special_ids
+from data import HERE, LETTERS, Benchmark, Dataset, UserError, encode_prompts, n_processes, pad_id, prompt
 from edits import NONE, Edit, SetFeatures, applied, decoder_layers, layer_of
 from evaluation import Measure, bootstrap, joined, letters, open_answers, share, words
-from hub import identity, load_tokenizer, model_source, retrained
+from hub import identity, load_tokenizer, model_source, preset
 from runs import Run, read_record, write_whole
 from unlearning import Fp32AdamW, endless_batches, linear_modules, text_nll, training_windows
 
@@ -131,12 +131,12 @@ def round_weights(model, bits: int) -> None:
 def fine_tune(model, tokenizer, sets: list[list], marks: list[int], lr: float, seed: int):
     """Train all weights in place with next-token loss on (ids, start) windows, a step on each of the sets in turn.
     Yields the number of steps at each of the marks, and ends at the last."""
-    special, rng = torch.tensor(special_ids(tokenizer)), random.Random(seed)
+    rng = random.Random(seed)
     texts = map(next, cycle([endless_batches(windows, TEXTS, rng) for windows in sets]))
     model.requires_grad_(True)
     adam = Fp32AdamW(model.parameters(), lr, clip=1.0, weight_decay=0.0)
     for step in tqdm(range(1, max(marks) + 1), desc="relearning", unit="step", leave=False):
-        adam.step(text_nll(model, next(texts), tokenizer, special).mean)
+        adam.step(text_nll(model, next(texts), tokenizer, "text").mean)
         if step in marks:
             yield step
 
@@ -260,7 +260,7 @@ class Subject:
         return load_model(self.model, self.device, self.dtype, edit_special=self.edit_special)
 
     def load_hf(self) -> tuple:
-        return load_hf(self.model, self.device, self.dtype, self.edit_special)
+        return load_hf(self.model, self.device, self.dtype, edit_special=self.edit_special)
 
 
 def in_stage(measures, stage: str) -> list[Measure]:
@@ -346,8 +346,8 @@ class Exam:
         """Its answers after fine-tuning, the edit on all the time: on "retain text"; on it and the tuning half's "other
         facts"; or, after each of `marks_of` steps, on it and the "asked facts"."""
         (model, tokenizer), measures, asked, b = subject.load_hf(), [], stage == "asked facts", self.benchmark
-        forget = self.quiz if asked else b.corpus if b.corpus.rows else b.picking
-        facts, retain = training_windows(tokenizer, forget, b.wikitext, b.mmlu_dev, "text")
+        forget = self.quiz if asked else b.corpus if b.corpus.rows else b.wmdp.tuning
+        facts, retain = training_windows(tokenizer, forget, b.wikitext, b.mmlu_dev)
         sets = retain if stage == "retain text" else [*retain, facts, facts]
         marks = marks_of(self.steps) if asked else [self.steps]
         training = fine_tune(model, tokenizer, sets, marks, self.lr, self.seed)
@@ -515,8 +515,8 @@ def subjects_of(paths: list[str], records: list[dict], device: str | None, dtype
     a record was made with has changed or is gone."""
     name, model = records[0]["model"], None  # a model is loaded for SAEs alone
     subjects = [Subject("unablated", name, device, dtype, records[0]["settings"]["layer"])]
-    if retrained(name):
-        subjects.append(replace(subjects[0], name=show.RETRAINED, model=retrained(name), edit=Edit("retrained")))
+    if retrained := preset(name).retrained:
+        subjects.append(replace(subjects[0], name=show.RETRAINED, model=retrained, edit=Edit("retrained")))
     for path, record, row in zip(paths, records, names_of(paths, records)):
 
         def refuse_changed(what, known, source, path=path):
@@ -560,7 +560,8 @@ def load_questions(records: list[dict], same: dict, shots: int, tokenizer) -> tu
     reworded = [] if same["wmdp"] == "robust" else other.rows  # WMDP-Bio's own questions, one by one
     if reworded and len(reworded) != len(benchmark.wmdp):
         raise UserError(f"wmdp_bio_reworded.jsonl has {len(reworded)} questions, wmdp_bio {len(benchmark.wmdp)}")
-    solved = random.Random(seed).sample(benchmark.picking.rows, min(shots, len(benchmark.picking)))
+    tuning = benchmark.wmdp.tuning.rows
+    solved = random.Random(seed).sample(tuning, min(shots, len(tuning)))
     quiz, most, long = benchmark.quizzes["wmdp_bio"], tokenizer.model_max_length, set()
 
     def asked(quiz):

@@ -29,6 +29,11 @@ import hub
 from data import UserError, first_line
 
 warnings.filterwarnings("ignore", "IProgress not found")  # notebooks have bars of text here, without widgets
+FORM = 3  # of records and of what is cached: others are not read
+PATIENCE = 10  # seconds that other processes give the first one to report a mistake that all of them met
+# Settings that results do not depend on, but for rounding
+FREE = ("out", "plot", "all", "batch_size", "device", "device_map", "no_sanity", "max_batch_size",
+        "use_cache", "output_path", "log_samples")  # fmt: skip
 
 
 def number(kind, wanted: str, holds=lambda x: True):
@@ -49,7 +54,6 @@ def number(kind, wanted: str, holds=lambda x: True):
 natural_int = number(int, "an integer from 0 on", lambda x: x >= 0)
 positive_int = number(int, "an integer from 1 on", lambda x: x >= 1)
 finite_float = number(float, "a finite number")
-negative_float = number(float, "a number below 0", lambda x: x < 0)
 
 
 def place(given: str) -> str:
@@ -67,12 +71,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')} (see --help)")
 
 
-class ListPresets(argparse.Action):
-    def __call__(self, p, *_):
-        print(hub.listed())
-        p.exit()
-
-
 def parser(doc: str, *, quiz: bool = False, without: tuple[str, ...] = ()) -> Parser:
     """The flags that scripts share, except those `without`; a script adds its own, or one in place of ours. quiz: also
     those that say which questions are asked, and how."""
@@ -81,16 +79,16 @@ def parser(doc: str, *, quiz: bool = False, without: tuple[str, ...] = ()) -> Pa
 
     def add(name, help, **options):
         if name not in without:
-            help += " (default: %(default)s)" * (options.get("default") not in (None, argparse.SUPPRESS))
+            help += " (default: %(default)s)" * (options.get("default") is not None)
             group.add_argument(name, help=help, **options)
 
     add("--model", f"preset ({', '.join(hub.PRESETS)}), hub id or folder", type=place, default="tiny")
     add("--layer", "layer whose output the SAE reads; tiny has 3, 5, 7, 9, 15", type=natural_int, default=7)
     add("--n-features", "how many features to ablate", type=positive_int, default=50)
-    add("--clamp", "negative value that active features are set to (default: the preset's)", type=negative_float)
+    add("--clamp", "negative value that active features are set to (default: the preset's)",
+        type=number(float, "a number below 0", lambda x: x < 0))  # fmt: skip
     add("--limit", "score only so many questions (a seeded sample) or documents of a data set", type=positive_int)
-    add("--list", "show the presets: layers, widths and L0s of their SAEs", nargs=0, action=ListPresets,
-        default=argparse.SUPPRESS)  # fmt: skip
+    add("--list", "show the presets: layers, widths and L0s of their SAEs", action="version", version=hub.listed())
     p.add_argument("-h", "--help", action="help", help="show this page")
     group = p.add_argument_group("model and SAE")
     add("--sae", "RELEASE:ID of SAELens's table, or a folder (default: the preset's SAE of --layer)", type=place)
@@ -198,9 +196,6 @@ class Pipe(io.FileIO):
             return len(content)
 
 
-PATIENCE = 10  # seconds that other processes give the first one to report a mistake that all of them met
-
-
 def ended(kind, error, trace) -> None:
     """In place of sys.excepthook: a user's mistake is one line and exit code 2, of several processes the first one's;
     Ctrl-C is 130; anything else a traceback, of each process that it happens to."""
@@ -221,12 +216,6 @@ def ended(kind, error, trace) -> None:
     raise SystemExit(2)
 
 
-FORM = 3  # of records and of what is cached: others are not read
-# Settings that results do not depend on, but for rounding
-FREE = ("out", "plot", "all", "batch_size", "device", "device_map", "no_sanity", "max_batch_size",
-        "use_cache", "output_path", "log_samples")  # fmt: skip
-
-
 class Run:
     """A run of a script with the settings `args`, made when its data sets and SAEs are loaded.
 
@@ -238,11 +227,11 @@ class Run:
         self.script, self.saes, self.started = Path(script).name, saes, args.started
         self.data = [part for part in data if len(part)]
         self.model, self.settings = model or args.model, dict(vars(args))
-        for name, preset in (("clamp", hub.preset_clamp), ("dtype", hub.preset_dtype)):
+        for name in ("clamp", "dtype"):
             if name in self.settings and self.settings[name] is None:
-                self.settings[name] = preset(self.model)
+                self.settings[name] = getattr(hub.preset(self.model), name)
         self.name, self.dtype = Path(self.model).name, dtype or self.settings["dtype"]
-        models = {"model": self.model, "retrained": hub.retrained(self.model)}
+        models = {"model": self.model, "retrained": hub.preset(self.model).retrained}
         self.identity = {what: name and hub.identity(hub.model_source(name)) for what, name in models.items()}
         decides = [FORM, self.script, {k: v for k, v in self.settings.items() if k not in FREE}, self.dtype,
                    self.identity, [sae.identity for sae in saes], self.about(), also]  # fmt: skip
@@ -296,16 +285,17 @@ class Run:
             return {name: value for name, value in {**vars(score), **more}.items() if value is not None}
 
         def of_row(name, row):
-            mine = [m for m in measures if name in m.rows]
             if not isinstance(row, dict):  # an Edit, or another model: the retrained one
                 row = {"method": getattr(row, "method", "retrained"), "settings": getattr(row, "settings", {})}
-            return {
-                **row,
-                "scores": {m.name: known(m[name]) for m in mine},
-                "answers": {m.name: m.answers[m.rows.index(name)] for m in mine if m.answers},
-                "groups": {m.name: {group: known(scores[name], q=groups[m.name][1][group].get(name))
-                                    for group, scores in groups[m.name][0].items()} for m in mine if m.name in groups},
-            }  # fmt: skip
+            entry = {**row, "scores": {}, "answers": {}, "groups": {}}
+            for m in (m for m in measures if name in m.rows):
+                entry["scores"][m.name] = known(m[name])
+                if m.answers:
+                    entry["answers"][m.name] = m.answers[m.rows.index(name)]
+                if m.name in groups:
+                    by_group, q = groups[m.name]
+                    entry["groups"][m.name] = {g: known(of[name], q=q[g].get(name)) for g, of in by_group.items()}
+            return entry
 
         return {
             "form": FORM, "script": self.script, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -321,7 +311,7 @@ class Run:
             **more,
         }  # fmt: skip
 
-    def write(self, rows: dict, measures, figures: dict | None = None, formats=("png",), **more) -> dict:
+    def write(self, rows: dict, measures, figures: dict | None = None, **more) -> dict:
         """Write `record` as JSON and CSV, then figures {suffix: a figure, or a function that draws it}, and print its
         path last: a figure that cannot be drawn loses no result. Into a trained model's "folder", beside the record,
         goes a model card. Returns the record."""
@@ -337,9 +327,8 @@ class Run:
             record["identity"]["folder"] = hub.identity(str(folder))
         text = json.dumps(record, indent=1, allow_nan=False) + "\n"
         write_whole(self.path, lambda file: file.write_text(text, encoding="utf-8"))
-        units = {m.name: m.unit for m in measures}
-        lines = [{"row": name, "method": row["method"], "measure": measure, "unit": units[measure], **score}
-                 for name, row in record["rows"].items() for measure, score in row["scores"].items()]  # fmt: skip
+        lines = [{"row": name, "method": row["method"], "measure": of, "unit": record["measures"][of]["unit"], **score}
+                 for name, row in record["rows"].items() for of, score in row["scores"].items()]  # fmt: skip
         write_whole(self.path.with_suffix(".csv"), lambda file: pandas.DataFrame(lines).to_csv(file, index=False))
         shutil.rmtree(self.cache, ignore_errors=True)
         if self.cache.parent.is_dir() and not any(self.cache.parent.iterdir()):  # else it is another run's, too
@@ -347,10 +336,9 @@ class Run:
         try:
             for suffix, draw in (figures or {}).items():
                 figure = draw() if callable(draw) else draw
-                for form in formats:
-                    path = self.path.with_name(f"{self.path.stem}_{suffix}.{form}")
-                    write_whole(path, partial(figure.savefig, format=form, dpi=150))
-                    print(f"figure: {path}")
+                path = self.path.with_name(f"{self.path.stem}_{suffix}.png")
+                write_whole(path, partial(figure.savefig, format="png", dpi=150))
+                print(f"figure: {path}")
                 if plt.get_backend().lower() == "agg":  # else a notebook shows it, or a desktop
                     plt.close(figure)
         finally:
@@ -426,16 +414,15 @@ def model_card(record: dict) -> str:
                          tags=["unlearning", record["rows"][chosen]["method"]])  # fmt: skip
     command = re.sub(r"(?<!\S)(?:[A-Za-z]:|~)?[/\\]\S*[/\\]", "", record["command"])  # without this machine's folders
 
-    def text(row, key, unit):
-        score, scale, digits = record["rows"][row]["scores"][key], *((100, 1) if unit == "%" else (1, 3))
-        mean, *ends = (f"{scale * score[part]:.{digits}f}" for part in ("mean", "low", "high") if part in score)
+    def text(row, key):
+        score, percent = record["rows"][row]["scores"][key], record["measures"][key]["unit"] == "%"
+        values = [score[part] for part in ("mean", "low", "high") if part in score]
+        mean, *ends = (f"{100 * value:.1f}" if percent else f"{value:.3f}" for value in values)
         return f"{mean} [{', '.join(ends)}]" if ends else mean
 
-    first, scores = next(iter(record["rows"])), []
-    for key, about in record["measures"].items():
-        if "/tuning/" not in key:
-            now, before = (text(row, key, about["unit"]) for row in (chosen, first))
-            scores.append(f"- {about['title']} ({about['unit']}): {now}, before {before}\n")
+    first = next(iter(record["rows"]))
+    scores = [f"- {about['title']} ({about['unit']}): {text(chosen, key)}, before {text(first, key)}\n"
+              for key, about in record["measures"].items() if "/tuning/" not in key]  # fmt: skip
     return f"""---
 {head.to_yaml()}
 ---
@@ -455,8 +442,7 @@ def peak_gb() -> float | None:
     on Windows, which does not say without another package."""
     import torch
 
-    cards = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    if most := sum(torch.cuda.max_memory_allocated(card) for card in cards):
+    if most := sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))):
         return round(most / 1e9, 2)
     try:
         from resource import RUSAGE_SELF, getrusage

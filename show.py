@@ -1,15 +1,15 @@
 """
-Tables and figures: of Measures, a line for each row; of features, tokens and training.
+Tables and figures: of Measures, features, tokens and training. Figures are returned; tables are printed.
 """
 
 import itertools
 import json
 import math
 import re
-from collections import Counter
 from urllib.parse import quote
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 from common import Rates, activation_ratio
@@ -19,14 +19,14 @@ from edits import Latents, iter_residual_stream, layer_of, residual_stream
 RETRAINED = "retrained without the facts"  # the row of the model that was trained without the forget set
 ABLATED = "#c0392b"
 COLOURS = {"unablated": "0.2", RETRAINED: "#1e8449", "SAE patched": "0.45", "SAE reconstruction": "0.65",
-           "random": "#2471a3"}  # of rows whose names begin so; all others are ABLATED  # fmt: skip
+           "random": "#2471a3"}  # by the beginning of a row's name; of all other rows ABLATED  # fmt: skip
 TABLE_WIDTH = 150  # characters of a line; columns that do not fit are printed below
 TOKENS_WIDTH = 88  # characters of a line of token_figure
 LONGEST_ADDRESS = 8000  # characters; many servers take no more
 
 
 def plain(text: str) -> str:
-    """The text for a figure: matplotlib would take what stands between two $ for mathematics."""
+    """The text, escaped for a figure: matplotlib would take what stands between two $ for mathematics."""
     return text.replace("$", r"\$")
 
 
@@ -35,8 +35,8 @@ def colour(row: str) -> str:
 
 
 def draws_of(rows) -> dict[str, list[str]]:
-    """{name: rows}. Draws of a control share a name: "random features 2, clamp -40" is one more draw of "random
-    features, clamp -40". Any other row is alone."""
+    """{name: rows}: several draws of a control share its name, as "random features 2, clamp -40" does with "random
+    features, clamp -40"; any other row has its own."""
     draws = {}
     for row in rows:
         draws.setdefault(re.sub(r"^(random(?: features)?) \d+", r"\1", row), []).append(row)
@@ -44,7 +44,7 @@ def draws_of(rows) -> dict[str, list[str]]:
 
 
 def number(value: float | None, unit: str, sign: str = "") -> str:
-    """In per cent with one digit, in nats with four, else with two. sign: "+" for changes."""
+    """The value as text: in per cent with one digit, in nats with four, else with two. sign: "+" for changes."""
     if value is None or math.isnan(value):
         return "?"
     digits = 1 if unit == "%" else 4 if unit.startswith("nats") else 2
@@ -76,8 +76,8 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def table(measures, rows=None, title: str | None = None) -> None:
-    """Print a line a row and a column a Measure: means and paired changes against the first row, with 95% intervals;
-    then what several draws of a control change on average. rows: names, if not all."""
+    """Print a line for each row and a column for each Measure: means and paired changes against the first row, with 95%
+    intervals; then the mean change over several draws of a control. rows: names, if not all."""
     rows = list(rows or dict.fromkeys(row for measure in measures for row in measure.rows))
     columns, width = [column(measure, rows) for measure in measures], max(map(len, rows)) + 3
     if title:
@@ -90,9 +90,9 @@ def table(measures, rows=None, title: str | None = None) -> None:
             cells[0] = cells[0] if cells[0] != before[0] else ""  # a data set is named once
         print()
         for row, *cells in zip(["", "", *rows], *block):
-            if any(cells):
-                padded = [f"{cell:{max(map(len, whole)) + 3}}" for cell, whole in zip(cells, block)]
-                print(f"  {row:{width}}{''.join(padded)}".rstrip())
+            line = "".join(f"{cell:{max(map(len, whole)) + 3}}" for cell, whole in zip(cells, block)).rstrip()
+            if line:
+                print(f"  {row:{width}}{line}")
     for measure in measures:
         for control, draws in draws_of(row for row in rows if row in measure.rows).items():
             if len(draws) > 1 and measure.unit != "probability":
@@ -104,7 +104,7 @@ def table(measures, rows=None, title: str | None = None) -> None:
 
 
 def column(measure, rows: list[str]) -> list[str]:
-    """A Measure's data set, what is measured, and a cell for each row, "" for those that it lacks."""
+    """A column of `table`: the Measure's data set, what is measured, and a cell for each row, "" where it has none."""
     data, _, what = measure.title.rpartition(", ")
     unit = "" if measure.unit == "probability" else f", {measure.unit}"
     count = f"n {measure.values.shape[1]}" if measure.weights is None else (
@@ -118,10 +118,10 @@ def column(measure, rows: list[str]) -> list[str]:
 
 
 def intervals(measures, title: str):
-    """Figure: a panel a Measure, means with 95% intervals; of a loss, what is added to the first row's.
+    """Figure: a panel for each Measure, means with 95% intervals; for a loss, what is added to the first row's.
 
-    Probabilities are small marks below the shares that they follow in `measures`, chance and the retrained model
-    vertical lines. Draws of a control stand in one row.
+    Probabilities get no panel: they are small marks below the shares that they follow in `measures`. Chance and the
+    retrained model are vertical lines. Draws of a control share a line and have no intervals.
     """
     panels = []
     for measure in measures:
@@ -132,16 +132,16 @@ def intervals(measures, title: str):
     draws = draws_of(dict.fromkeys(row for measure in measures for row in measure.rows))
     if all(measure.weights is not None for measure in measures):
         del draws[measures[0].rows[0]]  # nothing is added to it
-    place = {row: y for y, rows in enumerate(draws.values()) for row in rows}
+    places = {row: y for y, rows in enumerate(draws.values()) for row in rows}
     figure, all_axes = plt.subplots(1, len(panels), figsize=(4.6 + 3.3 * (len(panels) - 1), 1.1 + 0.35 * len(draws)),
                                     sharey=True, squeeze=False, layout="constrained")  # fmt: skip
     first, marks = all_axes[0][0], {}
     for axes, (measure, *below) in zip(all_axes[0], panels):
-        interval_panel(axes, measure, place, {row for rows in draws.values() if len(rows) > 1 for row in rows})
+        interval_panel(axes, measure, places, {row for rows in draws.values() if len(rows) > 1 for row in rows})
         for other, marker in zip(below, "x|"):
             style = marks[other.title.rpartition(", ")[2]] = {"marker": marker, "mfc": "none", "ms": 5, "ls": ""}
             for row, score in other.scores().items():
-                axes.plot(100 * score.mean, place[row] + 0.28, color=colour(row), **style)
+                axes.plot(100 * score.mean, places[row] + 0.28, color=colour(row), **style)
     first.set_yticks(range(len(draws)), [plain(f"{name},\n{len(rows)} draws" if len(rows) > 1 else name)
                                          for name, rows in draws.items()])  # fmt: skip
     first.set_ylim(len(draws) - 0.5, -0.5)
@@ -153,22 +153,21 @@ def intervals(measures, title: str):
     return figure
 
 
-def interval_panel(axes, measure, place: dict[str, int], drawn_often: set[str]) -> None:
-    """A panel of `intervals`. place: each row's y; drawn_often: rows that are one of several draws, which are shown
-    without intervals."""
-    added, scale, scores = measure.weights is not None, 100 if measure.unit == "%" else 1, measure.scores()
+def interval_panel(axes, measure, places: dict[str, int], draws: set[str]) -> None:
+    """A panel of `intervals`. places: each row's y; draws: rows that are one of several draws."""
+    is_loss, scale, scores = measure.weights is not None, 100 if measure.unit == "%" else 1, measure.scores()
     for row, score in scores.items():
-        ends = (score.change, score.change_low, score.change_high) if added else (score.mean, score.low, score.high)
-        if row not in place or ends[0] is None:
+        ends = (score.change, score.change_low, score.change_high) if is_loss else (score.mean, score.low, score.high)
+        if row not in places or ends[0] is None:
             continue
-        mean, low, high = (scale * (ends[0] if end is None or row in drawn_often else end) for end in ends)
-        style = {"alpha": 0.6, "capsize": 0} if row in drawn_often else {"capsize": 3}
-        axes.errorbar(mean, place[row], xerr=[[max(0, mean - low)], [max(0, high - mean)]], fmt="o", color=colour(row),
+        mean, low, high = (scale * (ends[0] if end is None or row in draws else end) for end in ends)
+        style = {"alpha": 0.6, "capsize": 0} if row in draws else {"capsize": 3}
+        axes.errorbar(mean, places[row], xerr=[[max(0, mean - low)], [max(0, high - mean)]], fmt="o", color=colour(row),
                       **style)  # fmt: skip
-        if row == RETRAINED and not added:
+        if row == RETRAINED and not is_loss:
             axes.axvline(mean, color=colour(row), ls=":", lw=1)
     axes.grid(axis="x", alpha=0.3)
-    if added:
+    if is_loss:
         unablated = f"{scores[measure.rows[0]].mean:.2f} {measure.unit} {measure.rows[0]}"
         axes.set_title(plain(f"{measure.title}\n{unablated}"), size=10)
         axes.set_xlabel(f"added, {measure.unit}")
@@ -178,12 +177,13 @@ def interval_panel(axes, measure, place: dict[str, int], drawn_often: set[str]) 
     axes.set(xlabel="right answers, %", xlim=(0, 103)) if scale == 100 else axes.set_xlabel(measure.unit)
     if measure.chance is not None:
         axes.axvline(scale * measure.chance, color="0.4", ls="--", lw=1)
-        axes.annotate("chance", (scale * measure.chance, max(place.values()) + 0.45), xytext=(3, 0),
+        axes.annotate("chance", (scale * measure.chance, max(places.values()) + 0.45), xytext=(3, 0),
                       textcoords="offset points", size=8)  # fmt: skip
 
 
 def group_table(measure) -> None:
-    """Print a line a group (a subject), a column a row: per cent right, a star where it has changed."""
+    """Print a line for each group (a subject) and a column for each row: per cent right, with a star where that has
+    changed against the first row."""
     groups, q = measure.by_group(), measure.q_values()
     print(f"\n{measure.title}, by subject, %; * changed, with false discoveries over the {len(groups)} subjects held "
           "to 5%\n")  # fmt: skip
@@ -196,19 +196,17 @@ def group_table(measure) -> None:
         print(f"  {group:36}{scores[measure.rows[0]].n:5}{cells.rstrip()}")
 
 
-def group_figure(measure, title: str, rows=None):
-    """Figure: each group's (subject's) change in accuracy under these rows, in points, with 95% intervals. rows: names
-    (default: all but the first, those named SAE, and the retrained model)."""
+def group_figure(measure, title: str):
+    """Figure: each group's (subject's) change in accuracy, in points, with 95% intervals, under all rows but the first,
+    those named SAE, and the retrained model."""
     groups = measure.by_group()
-    if rows is None:
-        rows = [row for row in measure.rows[1:] if row != RETRAINED and not row.startswith("SAE")]
+    rows = [row for row in measure.rows[1:] if row != RETRAINED and not row.startswith("SAE")]
     figure, axes = plt.subplots(figsize=(6.5, 1.4 + 0.32 * len(groups)), layout="constrained")
     for k, row in enumerate(rows):
         scores = [group[row] for group in groups.values()]
-        spread = [[max(0, 100 * (score.change - score.change_low)) for score in scores],
-                  [max(0, 100 * (score.change_high - score.change)) for score in scores]]  # fmt: skip
-        y = [place + 0.2 * (k - (len(rows) - 1) / 2) for place in range(len(groups))]
-        axes.errorbar([100 * score.change for score in scores], y, xerr=spread, fmt="osD"[k % 3], ms=4.5, capsize=2,
+        change, low, high = 100 * np.array([(score.change, score.change_low, score.change_high) for score in scores]).T
+        y = np.arange(len(groups)) + 0.2 * (k - (len(rows) - 1) / 2)
+        axes.errorbar(change, y, xerr=np.maximum(0, [change - low, high - change]), fmt="osD"[k % 3], ms=4.5, capsize=2,
                       color=colour(row), mfc="none" if "zero" in row else colour(row), label=plain(row))  # fmt: skip
     axes.set_yticks(range(len(groups)), [plain(group.replace("_", " ")) for group in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
@@ -233,18 +231,15 @@ def top_tokens(model, sae, features: list[int], windows: list[list[int]], k: int
 
 
 def quick_list(source: str, features: list[int]) -> tuple[str, int]:
-    """The address of a Neuronpedia page that shows the features, as many as an address has room for; and how many.
-
-    source: MODEL/SAE, as Neuronpedia names them. SAELens has such a function too, but it opens a browser.
-    """
+    """The address of a Neuronpedia page of the first n features, and n: as many as an address has room for. source:
+    MODEL/SAE, as Neuronpedia names them. SAELens has such a function too, but it opens a browser."""
     model, sae = source.split("/")
     rows = [{"modelId": model, "layer": sae, "index": str(feature)} for feature in features]
-    while True:
-        asked = quote(json.dumps(rows, separators=(",", ":")), safe=":,")
+    for n in range(len(rows), 0, -1):
+        asked = quote(json.dumps(rows[:n], separators=(",", ":")), safe=":,")
         address = f"https://neuronpedia.org/quick-list/?name=picked%20features&features={asked}"
         if len(address) <= LONGEST_ADDRESS:
-            return address, len(rows)
-        rows.pop()
+            return address, n
 
 
 def print_features(features, forget: Rates, retain: Rates, tokens: list[list[str]], sae, most: int = 20) -> None:
@@ -265,15 +260,13 @@ def print_features(features, forget: Rates, retain: Rates, tokens: list[list[str
 def scatter(features: list[int], forget: Rates, retain: Rates, title: str):
     """Figure: forget rate against retain rate of every feature that fires, the picked ones marked."""
     figure, axes = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
-    never = 0.5 / torch.tensor([retain.n_tokens, forget.n_tokens])  # a rate of 0, which logarithmic axes cannot show
-    alive = (forget.fires + retain.fires) > 0
-    x, y = retain.rate.clamp(min=never[0].item()), forget.rate.clamp(min=never[1].item())
-    picked = torch.zeros_like(alive)
-    picked[features] = True
-    axes.scatter(x[alive & ~picked], y[alive & ~picked], s=8, c="0.65", label="other features", linewidths=0)
-    axes.scatter(x[picked], y[picked], s=18, c=ABLATED, marker="D", label=f"picked ({len(features)})", linewidths=0)
-    span = [min(never).item(), 1]
-    axes.plot(span, span, color="0.4", lw=0.8, ls=":", label="equal rates")
+    never = [0.5 / rates.n_tokens for rates in (retain, forget)]  # logarithmic axes cannot show a rate of 0
+    x, y = (rates.rate.clamp(min=least) for rates, least in zip((retain, forget), never))
+    others = (forget.fires + retain.fires) > 0
+    others[features] = False
+    axes.scatter(x[others], y[others], s=8, c="0.65", label="other features", linewidths=0)
+    axes.scatter(x[features], y[features], s=18, c=ABLATED, marker="D", label=f"picked ({len(features)})", linewidths=0)
+    axes.plot([min(never), 1], [min(never), 1], color="0.4", lw=0.8, ls=":", label="equal rates")
     axes.set(xscale="log", yscale="log", title=plain(title))
     axes.set_xlabel("firing rate on the retain set (leftmost: never)")
     axes.set_ylabel("firing rate on the forget set")
@@ -282,26 +275,22 @@ def scatter(features: list[int], forget: Rates, retain: Rates, title: str):
 
 
 def token_figure(model, windows: list[list[int]], values: list[torch.Tensor], title: str):
-    """Figure: the windows' tokens in reading order, a darker ground for a larger value.
-
-    values: (pos,) for each window. Negative values are shown as 0; the first token, usually BOS, is left out.
-    """
+    """Figure: the windows' tokens in reading order, on a darker ground the larger their values, (pos,) for each window.
+    Negative values are shown as 0; a window's first token, usually BOS, is left out."""
     most = max([value[1:].max().item() for value in values] + [1e-9])
-    lines, at, y = [], 0, 0
+    cells, x, y = [], 0, 0
     for ids, value in zip(windows, values):
-        for token, strength in list(zip(ids, value.tolist()))[1:]:
+        for token, strength in zip(ids[1:], value[1:].tolist()):
             text = model.tokenizer.decode(token)
             shown = text.replace("\n", "\u21b5")
-            if at and at + len(shown) > TOKENS_WIDTH:
-                at, y = 0, y + 1
-            lines.append((at, y, shown, max(0.0, strength) / most))
-            at = at + len(shown)
-            if "\n" in text:
-                at, y = 0, y + 1
-        at, y = 0, y + (2 if at else 1)
+            if x and x + len(shown) > TOKENS_WIDTH:
+                x, y = 0, y + 1
+            cells.append((x, y, shown, max(0.0, strength) / most))
+            x, y = (0, y + 1) if "\n" in text else (x + len(shown), y)
+        x, y = 0, y + (2 if x else 1)
     size = 8  # points; a character of the monospaced font is 0.602 as wide
     figure, axes = plt.subplots(figsize=(TOKENS_WIDTH * size * 0.602 / 72, 0.5 + 0.19 * (y + 1)), layout="constrained")
-    for x, row, text, share in lines:
+    for x, row, text, share in cells:
         if share:
             axes.add_patch(plt.Rectangle((x, row - 0.5), len(text), 1, color=plt.cm.Oranges(0.1 + 0.75 * share), lw=0))
         axes.text(x, row, plain(text), family="monospace", size=size, va="center", c="w" if share > 0.75 else "k")
@@ -318,13 +307,12 @@ def contexts_figure(model, sae, feature: int, windows: list[list[int]], n: int =
     for ids in windows:
         h = residual_stream(model.original_model, torch.tensor([ids], device=model.cfg.device), layer_of(sae))
         activations.append(latents.encode(h)[0][0, :, 0].cpu())  # (pos,)
-    best = sorted(range(len(windows)), key=lambda i: -activations[i][1:].max().item())[:n]
-    title = f"feature {feature}, where it is most active"
-    return token_figure(model, [windows[i] for i in best], [activations[i] for i in best], title)
+    best = sorted(zip(windows, activations), key=lambda pair: -pair[1][1:].max().item())[:n]
+    return token_figure(model, *zip(*best), f"feature {feature}, where it is most active")
 
 
 def letter_figure(tried: dict[str, torch.Tensor], right: int, title: str):
-    """Figure: the letters' probabilities (4,), for each {name: probabilities}; right: which letter is marked."""
+    """Figure: bars of the letters' probabilities, {name: (4,)}; right: the index of the letter that is marked."""
     figure, axes = plt.subplots(figsize=(5.2, 2.8), layout="constrained")
     for k, (name, values) in enumerate(tried.items()):
         places = [letter + 0.27 * (k - (len(tried) - 1) / 2) for letter in range(4)]
@@ -338,15 +326,10 @@ def letter_figure(tried: dict[str, torch.Tensor], right: int, title: str):
 
 
 def documents_figure(added: torch.Tensor, windows: list[list[int]], documents: list[int], title: str):
-    """Figure: the loss added to each document, in nats per token, in order of size.
-
-    added: (n_windows,), nats summed over a window's tokens; documents: the document of each window.
-    """
-    total, count = Counter(), Counter()
-    for loss, ids, document in zip(added.tolist(), windows, documents):
-        total[document] += loss
-        count[document] += len(ids) - 1
-    per_token = sorted(total[document] / count[document] for document in total)
+    """Figure: the loss added to each document, in nats per token, in order of size. added: (n_windows,) nats, summed
+    over a window's tokens; documents: the document of each window."""
+    member = np.unique(documents, return_inverse=True)[1]
+    per_token = np.sort(np.bincount(member, added) / np.bincount(member, [len(ids) - 1 for ids in windows]))
     figure, axes = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
     axes.plot(range(1, len(per_token) + 1), per_token, "o", ms=3.5, color=ABLATED)
     axes.axhline(0, color="0.4", ls="--", lw=1)
@@ -356,13 +339,13 @@ def documents_figure(added: torch.Tensor, windows: list[list[int]], documents: l
     return figure
 
 
-def curves(series: dict[str, list[float]], title: str, logarithmic: tuple[str, ...] = ()):
-    """Figure: what training did, a panel for each {name: values}, a point a step."""
-    size = (4.2 * len(series), 3.2)
-    figure, all_axes = plt.subplots(1, len(series), figsize=size, squeeze=False, layout="constrained")
+def curves(series: dict[str, list[float]], title: str):
+    """Figure: a panel for each of {name: values}, one value per step of training."""
+    n = len(series)
+    figure, all_axes = plt.subplots(1, n, figsize=(4.2 * n, 3.2), squeeze=False, layout="constrained")
     for axes, (name, values), shade in zip(all_axes[0], series.items(), itertools.cycle((ABLATED, "#1f618d", "0.3"))):
         axes.plot(range(1, len(values) + 1), values, color=shade)
-        axes.set(title=plain(name), xlabel="step", yscale="log" if name in logarithmic else "linear")
+        axes.set(title=plain(name), xlabel="step")
         axes.grid(alpha=0.3)
     figure.suptitle(plain(title), size=10)
     return figure

@@ -6,7 +6,6 @@ METHODS holds all there is to know of each. Its `train(training, **setting)` loa
 from `start` on are predicted. A step takes BATCH forget texts and as many retain texts, retain sets in turn.
 """
 
-import inspect
 import itertools
 import random
 from collections.abc import Callable, Iterator
@@ -29,8 +28,8 @@ from edits import Latents, Method, decoder_layers, grid, residual_stream, token_
 METHODS: dict[str, Method] = {}  # filled below, beside each method
 BATCH = 4
 NLL_LOG = ("forget text, nats per token", "retain text, nats per token")
-steps_bar = partial(tqdm, unit="step", leave=False)
 QUESTION_TOKENS = 512  # open-unlearning's limit on a question with its answer
+Window = tuple[list[int], int]
 
 
 # ------------------------------------------------------------------------------------------ what is trained on
@@ -38,67 +37,50 @@ QUESTION_TOKENS = 512  # open-unlearning's limit on a question with its answer
 class Training:
     """What a method trains on, and where it gets the model from.
 
-    load: () -> the Hugging Face model, loaded anew, without gradients. forget: windows (ids, start), retain: sets of
-    them, of `training_windows` with loss_on "answer". picking: (forget, retain sets) of ids alone, the windows that
-    features are picked on. stats: layer -> FeatureStats, for methods that need SAEs. layer: the one asked for.
+    load: () -> the Hugging Face model, loaded anew, without gradients. forget, retain: of `training_windows`. picking:
+    (forget, retain sets) of ids alone, the windows that features are picked on. stats: layer -> FeatureStats, for
+    methods that need SAEs.
     """
 
     load: Callable
     tokenizer: object
-    forget: list[tuple[list[int], int]]
-    retain: list[list[tuple[list[int], int]]]
+    forget: list[Window]
+    retain: list[list[Window]]
     picking: tuple[list, list[list]] = ((), ())
     stats: Callable | None = None
     model_name: str = "tiny"
-    layer: int = 0
     seed: int = 0
     cache: dict = field(default_factory=dict, repr=False)  # for what several settings share
 
-    def targets(self, loss_on: str) -> tuple[list, list[list]]:
-        """(forget, retain) for losses on "answer", of questions only the answer, or "text", all tokens of all texts."""
-        if loss_on == "answer":
-            return self.forget, self.retain
-        return whole(self.forget), [whole(windows) for windows in self.retain]
-
-    @property
-    def ids(self) -> tuple[list, list[list]]:  # (forget, retain), without where targets begin
-        return [ids for ids, _ in self.forget], [[ids for ids, _ in windows] for windows in self.retain]
-
-    def draw(self, *sources: list[list], n: int = BATCH) -> list[Iterator[list]]:
-        """For each source, a list of sets of texts, batches of n without end, from its sets in turn."""
+    def batches(self, steps: int, title: str, *sources: list[list], size: int = BATCH) -> Iterator[tuple]:
+        """For each step, under a progress bar, a batch of each source: a list of sets of texts, which take turns."""
         rng = random.Random(self.seed)
-        turns = [itertools.cycle([endless_batches(texts, n, rng) for texts in sets]) for sets in sources]
-        return [map(next, turn) for turn in turns]
+        turns = [itertools.cycle([endless_batches(texts, size, rng) for texts in sets]) for sets in sources]
+        for _ in tqdm(range(steps), title, unit="step", leave=False):
+            yield tuple(next(next(turn)) for turn in turns)
 
 
-def whole(windows: list[tuple]) -> list[tuple]:
-    """The same (ids, start) windows with every token a target."""
-    return [(ids, 1) for ids, _ in windows]
-
-
-def answer_window(tokenizer, question: str, answer: str) -> tuple[list[int], int]:
-    """(ids, index of the answer's first token) of a question and its answer, cut at the front to QUESTION_TOKENS:
-    open-unlearning cuts at the end, where the answer is. No EOS follows: a prompt is not a turn of a chat here."""
+def answer_window(tokenizer, question: str, answer: str) -> Window:
+    """A question and its answer, the target, cut at the front to QUESTION_TOKENS: open-unlearning cuts at the end,
+    where the answer is. No EOS follows: a prompt is not a turn of a chat here."""
     ids, start = encode_answer(tokenizer, question, answer)
     bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []
     dropped = max(0, len(ids) - QUESTION_TOKENS)
-    return (bos + ids[dropped + len(bos) :], start - dropped) if dropped else (ids, start)
+    return bos + ids[dropped + len(bos) :], start - dropped
 
 
-def training_windows(tokenizer, forget: Dataset, wikitext: Dataset, mmlu_dev: Dataset, loss_on="answer") -> tuple:
-    """What methods train on: forget windows and retain sets of windows, (ids, start).
+def training_windows(tokenizer, forget: Dataset, wikitext: Dataset, mmlu_dev: Dataset) -> tuple:
+    """(forget windows, retain sets of windows); of questions the answer is predicted, of texts everything.
 
     forget: a quiz, each question taken as it is asked, with its letter, and as prose, with its answer in words; or
-    texts. Retain sets: Wikitext, and MMLU's development questions with their letters. loss_on "answer": `start` is
-    where a question's answer begins, as in open-unlearning; texts count whole, as there; "text": everything counts.
+    texts. Retain sets: Wikitext, and MMLU's development questions with their letters.
     """
 
     def of_texts(dataset, max_tokens=None):
         return [(ids, 1) for ids in token_windows(tokenizer, dataset.texts, max_tokens=max_tokens)[0]]
 
     def of_questions(quiz, question_and_answer):
-        windows = [answer_window(tokenizer, *question_and_answer(row)) for row in quiz.rows]
-        return windows if loss_on == "answer" else whole(windows)
+        return [answer_window(tokenizer, *question_and_answer(row)) for row in quiz.rows]
 
     with_letter = lambda row: (prompt(row), LETTERS[row["answer"]])  # noqa: E731
     in_words = lambda row: (row["question"].strip(), row["choices"][row["answer"]])  # noqa: E731
@@ -127,10 +109,11 @@ def settings_of(method: Method, setting: dict, model_name: str, steps=None, lr=N
         return value.get(model_name, value[""]) if isinstance(value, dict) else value
 
     usual = {name: of_model(value) for name, value in method.usual.items()}
-    found = {**({"steps": steps or of_model(method.steps)} if method.steps else {}), **usual, **setting}
-    return found | ({"lr": found.get("lr", 1) * (lr or of_model(method.lr))} if method.lr else {})
+    setting = {"steps": steps or of_model(method.steps), **usual, **setting}
+    return setting | {"lr": setting.get("lr", 1) * (lr or of_model(method.lr))}
 
 
+# ------------------------------------------------------------------------------------------ losses and steps
 def wide(x: torch.Tensor) -> torch.Tensor:  # in at least fp32
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -154,16 +137,20 @@ def nll(model, ids: torch.Tensor, targets: torch.Tensor) -> Nll:
     return Nll((losses * targets[:, 1:]).sum(1), targets[:, 1:].sum(1))
 
 
-def target_mask(windows: list[tuple[list[int], int]], tokenizer, special: torch.Tensor, device) -> tuple:
-    """Ids (batch, pos) of (ids, start) windows, and the mask of their targets: not special, from `start` on."""
+def not_special(ids: torch.Tensor, tokenizer) -> torch.Tensor:
+    return ~torch.isin(ids, torch.tensor(special_ids(tokenizer), device=ids.device))
+
+
+def target_mask(windows: list[Window], tokenizer, device, loss_on: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (batch, pos), and the mask of their targets: not special, and from `start` on or, with "text", anywhere."""
     ids = padded([ids for ids, _ in windows], tokenizer, device)
-    starts = torch.tensor([start for _, start in windows], device=ids.device)
+    starts = torch.tensor([start if loss_on == "answer" else 1 for _, start in windows], device=ids.device)
     behind = torch.arange(ids.shape[1], device=ids.device) >= starts[:, None]
-    return ids, behind & ~torch.isin(ids, special.to(ids.device))
+    return ids, behind & not_special(ids, tokenizer)
 
 
-def text_nll(model, windows: list[tuple[list[int], int]], tokenizer, special: torch.Tensor) -> Nll:
-    return nll(model, *target_mask(windows, tokenizer, special, model.device))
+def text_nll(model, windows: list[Window], tokenizer, loss_on: str = "answer") -> Nll:
+    return nll(model, *target_mask(windows, tokenizer, model.device, loss_on))
 
 
 def finite(loss: torch.Tensor) -> torch.Tensor:
@@ -187,12 +174,8 @@ class Fp32AdamW:
 
     def step(self, loss: torch.Tensor) -> None:
         """One step down the loss. Raises UserError if it is not finite."""
-        self.backward(loss)
-        self.update()
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the loss's gradient to the parameters' gradients. Raises UserError if the loss is not finite."""
         finite(loss).backward()
+        self.update()
 
     def update(self) -> None:
         """One step along the parameters' gradients, which are empty afterwards."""
@@ -210,84 +193,81 @@ class Fp32AdamW:
         self.optimizer.zero_grad()
 
 
-# Rates are tiny's, whose thin matrices need more, and elsewhere the releases' (1e-5: open-unlearning's; 4e-5: CRISP's
-# paper on Gemma-2-2B). Grids lie between doing nothing and losing MMLU, by the tuning half alone: in a hundred trial
-# runs on a tiny of 12 layers (rates over a factor of 64, 3 to 240 steps, alpha 1 to 1,000, beta 0.02 to 1, gamma 0.125
-# to 1, delta 0 to 4; of CRISP k 10 to 100, alpha 0.01 to 0.3, pull 1 to 30), in 19 on today's, and in 4 to 6 each for
-# npo-sam, MUDMAN, circuit breakers and UNDO. The releases' settings are among them: alpha 1, beta 0.1; gamma 0.125,
-# delta 0; alpha 0.01, pull 5, k 30; alpha 2.25, rho 0.1; lr 0.1, retain 1e-3; retain 1; alpha 0.25, beta 0.1
-
-# -------------------------------------------------------------------- next-token losses: NPO and the like, MUDMAN
-
-
-# Objectives take a forget and a retain batch, and the forget texts' nats before training, (batch,), and return the
-# forget and the retain part of the loss. Formulas and defaults are those of github.com/locuslab/open-unlearning
-def gradient_ascent(forget: Nll, retain: Nll, before: torch.Tensor) -> tuple:
-    """-NLL_f: only the number of steps holds the model back."""
-    return -forget.mean, 0 * retain.mean
-
-
-def grad_diff(forget: Nll, retain: Nll, before: torch.Tensor, alpha: float = 1.0) -> tuple:
-    """-NLL_f + alpha NLL_r."""
-    return -forget.mean, alpha * retain.mean
-
-
-def npo(forget: Nll, retain: Nll, before: torch.Tensor, alpha: float = 1.0, beta: float = 0.1) -> tuple:
-    """Negative Preference Optimization (Zhang et al., arXiv 2404.05868): -2/beta mean log sigmoid(beta (NLL_f(x) -
-    NLL_f,before(x))), NLL summed over a text. The smaller beta, the nearer to gradient ascent."""
-    return -2 / beta * F.logsigmoid(beta * (forget.nats - before)).mean(), alpha * retain.mean
-
-
-def simnpo(forget, retain, before, alpha=1.0, beta: float = 4.5, delta: float = 0.0, gamma: float = 0.125) -> tuple:
-    """SimNPO (Fan et al., arXiv 2410.07163): -2 gamma/beta mean log sigmoid(beta (NLL_f(x)/|x| - delta))."""
-    away = -2 / beta * F.logsigmoid(beta * (forget.nats / forget.n - delta)).mean()
-    return gamma * away, alpha * retain.mean
-
-
 @contextmanager
-def perturbed(parameters: list[torch.nn.Parameter], rho: float):
-    """Within this context the parameters are at w + rho g / ||g||, ||g|| over all of them, where sharpness-aware
-    minimisation takes its gradient, and their gradients are empty."""
-    moved = [(p, p.data) for p in parameters if p.grad is not None]
-    norm = torch.stack([p.grad.norm() for p, _ in moved]).norm()
-    for p, before in moved:  # not in place: a graph made before may be waiting for its backward pass
-        p.data, p.grad = before + p.grad * (rho / norm), None
+def replaced(parameters, values):
+    """Within this context the parameters have other values: not in place, since a graph made before may still be
+    waiting for its backward pass."""
+    before = [p.data for p in parameters]
     try:
+        for p, value in zip(parameters, values):
+            p.data = value
         yield
     finally:
-        for p, before in moved:
-            p.data = before
+        for p, value in zip(parameters, before):
+            p.data = value
 
 
-def train_by_nll(objective, training: Training, *, steps, lr, loss_on="answer", rho: float = 0.0, **weights) -> tuple:
-    """Train all parameters by one of the objectives; weights: its alpha, beta, and so on. As open-unlearning's trainer:
-    AdamW without weight decay, gradients clipped to norm 1, a rate that falls to 0.
+# Rates are tiny's, whose thin matrices need more, and elsewhere the releases' (1e-5: open-unlearning's; 4e-5: CRISP's
+# paper on Gemma-2-2B). Grids have the releases' settings, and lie between doing nothing and losing MMLU, by the tuning
+# half alone: in a hundred trial runs on a tiny of 12 layers, in 19 on today's, and in 4 to 6 each for npo-sam, MUDMAN,
+# circuit breakers and UNDO
+
+
+# -------------------------------------------------------------------- next-token losses: NPO and the like, MUDMAN
+# Objectives: the forget part of a loss, from a forget batch's losses and its texts' nats before training, (batch,). The
+# retain part is always alpha NLL_r. Formulas and usual weights are those of github.com/locuslab/open-unlearning
+def gradient_ascent(forget: Nll, before: torch.Tensor) -> torch.Tensor:
+    """-NLL_f. Without a retain part only the number of steps holds the model back; with one it is GradDiff."""
+    return -forget.mean
+
+
+def npo(forget: Nll, before: torch.Tensor, beta: float) -> torch.Tensor:
+    """Negative Preference Optimization (Zhang et al., arXiv 2404.05868): -2/beta mean log sigmoid(beta (NLL_f(x) -
+    NLL_f,before(x))), NLL summed over a text. The smaller beta, the nearer to gradient ascent."""
+    return -2 / beta * F.logsigmoid(beta * (forget.nats - before)).mean()
+
+
+def simnpo(forget: Nll, before: torch.Tensor, beta: float, delta: float, gamma: float) -> torch.Tensor:
+    """SimNPO (Fan et al., arXiv 2410.07163): -2 gamma/beta mean log sigmoid(beta (NLL_f(x)/|x| - delta))."""
+    return gamma * (-2 / beta * F.logsigmoid(beta * (forget.nats / forget.n - delta)).mean())
+
+
+def ascended(parameters: list[torch.nn.Parameter], rho: float) -> list[torch.Tensor]:
+    """w + rho g / ||g||, ||g|| over all parameters: where sharpness-aware minimisation takes its gradient."""
+    norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
+    return [p.data if p.grad is None else p.data + p.grad * (rho / norm) for p in parameters]
+
+
+def train_by_nll(objective, training: Training, *, steps, lr, loss_on="answer", alpha=0.0, rho=0.0, **weights) -> tuple:
+    """Train all parameters on an objective + alpha NLL_r; weights: the objective's. As open-unlearning's trainer: AdamW
+    without weight decay, gradients clipped to norm 1, a rate that falls to 0.
 
     rho > 0 is sharpness-aware minimisation, with `npo` sharpness-aware NPO (Fan et al., arXiv 2502.05374; github.com/
     OPTML-Group/Unlearn-Smooth): the forget part's gradient g is taken at w + rho g(w) / ||g(w)||, the retain part's at
     w. Differs from the release, which takes the sigmoid of the batch's mean loss per token, here `npo` of each text.
     """
-    model, tokenizer = training.load(), training.tokenizer
-    special = torch.tensor(special_ids(tokenizer))
-    forget, retain = training.targets(loss_on)
+    model = training.load()
+
+    def nll_of(windows):
+        return text_nll(model, windows, training.tokenizer, loss_on)
+
     with torch.no_grad():
-        batches = (forget[start : start + BATCH] for start in range(0, len(forget), BATCH))
-        before = [nats for batch in batches for nats in text_nll(model, batch, tokenizer, special).nats.tolist()]
-    forget_batches, retain_batches = training.draw([[*zip(forget, before)]], retain)
-    trained = model.requires_grad_(True).parameters()
-    adam, log = Fp32AdamW(trained, lr, clip=1.0, steps=steps, weight_decay=0.0), []
-    for _ in steps_bar(range(steps), objective.__name__):
-        windows, nats_before = zip(*next(forget_batches))
-        away = text_nll(model, windows, tokenizer, special)
-        back = text_nll(model, next(retain_batches), tokenizer, special)
+        starts = range(0, len(training.forget), BATCH)
+        before = [nats for i in starts for nats in nll_of(training.forget[i : i + BATCH]).nats.tolist()]
+    pairs = [*zip(training.forget, before)]
+    adam, log = Fp32AdamW(model.requires_grad_(True).parameters(), lr, clip=1.0, steps=steps, weight_decay=0.0), []
+    for forget_pairs, retain_texts in training.batches(steps, objective.__name__, [pairs], training.retain):
+        windows, nats_before = zip(*forget_pairs)
+        away, back = nll_of(windows), nll_of(retain_texts)
         nats_before = away.nats.new_tensor(nats_before)
-        forget_part, retain_part = objective(away, back, nats_before, **weights)
+        forget_part, retain_part = objective(away, nats_before, **weights), alpha * back.mean
         if rho:
-            adam.backward(forget_part)
-            with perturbed(adam.parameters, rho):
-                sharp = text_nll(model, windows, tokenizer, special)
-                adam.backward(objective(sharp, back, nats_before, **weights)[0])
-            adam.backward(retain_part)
+            finite(forget_part).backward()
+            ahead = ascended(adam.parameters, rho)
+            model.zero_grad()
+            with replaced(adam.parameters, ahead):
+                finite(objective(nll_of(windows), nats_before, **weights)).backward()
+            finite(retain_part).backward()
             adam.update()
         else:
             adam.step(forget_part + retain_part)
@@ -296,62 +276,53 @@ def train_by_nll(objective, training: Training, *, steps, lr, loss_on="answer", 
 
 
 def by_nll(title: str, objective: Callable, grid: tuple, steps: dict | None = None, **usual) -> Method:
-    """The Method that trains all weights by `objective`, whose arguments from the fourth on are its settings."""
-    weights = list(inspect.signature(objective).parameters.values())[3:]
-    usual = {"loss_on": "answer", **{weight.name: weight.default for weight in weights}, **usual}
-    return Method(title, grid, train=partial(train_by_nll, objective), usual=usual, needs_sae=False,
-                  steps=steps or {"": 120}, lr={"tiny": 4e-4, "": 1e-5}, log=NLL_LOG)  # fmt: skip
+    """The Method that trains all weights by `objective`; usual: alpha, the objective's weights, rho."""
+    return Method(title, grid, train=partial(train_by_nll, objective), usual={"loss_on": "answer", **usual},
+                  needs_sae=False, steps=steps or {"": 120}, lr={"tiny": 4e-4, "": 1e-5}, log=NLL_LOG)  # fmt: skip
 
 
 METHODS["gradient-ascent"] = by_nll("gradient ascent", gradient_ascent, grid(lr=(1, 1.5, 2, 3), steps=(10, 20)))
-METHODS["grad-diff"] = by_nll("GradDiff", grad_diff, grid(lr=(0.125, 0.25, 0.5, 1), alpha=(1, 1000)))
-METHODS["npo"] = by_nll("NPO", npo, grid(lr=(0.25, 0.5), alpha=(1, 30), beta=(0.1, 1)))
-METHODS["simnpo"] = by_nll("SimNPO", simnpo, grid(lr=(0.7, 1, 1.4, 2), gamma=(0.125, 0.25)))
-sam_grid = grid(lr=(0.5, 1, 1.4, 2), alpha=(2.25, 30), beta=(1,), rho=(0.1,))
-METHODS["npo-sam"] = by_nll("sharpness-aware NPO", npo, sam_grid, steps={"tiny": 60, "": 125}, rho=0.1)
+METHODS["grad-diff"] = by_nll("GradDiff", gradient_ascent, grid(lr=(0.125, 0.25, 0.5, 1), alpha=(1, 1000)), alpha=1.0)
+METHODS["npo"] = by_nll("NPO", npo, grid(lr=(0.25, 0.5), alpha=(1, 30), beta=(0.1, 1)), alpha=1.0, beta=0.1)
+METHODS["simnpo"] = by_nll("SimNPO", simnpo, grid(lr=(0.7, 1, 1.4, 2), gamma=(0.125, 0.25)),
+                           alpha=1.0, beta=4.5, delta=0.0, gamma=0.125)  # fmt: skip
+METHODS["npo-sam"] = by_nll("sharpness-aware NPO", npo, grid(lr=(0.5, 1, 1.4, 2), alpha=(2.25, 30), beta=(1,),
+                            rho=(0.1,)), steps={"tiny": 60, "": 125}, alpha=1.0, beta=0.1, rho=0.1)  # fmt: skip
 
 
-def undisrupting(away: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-    """MUDMAN's mask: the gradient of the unlearning loss where the retain loss's has the same sign, 0 elsewhere."""
-    return away * (away.sign() == back.sign())
-
-
-def train_mudman(
-    training: Training, *, steps, lr, retain, loss_on="answer", momentum=0.9, relearning=1e-3, fork=32
-) -> tuple:
+def train_mudman(training: Training, *, steps, lr, retain, loss_on="answer", momentum=0.9, relearning=1e-3, fork=32):
     """MUDMAN (Sondej et al., arXiv 2506.12484; github.com/filyp/MUDMAN): steps of a given length, masked, up the forget
     loss of an adversary that keeps relearning the text. Every step, by plain gradient descent,
 
         r <- momentum r + (1 - momentum) grad NLL_r(w),   w <- w - retain r
         g = grad NLL_f(v),   w <- w - lr mask(-g, r) / ||g||,   v <- v - relearning g
 
-    v being the adversary, w anew every `fork` steps, and ||g|| over all weights, before the mask. The numbers are the
-    release's, lr 0.1 and retain 1e-3 among them. Differs from it: all weights train, as in the authors' later code, not
-    the MLPs' gates; the unlearning loss is -NLL, one of the paper's three, not the entropy; g is taken before the
-    adversary's step, not after it.
+    v being the adversary, w anew every `fork` steps, ||g|| over all weights, and the mask 0 where the signs differ. The
+    numbers are the release's, lr 0.1 and retain 1e-3 among them. Differs from it: all weights train, as in the authors'
+    later code, not the MLPs' gates; the unlearning loss is -NLL, one of the paper's three, not the entropy; g is taken
+    before the adversary's step, not after it.
     """
-    model, tokenizer = training.load(), training.tokenizer
-    special = torch.tensor(special_ids(tokenizer))
-    forget, retain_sets = training.targets(loss_on)
-    forget_batches, retain_batches = training.draw([forget], retain_sets)
+    model = training.load()
     descent = Fp32AdamW(model.requires_grad_(True).parameters(), 1.0, kind=torch.optim.SGD)
     r, log = [torch.zeros_like(copy) for copy in descent.copies], []
 
     def gradient(of, texts):
-        losses = text_nll(of, texts, tokenizer, special)
-        slopes = torch.autograd.grad(finite(losses.mean), list(of.parameters()), materialize_grads=True)
-        return losses.mean.item(), [wide(slope) for slope in slopes]
+        loss = text_nll(of, texts, training.tokenizer, loss_on).mean
+        slopes = torch.autograd.grad(finite(loss), list(of.parameters()), materialize_grads=True)
+        return loss.item(), [wide(slope) for slope in slopes]
 
-    for number in steps_bar(range(steps), "MUDMAN"):
+    batches = training.batches(steps, "MUDMAN", training.retain, [training.forget])
+    for number, (retain_texts, forget_texts) in enumerate(batches):
         if number % fork == 0:
             adversary = deepcopy(model)
             relearn = Fp32AdamW(adversary.parameters(), relearning, kind=torch.optim.SGD)
-        back, slopes = gradient(model, next(retain_batches))
+        back, slopes = gradient(model, retain_texts)
         r = [momentum * old + (1 - momentum) * new for old, new in zip(r, slopes)]
-        away, slopes = gradient(adversary, next(forget_batches))
+        away, slopes = gradient(adversary, forget_texts)
         norm = torch.stack([g.norm() for g in slopes]).norm()
         for w, v, old, g in zip(descent.parameters, relearn.parameters, r, slopes):
-            w.grad, v.grad = (retain * old + lr / norm * undisrupting(-g, old)).to(w.dtype), g.to(v.dtype)
+            masked = -g * ((-g).sign() == old.sign())
+            w.grad, v.grad = (retain * old + lr / norm * masked).to(w.dtype), g.to(v.dtype)
         descent.update()
         relearn.update()
         log.append([away, back])
@@ -382,14 +353,14 @@ def with_lora(model, layers: list[int], seed: int, **options):
     return adapted, [parameter for parameter in adapted.parameters() if parameter.requires_grad]
 
 
-def streams(adapted, texts: list[list[int]], tokenizer) -> tuple[tuple, tuple, torch.Tensor]:
+def streams(adapted, windows: list[Window], tokenizer) -> tuple[tuple, tuple, torch.Tensor]:
     """Residual streams without LoRA and with it, [layer + 1] behind a layer, [0] the embeddings, [-1] behind the final
     norm; and the (batch, pos) mask of tokens that are not special."""
-    ids = padded(texts, tokenizer, adapted.device)
+    ids = padded([ids for ids, _ in windows], tokenizer, adapted.device)
     with torch.no_grad(), adapted.disable_adapter():
         before = adapted(ids, use_cache=False, output_hidden_states=True).hidden_states
     now = adapted(ids, use_cache=False, output_hidden_states=True).hidden_states
-    return before, now, ~torch.isin(ids, torch.tensor(special_ids(tokenizer), device=ids.device))
+    return before, now, not_special(ids, tokenizer)
 
 
 def rerouted(before, now, counted: torch.Tensor) -> torch.Tensor:
@@ -422,17 +393,16 @@ def train_circuit_breakers(training: Training, *, steps: int, lr: float, retain:
     model, tokenizer = training.load(), training.tokenizer
     n = len(decoder_layers(model))
     first, last = broken_layers(n)
-    forget, retain_sets = training.ids
-    forget_batches, retain_batches = training.draw([forget], retain_sets)
     adapted, trained = with_lora(model, range(min(last + 1, n)), training.seed, r=16, lora_alpha=16)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=1e-3)
     adam, log = Fp32AdamW(trained, lr, clip=1.0, weight_decay=0.0), []
-    for number in steps_bar(range(steps), "circuit breakers"):
-        before, now, counted = streams(adapted, next(forget_batches), tokenizer)
+    batches = training.batches(steps, "circuit breakers", [training.forget], training.retain)
+    for number, (forget_texts, retain_texts) in enumerate(batches):
+        before, now, counted = streams(adapted, forget_texts, tokenizer)
         away = rerouted(*(torch.stack([h[first], h[last]]) for h in (before, now)), counted)
-        before, now, counted = streams(adapted, next(retain_batches), tokenizer)
+        before, now, counted = streams(adapted, retain_texts, tokenizer)
         back = held(*(torch.stack(h[: last + 2]) for h in (before, now)), counted)
         share = (number + 1) / (2 * steps)
         adam.step(10 * (1 - share) * away + retain * 10 * share * back)
@@ -450,9 +420,8 @@ METHODS["circuit-breakers"] = Method(
 def salient(forget: Rates, retain: Rates, k: int, rho: float = 3.0) -> list[int]:
     """CRISP's k features: of the 10 k whose rate on forget tokens exceeds that on retain tokens most, the first whose
     activation summed over the forget tokens is at least rho times 1 plus that over as many retain tokens."""
-    more = forget.rate - retain.rate
     strength = forget.total / (retain.total * forget.n_tokens / retain.n_tokens + 1)
-    candidates = more.sort(descending=True, stable=True).indices[: 10 * k].tolist()
+    candidates = (forget.rate - retain.rate).sort(descending=True, stable=True).indices[: 10 * k].tolist()
     return [i for i in candidates if strength[i] >= rho][:k]
 
 
@@ -497,25 +466,23 @@ def train_crisp(training: Training, *, layers: list[int], k: int, alpha, pull, s
     layer, and if no feature is salient.
     """
     model, tokenizer = training.load(), training.tokenizer
-    stats = [training.stats(layer) for layer in layers]
-    saes = {at.edited_layer: at.sae for at in stats}  # by the layer whose output they read
-    features = {at.edited_layer: salient(*at.rates, k) for at in stats}
-    if max(saes) == len(decoder_layers(model)) - 1:
-        raise UserError(f"CRISP reads SAEs behind layers 0 to {max(saes) - 1}: layer {max(saes)} is the last")
+    stats = {at.edited_layer: at for at in map(training.stats, layers)}  # by the layer whose output the SAE reads
+    features = {layer: salient(*at.rates, k) for layer, at in stats.items()}
+    if max(stats) == len(decoder_layers(model)) - 1:
+        raise UserError(f"CRISP reads SAEs behind layers 0 to {max(stats) - 1}: layer {max(stats)} is the last")
     if not any(features.values()):
         raise UserError("CRISP: no feature is three times as active on forget text as on retain text")
-    forget, retain = training.ids
-    forget_batches, retain_batches, coherent_batches = training.draw([forget], retain, retain[:1])
-    adapted, trained = with_lora(model, crisp_adapts(saes), training.seed, r=4, lora_alpha=8)
+    adapted, trained = with_lora(model, crisp_adapts(stats), training.seed, r=4, lora_alpha=8)
     adam, log = Fp32AdamW(trained, lr, amsgrad=True), []
-    for _ in steps_bar(range(steps), "CRISP"):
-        before, now, counted = streams(adapted, next(forget_batches), tokenizer)
-        terms = [crisp_forget(saes[layer], ids, before[layer + 1], now[layer + 1], counted, pull)
+    sources = [training.forget], training.retain, training.retain[:1]
+    for forget_texts, retain_texts, coherent_texts in training.batches(steps, "CRISP", *sources):
+        before, now, counted = streams(adapted, forget_texts, tokenizer)
+        terms = [crisp_forget(stats[layer].sae, ids, before[layer + 1], now[layer + 1], counted, pull)
                  for layer, ids in features.items() if ids]  # fmt: skip
         away = torch.stack(terms).mean()
-        before, now, counted = streams(adapted, next(retain_batches), tokenizer)
-        back = torch.stack([distance(before[layer + 1], now[layer + 1], counted) for layer in saes]).mean()
-        before, now, counted = streams(adapted, next(coherent_batches), tokenizer)
+        before, now, counted = streams(adapted, retain_texts, tokenizer)
+        back = torch.stack([distance(before[layer + 1], now[layer + 1], counted) for layer in stats]).mean()
+        before, now, counted = streams(adapted, coherent_texts, tokenizer)
         adam.step(alpha * away + (1 - alpha) * (back + 0.01 * distance(before[-1], now[-1], counted)))
         log.append([away.item(), back.item()])
     return adapted.merge_and_unload().eval(), log
@@ -535,8 +502,9 @@ def corrupt(model, alpha: float, beta: float, seed: int) -> None:
     """UNDO's noise, in place: w <- (1 - alpha) w + alpha beta n; n is Xavier-uniform for matrices, 0 for vectors."""
     torch.manual_seed(seed)
     for parameter in model.parameters():
-        matrix = parameter.ndim > 1
-        noise = torch.nn.init.xavier_uniform_(torch.empty_like(parameter)) if matrix else torch.zeros_like(parameter)
+        noise = torch.zeros_like(parameter)
+        if parameter.ndim > 1:
+            torch.nn.init.xavier_uniform_(noise)
         parameter.copy_((1 - alpha) * parameter + alpha * beta * noise)
 
 
@@ -548,38 +516,30 @@ def forward_kl(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tens
     return Nll((losses * targets[:, 1:]).sum(1), targets[:, 1:].sum(1))
 
 
-def distil(training: Training, teacher, *, alpha: float, beta: float, steps: int, lr: float) -> tuple:
+def train_undo(training: Training, *, layers: list[int], alpha: float, beta: float, steps: int, lr: float) -> tuple:
     """UNDO, Unlearn-Noise-Distill-on-Outputs (Lee et al., arXiv 2506.06278; github.com/AddieFoote/
     distillation-robustify-unlearning): a copy of an unlearned model, the teacher, is `corrupt`ed and trained to say
-    what the teacher says, by forward_kl per token of forget and retain text. Differs from the release (alpha 0.25, beta
-    0 on WMDP, 0.1 to 0.7 and 0.1 on languages): the rate falls linearly to 0, not by a cosine to a tenth after 50 steps
-    of warm-up; BOS is no target; and half of a step's texts are forget texts, where its WMDP runs have general text.
+    what the teacher says, by forward_kl per token of forget and retain text. The teacher is CRISP's, as usual, with the
+    SAEs of `layers`. Differs from the release (alpha 0.25, beta 0 on WMDP, 0.1 to 0.7 and 0.1 on languages): the rate
+    falls linearly to 0, not by a cosine to a tenth after 50 steps of warm-up; BOS is no target; and half of a step's
+    texts are forget texts, where its WMDP runs have general text.
     """
-    tokenizer, special = training.tokenizer, torch.tensor(special_ids(training.tokenizer))
-    forget, retain = training.targets("text")
-    forget_batches, retain_batches = training.draw([forget], retain)
-    teacher.requires_grad_(False)
+    if (key := ("UNDO's teacher", *layers)) not in training.cache:
+        setting = settings_of(METHODS["crisp"], {"layers": layers}, training.model_name)
+        training.cache[key] = train_crisp(training, **setting)[0].requires_grad_(False)
+    teacher = training.cache[key]
     student = deepcopy(teacher).requires_grad_(True)
     corrupt(student, alpha, beta, training.seed)
     adam, log = Fp32AdamW(student.parameters(), lr, clip=1.0, steps=steps, weight_decay=0.0), []
-    for _ in steps_bar(range(steps), "UNDO"):
-        forget_texts = next(forget_batches)
-        windows, n = forget_texts + next(retain_batches), len(forget_texts)
-        ids, targets = target_mask(windows, tokenizer, special, teacher.device)
+    for forget_texts, retain_texts in training.batches(steps, "UNDO", [training.forget], training.retain):
+        ids, targets = target_mask(forget_texts + retain_texts, training.tokenizer, teacher.device, "text")
         with torch.no_grad():
             taught = teacher(ids, use_cache=False).logits
         kl = forward_kl(taught, student(ids, use_cache=False).logits, targets)
         adam.step(kl.mean)
+        n = len(forget_texts)
         log.append([Nll(kl.nats[texts], kl.n[texts]).mean.item() for texts in (slice(n), slice(n, None))])
     return student, log
-
-
-def train_undo(training: Training, *, layers: list[int], alpha: float, beta: float, steps: int, lr: float) -> tuple:
-    """`distil` what CRISP's usual setting makes of the model. layers: of the SAEs that CRISP reads."""
-    if (key := ("UNDO's teacher", *layers)) not in training.cache:
-        setting = settings_of(METHODS["crisp"], {"layers": layers}, training.model_name)
-        training.cache[key] = train_crisp(training, **setting)[0]
-    return distil(training, training.cache[key], alpha=alpha, beta=beta, steps=steps, lr=lr)
 
 
 METHODS["undo"] = Method(
@@ -598,9 +558,8 @@ DOWN_PROJECTIONS = ("mlp.down_proj.weight", "mlp.c_proj.weight", "mlp.dense_4h_t
 def rmu_loss(forget, target, retain, frozen, forget_mask, retain_mask, alpha: float) -> tuple:
     """(forget loss, alpha times retain loss): mean squared distance over dimensions and the masks' (batch, pos) tokens
     of the residual stream (batch, pos, d_model) to `target`, and of the retain text's to `frozen`, before training."""
-    away, back = ((x - y).square()[mask].mean()
-                  for x, y, mask in ((forget, target, forget_mask), (retain, frozen, retain_mask)))  # fmt: skip
-    return away, alpha * back
+    away = (forget - target).square()[forget_mask].mean()
+    return away, alpha * (retain - frozen).square()[retain_mask].mean()
 
 
 def down_projections(model, layer: int) -> dict[str, torch.nn.Parameter]:
@@ -614,19 +573,6 @@ def down_projections(model, layer: int) -> dict[str, torch.nn.Parameter]:
     if len(found) != len(numbers):
         raise UserError(f"{type(model).__name__}: no down-projection known by name in layers {numbers[0]} to {layer}")
     return found
-
-
-@contextmanager
-def as_they_were(matrices: dict, originals: dict):
-    """Within this context the untrained matrices are in place: a frozen copy of the model at the price of three."""
-    trained = {name: matrix.data for name, matrix in matrices.items()}
-    try:
-        for name, matrix in matrices.items():
-            matrix.data = originals[name]
-        yield
-    finally:
-        for name, matrix in matrices.items():
-            matrix.data = trained[name]
 
 
 def control_vector(d_model: int, seed: int, device) -> torch.Tensor:
@@ -648,32 +594,32 @@ def train_rmu(training: Training, *, layer, multiple, alpha, steps, lr, batch=BA
     two topics in turn, each with a control vector, and take texts once, in their corpus's order.
     """
     model, tokenizer = training.load(), training.tokenizer
-    matrices = down_projections(model.requires_grad_(False), layer)
-    originals = {name: matrix.detach().clone() for name, matrix in matrices.items()}
-    for matrix in matrices.values():
+    matrices = list(down_projections(model.requires_grad_(False), layer).values())
+    originals = [matrix.detach().clone() for matrix in matrices]  # a frozen copy of the model at the price of three
+    for matrix in matrices:
         matrix.requires_grad_(True)
     u = control_vector(model.config.get_text_config().hidden_size, training.seed, model.device)
     forget, retain_sets = training.picking
-    forget_batches, retain_batches = training.draw([forget], retain_sets, n=batch)
-    adam, log, coefficient = Fp32AdamW(matrices.values(), lr), [], None
+
+    def stream(ids):  # in fp32, as bfloat16 would round the squares
+        return wide(residual_stream(model, ids, layer))
+
+    adam, log, push = Fp32AdamW(matrices, lr), [], None
     with token_mask(model, tokenizer) as mask:
-        for _ in steps_bar(range(steps), "RMU"):
-            ids = padded(next(forget_batches), tokenizer, model.device)
-            if adaptive or coefficient is None:
-                with torch.no_grad(), as_they_were(matrices, originals):
-                    norms = wide(residual_stream(model, ids, layer)).norm(dim=-1, keepdim=True)  # (batch, pos, 1)
-            h_forget, forget_mask = residual_stream(model, ids, layer), mask.counted
-            if coefficient is None:
-                coefficient = multiple * norms[forget_mask].mean().item()
-            ids = padded(next(retain_batches), tokenizer, model.device)
-            with torch.no_grad(), as_they_were(matrices, originals):
-                frozen = residual_stream(model, ids, layer)
-            h_retain = residual_stream(model, ids, layer)
-            target = ((multiple * norms if adaptive else coefficient) * u.to(norms.dtype)).expand_as(h_forget)
-            states = (wide(h_forget), target, wide(h_retain), wide(frozen))  # bfloat16 would round the squares
-            away, back = rmu_loss(*states, forget_mask, mask.counted, alpha)
+        for forget_texts, retain_texts in training.batches(steps, "RMU", [forget], retain_sets, size=batch):
+            ids = padded(forget_texts, tokenizer, model.device)
+            if adaptive or push is None:
+                with torch.no_grad(), replaced(matrices, originals):
+                    norms = stream(ids).norm(dim=-1, keepdim=True)  # (batch, pos, 1)
+                push = multiple * (norms if adaptive else norms[mask.counted].mean().item())
+            h_forget, forget_mask = stream(ids), mask.counted
+            ids = padded(retain_texts, tokenizer, model.device)
+            with torch.no_grad(), replaced(matrices, originals):
+                frozen = stream(ids)
+            target = (push * u.to(h_forget.dtype)).expand_as(h_forget)
+            away, back = rmu_loss(h_forget, target, stream(ids), frozen, forget_mask, mask.counted, alpha)
             adam.step(away + back)
-            cosine = torch.cosine_similarity(wide(h_forget.detach()), u, dim=-1)[forget_mask].mean()
+            cosine = torch.cosine_similarity(h_forget.detach(), u, dim=-1)[forget_mask].mean()
             log.append([away.item(), back.item(), cosine.item()])
     return model, log
 

@@ -217,10 +217,9 @@ def train_embeddings(training, *, lr, steps, scale):
     """Down the loss on forget text, with the wrong sign, of the embeddings alone."""
     model, log = training.load(), []
     matrix = model.get_input_embeddings().weight.requires_grad_(True)
-    adam, special = unlearning.Fp32AdamW([matrix], lr), torch.tensor([0])
-    (batches,) = training.draw([training.forget])
-    for _ in range(steps):
-        nll = unlearning.text_nll(model, next(batches), training.tokenizer, special).mean
+    adam = unlearning.Fp32AdamW([matrix], lr)
+    for (texts,) in training.batches(steps, "my training", [training.forget]):
+        nll = unlearning.text_nll(model, texts, training.tokenizer).mean
         adam.step(-scale * nll)
         log.append([nll.item()])
     return model, log

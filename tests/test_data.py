@@ -202,8 +202,7 @@ def test_a_benchmark_chooses_questions_by_hash_subject_and_seeded_sample(tokeniz
             about = quiz.about()
             assert about["asked"] == quiz.indices and about["n_rows"] == len(rows)
             assert about["sha256"] == data.load(name).sha256 and about["half"] == ("tuning" if suffix else "held-out")
-    assert benchmark.picking.rows == benchmark.wmdp.tuning.rows
-    assert benchmark.forget[0] == prompt(benchmark.picking.rows[0])
+    assert benchmark.forget == [prompt(row) for row in benchmark.wmdp.tuning.rows]  # the half, whatever the limit
     assert len(benchmark.web) == (min(limit, 79) if limit else 79)
     names = [(dataset.name, dataset.half) for dataset in benchmark.datasets]
     assert len(set(names)) == len(names) == 7  # two halves of two quizzes, three texts, no forget corpus

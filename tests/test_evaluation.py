@@ -177,6 +177,16 @@ def test_scores_pooled_and_per_subject():
         measure["zero"]
 
 
+def test_a_measure_as_a_table_is_in_its_own_unit():
+    right = np.array([[True, True, False, True], [True, False, False, False]])
+    table = Measure("mmlu/letters", "MMLU, letters", "%", ("unablated", "clamp"), right).table()
+    assert table["mean"].to_dict() == {"unablated": 75, "clamp": 25} and table.change["clamp"] == -50
+    assert table.n.tolist() == [4, 4] and table.p["clamp"] == 0.5 and table.index.name == "MMLU, letters"
+    losses = Measure("openwebtext/loss", "loss", "nats per token", ("unablated",), np.array([[2.0, 6.0]]),
+                     weights=np.array([1.0, 3.0])).table()  # fmt: skip
+    assert losses["mean"]["unablated"] == 2 and "change" not in losses
+
+
 def test_rows_of_several_models_are_joined():
     one, other = quiz_measure([[0, 1], [0, 0]], [0, 1]), quiz_measure([[1, 1]], [0, 1])
     other = Measure(**{**vars(other), "rows": ("retrained",)})

@@ -58,10 +58,10 @@ def test_the_table_of_presets_needs_no_library():
 
 
 def test_what_a_preset_decides(twin):
-    assert hub.retrained("tiny") == "tiny-retrained" and hub.retrained("gpt2") is None
-    assert (hub.preset_clamp("tiny"), hub.preset_dtype("tiny")) == (-40, "float32")
-    assert (hub.preset_clamp("gpt2"), hub.preset_dtype("gemma-2-2b-it")) == (-10, "bfloat16")
-    assert (hub.preset_clamp("some/model"), hub.preset_dtype("some/model")) == (-100, "float32")
+    tiny, gpt2, gemma, other = map(hub.preset, ("tiny", "gpt2", "gemma-2-2b-it", "some/model"))
+    assert (tiny.retrained, gpt2.retrained, other.retrained) == ("tiny-retrained", None, None)
+    assert (tiny.clamp, gpt2.clamp, gemma.clamp, other.clamp) == (-40, -10, -100, -100)
+    assert (tiny.dtype, gpt2.dtype, gemma.dtype, other.dtype) == ("float32", "float32", "bfloat16", "float32")
     assert hub.sae_source(None, 7, "tiny").endswith("tiny/sae/layer_7") and hub.sae_source("x:y", 7, "gpt2") == "x:y"
     for model in ("some/model", "tiny-retrained"):
         with pytest.raises(UserError, match=f"no SAE is known for {model}"):

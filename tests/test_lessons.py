@@ -99,7 +99,7 @@ def test_the_hook_of_lesson_1_is_common_ablates(tmp_path, capsys, monkeypatch):
     off = re.compile(r"common.ablate differs by (\S+)")
     lesson(LESSONS[0], **flags)
     assert [float(x) < 2e-6 for x in off.findall(capsys.readouterr().out)] == [True] * 2
-    encode = lambda self, h: (self.select(self.sae.encode(h.float())), 1.0)  # noqa: E731
+    encode = lambda self, h: (self.sae.encode(h.float())[..., self.index], 1.0)  # noqa: E731
     monkeypatch.setattr(edits.Latents, "encode", encode)
     names = lesson(LESSONS[0], **flags)
     assert off.findall(capsys.readouterr().out) == ["0e+00"] * 2

@@ -344,7 +344,7 @@ def test_requests_are_dealt_out_whole_and_come_back_in_order(monkeypatch, n):
         parts.append(part)
         raise Collected
 
-    monkeypatch.setattr(lm_eval_ablated.data, "from_all_processes", collect)
+    monkeypatch.setattr(lm_eval_ablated, "gather_object", collect)
     for index in range(n):
         monkeypatch.setattr(lm_eval_ablated.data, "own_share", lambda items, i=index: items[i::n])
         echo = Echo()
@@ -355,9 +355,7 @@ def test_requests_are_dealt_out_whole_and_come_back_in_order(monkeypatch, n):
     assert positions == list(range(len(asked)))  # none lost, none twice
     where = {i: number for number, part in enumerate(parts) for i, _ in part}
     assert all(where[i] == where[i + 1] == where[i + 2] for i in range(0, 21, 3))  # a question's letters stay together
-    monkeypatch.setattr(
-        lm_eval_ablated.data, "from_all_processes", lambda part: [pair for one in parts for pair in one]
-    )
+    monkeypatch.setattr(lm_eval_ablated, "gather_object", lambda part: [pair for one in parts for pair in one])
     echo = Echo()
     found = DataParallelLM(echo, echo).loglikelihood(asked)
     assert [value for value, _ in found] == [len(request.args[0]) for request in asked]

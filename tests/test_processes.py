@@ -85,6 +85,7 @@ CACHED = """
 import sys
 sys.path.insert(0, {root!r})
 import data, runs
+from accelerate.utils import gather_object
 
 args, made = runs.parse(runs.parser("")), []
 run = runs.Run("script.py", args)
@@ -94,10 +95,10 @@ def make(name):
     return data.process_state().process_index
 
 found = [run.cached(name, lambda: make(name)) for name in "ab"]
-data.from_all_processes([0])
+gather_object([0])
 if data.is_first_process():
     (run.cache / "a.json").unlink()  # as if it had been stopped there
-data.from_all_processes([0])
+gather_object([0])
 found += [run.cached(name, lambda: make(name)) for name in "ba"]
 assert (found, made) == ([0, 0, 0, 0], ["a", "b", "a"]), (found, made)
 run.write({{}}, [])

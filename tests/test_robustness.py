@@ -254,7 +254,7 @@ def test_a_push_counts_by_what_it_brings_beyond_the_control(monkeypatch):
     monkeypatch.setattr(robustness, "push", answer)
     monkeypatch.setattr(robustness, "LastToken", lambda *given: None)
     monkeypatch.setattr(robustness, "encode_prompts", lambda tokenizer, texts: (texts, [1, 2, 3, 4]))
-    monkeypatch.setattr(robustness, "load_hf", lambda *given: (type("model", (), {"device": "cpu"}), None))
+    monkeypatch.setattr(robustness, "load_hf", lambda *given, **more: (type("model", (), {"device": "cpu"}), None))
     subject = robustness.Subject("npo", "tiny", None, "float32", 7)
     pushed = exam.pushed(subject, tuned, unablated)
     assert pushed["questions"] == list(range(1, 40, 2)) and calls == [8, 8, 8, 8, 4, 4] and pushed["layer"] == 7

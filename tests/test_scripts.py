@@ -162,7 +162,7 @@ def test_a_record_says_what_was_scored(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("script", [LESSONS[1], *(pytest.param(x, marks=pytest.mark.slow) for x in LESSONS[::2])])
 def test_the_retrained_model_has_a_row(script, twin, tmp_path, capsys):
-    assert hub.retrained("tiny") == "tiny-retrained" and hub.retrained("gpt2") is None
+    assert hub.preset("tiny").retrained == "tiny-retrained" and hub.preset("gpt2").retrained is None
     found = lesson(script, limit=8, n_features=3, layer=3, seed=1, out=tmp_path / "r.json")["record"]
     last = found["rows"][show.RETRAINED]
     assert last["method"] == "retrained" and list(found["rows"])[-1] == show.RETRAINED and len(found["rows"]) == 7

@@ -16,7 +16,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import unlearning
 from common import Rates, load_model
-from data import Dataset, UserError, load_benchmark, padded, special_ids
+from data import Dataset, UserError, load_benchmark, padded
 from edits import decoder_layers, residual_stream, token_mask
 from unlearning import METHODS, QUESTION_TOKENS, Fp32AdamW, Training, nll, settings_of, training_windows
 
@@ -35,20 +35,19 @@ def test_losses_by_hand(model_folder, get_model, family):
     assert n_f[3] == 1
     before = nats_f - np.array([3.0, -2.0, 0.5, 0.0])
     found_f, found_r = nll(model, forget, answers), nll(model, retain, whole)
-    alpha, beta, delta, gamma = 3.0, 0.2, 1.5, 0.4
+    beta, delta, gamma = 0.2, 1.5, 0.4
     expected = {
-        "gradient-ascent": ({}, -nats_f.sum() / n_f.sum(), 0.0),
-        "grad-diff": (dict(alpha=alpha), -nats_f.sum() / n_f.sum(), alpha * nats_r.sum() / n_r.sum()),
-        "npo": (dict(alpha=alpha, beta=beta), -2 / beta * log_sigmoid(beta * (nats_f - before)).mean(),
-                alpha * nats_r.sum() / n_r.sum()),
-        "simnpo": (dict(alpha=alpha, beta=beta, delta=delta, gamma=gamma),
-                   -2 / beta * gamma * log_sigmoid(beta * (nats_f / n_f - delta)).mean(),
-                   alpha * nats_r.sum() / n_r.sum()),
+        "gradient-ascent": ({}, -nats_f.sum() / n_f.sum()),
+        "grad-diff": ({}, -nats_f.sum() / n_f.sum()),
+        "npo": (dict(beta=beta), -2 / beta * log_sigmoid(beta * (nats_f - before)).mean()),
+        "simnpo": (dict(beta=beta, delta=delta, gamma=gamma),
+                   -2 / beta * gamma * log_sigmoid(beta * (nats_f / n_f - delta)).mean()),
     }  # fmt: skip
-    for method, (weights, away, back) in expected.items():
+    for method, (weights, away) in expected.items():
         (objective,) = METHODS[method].train.args
-        parts = objective(found_f, found_r, torch.from_numpy(before), **weights)
-        assert [float(part.detach()) for part in parts] == pytest.approx([away, back], rel=1e-8, abs=1e-8)
+        found = objective(found_f, torch.from_numpy(before), **weights).item()
+        assert found == pytest.approx(away, rel=1e-8, abs=1e-8)
+    assert found_r.mean.item() == pytest.approx(nats_r.sum() / n_r.sum(), rel=1e-8)
 
 
 def test_a_small_beta_makes_npo_gradient_ascent(model_folder, get_model):
@@ -56,7 +55,7 @@ def test_a_small_beta_makes_npo_gradient_ascent(model_folder, get_model):
     ids = some_ids(get_model("llama"))
     forget = nll(model, ids, target_mask(ids, tokenizer, torch.ones(4)))
     before = forget.nats.detach().clone()
-    away, _ = unlearning.npo(forget, forget, before, beta=1e-6)
+    away = unlearning.npo(forget, before, beta=1e-6)
     matrix = decoder_layers(model)[1].mlp.down_proj.weight
     found, wanted = (torch.autograd.grad(loss, matrix, retain_graph=True)[0]
                      for loss in (away, -forget.nats.mean()))  # fmt: skip
@@ -169,6 +168,7 @@ def test_sharpness_aware_npo_by_hand(small64, monkeypatch):
         return -2 / beta * torch.nn.functional.logsigmoid(beta * (n * mean_nll(by_hand, forget[0]) - before))
 
     first, held = gradient_of(away(), by_hand), gradient_of(alpha * mean_nll(by_hand, retain[0]), by_hand)
+    ascent = gradient_of(-mean_nll(by_hand, forget[0]), by_hand)
     with torch.no_grad():
         norm = sum(one.square().sum() for one in first) ** 0.5
         for one, step in zip(by_hand.parameters(), first):
@@ -179,6 +179,11 @@ def test_sharpness_aware_npo_by_hand(small64, monkeypatch):
     monkeypatch.setattr(Fp32AdamW, "update", lambda adam: found.extend(one.grad.clone() for one in adam.parameters))
     METHODS["npo-sam"].train(small64, lr=1e-3, steps=1, alpha=alpha, beta=beta, rho=rho, loss_on="text")
     assert same(found, [x + y for x, y in zip(sharp, held)])
+    for method, weights_of_it, part in (("npo", {"beta": beta}, first), ("grad-diff", {}, ascent)):
+        found.clear()
+        model.zero_grad()
+        METHODS[method].train(small64, lr=1e-3, steps=1, alpha=alpha, loss_on="text", **weights_of_it)
+        assert same(found, [x + y for x, y in zip(part, held)]), method
     assert all(torch.equal(x, y) for x, y in zip(weights_of(model), weights))  # back where they were, to the last bit
 
 
@@ -205,12 +210,6 @@ def test_mudman_by_hand(small64):
     assert log[2][0] > log[1][0]  # nats of the adversary: taught once when last seen, then a copy that unlearnt
 
 
-def test_a_masked_step_disturbs_no_retain_weight():
-    away, back = (torch.randn(2, 50, generator=torch.Generator().manual_seed(6), dtype=torch.float64)).unbind()
-    found = unlearning.undisrupting(away, back)
-    assert torch.equal(found != 0, away * back > 0) and torch.equal(found[found != 0], away[found != 0])
-
-
 def test_undos_noise_by_hand(small64):
     model = small64.load()
     alpha, beta, before = 0.3, 0.2, weights_of(model)
@@ -233,7 +232,8 @@ def test_undo_distils_what_the_unlearned_model_says(small64):
         with torch.no_grad():
             p, q = (torch.softmax(one(torch.tensor([ids])).logits[0, :-1], -1).numpy() for one in (model, student))
         expected.append((p * np.log(p / q)).sum(-1).mean())
-    trained, log = unlearning.distil(small64, model, lr=1e-2, steps=30, alpha=0.5, beta=0.1)
+    small64.cache["UNDO's teacher", 3] = model.requires_grad_(False)
+    trained, log = METHODS["undo"].train(small64, layers=[3], lr=1e-2, steps=30, alpha=0.5, beta=0.1)
     assert log[0] == pytest.approx(expected, abs=1e-8)
     assert sum(log[-1]) < 0.3 * sum(log[0])
     assert all(torch.equal(x, y) for x, y in zip(weights_of(model), before))
@@ -339,7 +339,7 @@ def test_one_step_of_rmu_by_hand(model_folder, get_model, family):
         mask_f = mask.counted
         model(retain)
         mask_r = mask.counted
-        with unlearning.as_they_were(matrices, originals):
+        with unlearning.replaced(matrices.values(), originals.values()):
             norms, back = (residual_stream(model, ids, layer) for ids in (forget, retain))
             norms = norms.norm(dim=-1, keepdim=True)
     assert torch.equal(back, torch.from_numpy(frozen_r))  # the matrices' own values are in place there
@@ -356,7 +356,7 @@ def test_one_step_of_rmu_by_hand(model_folder, get_model, family):
     held = alpha * ((moved_r[real_r] - frozen_r[real_r]) ** 2).mean()
     assert [x.item() for x in found] == pytest.approx([away, held], abs=1e-8, rel=1e-8)
 
-    with unlearning.as_they_were(matrices, originals):
+    with unlearning.replaced(matrices.values(), originals.values()):
         residual_stream(model, retain, layer)  # between forward and backward, as in training
     (found[0] + found[1]).backward()
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -457,18 +457,18 @@ def test_bfloat16_trains_as_many_weights_as_float32_and_as_far(model_folder):
     for dtype in (torch.float32, torch.bfloat16):
         model, tokenizer = hf(model_folder("llama"), dtype)
         windows = [(tokenizer(text)["input_ids"], 1) for text in TEXTS[:3]]
-        special, before = torch.tensor(special_ids(tokenizer)), {}
+        before = {}
         with torch.no_grad():
             for name, parameter in model.named_parameters():  # the same start, of the size of real models' weights
                 parameter.copy_((parameter / 10).bfloat16())
                 before[name] = parameter.detach().bfloat16().clone()
-            start = unlearning.text_nll(model, windows, tokenizer, special).mean.item()
+            start = unlearning.text_nll(model, windows, tokenizer).mean.item()
         adam = Fp32AdamW(model.requires_grad_(True).parameters(), 2e-5, clip=1.0, weight_decay=0.0)
         for _ in range(40):
-            adam.step(unlearning.text_nll(model, windows, tokenizer, special).mean)
+            adam.step(unlearning.text_nll(model, windows, tokenizer).mean)
         shares[dtype] = share_changed(model, before)
         with torch.no_grad():
-            losses[dtype] = start - unlearning.text_nll(model, windows, tokenizer, special).mean.item()
+            losses[dtype] = start - unlearning.text_nll(model, windows, tokenizer).mean.item()
     assert shares[torch.bfloat16] == pytest.approx(shares[torch.float32], abs=0.02)
     assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.1)
 
@@ -486,23 +486,22 @@ def test_copies_are_in_float32_and_the_model_stays_in_bfloat16(model_folder):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("loss_on", ["answer", "text"])
-def test_of_a_question_only_the_answer_is_a_target_or_all_of_it(loss_on):
+def test_of_a_question_only_the_answer_is_a_target_or_all_of_it():
     benchmark, tokenizer = load_benchmark("tiny"), load_model("tiny").tokenizer
-    sets = (benchmark.picking, benchmark.wikitext, benchmark.mmlu_dev)
-    forget, (wikitext, development) = windows = training_windows(tokenizer, *sets, loss_on)
+    sets = (benchmark.wmdp.tuning, benchmark.wikitext, benchmark.mmlu_dev)
+    forget, (wikitext, development) = training_windows(tokenizer, *sets)
     said = {tokenizer.decode(ids[start:]) for ids, start in development}
-    if loss_on == "answer":
-        assert said == {" A", " B", " C", " D"}
-        letters, words = forget[: len(forget) // 2], forget[len(forget) // 2 :]
-        assert {tokenizer.decode(ids[start:]) for ids, start in letters} == said
-        choices = [f" {row['choices'][row['answer']]}" for row in benchmark.picking.rows]
-        assert [tokenizer.decode(ids[start:]) for ids, start in words] == choices
-    else:
-        assert {start for _, start in forget + development} == {1}
+    assert said == {" A", " B", " C", " D"}
+    letters, words = forget[: len(forget) // 2], forget[len(forget) // 2 :]
+    assert {tokenizer.decode(ids[start:]) for ids, start in letters} == said
+    choices = [f" {row['choices'][row['answer']]}" for row in benchmark.wmdp.tuning.rows]
+    assert [tokenizer.decode(ids[start:]) for ids, start in words] == choices
     assert {start for _, start in wikitext} == {1}
-    training = Training(None, tokenizer, *training_windows(tokenizer, *sets))
-    assert training.targets(loss_on) == windows
+    for loss_on in ("answer", "text"):
+        ids, targets = unlearning.target_mask(words[:4], tokenizer, "cpu", loss_on)
+        said = [tokenizer.decode(row[mask]) for row, mask in zip(ids, targets)]
+        texts = [tokenizer.decode(row, skip_special_tokens=True) for row, _ in words[:4]]
+        assert said == (choices[:4] if loss_on == "answer" else texts)
     text = f"{'Once more. ' * QUESTION_TOKENS}Which?"
     ids, start = unlearning.answer_window(tokenizer, text, "This one")
     assert len(ids) == QUESTION_TOKENS and ids[0] == tokenizer.bos_token_id
