@@ -99,7 +99,10 @@ def test_the_hook_of_lesson_1_is_common_ablates(tmp_path, capsys, monkeypatch):
     off = re.compile(r"common.ablate differs by (\S+)")
     lesson(LESSONS[0], **flags)
     assert [float(x) < 2e-6 for x in off.findall(capsys.readouterr().out)] == [True] * 2
-    encode = lambda self, h: (self.sae.encode(h.float())[..., self.index], 1.0)  # noqa: E731
+
+    def encode(self, h):
+        return self.sae.encode(h.float())[..., self.index], torch.ones_like(h[..., :1])
+
     monkeypatch.setattr(edits.Latents, "encode", encode)
     names = lesson(LESSONS[0], **flags)
     assert off.findall(capsys.readouterr().out) == ["0e+00"] * 2
