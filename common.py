@@ -25,7 +25,7 @@ import torch
 from sae_lens import SAE
 from safetensors import SafetensorError
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 import edits
@@ -73,9 +73,17 @@ def load_hf(name: str, device=None, dtype=None, device_map=None, edit_special="n
             raise UserError(f"{path} is not a model folder that transformers can read: {reason}") from error
         raise UserError(f"cannot load {path}: {reason}{hub.gated_hint(path)}") from error
     hub.refuse_not_finite(path, model.named_parameters())
+    model.generation_config = bare_generation(model)
     if not device_map:
         model.to(process_device() or device or best_device())
     return model.eval().requires_grad_(False), tokenizer
+
+
+def bare_generation(model) -> GenerationConfig:
+    """Of a model's generation config where an answer ends, and nothing else: penalties, banned or forced tokens, beams
+    and a least length act on greedy answers, too."""
+    known = vars(model.generation_config)
+    return GenerationConfig(**{name: known.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
 
 
 def as_bridge(hf, tokenizer, name: str) -> TransformerBridge:

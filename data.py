@@ -6,9 +6,12 @@ import json
 import random
 import sys
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cache, partial
 from itertools import islice, permutations
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 from tqdm import tqdm
 
@@ -96,11 +99,10 @@ class Dataset:
     whole: bool = False  # both halves are all rows, so scores flatter what was chosen on them
     skipped_long: int = 0  # questions left out for being longer than the model's positions
     half: str | None = None  # "tuning" or "held-out"
+    prompts: str | None = None  # SHA-256 of the ids that a quiz's questions are asked with, see drop_too_long
 
     def __post_init__(self):
-        if not self.sha256:
-            text = json.dumps(self.rows, sort_keys=True, default=str)
-            object.__setattr__(self, "sha256", hashlib.sha256(text.encode()).hexdigest())
+        object.__setattr__(self, "sha256", self.sha256 or digest_of(self.rows))
         object.__setattr__(self, "n_source", self.n_source or len(self.rows))
 
     def __len__(self) -> int:
@@ -124,7 +126,7 @@ class Dataset:
         """The rows at these places among this Dataset's rows."""
         places = list(places)
         indices = range(len(self)) if self.indices is None else self.indices
-        return replace(self, rows=[self.rows[i] for i in places], indices=[indices[i] for i in places])
+        return replace(self, rows=[self.rows[i] for i in places], indices=[indices[i] for i in places], prompts=None)
 
     def sample(self, n: int | None, seed: int | None = None) -> "Dataset":
         """n rows drawn without replacement, in the source's order (n None: all); seed: by default the Dataset's own."""
@@ -167,8 +169,13 @@ class Dataset:
 
     def about(self) -> dict:
         """The entry of a record: n_rows counts the source's rows, `asked` are indices into them (None: all)."""
-        names = ("source", "sha256", "stand_in", "half", "variant", "skipped_long", "published")
+        names = ("source", "sha256", "stand_in", "half", "variant", "skipped_long", "published", "prompts")
         return {name: getattr(self, name) for name in names} | {"n_rows": self.n_source, "asked": self.indices}
+
+
+def digest_of(content) -> str:
+    """SHA-256 of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def half_of(row: dict, seed: int) -> str:
@@ -409,12 +416,17 @@ def encode_prompts(tokenizer, texts: list[str], style: str = "plain") -> tuple[l
 
     style: "plain" (" A" follows), "chat" (a user's turn by the tokenizer's own template; "A" follows) or "saebench"
     (the model's turn begins with "Answer: (", and the likelier of "A" and " A" counts: two ids a letter where the
-    tokenizer has both). Raises UserError if a letter is not one token after every prompt, or for BOS as check_bos does.
+    tokenizer has both). Raises UserError if a letter is not one token after every prompt, and as as_chat and check_ends
+    do.
     """
     if style != "plain":
-        texts = [as_chat(tokenizer, text) + ("Answer: (" if style == "saebench" else "") for text in texts]
+        # Qwen3 would open with its thoughts, not with a letter; other templates ignore the switch
+        texts = [as_chat(tokenizer, [{"role": "user", "content": text}], enable_thinking=False) for text in texts]
+        for text in texts:
+            refuse_thought(text)
+    texts = [text + "Answer: (" for text in texts] if style == "saebench" else texts
     rows = [encode(tokenizer, text) for text in texts]
-    check_bos(tokenizer, rows)
+    check_ends(tokenizer, rows)
     gaps = {"plain": [" "], "chat": [""], "saebench": ["", " "]}[style]
     forms = [ids for gap in gaps if (ids := letter_ids(tokenizer, texts, rows, gap))]
     if not forms:
@@ -467,27 +479,60 @@ def letter_ids(tokenizer, texts: list[str], rows: list[list[int]], gap: str) -> 
     return ids if len(ids) == len(set(ids)) == 4 else []
 
 
-def check_bos(tokenizer, rows: list[list[int]]) -> None:
+def check_ends(tokenizer, rows: list[list[int]]) -> None:
     """Raises UserError for a row that begins with two BOS tokens, or with none where the tokenizer puts one before
     plain text: models trained with a BOS are far off then. Later BOS tokens are fine: some chat templates open every
-    turn with one (SmolLM2)."""
-    bos = tokenizer.bos_token_id  # where it is None, no row has it and none is added
-    added = tokenizer("a")["input_ids"][:1] == [bos]
+    turn with one (SmolLM2). Also for a row that ends with EOS, or with a token that the tokenizer puts behind every
+    text: what follows there is no answer."""
+    bos, plain = tokenizer.bos_token_id, [tokenizer(letter)["input_ids"] for letter in "AB"]
+    added, last = bos is not None and plain[0][:1] == [bos], {ids[-1] for ids in plain}
+    ends = {tokenizer.eos_token_id} - {bos} | (last if len(last) == 1 else set())
     for row in rows:
-        if row[:2] == [bos, bos] or (added and row[:1] != [bos]):
+        if row[-1] in ends and len(row) > 1:  # lm-eval asks without a prompt after EOS alone
+            token, end = tokenizer.decode(row[-1:]), tokenizer.decode(row[-12:])
+            raise UserError(f"a prompt ends with {token!r}, after which no answer comes: take it out of the tokenizer's "
+                            f"post_processor or its chat template: ... {end!r}")  # fmt: skip
+        if bos is not None and (row[:2] == [bos, bos] or (added and row[:1] != [bos])):
             wrong = "begins with more than one BOS token" if row[:1] == [bos] else "does not begin with the BOS token"
             raise UserError(f"a prompt {wrong}: {tokenizer.decode(row[:20])!r} ...")
 
 
-def as_chat(tokenizer, text: str) -> str:
-    """The text as a user's turn, and the opening of the model's turn, by the tokenizer's own chat template."""
+# What chat templates take for today, so that prompts are the same on any day: Llama 3.2's date where it cannot ask
+CLOCK = SimpleNamespace(now=lambda: datetime(2024, 7, 26))
+
+
+def as_chat(tokenizer, turns: list[dict], begun: bool = False, **options) -> str:
+    """Turns, {"role", "content"}, and the opening of the model's next one, by the tokenizer's own chat template.
+
+    Content is text, or parts where the template wants these. begun: the last turn is the model's, and goes on; options:
+    of the template. Raises UserError for a template that fails, that leaves words out, or that asks within the user's
+    turn: add_generation_prompt changes nothing, and no answer follows directly, as in Llama 2's after [/INST].
+    """
     if not tokenizer.chat_template:
         raise UserError("this model's tokenizer has no chat template: ask in the plain style")
-    turn = [{"role": "user", "content": text}]
-    # Qwen3 would open with its thoughts, not with a letter; other templates ignore the switch
-    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    refuse_thought(text)
-    return text
+
+    def written(turns, opened=False):
+        with patch("transformers.utils.chat_template_utils.datetime", CLOCK):
+            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opened,
+                                                 continue_final_message=begun, **options)  # fmt: skip
+
+    reasons = []
+    for content in (str, lambda text: [{"type": "text", "text": text}]):
+        given = [{**turn, "content": content(turn["content"])} for turn in turns]
+        try:
+            whole = written(given, not begun)
+            there = " ".join(whole.split())
+            if left_out := [turn["content"] for turn in turns if " ".join(turn["content"].split()) not in there]:
+                raise ValueError(f"it leaves out {left_out[0][:50]!r} ...")
+            if begun or whole != written(given):
+                return whole
+            answered = written([*given, {"role": "assistant", "content": content("ANSWER")}]).rpartition("ANSWER")[0]
+            if answered.rstrip() == whole.rstrip() and not whole.rstrip().endswith(turns[-1]["content"].rstrip()):
+                return whole
+            raise ValueError("it ignores add_generation_prompt, so the answer would stand in the user's own turn")
+        except Exception as error:  # a template raises what it likes
+            reasons.append(first_line(error))
+    raise UserError(f"the model's chat template cannot be used: {reasons[0]}")
 
 
 def refuse_thought(prompt: str) -> None:
@@ -517,24 +562,26 @@ def refuse_long(tokenizer, rows: list[list[int]]) -> None:
 
 
 def drop_too_long(tokenizer, quiz: Dataset, style: str = "plain", skip: bool = False) -> Dataset:
-    """The questions whose prompts fit into the model's positions; prints how many do not. A cloze question must fit
-    with its longest answer. Raises UserError for a longer question unless `skip`."""
+    """The questions whose prompts fit into the model's positions, with a digest of what is asked (the cloze form, else
+    with letters); prints how many do not. A cloze question must fit with its longest answer. Raises UserError for a
+    longer question unless `skip`."""
     if quiz.is_cloze:
-        lengths = [max(map(len, encode_words(tokenizer, [row], CLOZE)[0])) for row in quiz.rows]
+        asked = [encode_words(tokenizer, [row], CLOZE)[0] for row in quiz.rows]
     else:
         texts = [prompt(row, style=style) for row in quiz.rows]
-        lengths = list(map(len, encode_prompts(tokenizer, texts, style)[0])) if texts else []
-    most = tokenizer.model_max_length
+        asked = [[ids] for ids in encode_prompts(tokenizer, texts, style)[0]] if texts else []
+    most, lengths = tokenizer.model_max_length, [max(map(len, rows)) for rows in asked]
     long = [place for place, length in enumerate(lengths) if length > most]
-    if not long:
-        return quiz
-    if not skip:
+    if long and not skip:
         first = quiz.only(long).rows[0]["question"].strip()[:50]
         raise UserError(f"{quiz.name}: question {quiz.only(long).indices[0]} ({first!r} ...) has {lengths[long[0]]} "
                         f"tokens, the model {most} positions; skip_long leaves such questions out")  # fmt: skip
-    note_once(f"{quiz.name}: left out {len(long)} of {len(quiz)} questions, longer than the model's {most} positions")
-    kept = quiz.only(place for place, length in enumerate(lengths) if length <= most)
-    return replace(kept, skipped_long=quiz.skipped_long + len(long))
+    if long:
+        note_once(f"{quiz.name}: left out {len(long)} of {len(quiz)} questions, longer than the model's {most} "
+                  "positions")  # fmt: skip
+    kept = [place for place, length in enumerate(lengths) if length <= most]
+    digest = digest_of([asked[place] for place in kept])
+    return replace(quiz.only(kept) if long else quiz, prompts=digest, skipped_long=quiz.skipped_long + len(long))
 
 
 def token_windows(tokenizer, texts: list[str], context=128, max_tokens=None, bos=False) -> tuple[list, list]:

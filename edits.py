@@ -62,10 +62,11 @@ def token_mask(model: torch.nn.Module, tokenizer):
         cache, attention = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         padded = attention is not None and attention.shape == ids.shape
         mask.counted = mask.edited = ~torch.isin(ids, special.to(ids.device))
+        mask.whole = cache is None or not cache.get_seq_length()
         if getattr(tokenizer, "edit_special", "never") == "all-but-bos":
             # padding is left out: a share of tokens, such as DSG's gate, must not depend on the batch
             mask.edited = attention.bool() if padded else (ids != pad).int().flip(1).cummax(1).values.flip(1).bool()
-        if cache is None or not cache.get_seq_length():
+        if mask.whole:
             first = torch.arange(len(ids)), attention.argmax(1) if padded else 0
             mask.counted[first] = mask.edited[first] = False
 
@@ -379,12 +380,16 @@ def label(method: str, settings: dict) -> str:
 @contextmanager
 def applied(model, tokenizer, edit: Edit):
     """Within this context the model runs with the edit: a TransformerBridge at its hook points, a Hugging Face model
-    after its decoder layers. Raises RuntimeError if a layer to be edited never ran."""
+    after its decoder layers. Raises RuntimeError if a layer to be edited never ran, UserError for an edit that needs a
+    whole prompt and a pass that goes on from a cache."""
     bridge, ran = hasattr(model, "original_model"), set()
 
     def edited(layer, module, inputs, output):  # transformers 5 returns h, earlier versions (h, ...)
         ran.add(layer)
         h, *rest = output if isinstance(output, tuple) else (output,)
+        if edit.needs_whole_prompt and not mask.whole:
+            raise UserError(f"{edit.method} looks at a whole prompt before it edits, and this pass goes on from a "
+                            "cache: run it without (use_past_kv_cache=False; use_cache=False)")  # fmt: skip
         h = edit.at[layer](h, mask.edited.to(h.device))
         return (h, *rest) if isinstance(output, tuple) else h
 

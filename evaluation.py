@@ -305,7 +305,7 @@ def robust_only(model, quiz: Dataset, *, style: str = "plain", batch_size: int =
         quiz = quiz.only(i for i, row in enumerate(rows) if row["answer"] == chosen[i])
         if not quiz.rows:
             raise UserError(f"{quiz.title}: no question is answered right in all 24 orders of its options")
-    return quiz
+    return data.drop_too_long(model.tokenizer, quiz, style)
 
 
 def refuse_not_numbers(scores: torch.Tensor, rows: list[list[int]], edits, what: str, tokenizer) -> None:

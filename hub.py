@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import HERE, UserError, first_line
+from data import HERE, UserError, check_ends, first_line
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ def gated_hint(source: str) -> str:
 
 def load_tokenizer(path: str, edit_special: str = "never"):
     """A model's tokenizer. Sets its model_max_length, the number of the model's positions, and edit_special, see
-    edits.token_mask. Raises UserError if it is missing, cannot be read or has no token to pad with."""
+    edits.token_mask. Raises UserError if it is missing, cannot be read or has no token to pad with, and as
+    data.check_ends does for what it makes of a text."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -129,6 +130,7 @@ def load_tokenizer(path: str, edit_special: str = "never"):
         tokenizer.pad_token = None  # the model has no embedding for it; data.pad_id then takes EOS
     if all(i is None for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)):
         raise UserError(f"{path}: the tokenizer has no padding, EOS or BOS token; name one in tokenizer_config.json")
+    check_ends(tokenizer, [tokenizer("A")["input_ids"]])
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or sys.maxsize
     tokenizer.edit_special = edit_special
     return tokenizer

@@ -80,7 +80,7 @@ import logging
 import random
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partialmethod
+from functools import partial, partialmethod
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,7 +101,7 @@ from safetensors import SafetensorError
 import data
 import hub
 import show
-from common import best_device, load_sae
+from common import bare_generation, best_device, load_sae
 from data import HERE, LETTERS, Dataset, UserError, first_line
 from edits import METHODS, NONE, Edit, applied, decoder_layers, from_grid, label, layer_of, make, together
 from evaluation import FeatureStats, Measure, check_sae_quality
@@ -123,8 +123,8 @@ class AblatedLM(HFLM):
     """lm-eval's `hf`, with all of its arguments, and an edit that is on in every forward pass.
 
     pretrained: preset, hub id or folder. edit_special: as edits.token_mask has it. Without an edit every
-    log-likelihood is `hf`'s to the last bit. Raises UserError for logits that are not finite, and for a prompt that
-    does not fit into the model's positions, has two BOS tokens, or ends where the model is to think.
+    log-likelihood is `hf`'s to the last bit. Raises UserError for logits that are not finite, for a prompt that does
+    not fit into the model's positions or ends where the model is to think, and as data.as_chat and data.check_ends do.
     """
 
     def __init__(self, pretrained: str, device: str | None = None, edit_special: str = "never", **kwargs):
@@ -140,6 +140,8 @@ class AblatedLM(HFLM):
             commit = getattr(self.model.config, "_commit_hash", None)
             self.identity["revision"] = f"{kwargs['revision']}@{commit}"
         self.arguments = {name: str(kwargs[name]) for name in sorted(kwargs) if "batch_size" not in name}
+        self.model.generation_config = bare_generation(self.model)
+        data.check_ends(self.tokenizer, [self.tok_encode("A")])
         self.model.get_output_embeddings().register_forward_hook(self.refuse_not_finite)
         self.set_edit(NONE)
 
@@ -184,7 +186,7 @@ class AblatedLM(HFLM):
     def _loglikelihood_tokens(self, requests, **kwargs):
         # rolling requests have no key: lm-eval cuts their windows itself, the first with two BOS tokens
         asked = [(key, context, answer) for key, context, answer in requests if key is not None]
-        data.check_bos(self.tokenizer, [context for _, context, _ in asked])
+        data.check_ends(self.tokenizer, [context for _, context, _ in asked])
         for (text, _), context, answer in asked:
             data.refuse_thought(text)
             self.refuse_long(text, len(context) + len(answer) - 1)
@@ -193,8 +195,26 @@ class AblatedLM(HFLM):
         with patch.object(self, "batch_size_per_gpu", 1) if alone else nullcontext():
             return super()._loglikelihood_tokens(requests, **kwargs)
 
+    def chat_template(self, chat_template=False):
+        if isinstance(chat_template, str) and isinstance(self.tokenizer.chat_template, dict):
+            # lm-eval looks the name up, and then has the default template written
+            self.chat_template_args = {**self.chat_template_args, "chat_template": chat_template}
+        return str(self.tokenizer.chat_template)
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        write = partial(data.as_chat, self.tokenizer, begun=not add_generation_prompt, **self.chat_template_args)
+        try:
+            return write(chat_history)
+        except UserError:
+            if chat_history[0]["role"] != "system":
+                raise
+        text = write(chat_history[1:])
+        data.note_once(f"the chat template takes no system turn: {chat_history[0]['content'][:60]!r} ... is left out")
+        return text
+
     def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
         ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        data.check_ends(self.tokenizer, [row[real > 0].tolist() for row, real in zip(ids, mask)])
         if left_truncate_len:  # what is left of the context when all new tokens are written
             self.refuse_long(max(strings, key=len), ids.shape[1], left_truncate_len)
         return ids, mask
@@ -696,6 +716,8 @@ def run(**changes) -> dict:
     measures = []
     for task, (_, parts) in tasks.items():
         logs = {row: logged(result, parts) for row, result in results.items()}
+        prompts = data.digest_of([entry["arguments"] for entry in next(iter(logs.values()))])
+        asked[task] = replace(asked[task], prompts=prompts)
         new = measures_of(asked[task], logs, lambda text: len(lm.tok_encode(text, False)), args.seed)
         for row in rows if not new else ():
             print(f"\n{task}, {row}, in lm-eval's own table\n\n{make_table(results[row])}")
@@ -705,6 +727,7 @@ def run(**changes) -> dict:
         if dataset.published:
             print(f"\n{dataset.published}")
     quizzes = [measure for measure in measures if measure.unit in ("%", "probability")]
+    writer.data = [*asked.values(), *filter(len, datasets)]
     title = f"{Path(args.model).name}, {name}: {label(edit.method, edit.settings)}, lm-eval"
     return writer.write(
         rows, measures, {"accuracy": lambda: show.intervals(quizzes, title)} if quizzes else {}, quality=quality,

@@ -5,6 +5,9 @@ import dataclasses
 import hashlib
 import json
 import random
+import re
+import shutil
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,12 +15,13 @@ import datasets
 import jinja2
 import pytest
 import yaml
-from conftest import BOS, MARKER, QUESTIONS, train_tokenizer
-from tokenizers import Tokenizer, models, normalizers, processors
+from conftest import BOS, EOS, MARKER, PAD, QUESTIONS, train_tokenizer
+from tokenizers import Regex, Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import data
 from data import Dataset, UserError, batches, encode_prompts, prompt, reordered, special_ids, token_windows
+from hub import load_tokenizer
 
 
 def line(**changes):
@@ -258,7 +262,8 @@ def with_dummy_prefix() -> PreTrainedTokenizerFast:
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = (
-        "{{ bos_token }}{% for m in messages %}user says: {{ m.content }} model says:\n{% endfor %}"
+        "{{ bos_token }}{% for m in messages %}user says: {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %} model says:\n{% endif %}"
     )
     return tokenizer
 
@@ -268,7 +273,7 @@ def test_letters_are_those_that_continue_every_prompt(style, gaps):
     tokenizer, texts = with_dummy_prefix(), ["The cat sat on the sea", "Which of these is an organ of the body?"]
     rows, letters = data.encode_prompts(tokenizer, texts, style)
     for row, text in zip(rows, texts):
-        whole = text if style == "plain" else data.as_chat(tokenizer, text)
+        whole = text if style == "plain" else data.as_chat(tokenizer, user(text))
         whole += "Answer: (" if style == "saebench" else ""
         for ids, letter in zip(letters, "ABCD"):
             for gap, i in zip(gaps, ids if style == "saebench" else (ids,), strict=True):
@@ -298,9 +303,181 @@ def test_a_template_without_bos_gets_one_and_a_marker_that_is_the_bos_may_open_e
 @pytest.mark.parametrize("end", ["<think>", "<think>\n"])
 def test_a_template_that_opens_a_thought_is_refused(end):
     chat = train_tokenizer()
-    chat.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}" + end
+    chat.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}" + opening(end)
     with pytest.raises(UserError, match="opens a thought"):
         data.encode_prompts(chat, ["The sea"], "chat")
+
+
+def user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def opening(text: str) -> str:
+    return "{% if add_generation_prompt %}" + text + "{% endif %}"
+
+
+def chat_of(template) -> PreTrainedTokenizerFast:
+    tokenizer = train_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+TURNS = "{% for m in messages %}{{ m['role'] | upper }}: {{ m['content'] | trim }}{{ '\n' }}{% endfor %}"
+WANT_PARTS = {
+    "strings give nothing": "{% for p in m['content'] %}{{ p['text'] }}{% endfor %}",
+    "strings are an error": "{{ m['content'][0]['text'] + '' }}",
+    "text alone": "{% for p in m['content'] | selectattr('type', 'equalto', 'text') %}{{ p.text }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("case", WANT_PARTS)
+def test_a_chat_template_that_wants_parts_is_given_these(case):
+    turns = "{% for m in messages %}{{ m['role'] }}: " + WANT_PARTS[case] + "{{ '\n' }}{% endfor %}"
+    row, chat = QUESTIONS[0], chat_of(turns + opening("assistant:\n"))
+    whole = f"user: {prompt(row)}\nassistant:\n"
+    assert data.as_chat(chat, user(prompt(row))) == whole
+    assert chat.decode(encode_prompts(chat, [prompt(row)], "chat")[0][0][1:]) == whole
+
+
+LOSING = {
+    "no content at all": "USER",
+    "only the first line": "USER: {{ messages[0]['content'].split('\\n')[0] }}",
+    "cut short": "USER: {{ messages[0]['content'][:60] }}",
+    "other letters": "USER: {{ messages[0]['content'] | upper }}",
+    "escaped": "USER: {{ messages[0]['content'] | tojson }}",
+    "an option is lost": "USER: {{ messages[0]['content'] | replace('the moon', '') }}",
+}
+
+
+@pytest.mark.parametrize("case", LOSING)
+def test_a_chat_template_that_loses_some_of_the_question_is_refused(case):
+    with pytest.raises(UserError, match="it leaves out 'The following are multiple choice"):
+        encode_prompts(chat_of(LOSING[case] + opening("\nMODEL:")), [prompt(QUESTIONS[0])], "chat")
+
+
+def test_blanks_that_a_chat_template_trims_or_joins_are_no_loss():
+    chat = chat_of("{{ messages[0]['content'].split() | join(' ') }}" + opening(" MODEL:"))
+    assert data.as_chat(chat, user(" The \n sea ")) == "The sea MODEL:"
+
+
+@pytest.mark.parametrize("turns", [TURNS, "{% for m in messages %}{{ m.content }}{{ '\n' }}{% endfor %}",
+                                   "{% for m in messages %}<t>{{ m.content }}</t>{{ '\n' }}{% endfor %}"])  # fmt: skip
+@pytest.mark.parametrize("style", ["chat", "saebench"])
+def test_a_chat_template_that_never_opens_the_models_turn_is_refused(turns, style):
+    with pytest.raises(UserError, match="ignores add_generation_prompt"):
+        encode_prompts(chat_of(turns), ["The sea"], style)
+    assert encode_prompts(chat_of(turns + opening("MODEL:\n")), ["The sea"], style)
+
+
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template, whole", [
+    (INST, f"{BOS}[INST] The sea [/INST]"),  # Llama 2's and Mistral's: an answer follows directly
+    (TURNS.replace("m['role']", "{'user': 'user', 'assistant': 'model'}[m['role']]") + "MODEL:",
+     "USER: The sea\nMODEL:"),
+])  # fmt: skip
+def test_a_chat_template_without_the_switch_may_open_the_models_turn_all_the_same(template, whole):
+    assert data.as_chat(chat_of(template), user("The sea")) == whole
+
+
+DATED = {
+    "strftime_now": "{{ strftime_now('%d %b %Y') }}",
+    "date_string": "{% if date_string is not defined %}{% if strftime_now is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}"
+    "{% endif %}{{ date_string }}",
+}
+
+
+@pytest.mark.parametrize("case", DATED)
+def test_a_prompt_is_the_same_on_any_day(case, monkeypatch):
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 1, 2)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Later)
+    chat = chat_of("Today: " + DATED[case] + "\n" + TURNS + opening("MODEL:"))
+    assert chat.apply_chat_template(user("x"), tokenize=False).startswith("Today: 02 Jan 2031")
+    assert data.as_chat(chat, user("The sea")) == "Today: 26 Jul 2024\nUSER: The sea\nMODEL:"
+
+
+BROKEN_TEMPLATES = {
+    "raises": ("{{ raise_exception('a system turn comes first') }}", "cannot be used: a system turn comes first"),
+    "syntax": ("{% for m in messages %}{{ m['content'] }", "cannot be used: .*"),
+    "unknown name": ("{{ nothing.there }}{{ messages[0]['content'] }}", "cannot be used: 'nothing' is undefined"),
+    "wrong type": ("{{ messages[0]['content'] + 1 }}", "cannot be used: can only concatenate"),
+    "no default": ({"rag": TURNS, "tool_use": TURNS}, r"cannot be used: .*no default.*\['rag', 'tool_use'\]"),
+    "empty": ("", "has no chat template"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_TEMPLATES)
+def test_a_chat_template_that_does_not_work_is_refused_in_a_line(case):
+    template, told = BROKEN_TEMPLATES[case]
+    with pytest.raises(UserError, match=told) as caught:
+        encode_prompts(chat_of(template), ["The sea"], "chat")
+    assert "\n" not in str(caught.value)
+
+
+def test_of_several_chat_templates_the_default_one_is_taken():
+    chat = chat_of({"rag": "no", "default": TURNS + opening("MODEL:")})
+    assert data.as_chat(chat, user("The sea")) == "USER: The sea\nMODEL:"
+    assert data.as_chat(chat_of({"rag": TURNS + opening("M:")}), user("The sea"), chat_template="rag").endswith("M:")
+
+
+def ending_in(token: str, kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts the token, a known one, behind every text."""
+    tokenizer = train_tokenizer()
+    core, known = tokenizer.backend_tokenizer, [(BOS, 2), (token, tokenizer.convert_tokens_to_ids(token))]
+    last = processors.TemplateProcessing(single=f"{BOS} $A {token}", special_tokens=known)
+    if kind == "normalizer":  # a part of the text itself
+        core.normalizer = normalizers.Replace(Regex(r"\z"), token)
+    else:
+        core.post_processor = last if kind == "template" else processors.Sequence([processors.ByteLevel(), last])
+    return tokenizer
+
+
+@pytest.mark.parametrize("token, kind", [(EOS, "template"), (PAD, "template"), (MARKER, "sequence"), (".", "template"),
+                                         (".", "normalizer"), (BOS, "template")])  # fmt: skip
+def test_a_tokenizer_that_puts_a_token_behind_every_prompt_is_refused(token, kind, tmp_path, model_folder):
+    tokenizer = ending_in(token, kind)
+    told = rf"ends with '{re.escape(token)}', after which no answer comes"
+    with pytest.raises(UserError, match=told):
+        encode_prompts(tokenizer, [prompt(QUESTIONS[0])])
+    shutil.copytree(model_folder("llama"), tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    with pytest.raises(UserError, match=told):  # before answers in words, open ones, or training texts are made of it
+        load_tokenizer(str(tmp_path / "llama"))
+
+
+def test_a_chat_template_that_ends_the_text_is_refused():
+    chat = chat_of("{{ bos_token }}" + TURNS + opening("MODEL:\n") + "{{ eos_token }}")
+    with pytest.raises(UserError, match=f"ends with '{EOS}', after which no answer comes.*MODEL"):
+        encode_prompts(chat, ["The sea"], "chat")
+    chat.eos_token = chat.bos_token  # as GPT-2's: where a turn may begin
+    chat.chat_template = "{{ bos_token }}" + TURNS + opening("{{ bos_token }}")
+    assert encode_prompts(chat, ["The sea"], "chat")
+
+
+def test_a_quiz_has_a_digest_of_what_is_asked():
+    plain, chat, quiz = train_tokenizer(), chat_of(TURNS + opening("MODEL:")), Dataset("wmdp_bio", QUESTIONS)
+
+    def asked(tokenizer, quiz=quiz, **how):
+        return data.drop_too_long(tokenizer, quiz, **how).about()["prompts"]
+
+    known = [asked(plain), asked(chat, style="chat"), asked(chat, style="saebench"), asked(plain, quiz.only([0, 1])),
+             asked(plain, dataclasses.replace(quiz, variant="cloze"))]  # fmt: skip
+    chat.chat_template = "By " + chat.chat_template
+    known.append(asked(chat, style="chat"))
+    assert len({*known}) == 6 and all(len(digest) == 64 for digest in known)
+    assert asked(plain) == asked(train_tokenizer()) == known[0] and quiz.about()["prompts"] is None
+    assert data.drop_too_long(plain, quiz).only([0, 1]).prompts is None  # these are other prompts
+    ids = encode_prompts(plain, [prompt(row) for row in QUESTIONS])[0]
+    assert known[0] == hashlib.sha256(json.dumps([[row] for row in ids]).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------- files, subjects
@@ -549,7 +726,7 @@ def test_a_dataset_says_where_its_rows_come_from(tmp_path):
         data.load("wikitext", "gpt2", str(tmp_path / "absent"))
     assert json.loads(json.dumps(first.about())) == {
         "source": first.source, "sha256": first.sha256, "stand_in": False, "n_rows": 2, "asked": None, "half": None,
-        "variant": None, "skipped_long": 0, "published": None,
+        "variant": None, "skipped_long": 0, "published": None, "prompts": None,
     }  # fmt: skip
 
 
@@ -563,7 +740,7 @@ def test_questions_beyond_the_models_positions_are_refused_or_left_out_and_count
     kept = data.drop_too_long(tokenizer, quiz, skip=True)
     assert kept.indices == [2, 0] and kept.skipped_long == kept.about()["skipped_long"] == 2
     assert "left out 2 of 4 questions, longer than the model's" in capsys.readouterr().err
-    assert data.drop_too_long(tokenizer, kept) is kept
+    assert data.drop_too_long(tokenizer, kept) == kept
     words, _ = data.encode_words(tokenizer, [GOOD], data.CLOZE)
     tokenizer.model_max_length = max(map(len, words))
     assert data.drop_too_long(tokenizer, dataclasses.replace(quiz, variant="cloze"), skip=True).indices == [2, 0]

@@ -562,6 +562,36 @@ def test_generation_with_cache_equals_recomputation(model, sae, length):
     assert not torch.equal(found, plain)
 
 
+def test_bridge_and_hugging_face_model_write_the_same_with_and_without_a_cache(model, sae, model_folder):
+    """Under an edit, each by its own generate."""
+    start, features = torch.tensor([[2, *range(50, 62)]]), list(range(D_SAE))
+    edit = edits.ablation(sae, features, -3.0)
+    hf = common.load_hf(model.original_model.config._name_or_path, "cpu")[0]
+
+    def written(edit):
+        how = dict(max_new_tokens=8, do_sample=False)
+        with edits.applied(model, model.tokenizer, edit):
+            found = [model.generate(start, **how, use_past_kv_cache=cached, verbose=False) for cached in (True, False)]
+        with edits.applied(hf, model.tokenizer, edit):
+            found += [hf.generate(start, **how, use_cache=cached) for cached in (True, False)]
+        return [ids.tolist() for ids in found]
+
+    found = written(edit)
+    assert found[1:] == found[:1] * 3 and found[0] != written(edits.NONE)[0]
+
+
+def test_an_edit_that_looks_at_a_whole_prompt_writes_without_a_cache_alone(gemma, gemma_sae):
+    """With one it would look at a token at a time, and write something else."""
+    start, hf = torch.tensor([[2, *range(50, 62)]]), gemma.original_model
+    dsg = edits.make("dsg", gemma_sae, features=MANY, clamp=-9.0, gate=0.05)
+    with edits.applied(gemma, gemma.tokenizer, dsg):
+        found = gemma.generate(start, 4, do_sample=False, use_past_kv_cache=False, verbose=False)
+        assert torch.equal(found, hf.generate(start, max_new_tokens=4, do_sample=False, use_cache=False))
+    for write in (lambda: gemma.generate(start, 4, verbose=False), lambda: hf.generate(start, max_new_tokens=4)):
+        with pytest.raises(UserError, match="dsg looks at a whole prompt"), edits.applied(gemma, gemma.tokenizer, dsg):
+            write()
+
+
 def test_an_edits_weights_follow_the_residual_stream(gemma, make_sae):
     latents = Latents(make_sae(gemma, seed=3), MANY)
     acts, _ = latents.encode(torch.ones(2, 3, 32, device="meta"))

@@ -1,7 +1,9 @@
 """Scores and statistics: by hand, and where a question or a document cannot be scored."""
 
 import itertools
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -335,6 +337,31 @@ def test_tiny_writes_most_answers_and_the_retrained_model_none(twin):
     exact, cost = evaluation.open_answers(load_model("tiny"), quiz, {"tiny": NONE, "retrained": twin}, batch_size=32)
     assert exact["tiny"].mean > 0.75 and exact["retrained"].mean < 0.05
     assert cost["tiny"].mean < 0.5 and cost["retrained"].mean > 5
+
+
+ACTING = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "encoder_no_repeat_ngram_size": 1, "num_beams": 3,
+          "bad_words_ids": lambda first: [[first]], "suppress_tokens": lambda first: [first], "min_new_tokens": 9,
+          "begin_suppress_tokens": lambda first: [first], "forced_eos_token_id": 1, "sequence_bias": [[[50], 90.0]],
+          "return_dict_in_generate": True, "guidance_scale": 9.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACTING)
+def test_a_generation_config_does_not_act_on_greedy_answers(gemma, model_folder, tmp_path, name):
+    """Nor on what a notebook has the model write; where an answer ends is all that is taken from it."""
+    asked, plain = torch.tensor([[2, *range(30, 40)]]), gemma.original_model
+    first = plain.generate(asked, max_new_tokens=1)[0, -1].item()
+    value, ends = ACTING[name](first) if callable(ACTING[name]) else ACTING[name], [1]
+    if name == "min_new_tokens":
+        ends.append(first)
+    shutil.copytree(model_folder("gemma2"), tmp_path / "gemma2")
+    (tmp_path / "gemma2/generation_config.json").write_text(json.dumps({name: value, "eos_token_id": ends}))
+    model = load_model(str(tmp_path / "gemma2"), "cpu")
+    expected = plain.generate(asked, max_new_tokens=9, eos_token_id=ends)
+    assert model.original_model.generate(asked, max_new_tokens=9).tolist() == expected.tolist()
+    assert len(expected[0]) == 11 + (1 if first in ends else 9)
+    if first not in ends:
+        found, texts = (evaluation.written_answers(one, QUESTIONS, [NONE], 9) for one in (model, gemma))
+        assert found == texts
 
 
 def test_a_prompt_without_room_for_its_answer_is_refused(gemma):

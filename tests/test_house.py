@@ -10,7 +10,7 @@ SCRIPTS = {"feature_ablate_1", "feature_ablate_2", "feature_ablate_3", "pareto",
            "lm_eval_ablated", "train_sae"}  # fmt: skip
 MODULES = {path.stem: path for path in ROOT.glob("*.py")}
 # Where a tokenizer, an SAE or a model is loaded or made, the one place that may set an attribute of it
-LOADERS = {"load_tokenizer", "load_sae", "as_bridge", "new_sae", "__init__"}
+LOADERS = {"load_hf", "load_tokenizer", "load_sae", "as_bridge", "new_sae", "__init__"}
 
 
 @cache

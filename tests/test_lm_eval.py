@@ -153,11 +153,14 @@ def test_a_method_that_a_user_adds_is_scored_from_a_record(monkeypatch, tmp_path
     picked = lm_eval_ablated.run(**flags, method="mine", layer=3, n_features=5, out=str(tmp_path / "picked.json"))
     again = lm_eval_ablated.run(**flags, record=str(tmp_path / "picked.json"), out=str(tmp_path / "again.json"))
     assert again["rows"] == picked["rows"] and list(again["rows"]) == ["mine, halved"]
+    prompts = [record["data"]["wmdp_bio"]["prompts"] for record in (picked, again)]
+    assert prompts[0] == prompts[1] and len(prompts[0]) == 64
     features = picked["rows"]["mine, halved"]["settings"]["features"]
     path = listing(tmp_path, "list", features)
     listed = lm_eval_ablated.run(tasks="tiny_wmdp_bio", method="mine", features=path, setting=["share=0.25"], layer=3,
                                  limit=5, out=str(tmp_path / "list.json"))  # fmt: skip
     assert listed["rows"]["mine, halved"]["settings"] == {"features": features, "share": 0.25, "layers": [3]}
+    assert listed["data"]["wmdp_bio"]["prompts"] not in (None, prompts[0])
 
 
 def test_loss_is_our_own_scorers(tmp_path):

@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BOS, FAMILIES, MARKER, ROOT, TINY, listing, some_ids, write_sae
+from conftest import BOS, EOS, FAMILIES, MARKER, ROOT, TINY, listing, some_ids, write_sae
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.evaluator import simple_evaluate
+from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM
 
 import data
@@ -259,10 +261,18 @@ def test_lm_evals_options_do_not_move_a_number(options, tmp_path, monkeypatch):
 def chat_folder(tmp_path, model_folder, tokenizer):
     """A model whose chat template writes the BOS itself, as Gemma's does."""
     shutil.copytree(model_folder("gemma2"), tmp_path / "chat")
-    template = "{{ bos_token }}{% for m in messages %}" + MARKER + "{{ m['content'] }}\n{% endfor %}"
-    path = tmp_path / "chat/tokenizer_config.json"
+    template = "{{ bos_token }}{% for m in messages %}" + MARKER + "{{ m['content'] }}{{ '\n' }}{% endfor %}"
+    return with_template(tmp_path / "chat", template + opening(MARKER + "\n"))
+
+
+def with_template(folder: Path, template) -> Path:
+    path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
-    return tmp_path / "chat"
+    return folder
+
+
+def opening(text: str) -> str:
+    return "{% if add_generation_prompt %}" + text + "{% endif %}"
 
 
 class Listener(AblatedLM):
@@ -299,6 +309,69 @@ def test_a_doubled_bos_is_refused(chat_folder):
     lm = AblatedLM(str(chat_folder), device="cpu", dtype="float32", add_bos_token=True)
     with pytest.raises(UserError, match="more than one BOS"):
         lm.loglikelihood(requests([f"{BOS}{BOS}The cat sat on the"], [" sea"]))
+
+
+TURNS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ '\n' }}{% endfor %}"
+PARTS = TURNS.replace("{{ m['content'] }}", "{% for p in m['content'] %}{{ p['text'] }}{% endfor %}")
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + TURNS
+DATED = "{{ strftime_now('%Y') }} "
+
+
+def asked_in_chat(folder, template, name=True) -> str:
+    lm = Listener(str(with_template(folder, template)), device="cpu", dtype="float32")
+    manager = TaskManager(include_path=str(ROOT / "lm_eval_tasks"), include_defaults=False)
+    simple_evaluate(lm, tasks=["tiny_wmdp_bio"], samples={"tiny_wmdp_bio": [0]}, task_manager=manager,
+                    apply_chat_template=name, evaluation_tracker=EvaluationTracker())  # fmt: skip
+    return lm.asked[0][0]
+
+
+def test_what_lm_eval_asks_in_chat_is_what_was_meant(chat_folder, capsys):
+    """Content in parts where the template wants these, on the same day every day; what lm-eval leaves out is said."""
+    header, question = asked_in_chat(chat_folder, TURNS + opening("model:")).split("\nuser: ")
+    assert header.startswith("system: The following are multiple choice") and question.count("\n") == 6
+    assert asked_in_chat(chat_folder, PARTS + opening("model:")) == f"{header}\nuser: {question}"
+    assert asked_in_chat(chat_folder, DATED + TURNS + opening("model:")) == f"2024 {header}\nuser: {question}"
+    assert "left out" not in capsys.readouterr().err
+    assert asked_in_chat(chat_folder, NO_SYSTEM + opening("model:")) == f"user: {question}"
+    assert "no system turn: 'The following are multiple" in capsys.readouterr().err
+    several = {"default": TURNS + opening("model:"), "rag": TURNS + opening("robot:")}
+    assert asked_in_chat(chat_folder, several).endswith("model:")
+    assert asked_in_chat(chat_folder, several, "rag").endswith("robot:")
+
+
+@pytest.mark.parametrize("template, told", [
+    (TURNS, "ignores add_generation_prompt"),
+    (TURNS.replace("m['content']", "m['content'][:9]") + opening("model:"), "leaves out 'A patient"),
+    ("{{ raise_exception('not today') }}", "not today"),
+    (TURNS + "{% if", "cannot be used"),
+    ({"rag": TURNS, "tool_use": TURNS}, "no default"),
+    (TURNS + opening("model:") + "{{ eos_token }}", f"ends with '{EOS}'"),
+])  # fmt: skip
+def test_a_chat_template_that_lm_eval_cannot_ask_by_is_refused(chat_folder, template, told):
+    with pytest.raises(UserError, match=told) as caught:
+        asked_in_chat(chat_folder, template)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_ends_every_prompt_is_refused(chat_folder, tokenizer):
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.post_processor = processors.TemplateProcessing(f"{BOS} $A {EOS}", special_tokens=[(BOS, 2), (EOS, 1)])
+    core.save(str(chat_folder / "tokenizer.json"))
+    with pytest.raises(UserError, match=f"ends with '{EOS}', after which no answer comes"):
+        AblatedLM(str(chat_folder), device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("config", [{"repetition_penalty": 5.0}, {"num_beams": 3}, {"no_repeat_ngram_size": 1},
+                                    {"forced_eos_token_id": 1}, {"sequence_bias": [[[50], 90.0]]}])  # fmt: skip
+def test_a_generation_config_does_not_act_on_what_lm_eval_has_written(chat_folder, config):
+    asked = [Instance("generate_until", {}, (text, {"max_gen_toks": 9, "until": []}), 0) for text in SENTENCES]
+    same = dict(device="cpu", dtype="float32", batch_size=2)
+    (chat_folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
+    expected = AblatedLM(str(chat_folder), **same).generate_until(asked)
+    assert expected == HFLM(str(chat_folder), **same).generate_until(asked)
+    (chat_folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **config}))
+    assert AblatedLM(str(chat_folder), **same).generate_until(asked) == expected
+    assert HFLM(str(chat_folder), **same).generate_until(asked) != expected
 
 
 def test_pads_and_special_tokens_are_not_edited(get_model, model_folder, make_sae):
