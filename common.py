@@ -80,10 +80,11 @@ def load_hf(name: str, device=None, dtype=None, device_map=None, edit_special="n
 
 
 def bare_generation(model) -> GenerationConfig:
-    """Of a model's generation config where an answer ends, and nothing else: penalties, banned or forced tokens, beams
-    and a least length act on greedy answers, too."""
-    known = vars(model.generation_config)
-    return GenerationConfig(**{name: known.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
+    """Of a model's generation config (else its own) where an answer ends, and nothing else: penalties, banned or forced
+    tokens, beams and a least length act on greedy answers, too."""
+    said = [vars(config) for config in (model.generation_config, GenerationConfig.from_model_config(model.config))]
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return GenerationConfig(**{name: said[said[0].get(name) is None].get(name) for name in names})
 
 
 def as_bridge(hf, tokenizer, name: str) -> TransformerBridge:

@@ -490,8 +490,8 @@ def check_ends(tokenizer, rows: list[list[int]]) -> None:
     for row in rows:
         if row[-1] in ends and len(row) > 1:  # lm-eval asks without a prompt after EOS alone
             token, end = tokenizer.decode(row[-1:]), tokenizer.decode(row[-12:])
-            raise UserError(f"a prompt ends with {token!r}, after which no answer comes: take it out of the tokenizer's "
-                            f"post_processor or its chat template: ... {end!r}")  # fmt: skip
+            raise UserError(f"a prompt ends with {token!r}, after which no answer comes: take it out of the "
+                            f"tokenizer's post_processor or chat template: ... {end!r}")  # fmt: skip
         if bos is not None and (row[:2] == [bos, bos] or (added and row[:1] != [bos])):
             wrong = "begins with more than one BOS token" if row[:1] == [bos] else "does not begin with the BOS token"
             raise UserError(f"a prompt {wrong}: {tokenizer.decode(row[:20])!r} ...")

@@ -339,7 +339,7 @@ def test_tiny_writes_most_answers_and_the_retrained_model_none(twin):
     assert cost["tiny"].mean < 0.5 and cost["retrained"].mean > 5
 
 
-ACTING = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "encoder_no_repeat_ngram_size": 1, "num_beams": 3,
+ACTING = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "num_beams": 3,
           "bad_words_ids": lambda first: [[first]], "suppress_tokens": lambda first: [first], "min_new_tokens": 9,
           "begin_suppress_tokens": lambda first: [first], "forced_eos_token_id": 1, "sequence_bias": [[[50], 90.0]],
           "return_dict_in_generate": True, "guidance_scale": 9.0}  # fmt: skip
@@ -350,16 +350,17 @@ def test_a_generation_config_does_not_act_on_greedy_answers(gemma, model_folder,
     """Nor on what a notebook has the model write; where an answer ends is all that is taken from it."""
     asked, plain = torch.tensor([[2, *range(30, 40)]]), gemma.original_model
     first = plain.generate(asked, max_new_tokens=1)[0, -1].item()
-    value, ends = ACTING[name](first) if callable(ACTING[name]) else ACTING[name], [1]
+    config, ends = {name: ACTING[name](first) if callable(ACTING[name]) else ACTING[name]}, 1  # config.json's
     if name == "min_new_tokens":
-        ends.append(first)
+        config["eos_token_id"] = ends = [1, first]
     shutil.copytree(model_folder("gemma2"), tmp_path / "gemma2")
-    (tmp_path / "gemma2/generation_config.json").write_text(json.dumps({name: value, "eos_token_id": ends}))
+    (tmp_path / "gemma2/generation_config.json").write_text(json.dumps(config))
     model = load_model(str(tmp_path / "gemma2"), "cpu")
+    assert model.original_model.generation_config.eos_token_id == ends
     expected = plain.generate(asked, max_new_tokens=9, eos_token_id=ends)
     assert model.original_model.generate(asked, max_new_tokens=9).tolist() == expected.tolist()
-    assert len(expected[0]) == 11 + (1 if first in ends else 9)
-    if first not in ends:
+    assert len(expected[0]) == 11 + (9 if ends == 1 else 1)
+    if ends == 1:
         found, texts = (evaluation.written_answers(one, QUESTIONS, [NONE], 9) for one in (model, gemma))
         assert found == texts
 
