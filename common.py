@@ -80,7 +80,7 @@ def load_hf(name: str, device=None, dtype=None, device_map=None, edit_special="n
 
 
 def bare_generation(model) -> GenerationConfig:
-    """Of a model's generation config (else its own) where an answer ends, and nothing else: penalties, banned or forced
+    """Of a model's generation config, else its config, where an answer ends, and no more: penalties, banned or forced
     tokens, beams and a least length act on greedy answers, too."""
     said = [vars(config) for config in (model.generation_config, GenerationConfig.from_model_config(model.config))]
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
