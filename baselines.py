@@ -58,7 +58,7 @@ from common import as_bridge, load_hf, load_model, load_retrained, load_sae
 from data import HERE, Benchmark, UserError, load_benchmark, n_processes, picking_windows
 from edits import NONE, Edit, Method, label
 from evaluation import FeatureStats, best_row, joined, letters, loss, robust_only, words
-from runs import FREE, Run, peak_gb, read_record, save_model
+from runs import FREE, Run, peak_gb, read_record, save_model, write_whole
 
 UNABLATED = "unablated"
 
@@ -189,8 +189,12 @@ def run(**changes) -> dict:
     if method.train:
         hf, log = method.train(training, **rows[chosen].settings)
         folder = job.path.with_suffix(".model")
-        save_model(hf, model.tokenizer, folder)
-        more |= {"folder": folder.name, "log": log, "log_names": list(method.log)}
+        more |= {"log": log, "log_names": list(method.log)}
+        try:
+            save_model(hf, model.tokenizer, folder)
+            more["folder"] = folder.name
+        except UserError as error:  # a full disk: the record says what was measured
+            print(f"note: {error}; the trained model is lost", file=sys.stderr)
         figures["losses"] = lambda: show.curves(dict(zip(method.log, zip(*log))), f"{method.title}, {chosen}")
     else:
         edits.from_grid(args.method, grid[list(rows).index(chosen)], training.stats(args.layer))
@@ -236,7 +240,7 @@ def run_all(args, methods: dict) -> dict:
     call("pareto.py", "--model", args.model, "--plot", *paths.values(), "--out", job.path)
     table = cost_table([read_record(path) for path in paths.values()], methods)
     path = job.path.with_name(f"{job.path.stem}_costs.md")
-    path.write_text(table + "\n", encoding="utf-8")
+    write_whole(path, lambda file: file.write_text(table + "\n", encoding="utf-8"))
     print(f"\n{table}\ntable: {path}")
     return {"records": list(map(str, paths.values()))}
 

@@ -3,7 +3,9 @@
 import difflib
 import hashlib
 import json
+import os
 import random
+import re
 import sys
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -29,6 +31,14 @@ class UserError(Exception):
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def as_list(values, what: str) -> list:
+    """The values. Raises UserError for a string or a dict in a list's place: one by one its letters would be texts, or
+    its keys features, and a number would come of it."""
+    if isinstance(values, str | bytes | dict) or not hasattr(values, "__iter__"):
+        raise UserError(f"a list of {what} is needed, not {type(values).__name__} {str(values)[:40]!r}")
+    return list(values)
 
 
 def ran_out(error: BaseException) -> bool:
@@ -102,6 +112,8 @@ class Dataset:
     prompts: str | None = None  # SHA-256 of the ids that a quiz's questions are asked with, see drop_too_long
 
     def __post_init__(self):
+        if not all(isinstance(row, dict) for row in as_list(self.rows, "rows")):
+            raise UserError(f"{self.name}: each row is a dict, as {{'text': ...}}")
         object.__setattr__(self, "sha256", self.sha256 or digest_of(self.rows))
         object.__setattr__(self, "n_source", self.n_source or len(self.rows))
 
@@ -419,6 +431,7 @@ def encode_prompts(tokenizer, texts: list[str], style: str = "plain") -> tuple[l
     tokenizer has both). Raises UserError if a letter is not one token after every prompt, and as as_chat and check_ends
     do.
     """
+    texts = as_list(texts, "prompts")
     if style != "plain":
         # Qwen3 would open with its thoughts, not with a letter; other templates ignore the switch
         texts = [as_chat(tokenizer, [{"role": "user", "content": text}], enable_thinking=False) for text in texts]
@@ -451,7 +464,7 @@ def encode_words(tokenizer, questions: list[dict], form: str = IN_WORDS) -> tupl
     """Four rows of ids for each question, the bare question with each option as its answer in words, and for each row
     the index of the answer's first token. form: IN_WORDS or CLOZE."""
     pairs = [encode_answer(tokenizer, form.format(row["question"].strip()), choice.strip())
-             for row in questions for choice in row["choices"]]  # fmt: skip
+             for row in as_list(questions, "questions") for choice in row["choices"]]  # fmt: skip
     return [ids for ids, _ in pairs], [first for _, first in pairs]
 
 
@@ -595,7 +608,7 @@ def token_windows(tokenizer, texts: list[str], context=128, max_tokens=None, bos
     start_with = start_with if bos or tokenizer("a")["input_ids"][:1] == start_with else []
     step = min(context, tokenizer.model_max_length) - len(start_with)
     windows, text_of, left = [], [], max_tokens or sys.maxsize
-    for index, text in enumerate(texts):
+    for index, text in enumerate(as_list(texts, "texts")):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"][:left]
         for start in range(0, len(ids), step):
             if len(part := ids[start : start + step]) > 1:
@@ -619,6 +632,7 @@ def batches(rows: list[list[int]], batch_size: int, tokenizer, device, desc=None
     shared: with several processes each gets its share of the batches that one process would run. first: the length of
     each row's shareable prefix, the longest first instead, and rows with equal prefixes next to each other.
     """
+    rows = [as_list(row, "token ids") for row in as_list(rows, "rows of ids")]
     order = sorted(range(len(rows)), key=lambda i: (-first[i], rows[i][: first[i]]) if first else -len(rows[i]))
     starts = range(0, len(order), batch_size)
     for start in tqdm(own_share(starts) if shared else starts, desc, unit="batch", disable=desc is None, leave=False):
@@ -649,7 +663,20 @@ def process_state():
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
+    forget_ranks()
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
+def forget_ranks() -> None:
+    """Take out of the environment the ranks that no launcher has given to this process, but a shell or a batch job: it
+    would wait for other processes that never come."""
+    rank = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|(\w*MPI|MV2|PMI)_\w*(RANK|RANKID|RANKS|SIZE)")
+    said = sorted(filter(rank.fullmatch, os.environ))
+    if said and not {"TORCHELASTIC_RUN_ID", "FORK_LAUNCHED"} & set(os.environ):
+        for name in said:
+            del os.environ[name]
+        note_once(f"note: {', '.join(said)} in the environment, but no launcher has started this process: it is alone "
+                  "(several: accelerate launch)")  # fmt: skip
 
 
 def is_first_process() -> bool:

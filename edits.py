@@ -13,6 +13,7 @@ fine-tuned under its edit.
 import inspect
 import itertools
 import math
+import operator
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from data import UserError, batches, first_line, pad_id, special_ids
+from data import UserError, as_list, batches, first_line, pad_id, special_ids
 
 
 # ------------------------------------------------------------------------------------- layers and tokens
@@ -192,6 +193,14 @@ def chunks(sae: SAE, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return h.flatten(0, -2).split(max(1, AT_ONCE // sae.cfg.d_sae))
 
 
+def feature_ids(features) -> list[int]:
+    """The ids as a list of int. Raises UserError for what is none: {layer: ids}, a string, a nested list, rates."""
+    try:
+        return [operator.index(i) for i in as_list(features, "feature ids")]
+    except TypeError as error:
+        raise UserError(f"feature ids are whole numbers: {first_line(error)}") from error
+
+
 class Latents:
     """Some of an SAE's features: encodes and decodes only these, so that an edit costs next to nothing.
 
@@ -200,6 +209,7 @@ class Latents:
     """
 
     def __init__(self, sae: SAE, features: list[int] | range):
+        features = features if isinstance(features, range) else feature_ids(features)
         if len(set(features)) != len(features):
             raise ValueError("a feature is named twice")
         if len(features) and not 0 <= min(features) <= max(features) < sae.cfg.d_sae:
@@ -326,8 +336,8 @@ def make(method: str, saes, layers: list[int] | None = None, **settings) -> Edit
 
     saes: an SAE, None, or {layer whose output it reads: SAE}; layers: after which the edit goes (default: those of the
     SAEs); settings: those of the method's function, as features and clamp. Raises UserError for an unknown method, a
-    setting that it does not take or lacks, and a layer that no SAE reads; ValueError for features that the SAE lacks,
-    one named twice, and a clamp that is positive or not finite.
+    setting that it does not take or lacks, a layer that no SAE reads, features of several layers, and ids that are no
+    whole numbers; ValueError for features that the SAE lacks, one named twice, a clamp that is positive or not finite.
     """
     if method == "none":
         return NONE
@@ -339,8 +349,12 @@ def make(method: str, saes, layers: list[int] | None = None, **settings) -> Edit
     layers, kind = list(saes if layers is None else map(int, layers)), METHODS[method]
     if not layers or (kind.needs_sae and not set(layers) <= set(saes)):
         raise UserError(f"{method} after layers {layers or '(none is said)'}: SAEs are given of layers {list(saes)}")
+    if wrong := [layer for layer, sae in saes.items() if layer != layer_of(sae)]:
+        raise UserError(f"the SAE given of layer {wrong[0]} is of layer {layer_of(saes[wrong[0]])}")
+    if "features" in settings and len(layers) > 1:
+        raise UserError(f"{method}: features are of one layer's SAE; put edits of several layers together")
     if "features" in settings:
-        settings["features"] = list(map(int, settings["features"]))
+        settings["features"] = feature_ids(settings["features"])
     try:
         inspect.signature(kind.edit).bind(None, **settings)
     except TypeError as error:

@@ -129,6 +129,7 @@ class AblatedLM(HFLM):
 
     def __init__(self, pretrained: str, device: str | None = None, edit_special: str = "never", **kwargs):
         path = hub.model_source(pretrained)
+        data.forget_ranks()
         super().__init__(path, device=device or best_device(), **kwargs)  # lm-eval takes cuda even without one
         if hasattr(self, "accelerator"):  # lm-eval knows of several processes on GPUs only, and of one machine
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -647,8 +648,9 @@ def with_record(args) -> tuple:
         raise UserError(f"{given[0]}: a record's row says all about its edit; choose it with --row")
     decided = {name: record["settings"].get(name, getattr(args, name))
                for name in ("seed", "pick_on", "edit_special", "data")}  # fmt: skip
-    decided |= {"layer": None, "n_features": None} | ({"data": args.data} if args.data else {})
-    return runs.settings(flags, vars(args) | decided), record
+    args = runs.settings(flags, vars(args) | decided | ({"data": args.data} if args.data else {}))
+    vars(args).update(layer=None, n_features=None)  # the row's may be several
+    return args, record
 
 
 def edit_to_score(lm: AblatedLM, args, record: dict | None, clamp: float, numbers: dict) -> tuple:
@@ -677,8 +679,6 @@ def run(**changes) -> dict:
     """run(tasks="tiny_mmlu", unablated=True): any flag by name. Returns the record, {} for --tasks list. Raises
     UserError."""
     args = runs.settings(flags, changes)
-    if empty := [name for name, value in vars(args).items() if value == ""]:
-        raise UserError(f"{empty[0]}: nothing is given; leave it out, or say what")
     if args.tasks == "list":
         for path in sorted(TASKS.glob("*.yaml")):
             print(f"{path.stem:32}{path.read_text().splitlines()[0].lstrip('# ')}")

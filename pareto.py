@@ -277,15 +277,6 @@ def rows_of(stats: FeatureStats, counts: list[int], clamps: list[float], methods
     return rows
 
 
-def print_summary(records: list[dict], path: Path) -> list[dict]:
-    """Print the table and write it to `path` with the suffix .md; returns the summary."""
-    lines = summary(by_method(records))
-    print(f"\n{table(lines)}")
-    runs.write_whole(path.with_suffix(".md"), lambda file: file.write_text(table(lines)))
-    print(f"table: {path.with_suffix('.md')}")
-    return lines
-
-
 def plot(paths: list[str], out: str) -> dict:
     """Draw the rows of record files. Raises UserError if none has both quizzes' held-out scores."""
     records = {path: runs.read_record(path) for path in paths}
@@ -299,10 +290,11 @@ def plot(paths: list[str], out: str) -> dict:
     if len({origin_of(record)[-1] for record in records}) > 1:
         print("note: these records were not scored on the same questions", file=sys.stderr)
     path = Path(out) if out.endswith(".json") else Path(out) / "pareto_plot.json"
-    lines = print_summary(records, path)
-    figure = pareto_figure(records, ", ".join(names) if len(names) <= 3 else f"{len(names)} records")
-    figure.savefig(picture := path.with_name(f"{path.stem}_frontier.png"), dpi=150)
-    print(f"figure: {picture}")
+    lines, title = summary(by_method(records)), ", ".join(names) if len(names) <= 3 else f"{len(names)} records"
+    print(f"\n{table(lines)}")
+    runs.write_whole(path.with_suffix(".md"), lambda file: file.write_text(table(lines), encoding="utf-8"))
+    print(f"table: {path.with_suffix('.md')}")
+    runs.draw_all(path, {"frontier": lambda: pareto_figure(records, title)})
     return {"summary": lines}
 
 
@@ -351,10 +343,12 @@ def run(**changes) -> dict:
                 evaluation.words(model, quiz, rows, batch_size=args.batch_size)])  # fmt: skip
     measures += job.cached(LOSS, lambda: [evaluation.loss(model, benchmark.web, rows, batch_size=args.batch_size)])
     record = job.record(rows, measures)
-    lines = print_summary([record], job.path)
+    lines = summary(by_method([record]))
+    print(f"\n{table(lines)}")
     if benchmark.wmdp.published:
         print(f"\n{benchmark.wmdp.published}")
-    return job.write(rows, measures, {"frontier": lambda: pareto_figure([record], title)}, summary=lines)
+    figures = {"frontier": lambda: pareto_figure([record], title)}
+    return job.write(rows, measures, figures, table=table(lines), summary=lines)
 
 
 # %%

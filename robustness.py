@@ -60,7 +60,7 @@ from data import HERE, LETTERS, Benchmark, Dataset, UserError, encode_prompts, n
 from edits import NONE, Edit, SetFeatures, applied, decoder_layers, layer_of
 from evaluation import Measure, bootstrap, joined, letters, open_answers, share, words
 from hub import identity, load_tokenizer, model_source, preset
-from runs import Run, read_record, write_whole
+from runs import Run, read_record
 from unlearning import Fp32AdamW, endless_batches, linear_modules, text_nll, training_windows
 
 RELEARNED = 0.9  # share of the original model's accuracy at which knowledge counts as recovered
@@ -609,7 +609,6 @@ def run(**changes) -> dict:
     print(f"\n{text}")
     if benchmark.wmdp.published:
         print(f"\n{benchmark.wmdp.published}")
-    write_whole(current.path.with_suffix(".md"), lambda file: file.write_text(text + "\n"))
     title = f"{Path(name).name}: WMDP-Bio" + (f", {steps} steps of fine-tuning" if steps else "")
 
     def panels(columns):
@@ -620,7 +619,8 @@ def run(**changes) -> dict:
                "survives": lambda: survival_figure(shares, title)}  # fmt: skip
     if steps:
         figures["curves"] = lambda: panels({f"{mark} steps on the asked facts": m for mark, m in curve.items()})
-    return current.write({s.name: s.edit for s in subjects}, measures.values(), figures, pushed=pushes, survives=shares)
+    rows = {s.name: s.edit for s in subjects}
+    return current.write(rows, measures.values(), figures, table=text, pushed=pushes, survives=shares)
 
 
 # %%

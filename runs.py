@@ -24,6 +24,8 @@ from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import quote
 
+from safetensors import SafetensorError
+
 import data
 import hub
 from data import UserError, first_line
@@ -42,9 +44,10 @@ def number(kind, wanted: str, holds=lambda x: True):
     def check(text):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and holds(value)):
+            taken = math.isfinite(value) and holds(value)
+        except (ValueError, OverflowError):
+            taken = False
+        if not taken:
             raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
         return value
 
@@ -52,6 +55,7 @@ def number(kind, wanted: str, holds=lambda x: True):
 
 
 natural_int = number(int, "an integer from 0 on", lambda x: x >= 0)
+seed_int = number(int, "an integer from 0 to 2**63 - 1", lambda x: 0 <= x < 2**63)  # more is none of torch's seeds
 positive_int = number(int, "an integer from 1 on", lambda x: x >= 1)
 finite_float = number(float, "a finite number")
 
@@ -67,6 +71,13 @@ def data_folder(given: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
+    """Mistakes are UserErrors; -1e1 and -inf are numbers, which argparse takes for flags; sys.argv may be empty."""
+
+    def __init__(self, **options):
+        name, form = Path(*sys.argv[:1]).name, argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=name, formatter_class=form, allow_abbrev=False, **options)
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")
+
     def error(self, message):
         raise UserError(f"{message.removeprefix('argument ')} (see --help)")
 
@@ -74,8 +85,7 @@ class Parser(argparse.ArgumentParser):
 def parser(doc: str, *, quiz: bool = False, without: tuple[str, ...] = ()) -> Parser:
     """The flags that scripts share, except those `without`; a script adds its own, or one in place of ours. quiz: also
     those that say which questions are asked, and how."""
-    group = p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [flags]",
-                       conflict_handler="resolve", allow_abbrev=False, add_help=False)  # fmt: skip
+    group = p = Parser(description=doc, usage="%(prog)s [flags]", conflict_handler="resolve", add_help=False)
 
     def add(name, help, **options):
         if name not in without:
@@ -119,7 +129,7 @@ def parser(doc: str, *, quiz: bool = False, without: tuple[str, ...] = ()) -> Pa
         add("--robust", "score only questions right in all 24 orders of their options", action="store_true")
         add("--subjects", "of MMLU, comma-separated (default: SAEBench's four where there, else all; lesson 1: all)")
     add("--skip-long", "leave out, and count, questions longer than the model's positions", action="store_true")
-    add("--seed", "of the halves, control features and bootstrap", type=natural_int, default=0)
+    add("--seed", "of the halves, control features and bootstrap", type=seed_int, default=0)
     group = p.add_argument_group("machine")
     add("--batch-size", "prompts in a pass; changes memory, results by rounding only", type=positive_int, default=16)
     add("--device", "cuda, cuda:1, mps or cpu (default: cuda if there is one; with accelerate launch, its choice)")
@@ -146,10 +156,14 @@ class Settings(argparse.Namespace):
             near = difflib.get_close_matches(name, vars(self), 3) or sorted(vars(self))
             raise AttributeError(f"no setting {name!r}; did you mean {', '.join(near)}?")
         flag = next(action for action in self.flags._actions if action.dest == name)
-        if value is not None and value != flag.default and flag.nargs != 0:  # read as the command line would be
+        first = flag.option_strings[:1]
+        if (empty := isinstance(value, str) and not value) or (flag.nargs == 0 and type(value) is not bool):
+            wanted = "nothing is given; leave it out, or say what" if empty else "True or False is wanted"
+            raise UserError(f"{''.join(first) or name}: {wanted}")
+        if flag.nargs != 0 and repr(value) != repr(flag.default):  # read as the command line would be: 7.0 is not 7
             items = [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
-            first = flag.option_strings[:1]
-            value = getattr(self.flags.parse_args([*first, *items] if flag.nargs else ["=".join(first + items)]), name)
+            given = [*first, *items] if flag.nargs else ["=".join([*first, ",".join(items)])]
+            value = getattr(self.flags.parse_args(given), name)
         vars(self)[name] = value
 
 
@@ -159,25 +173,25 @@ settings = Settings  # settings(flags, {"layer": 3}), in a script's run(**change
 def help_before_imports(p: Parser, name: str) -> None:
     """Answer --help and --list of a script that runs as `name`, before it imports what takes seconds."""
     if name == "__main__" and {"-h", "--help", "--list"} & set(sys.argv[1:]):
+        outlive_readers()
         p.parse_args()
 
 
 def parse(p: Parser) -> Settings:
     """The settings that the command line gives; in a notebook, where sys.argv is not ours, the defaults. From here on
     the run ends as `ended` says, and of several processes only the first prints. Raises UserError."""
-    sys.excepthook = ended
-    notebook = any(name in sys.argv[0] for name in ("kernel_launcher", "pydevconsole"))
-    args = settings(p, vars(p.parse_args([] if notebook else None)))
+    sys.excepthook, frame = ended, sys._getframe()
+    outlive_readers()
+    while frame.f_globals is globals():  # up to the script, which calls `parse` or `main`
+        frame = frame.f_back
+    script = frame.f_globals.get("__file__")  # a notebook's cell has none, whatever its kernel
+    ours = script and [Path(path).name for path in sys.argv[:1]] == [Path(script).name]
+    args = settings(p, vars(p.parse_args(None if ours else [])))
     if data.n_processes() > 1:
         atexit.register(data.process_state().destroy_process_group)
         sys.excepthook = ended  # torch.distributed puts its own in front as the processes connect
     if not data.is_first_process():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
-    elif sys.stdout is sys.__stdout__:
-        sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack characters that tokens are written with
-        if not sys.stdout.isatty():
-            sys.stdout = io.TextIOWrapper(io.BufferedWriter(Pipe(1, "w", closefd=False)), sys.stdout.encoding,
-                                          "backslashreplace", line_buffering=sys.stdout.write_through)  # fmt: skip
     return args
 
 
@@ -187,13 +201,27 @@ def main(run, p: Parser) -> None:
 
 
 class Pipe(io.FileIO):
-    """Standard output that is silent when nobody reads it any more: `script.py | head` still writes its record."""
+    """An output that is silent when nobody reads it any more: `script.py 2>&1 | head` still writes its record."""
 
     def write(self, content):
         try:
             return super().write(content)
         except BrokenPipeError:
             return len(content)
+
+
+def outlive_readers() -> None:
+    """Have standard output and error go on without readers, and without the characters that a console lacks."""
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell
+            vars(sys)[name] = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+        elif stream is getattr(sys, f"__{name}__"):
+            stream.reconfigure(errors="backslashreplace")
+            if not stream.isatty():
+                pipe = io.BufferedWriter(Pipe(number, "w", closefd=False))
+                buffered = stream.line_buffering or stream.write_through
+                vars(sys)[name] = io.TextIOWrapper(pipe, stream.encoding, "backslashreplace", line_buffering=buffered)
 
 
 def ended(kind, error, trace) -> None:
@@ -236,18 +264,14 @@ class Run:
         decides = [FORM, self.script, {k: v for k, v in self.settings.items() if k not in FREE}, self.dtype,
                    self.identity, [sae.identity for sae in saes], self.about(), also]  # fmt: skip
         self.key = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
-        parts = [Path(script).stem, self.name]
+        parts = [Path(script).stem, self.name[:40]]
         for letter, name in (("L", "layer"), ("n", "n_features")):
             if (value := self.settings.get(name)) is not None:
                 parts.append((letter + "-".join(map(str, value if isinstance(value, list) else [value])))[:40])
         out = Path(self.settings.get("out") or "results")
         self.path = out if out.suffix == ".json" else out / f"{'_'.join(parts)}_{self.key[:6]}.json"
         self.cache = self.path.with_suffix(".cache") / self.key[:16]
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.NamedTemporaryFile(dir=self.path.parent).close()
-        except OSError as error:
-            raise UserError(f"cannot write to {self.path.parent}: {error.strerror}; give another --out") from error
+        refuse_unwritable(self.path)
 
     def about(self) -> dict:
         """What a record says of the data; a tuning half has a name beside that of the half that is held out."""
@@ -268,7 +292,10 @@ class Run:
                 said = f"{len([*self.cache.glob('*')])} finished parts are kept; the same command goes on from there"
                 raise KeyboardInterrupt(said) from None
             kept = f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
-            write_whole(path, lambda file: file.write_text(kept, encoding="utf-8"))
+            try:
+                write_whole(path, lambda file: file.write_text(kept, encoding="utf-8"))
+            except UserError as error:  # a full disk costs no result
+                data.note_once(f"note: {error}; the run goes on, but once stopped it would start anew")
         seal, _, text = kept.partition("\n")
         if seal != hashlib.sha256(text.encode()).hexdigest():
             raise UserError(f"{path} is damaged: delete it, and start the run again")
@@ -298,7 +325,7 @@ class Run:
             return entry
 
         return {
-            "form": FORM, "script": self.script, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "form": FORM, "script": self.script, "command": " ".join([Path(*sys.argv[:1]).name, *sys.argv[1:]]),
             "seconds": round(time.time() - self.started, 1), "model": self.model, "dtype": self.dtype,
             "identity": dict(self.identity),
             "saes": [{"layer": int(sae.cfg.metadata.hook_name.split(".")[1]), "source": sae.source,
@@ -311,41 +338,56 @@ class Run:
             **more,
         }  # fmt: skip
 
-    def write(self, rows: dict, measures, figures: dict | None = None, **more) -> dict:
-        """Write `record` as JSON and CSV, then figures {suffix: a figure, or a function that draws it}, and print its
-        path last: a figure that cannot be drawn loses no result. Into a trained model's "folder", beside the record,
-        goes a model card. Returns the record."""
-        import matplotlib.pyplot as plt
+    def write(self, rows: dict, measures, figures: dict | None = None, table="", **more) -> dict:
+        """Write `record` as JSON and CSV, a table in Markdown, then figures as `draw_all` does, and print the record's
+        path last. Where it cannot be written the record itself is printed, and UserError raised. Into a trained model's
+        "folder", beside the record, goes a model card. Returns the record."""
         import pandas
 
         record, folder = self.record(rows, measures, **more), more.get("folder")
         if not data.is_first_process():
             return record
-        if folder:
-            folder = self.path.with_name(folder)
-            (folder / "README.md").write_text(model_card(record), encoding="utf-8")
-            record["identity"]["folder"] = hub.identity(str(folder))
-        text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-        write_whole(self.path, lambda file: file.write_text(text, encoding="utf-8"))
+        try:
+            if folder:
+                folder = self.path.with_name(folder)
+                write_whole(folder / "README.md", lambda file: file.write_text(model_card(record), encoding="utf-8"))
+                record["identity"]["folder"] = hub.identity(str(folder))
+            text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+            write_whole(self.path, lambda file: file.write_text(text, encoding="utf-8"))
+        except UserError:
+            print(f"record, to be saved as {self.path}:\n{json.dumps(record)}")
+            raise
         lines = [{"row": name, "method": row["method"], "measure": of, "unit": record["measures"][of]["unit"], **score}
                  for name, row in record["rows"].items() for of, score in row["scores"].items()]  # fmt: skip
         write_whole(self.path.with_suffix(".csv"), lambda file: pandas.DataFrame(lines).to_csv(file, index=False))
+        if table:
+            path = self.path.with_suffix(".md")
+            write_whole(path, lambda file: file.write_text(table + "\n", encoding="utf-8"))
+            print(f"table: {path}")
         shutil.rmtree(self.cache, ignore_errors=True)
         if self.cache.parent.is_dir() and not any(self.cache.parent.iterdir()):  # else it is another run's, too
             self.cache.parent.rmdir()
-        try:
-            for suffix, draw in (figures or {}).items():
-                figure = draw() if callable(draw) else draw
-                path = self.path.with_name(f"{self.path.stem}_{suffix}.png")
-                write_whole(path, partial(figure.savefig, format="png", dpi=150))
-                print(f"figure: {path}")
-                if plt.get_backend().lower() == "agg":  # else a notebook shows it, or a desktop
-                    plt.close(figure)
-        finally:
-            if folder:
-                print(f"model: {folder}; to publish it: hf upload ORG/NAME {folder}")
-            print(f"record: {self.path}")
+        draw_all(self.path, figures or {})
+        if folder:
+            print(f"model: {folder}; to publish it: hf upload ORG/NAME {folder}")
+        print(f"record: {self.path}")
         return record
+
+
+def draw_all(beside: Path, figures: dict) -> None:
+    """Write figures {suffix: a figure, or a function that draws it} beside a file. One that cannot be drawn (matplotlib
+    is set to use a LaTeX that is missing, the disk is full) is named; it loses no result, and no other figure."""
+    import matplotlib.pyplot as plt
+
+    for suffix, draw in figures.items():
+        try:
+            figure, path = draw() if callable(draw) else draw, beside.with_name(f"{beside.stem}_{suffix}.png")
+            write_whole(path, partial(figure.savefig, format="png", dpi=150))
+            print(f"figure: {path}")
+            if plt.get_backend().lower() == "agg":  # else a notebook shows it, or a desktop
+                plt.close(figure)
+        except Exception as error:
+            print(f"note: no figure {suffix}: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
 
 
 def read_record(path) -> dict:
@@ -360,6 +402,15 @@ def read_record(path) -> dict:
     return record
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Make the folder of `path`. Raises UserError where no file of such a name can be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}").close()
+    except OSError as error:
+        raise UserError(f"cannot write to {path.parent}: {error.strerror}; give another --out") from error
+
+
 def write_whole(path: Path, write) -> None:
     """Call write(temporary path), then move the file or folder to `path`: a stopped run leaves nothing half-written. Of
     several processes the first one writes. Raises UserError where there is no room, or no right to."""
@@ -372,8 +423,8 @@ def write_whole(path: Path, write) -> None:
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or first_line(error)}") from error
     finally:
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 

@@ -16,6 +16,11 @@ from common import Rates, activation_ratio
 from data import total_of_processes
 from edits import Latents, iter_residual_stream, layer_of, residual_stream
 
+try:  # `!python` in a notebook inherits its MPLBACKEND, which this environment may lack
+    plt.switch_backend(plt.get_backend())
+except ImportError:
+    plt.switch_backend("agg")
+
 RETRAINED = "retrained without the facts"  # the row of the model that was trained without the forget set
 ABLATED = "#c0392b"
 COLOURS = {"unablated": "0.2", RETRAINED: "#1e8449", "SAE patched": "0.45", "SAE reconstruction": "0.65",

@@ -15,10 +15,8 @@ tiny's own SAEs; docs/results.md says what they reach, and how long it takes. To
 """
 
 # %%
-import argparse
-
 from data import HERE, n_processes
-from runs import help_before_imports, main, natural_int, number, positive_int, settings
+from runs import Parser, help_before_imports, main, natural_int, number, positive_int, seed_int, settings
 
 positive = number(float, "above 0", lambda x: x > 0)
 
@@ -27,7 +25,7 @@ def from_on(least: int):
     return number(int, f"from {least} on", lambda x: x >= least)
 
 
-flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+flags = Parser(description=__doc__)
 flags.add_argument("--model", default="tiny", help="preset, hub id or folder (default: %(default)s)")
 flags.add_argument("--layers", type=natural_int, nargs="+", default=[7], help="one SAE each (default: %(default)s)")
 flags.add_argument("--text", default=str(HERE / "tiny/data/train.jsonl"), help="hub id, .txt or .jsonl (default: "
@@ -41,7 +39,7 @@ flags.add_argument("--tokens", type=from_on(1024), default=1_500_000, help="to t
 flags.add_argument("--lr", type=positive, default=2e-3, help="learning rate of Adam (default: %(default)s)")
 flags.add_argument("--context", type=from_on(3), default=128, help="tokens per window (default: %(default)s)")
 flags.add_argument("--batch-size", type=positive_int, default=32, help="windows per pass (default: %(default)s)")
-flags.add_argument("--seed", type=natural_int, default=0, help="(default: %(default)s)")
+flags.add_argument("--seed", type=seed_int, default=0, help="(default: %(default)s)")
 flags.add_argument("--device", help="cuda, mps or cpu (default: cuda if there is one)")
 flags.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model, not of SAEs")
 flags.add_argument("--out", default="my_saes", help="folder to write to (default: %(default)s)")
@@ -65,6 +63,7 @@ from common import load_model, load_sae
 from data import UserError, batches, first_line, read_jsonl, token_windows
 from edits import token_mask
 from evaluation import check_sae_quality
+from runs import refuse_unwritable, write_whole
 
 TRAINING_BATCH = 1024  # tokens per optimiser step
 BUFFER = 2**16  # tokens that are mixed before they are served, so that a step does not see one document only
@@ -80,7 +79,10 @@ def read_texts(source: str, most: int = 200_000) -> list[str]:
     if path.suffix == ".jsonl" and path.is_file():
         return [row["text"] for row in read_jsonl(path, "text")]
     if path.is_file():
-        return [part for part in path.read_text(encoding="utf-8").split("\n\n") if part.strip()]
+        try:
+            return [part for part in path.read_text(encoding="utf-8-sig").split("\n\n") if part.strip()]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text: {first_line(error)}") from error
     if source.count("/") != 1 or path.suffix in (".jsonl", ".txt"):
         raise UserError(f"--text {source}: neither a file nor a hub id ORG/NAME")
     from datasets import load_dataset
@@ -158,6 +160,11 @@ def run(**changes) -> dict:
         raise UserError(f"--layers {' '.join(map(str, args.layers))}: each once")
     if n_processes() > 1:
         raise UserError("SAEs are trained by one process: start train_sae.py without accelerate launch")
+    folders = {layer: Path(args.out) / f"layer_{layer}" for layer in args.layers}
+    for folder in folders.values():
+        refuse_unwritable(folder)
+        if folder.exists():  # perhaps of another model
+            raise UserError(f"{folder} is there already: give another --out")
     torch.manual_seed(args.seed)
     model = load_model(args.model, args.device, args.dtype)
     width = args.width or 8 * model.cfg.d_model
@@ -175,9 +182,8 @@ def run(**changes) -> dict:
         raise UserError(f"--text {args.text}: too little text to train and measure on")
     saes = train(model, training, args.layers, width, args.k, args.tokens, args.lr, args.context, args.batch_size,
                  args.seed, Path(args.model).name, float64=not (args.device or "").startswith("mps"))  # fmt: skip
-    folders = {layer: Path(args.out) / f"layer_{layer}" for layer in args.layers}
     for layer, folder in folders.items():  # all are saved before the first is measured
-        saes[str(layer)].save_inference_model(folder)
+        write_whole(folder, saes[str(layer)].save_inference_model)
     found, tokens = {}, sum(map(len, held_out))
     for layer, folder in folders.items():
         sae = load_sae(str(folder), layer, model, args.model)

@@ -19,7 +19,10 @@ from conftest import BOS, EOS, MARKER, PAD, QUESTIONS, train_tokenizer
 from tokenizers import Regex, Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
+import common
 import data
+import edits
+import evaluation
 from data import Dataset, UserError, batches, encode_prompts, prompt, reordered, special_ids, token_windows
 from hub import load_tokenizer
 
@@ -554,6 +557,33 @@ def test_token_windows(tokenizer):
         joined = [i for row, source in zip(windows, sources) if source == index for i in row[1:]]
         whole = tokenizer(texts[index], add_special_tokens=False)["input_ids"]
         assert joined == whole[: len(joined)] and len(whole) - len(joined) <= 1
+
+
+TEXT = "The cat sat on the mat."
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda m, _: token_windows(m.tokenizer, TEXT),
+        lambda m, _: encode_prompts(m.tokenizer, TEXT),
+        lambda m, _: data.encode_words(m.tokenizer, QUESTIONS[0]),
+        lambda m, _: data.picking_windows(m.tokenizer, TEXT, [[TEXT]]),
+        lambda m, _: data.picking_windows(m.tokenizer, [TEXT], [TEXT]),  # a retain set is a list, too
+        lambda m, _: data.picking_windows(m.tokenizer, [TEXT], TEXT),
+        lambda m, _: Dataset("mine", TEXT),
+        lambda m, _: Dataset("mine", [TEXT]),
+        lambda m, _: Dataset("mine", QUESTIONS[0]),
+        lambda m, _: next(batches([TEXT], 2, m.tokenizer, "cpu")),
+        lambda m, _: next(batches([2, 5, 6], 2, m.tokenizer, "cpu")),  # one row's ids
+        lambda m, sae: common.firing_rates(m, sae, [TEXT]),
+        lambda m, _: evaluation.score_loss(m, TEXT, [edits.NONE]),
+        lambda m, _: evaluation.letters(m, Dataset("mmlu", QUESTIONS), {"unablated": edits.NONE}, prompts=TEXT),
+    ],
+)
+def test_a_string_where_a_list_is_meant_is_refused(gemma, gemma_sae, given):
+    with pytest.raises(UserError, match=r"a list of .* is needed, not|each row is a dict"):
+        given(gemma, gemma_sae)
 
 
 def test_token_windows_stop_at_the_budget(tokenizer):

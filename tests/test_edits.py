@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import common
 import edits
 import evaluation
+import show
 from common import ablate
 from data import UserError, special_ids
 from edits import Latents
@@ -241,10 +242,38 @@ def test_the_rows_that_every_lesson_shows(gemma_sae):
     ("clamp", True, dict(features=[1], layers=[2]), r"clamp after layers \[2\]: SAEs are given of layers \[1\]"),
     ("clamp", False, dict(features=[1]), "none is said"),
     ("diff-in-means", False, dict(direction=[1.0] * 32), "none is said"),
+    ("clamp", True, dict(features={1: [3], 2: [5]}), "a list of feature ids is needed, not dict '{1: "),
+    ("clamp", True, dict(features="12"), "a list of feature ids is needed, not str '12'"),
+    ("clamp", True, dict(features=5), "a list of feature ids is needed, not int '5'"),
+    ("clamp", True, dict(features=[[1, 2], [3]]), "feature ids are whole numbers: 'list' object"),
+    ("clamp", True, dict(features=[1.7, 2.2]), "feature ids are whole numbers: 'float' object"),
+    ("clamp", True, dict(features=torch.tensor([0.2, 0.9])), "feature ids are whole numbers: only integer tensors"),
+    ("clamp", True, dict(features=[1], layers=[1, 2]), r"clamp after layers \[1, 2\]: SAEs are given of layers \[1\]"),
 ])  # fmt: skip
 def test_settings_that_make_no_edit_are_refused(gemma_sae, method, saes, settings, told):
     with pytest.raises(UserError, match=told):
         edits.make(method, gemma_sae if saes else None, **settings)
+
+
+def test_an_saes_features_stay_behind_its_own_layer(gemma, gemma_sae, make_sae):
+    other = make_sae(gemma, layer=2, hook_name="blocks.2.hook_resid_post")
+    for method, settings in (("clamp", {"features": [1]}), ("sae-reconstruction", {})):
+        with pytest.raises(UserError, match="the SAE given of layer 1 is of layer 2"):
+            edits.make(method, {1: other}, **settings)
+    with pytest.raises(UserError, match="clamp: features are of one layer's SAE"):
+        edits.make("clamp", {1: gemma_sae, 2: other}, features=[1])
+    both = edits.together(edits.ablation(gemma_sae, [1]), edits.ablation(other, [5]))
+    assert {layer: f.features for layer, f in both.at.items()} == {1: [1], 2: [5]}
+    assert sorted(edits.make("sae-reconstruction", {1: gemma_sae, 2: other}).at) == [1, 2]
+
+
+@pytest.mark.parametrize("features", ["12", {1: [3]}, [1.5]])
+def test_features_in_another_form_are_refused_wherever_they_are_given(gemma, gemma_sae, features):
+    for given in (lambda: Latents(gemma_sae, features), lambda: ablate(gemma, gemma_sae, features),
+                  lambda: edits.patched(gemma_sae, features), lambda: edits.clamp(gemma_sae, features),
+                  lambda: show.top_tokens(gemma, gemma_sae, features, [[2, 5, 6]])):  # fmt: skip
+        with pytest.raises(UserError, match="feature ids"):
+            given()
 
 
 def test_a_method_of_ones_own_is_made_as_any_other(gemma, gemma_sae, monkeypatch):

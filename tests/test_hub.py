@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,12 @@ from safetensors.torch import save_file
 import hub
 from data import HERE, UserError
 from hub import identity
+
+
+def test_the_project_may_lie_in_a_folder_with_braces(monkeypatch):
+    preset = replace(hub.PRESETS["tiny"], sae="/home/me/{my} pro{ject/tiny/sae/layer_{layer}")
+    monkeypatch.setitem(hub.PRESETS, "tiny", preset)
+    assert hub.sae_source(None, 7, "tiny") == "/home/me/{my} pro{ject/tiny/sae/layer_7"
 
 
 def test_presets_name_their_saes_layers_widths_and_l0s():

@@ -138,6 +138,36 @@ def test_a_killed_process_ends_the_run(tmp_path, victim):
 # ------------------------------------------------------------------------------- one process, pretending
 
 
+LEFT = ({"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29613"},
+        {f"OMPI_COMM_WORLD_{name}": n for name, n in dict(SIZE="2", RANK="1", LOCAL_RANK="1", LOCAL_SIZE="2").items()},
+        {"PMI_SIZE": "8", "PMI_RANK": "3", "MPI_LOCALRANKID": "3", "MPI_LOCALNRANKS": "8"},
+        {"WORLD_SIZE": "of another program", "MV2_COMM_WORLD_SIZE": "2"})  # fmt: skip
+
+
+@pytest.mark.parametrize("left", LEFT)
+def test_ranks_that_no_launcher_gave_are_taken_out(monkeypatch, left, capsys):
+    others = {"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "MY_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (left | others).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # as accelerate launch and torchrun say
+    data.forget_ranks()
+    assert left.items() <= os.environ.items() and not capsys.readouterr().err
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    data.forget_ranks()
+    assert not {name for name in left if not name.startswith("MASTER")} & set(os.environ)
+    assert others.items() <= os.environ.items()
+    assert "in the environment, but no launcher has started this process: it is alone" in capsys.readouterr().err
+
+
+def test_a_run_with_another_jobs_ranks_runs_alone():
+    """It would wait for three other processes that never come."""
+    code = "import data; assert (data.n_processes(), data.is_first_process()) == (1, True), data.n_processes()"
+    environment = {**os.environ, **LEFT[0], **LEFT[1], "ACCELERATE_USE_CPU": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT,
+                          timeout=60)  # fmt: skip
+    assert done.returncode == 0 and "note: LOCAL_RANK, OMPI_COMM_WORLD_LOCAL_RANK, " in done.stderr, done.stderr[-800:]
+
+
 def test_batches_are_dealt_out_whole(monkeypatch, gemma):
     from data import batches
 

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -52,11 +53,14 @@ def run_of(folder, data=(QUIZ,), saes=(), also=(), **changes) -> Run:
         ("clamp", math.nan, "--clamp: nan is not a number below 0"),
         ("clamp", -math.inf, "--clamp"),
         ("clamp", 0.0, "--clamp"),
-        ("seed", -1, "--seed: -1 is not an integer from 0 on"),
+        ("seed", -1, "--seed: -1 is not an integer from 0 to"),
         ("n_features", 0, "--n-features: 0 is not an integer from 1 on"),
         ("limit", 2.5, "--limit: 2.5 is not an integer"),
         ("batch_size", "many", "--batch-size"),
         ("pick_on", "some", "--pick-on: invalid choice: 'some'"),
+        ("seed", 2**70, r"--seed: 1180591620717411303424 is not an integer from 0 to 2\*\*63 - 1"),
+        ("seed", "9" * 400, "--seed: 9+ is not an integer"),
+        ("sae", "", "--sae: nothing is given; leave it out, or say what"),
     ],
 )
 def test_a_value_that_a_flag_does_not_take_is_refused_however_it_is_given(monkeypatch, name, value, said):
@@ -67,9 +71,46 @@ def test_a_value_that_a_flag_does_not_take_is_refused_however_it_is_given(monkey
     with pytest.raises(UserError, match=said):
         setattr(args, name, value)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(sys, "argv", ["a_script.py", f"--{name.replace('_', '-')}={value}"])
+    monkeypatch.setattr(sys, "argv", [__file__, f"--{name.replace('_', '-')}={value}"])
     with pytest.raises(UserError, match=said):
         runs.parse(p)
+
+
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("seed", None, "--seed: None is not an integer"),
+        ("layer", 7.0, "--layer: 7.0 is not an integer"),
+        ("layer", [3, 7], "--layer: 3,7 is not an integer"),
+        ("n_features", True, "--n-features: True is not an integer"),
+        ("robust", "no", "--robust: True or False is wanted"),
+        ("robust", 1, "--robust: True or False is wanted"),
+        ("clamp", 40, "--clamp: 40 is not a number below 0"),
+        ("limit", 0, "--limit: 0 is not an integer from 1 on"),
+    ],
+)
+def test_a_notebooks_setting_is_held_to_what_the_flag_takes(name, value, said):
+    """Also where it equals the default (7.0 is 7), or would be true ("no")."""
+    args = settings(parser("a script", quiz=True), {})
+    before = dict(vars(args))
+    with pytest.raises(UserError, match=said):
+        setattr(args, name, value)
+    assert vars(args) == before
+    args.subjects, args.clamp = ["law", "art"], -1e-5
+    assert (args.subjects, args.clamp) == ("law,art", -1e-5)
+
+
+@pytest.mark.parametrize("text, value", [("-1e1", -10.0), ("-5e-1", -0.5), ("-.5", -0.5), ("-1E+2", -100.0)])
+def test_a_negative_number_may_have_an_exponent(monkeypatch, text, value):
+    p = parser("a script")
+    p.add_argument("--many", type=runs.finite_float, nargs="+")
+    assert p.parse_args(["--clamp", text]).clamp == value
+    assert p.parse_args(["--many", "0", text, "-3"]).many == [0, value, -3]
+    for strange in ("-inf", "-nan"):
+        with pytest.raises(UserError, match=f"--clamp: {strange} is not a number below 0"):
+            p.parse_args(["--clamp", strange])
+    with pytest.raises(UserError, match="--clamp: expected one argument"):
+        p.parse_args(["--clamp", "--layer", "3"])
 
 
 def test_a_setting_is_what_the_command_line_would_make_of_it(tmp_path, monkeypatch):
@@ -100,14 +141,35 @@ def test_a_name_that_no_flag_has_is_refused_with_near_ones():
         settings(parser("a script"), {"n_feature": 3})
 
 
-@pytest.mark.parametrize("console", ["ipykernel_launcher.py -f kernel.json", "colab_kernel_launcher.py -f x",
-                                     "pydevconsole.py --mode=client --port=9"])  # fmt: skip
-def test_a_consoles_arguments_are_not_ours(monkeypatch, console):
+@pytest.mark.parametrize(
+    "console",
+    [
+        "ipykernel_launcher.py -f kernel.json",
+        "/opt/bin/xpython -f kernel.json",
+        "",
+        "/usr/bin/marimo edit book.py --port 2718",
+        "pydevconsole.py --mode=client",
+    ],
+)
+def test_a_kernels_arguments_are_not_ours_whichever_it_is(monkeypatch, tmp_path, console):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(sys, "argv", console.split())
     p, taken = parser("a script"), []
-    runs.main(lambda **given: taken.append(given), p)
-    assert taken == [vars(p.parse_args([]))]
+    cell = {"__name__": "__main__", "main": runs.main, "parse": runs.parse, "run": lambda **g: taken.append(g), "p": p}
+    exec("main(run, p)\nargs = parse(p)", cell)  # as in a cell: there is no __file__
+    assert taken == [vars(p.parse_args([]))] == [vars(cell["args"])]
+    assert run_of(tmp_path).record({}, [])["command"].split() == [
+        Path(word).name if n == 0 else word for n, word in enumerate(console.split())
+    ]
+
+
+def test_a_scripts_arguments_are_its_own_however_it_is_started(monkeypatch, tmp_path):
+    """`python x.py`, `%run x.py`, a debugger, a launcher: they all leave the script in argv[0], by some path."""
+    (tmp_path / "mine.py").write_text("import runs\nargs = runs.parse(runs.parser(''))\n")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    for path in ("mine.py", str(tmp_path / "mine.py")):
+        monkeypatch.setattr(sys, "argv", [path, "--layer", "3"])
+        assert runpy.run_path(str(tmp_path / "mine.py"))["args"].layer == 3
 
 
 def test_help_begins_with_what_most_people_use_and_answers_at_once():
@@ -170,17 +232,24 @@ def test_a_console_that_lacks_a_character_is_no_traceback():
     assert (done.returncode, done.stdout.strip()) == (0, "\\u2581\\u4e2d"), done.stderr[-500:]
 
 
-def test_a_closed_pipe_loses_no_record(tmp_path):
-    """As with `script.py | head -1`: the reader is gone before the run has said all."""
-    code = "import sys; sys.argv = ['x']; import runs; runs.parse(runs.parser(''))\n" \
-           "for k in range(50_000): print('a line of a table', k)\n" \
-           "open('written', 'w').close()"  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=environment, cwd=tmp_path)  # fmt: skip
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.wait(60) == 0 and process.stderr.read() == "" and (tmp_path / "written").exists()
+TALK = """import sys; sys.argv = ['x']; import runs; runs.parse(runs.parser(''))
+for k in range(50_000): print('a line of a table', k); print('a bar', k, file=sys.stderr, end='\\r')
+open('written', 'w').close()"""
+HELP = """import sys; sys.argv[1:] = ['--help']; import runs
+runs.help_before_imports(runs.parser('long ' * 9999), __name__)"""
+
+
+@pytest.mark.parametrize("shell", ["| head -1", "2>&1 | head -1", ">&-", ">&- 2>&-"])
+def test_a_closed_pipe_loses_no_record(tmp_path, shell):
+    """The reader is gone before the run has said all, or there is none."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TALK": TALK, "HELP": HELP, "PYTHON": sys.executable}
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f'"$PYTHON" -c "$TALK" {shell}'], cwd=tmp_path, text=True,
+                          env=environment, capture_output=True, timeout=60)  # fmt: skip
+    assert done.returncode == 0 and (tmp_path / "written").exists()
+    assert "Error" not in done.stderr + done.stdout
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f'"$PYTHON" -c "$HELP" {shell}'], cwd=tmp_path, text=True,
+                          env=environment, capture_output=True, timeout=60)  # fmt: skip
+    assert done.returncode == 0 and "Error" not in done.stderr + done.stdout
 
 
 # ----------------------------------------------------------------------------------- names, and finished parts
@@ -203,6 +272,28 @@ def test_whatever_decides_about_results_is_in_the_name(tmp_path, monkeypatch):
     other.append(run_of(tmp_path))
     assert len({first.key, *(run.key for run in other)}) == 1 + len(other)
     assert len({first.path, *(run.path for run in other)}) == 1 + len(other)
+
+
+def test_models_saes_and_data_of_one_name_have_records_of_their_own(tmp_path):
+    """`--model runs1/ckpt`, then `runs2/ckpt`: what they are decides, not the last part of the path."""
+    text, taken = Dataset("mmlu", QUIZ.rows[:2]), set()
+    for place in ("runs1", "runs2"):
+        folder = tmp_path / place / "ckpt"
+        folder.mkdir(parents=True)
+        for content in ("weights", "weights after another epoch"):  # also in the same folder, trained on
+            (folder / "model.safetensors").write_text(content + place)
+            sae = type("AnSAE", (), {"identity": hub.identity(str(folder))})
+            for data, saes in (((QUIZ,), ()), ((text,), ()), ((QUIZ,), (sae,))):
+                taken.add(run_of(tmp_path, data, saes, model=str(folder)).path)
+            taken.add(run_of(tmp_path, saes=(sae,)).path)
+    assert len(taken) == 2 * 2 * 4 and all(len(path.name) < 50 for path in taken)
+
+
+def test_a_long_name_is_cut_and_refused_before_the_run(tmp_path):
+    (tmp_path / ("m" * 200)).mkdir()
+    assert len(run_of(tmp_path, model=str(tmp_path / ("m" * 200))).path.name) < 100
+    with pytest.raises(UserError, match=r"cannot write to .*: File name too long; give another --out"):
+        run_of(tmp_path / ("r" * 260 + ".json"))
 
 
 def test_the_name_of_a_run_without_some_flags(tmp_path, monkeypatch):
@@ -312,11 +403,36 @@ def figure():
     return plt.figure()
 
 
-def test_a_figure_that_cannot_be_drawn_loses_no_result(tmp_path, capsys):
+def test_a_figure_that_cannot_be_drawn_loses_no_result_and_no_other_figure(tmp_path, capsys, monkeypatch):
+    import matplotlib
+
+    run, tex = run_of(tmp_path), figure()
+    with matplotlib.rc_context({"text.usetex": True}):
+        tex.suptitle("needs LaTeX")
+    monkeypatch.setenv("PATH", "")  # where there is none
+    run.write(ROWS, [letters()], {"one": lambda: 1 / 0, "tex": tex, "three": figure}, table="| a |")
+    assert read_record(run.path)["rows"].keys() == ROWS.keys()
+    assert {path.name[len(run.path.stem) :] for path in tmp_path.iterdir()} == {".json", ".csv", ".md", "_three.png"}
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == f"record: {run.path}"
+    assert "note: no figure one: ZeroDivisionError: division by zero\nnote: no figure tex: " in err
+
+
+def test_a_full_disk_after_scoring_prints_the_record(tmp_path, capsys, monkeypatch):
+    def full(*paths):
+        raise OSError(28, "No space left on device")
+
     run = run_of(tmp_path)
-    with pytest.raises(ZeroDivisionError):
-        run.write(ROWS, [letters()], {"one": lambda: 1 / 0})
-    assert read_record(run.path)["rows"].keys() == ROWS.keys() and f"record: {run.path}" in capsys.readouterr().out
+    monkeypatch.setattr(runs.os, "replace", full)
+    assert run.cached("part", lambda: [1, 2]) == [1, 2]  # it goes on without the cache
+    with pytest.raises(UserError, match=r"cannot write .*\.json: No space left on device"):
+        run.write(ROWS, [letters()])
+    out, err = capsys.readouterr()
+    assert "part.json: No space left on device; the run goes on" in err
+    head, text = out.splitlines()
+    assert head == f"record, to be saved as {run.path}:"
+    assert json.loads(text)["rows"]["clamp -40"]["answers"] == {"mmlu/letters": "BAB"}
+    assert not list(tmp_path.rglob("*.json*"))
 
 
 @pytest.mark.parametrize(

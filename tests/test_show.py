@@ -1,6 +1,9 @@
 """Tables and figures: what they say of Measures, and what titles, text and single documents may hold."""
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from urllib.parse import parse_qs, urlparse
 
@@ -8,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from sae_lens.analysis.neuronpedia_integration import get_neuronpedia_quick_list
 
 import show
@@ -39,6 +43,14 @@ def loss(documents=4, rows=ROWS):
 def drawn(axes, marker):
     return {(round(line.get_xdata()[0], 6), line.get_color()) for line in axes.lines
             if line.get_marker() == marker and len(line.get_xdata()) == 1}  # fmt: skip
+
+
+def test_a_backend_that_is_not_installed_costs_no_figure():
+    """`!python` in a notebook inherits MPLBACKEND, perhaps into an environment without that package."""
+    code = "import show; show.plt.figure(); print(show.plt.get_backend())"
+    environment = {**os.environ, "MPLBACKEND": "module://of_a_notebook.backend_inline"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.stdout.strip() == "agg", done.stderr[-500:]
 
 
 @pytest.fixture(autouse=True)

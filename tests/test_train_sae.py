@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from sae_lens import SAE
+from safetensors import SafetensorError
 
 import train_sae
-from data import token_windows
+from data import UserError, token_windows
 from train_sae import drawn_windows
 
 SENTENCES = ["The cat sat on the mat and looked at the moon over the sea.", "Blood carries oxygen to every organ."]
@@ -62,6 +63,43 @@ def test_a_text_is_tokenised_no_further_than_is_needed(small, monkeypatch):
     train_sae.run(**small)
     assert 6000 < seen[0] <= 2048 + 2 * 2048 and seen[1] <= 10 * 17
     assert windows["n"] == 10
+
+
+@pytest.mark.parametrize("name", ["text.txt", "text.jsonl"])
+def test_a_text_in_another_encoding_is_refused(small, tmp_path, name):
+    (tmp_path / name).write_bytes('{"text": "Le caf\xe9 est l\xe0."}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match=rf"{name} is not UTF-8 text: 'utf-8' codec can't decode byte 0xe9"):
+        train_sae.run(**small | {"text": str(tmp_path / name)})
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"seed": 2**64}, r"--seed: 18446744073709551616 is not an integer from 0 to 2\*\*63 - 1"),
+    ({"lr": -1}, "--lr: -1 is not above 0"),
+    ({"out": "/proc/saes"}, "cannot write to /proc/saes: .*; give another --out"),
+])  # fmt: skip
+def test_what_would_end_a_run_late_is_refused_at_once(small, changes, said, monkeypatch):
+    monkeypatch.delattr(train_sae, "train")
+    with pytest.raises(UserError, match=said):
+        train_sae.run(**small | changes)
+
+
+def test_an_sae_that_is_there_is_not_overwritten(small, tmp_path, monkeypatch):
+    monkeypatch.delattr(train_sae, "train")
+    (tmp_path / "saes/layer_2").mkdir(parents=True)
+    with pytest.raises(UserError, match="layer_2 is there already: give another --out"):
+        train_sae.run(**small)
+
+
+def test_a_full_disk_after_training_is_one_line_and_leaves_no_half_of_an_sae(small, tmp_path, monkeypatch):
+    def full(sae, path):
+        path.mkdir()
+        (path / "sae_weights.safetensors").write_text("half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(train_sae.BatchTopKTrainingSAE, "save_inference_model", full)
+    with pytest.raises(UserError, match=r"cannot write .*layer_1: Error while serializing: .*No space left on device"):
+        train_sae.run(**small)
+    assert not list((tmp_path / "saes").iterdir())
 
 
 @pytest.mark.parametrize("seed", [0, 1])

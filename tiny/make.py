@@ -33,6 +33,7 @@ import ctypes
 import json
 import random
 import re
+import shutil
 import subprocess
 import tempfile
 import time
@@ -581,6 +582,7 @@ def write_model(folder: Path, facts: list[dict], given: dict, quick: bool) -> No
 
 def write_saes(out: Path, quick: bool) -> None:
     """Stage saes: train_sae.py on OUT/model."""
+    shutil.rmtree(out / "sae", ignore_errors=True)
     size = ["--tokens", "10240", "--width", "256"] if quick else ["--width", str(SAE_WIDTH)]
     files = ["--text", out / "data/train.jsonl", "--held-out", out / "data/held_out.jsonl", "--out", out / "sae"]
     command = [sys.executable, ROOT / "train_sae.py", "--model", out / "model", "--layers", *map(str, SAE_LAYERS)]
