@@ -193,12 +193,12 @@ def chunks(sae: SAE, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return h.flatten(0, -2).split(max(1, AT_ONCE // sae.cfg.d_sae))
 
 
-def feature_ids(features) -> list[int]:
-    """The ids as a list of int. Raises UserError for what is none: {layer: ids}, a string, a nested list, rates."""
+def whole_numbers(values, what: str = "feature ids") -> list[int]:
+    """The values as ints. Raises UserError for {layer: ids}, a string, a nested list, rates."""
     try:
-        return [operator.index(i) for i in as_list(features, "feature ids")]
+        return [operator.index(value) for value in as_list(values, what)]
     except TypeError as error:
-        raise UserError(f"feature ids are whole numbers: {first_line(error)}") from error
+        raise UserError(f"{what} are whole numbers: {first_line(error)}") from error
 
 
 class Latents:
@@ -209,7 +209,7 @@ class Latents:
     """
 
     def __init__(self, sae: SAE, features: list[int] | range):
-        features = features if isinstance(features, range) else feature_ids(features)
+        features = features if isinstance(features, range) else whole_numbers(features)
         if len(set(features)) != len(features):
             raise ValueError("a feature is named twice")
         if len(features) and not 0 <= min(features) <= max(features) < sae.cfg.d_sae:
@@ -346,7 +346,7 @@ def make(method: str, saes, layers: list[int] | None = None, **settings) -> Edit
     if method not in METHODS:
         raise UserError(f"no method {method!r}; the methods are {', '.join(METHODS)}")
     saes = saes if isinstance(saes, dict) else {} if saes is None else {layer_of(saes): saes}
-    layers, kind = list(saes if layers is None else map(int, layers)), METHODS[method]
+    layers, kind = list(saes) if layers is None else whole_numbers(layers, "layers"), METHODS[method]
     if not layers or (kind.needs_sae and not set(layers) <= set(saes)):
         raise UserError(f"{method} after layers {layers or '(none is said)'}: SAEs are given of layers {list(saes)}")
     if wrong := [layer for layer, sae in saes.items() if layer != layer_of(sae)]:
@@ -354,7 +354,7 @@ def make(method: str, saes, layers: list[int] | None = None, **settings) -> Edit
     if "features" in settings and len(layers) > 1:
         raise UserError(f"{method}: features are of one layer's SAE; put edits of several layers together")
     if "features" in settings:
-        settings["features"] = feature_ids(settings["features"])
+        settings["features"] = whole_numbers(settings["features"])
     try:
         inspect.signature(kind.edit).bind(None, **settings)
     except TypeError as error:

@@ -289,7 +289,8 @@ def plot(paths: list[str], out: str) -> dict:
     records, names = list(records.values()), [Path(path).stem for path in records]
     if len({origin_of(record)[-1] for record in records}) > 1:
         print("note: these records were not scored on the same questions", file=sys.stderr)
-    path = Path(out) if out.endswith(".json") else Path(out) / "pareto_plot.json"
+    name = f"pareto_plot_{hashlib.sha256(json.dumps(records).encode()).hexdigest()[:6]}.json"
+    path = Path(out) if out.endswith(".json") else Path(out) / name
     lines, title = summary(by_method(records)), ", ".join(names) if len(names) <= 3 else f"{len(names)} records"
     print(f"\n{table(lines)}")
     runs.write_whole(path.with_suffix(".md"), lambda file: file.write_text(table(lines), encoding="utf-8"))

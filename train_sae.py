@@ -60,7 +60,7 @@ from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 from common import load_model, load_sae
-from data import UserError, batches, first_line, read_jsonl, token_windows
+from data import UserError, as_list, batches, first_line, read_jsonl, token_windows
 from edits import token_mask
 from evaluation import check_sae_quality
 from runs import refuse_unwritable, write_whole
@@ -96,7 +96,7 @@ def read_texts(source: str, most: int = 200_000) -> list[str]:
 def drawn_windows(tokenizer, texts: list[str], context: int, tokens: int, seed: int) -> list[list[int]]:
     """Windows of documents that are drawn at random until they have `tokens`, in the order of the texts; of all
     documents, where these have no more."""
-    order = random.Random(seed).sample(range(len(texts)), len(texts))
+    order = random.Random(seed).sample(range(len(as_list(texts, "texts"))), len(texts))
     windows, documents = token_windows(tokenizer, [texts[i] for i in order], context, tokens, bos=True)
     return [windows[at] for at in sorted(range(len(windows)), key=lambda at: order[documents[at]])]
 

@@ -248,6 +248,7 @@ def test_the_rows_that_every_lesson_shows(gemma_sae):
     ("clamp", True, dict(features=[[1, 2], [3]]), "feature ids are whole numbers: 'list' object"),
     ("clamp", True, dict(features=[1.7, 2.2]), "feature ids are whole numbers: 'float' object"),
     ("clamp", True, dict(features=torch.tensor([0.2, 0.9])), "feature ids are whole numbers: only integer tensors"),
+    ("clamp", True, dict(features=[1], layers="1"), "a list of layers is needed, not str '1'"),
     ("clamp", True, dict(features=[1], layers=[1, 2]), r"clamp after layers \[1, 2\]: SAEs are given of layers \[1\]"),
 ])  # fmt: skip
 def test_settings_that_make_no_edit_are_refused(gemma_sae, method, saes, settings, told):
