@@ -347,10 +347,9 @@ def make(method: str, saes, layers: list[int] | None = None, **settings) -> Edit
         raise UserError(f"no method {method!r}; the methods are {', '.join(METHODS)}")
     saes = saes if isinstance(saes, dict) else {} if saes is None else {layer_of(saes): saes}
     layers, kind = list(saes) if layers is None else whole_numbers(layers, "layers"), METHODS[method]
-    if not layers or (kind.needs_sae and not set(layers) <= set(saes)):
-        raise UserError(f"{method} after layers {layers or '(none is said)'}: SAEs are given of layers {list(saes)}")
-    if wrong := [layer for layer, sae in saes.items() if layer != layer_of(sae)]:
-        raise UserError(f"the SAE given of layer {wrong[0]} is of layer {layer_of(saes[wrong[0]])}")
+    of = [layer_of(sae) for sae in saes.values()]  # each is its own layer's, whatever it is given as
+    if not layers or of != list(saes) or (kind.needs_sae and not set(layers) <= set(of)):
+        raise UserError(f"{method} after layers {layers or '(none is said)'}: SAEs are given of layers {of}")
     if "features" in settings and len(layers) > 1:
         raise UserError(f"{method}: features are of one layer's SAE; put edits of several layers together")
     if "features" in settings:

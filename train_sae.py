@@ -32,9 +32,7 @@ flags.add_argument("--text", default=str(HERE / "tiny/data/train.jsonl"), help="
                    "tiny/data/train.jsonl)")  # fmt: skip
 flags.add_argument("--held-out", help="text to measure on (default: every 20th document of --text)")
 flags.add_argument("--width", type=positive_int, help="number of features (default: 8 times the model's width)")
-flags.add_argument(
-    "--k", type=positive_int, default=40, help="features active per token, on average (default: %(default)s)"
-)
+flags.add_argument("--k", type=positive_int, default=40, help="features active on a token, on average (default: 40)")
 flags.add_argument("--tokens", type=from_on(1024), default=1_500_000, help="to train on (default: %(default)s)")
 flags.add_argument("--lr", type=positive, default=2e-3, help="learning rate of Adam (default: %(default)s)")
 flags.add_argument("--context", type=from_on(3), default=128, help="tokens per window (default: %(default)s)")

@@ -259,12 +259,12 @@ def test_settings_that_make_no_edit_are_refused(gemma_sae, method, saes, setting
 def test_an_saes_features_stay_behind_its_own_layer(gemma, gemma_sae, make_sae):
     other = make_sae(gemma, layer=2, hook_name="blocks.2.hook_resid_post")
     for method, settings in (("clamp", {"features": [1]}), ("sae-reconstruction", {})):
-        with pytest.raises(UserError, match="the SAE given of layer 1 is of layer 2"):
+        with pytest.raises(UserError, match=rf"{method} after layers \[1\]: SAEs are given of layers \[2\]"):
             edits.make(method, {1: other}, **settings)
     with pytest.raises(UserError, match="clamp: features are of one layer's SAE"):
         edits.make("clamp", {1: gemma_sae, 2: other}, features=[1])
     both = edits.together(edits.ablation(gemma_sae, [1]), edits.ablation(other, [5]))
-    assert {layer: f.features for layer, f in both.at.items()} == {1: [1], 2: [5]}
+    assert {layer: f.latents.features.tolist() for layer, f in both.at.items()} == {1: [1], 2: [5]}
     assert sorted(edits.make("sae-reconstruction", {1: gemma_sae, 2: other}).at) == [1, 2]
 
 
