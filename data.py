@@ -568,8 +568,8 @@ def excerpt(tokenizer, ids: list[int]) -> str:
 def refuse_long(tokenizer, rows: list[list[int]]) -> None:
     """Raises UserError naming the first row of ids that is longer than the model's positions, which hub.load_tokenizer
     puts into the tokenizer."""
-    for number, row in enumerate(rows):
-        if len(row) > tokenizer.model_max_length:
+    for number, row in enumerate(as_list(rows, "rows of ids")):
+        if len(as_list(row, "token ids")) > tokenizer.model_max_length:
             raise UserError(f"text {number} ({excerpt(tokenizer, row)}) has {len(row)} tokens, the model "
                             f"{tokenizer.model_max_length} positions")  # fmt: skip
 

@@ -578,6 +578,7 @@ TEXT = "The cat sat on the mat."
         lambda m, _: next(batches([2, 5, 6], 2, m.tokenizer, "cpu")),  # one row's ids
         lambda m, sae: common.firing_rates(m, sae, [TEXT]),
         lambda m, _: evaluation.score_loss(m, TEXT, [edits.NONE]),
+        lambda m, _: evaluation.score_letters(m, [TEXT], [3, 4, 5, 6], [edits.NONE]),
         lambda m, _: evaluation.letters(m, Dataset("mmlu", QUESTIONS), {"unablated": edits.NONE}, prompts=TEXT),
     ],
 )
