@@ -16,6 +16,7 @@ from conftest import CONFIG, LAYERS, ROOT
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import baselines
@@ -252,6 +253,18 @@ def test_a_method_from_outside_is_tuned_drawn_and_attacked(mine, tmp_path):
     pareto.run(plot=list(paths.values()), out=str(tmp_path / "p.json"))
     assert all(title in (tmp_path / "p.md").read_text() for title in ("my training", "my edit"))
     robustness.run(records=list(paths.values()), out=str(tmp_path / "o.json"))
+
+
+def test_a_trained_model_that_finds_no_room_costs_no_score(mine, tmp_path, monkeypatch, capsys):
+    def full(model, path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    baselines.run(method="my-training", setting=["scale=1"], limit=2, steps=1, out=str(tmp_path / "r.json"))
+    record = read_record(tmp_path / "r.json")
+    assert record["chosen"] in record["rows"] and "folder" not in record and not (tmp_path / "r.model").exists()
+    assert "r.model: Error while serializing: I/O error: No space left on device (os error 28); the trained model is " \
+           "lost" in capsys.readouterr().err  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------- --all

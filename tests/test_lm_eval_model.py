@@ -475,6 +475,13 @@ def test_weights_written_again_into_the_same_folder_are_another_model(tmp_path, 
         CachingLM(AblatedLM(str(folder), **same), str(tmp_path / "cache.db"))
 
 
+def test_a_model_of_lm_evals_command_line_takes_no_other_jobs_ranks(model_folder, monkeypatch):
+    for name, value in {"WORLD_SIZE": "4", "OMPI_COMM_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    ablated(model_folder("llama"), NONE)
+    assert not {"WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"} & set(os.environ)
+
+
 def adapter(folder: Path, to: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(folder)
