@@ -33,12 +33,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def as_list(values, what: str) -> list:
-    """The values. Raises UserError for a string or a dict in a list's place: one by one its letters would be texts, or
-    its keys features, and a number would come of it."""
-    if isinstance(values, str | bytes | dict) or not hasattr(values, "__iter__"):
-        raise UserError(f"a list of {what} is needed, not {type(values).__name__} {str(values)[:40]!r}")
-    return list(values)
+def as_list(values, what: str, kind=lambda value: value) -> list:
+    """kind(value) of each. Raises UserError where that is a TypeError, and for a string or a dict in a list's place: one
+    by one its letters would be texts, or its keys features, and a number would come of it."""
+    try:
+        return [kind(value) for value in (None if isinstance(values, str | bytes | dict) else values)]
+    except TypeError as error:
+        raise UserError(f"a list of {what} is needed, not {type(values).__name__} {str(values)[:40]!r}") from error
 
 
 def ran_out(error: BaseException) -> bool:

@@ -193,14 +193,6 @@ def chunks(sae: SAE, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return h.flatten(0, -2).split(max(1, AT_ONCE // sae.cfg.d_sae))
 
 
-def whole_numbers(values, what: str = "feature ids") -> list[int]:
-    """The values as ints. Raises UserError for {layer: ids}, a string, a nested list, rates."""
-    try:
-        return [operator.index(value) for value in as_list(values, what)]
-    except TypeError as error:
-        raise UserError(f"{what} are whole numbers: {first_line(error)}") from error
-
-
 class Latents:
     """Some of an SAE's features: encodes and decodes only these, so that an edit costs next to nothing.
 
@@ -209,7 +201,7 @@ class Latents:
     """
 
     def __init__(self, sae: SAE, features: list[int] | range):
-        features = features if isinstance(features, range) else whole_numbers(features)
+        features = features if isinstance(features, range) else as_list(features, "feature ids", operator.index)
         if len(set(features)) != len(features):
             raise ValueError("a feature is named twice")
         if len(features) and not 0 <= min(features) <= max(features) < sae.cfg.d_sae:
@@ -346,14 +338,14 @@ def make(method: str, saes, layers: list[int] | None = None, **settings) -> Edit
     if method not in METHODS:
         raise UserError(f"no method {method!r}; the methods are {', '.join(METHODS)}")
     saes = saes if isinstance(saes, dict) else {} if saes is None else {layer_of(saes): saes}
-    layers, kind = list(saes) if layers is None else whole_numbers(layers, "layers"), METHODS[method]
+    layers, kind = list(saes) if layers is None else as_list(layers, "layers", operator.index), METHODS[method]
     of = [layer_of(sae) for sae in saes.values()]  # each is its own layer's, whatever it is given as
     if not layers or of != list(saes) or (kind.needs_sae and not set(layers) <= set(of)):
         raise UserError(f"{method} after layers {layers or '(none is said)'}: SAEs are given of layers {of}")
     if "features" in settings and len(layers) > 1:
         raise UserError(f"{method}: features are of one layer's SAE; put edits of several layers together")
     if "features" in settings:
-        settings["features"] = whole_numbers(settings["features"])
+        settings["features"] = as_list(settings["features"], "feature ids", operator.index)
     try:
         inspect.signature(kind.edit).bind(None, **settings)
     except TypeError as error:

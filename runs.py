@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -42,14 +43,10 @@ def number(kind, wanted: str, holds=lambda x: True):
     """A type for add_argument: an int or float that is finite and for which `holds`; wanted: that in words."""
 
     def check(text):
-        try:
-            value = kind(text)
-            taken = math.isfinite(value) and holds(value)
-        except (ValueError, OverflowError):
-            taken = False
-        if not taken:
-            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
-        return value
+        with suppress(ValueError, OverflowError):
+            if math.isfinite(value := kind(text)) and holds(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
 
     return check
 

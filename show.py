@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from common import Rates, activation_ratio
-from data import total_of_processes
-from edits import Latents, iter_residual_stream, layer_of, residual_stream, whole_numbers
+from data import as_list, total_of_processes
+from edits import Latents, iter_residual_stream, layer_of, residual_stream
 
 try:  # `!python` in a notebook inherits its MPLBACKEND, which this environment may lack
     plt.switch_backend(plt.get_backend())
@@ -239,7 +239,7 @@ def quick_list(source: str, features: list[int]) -> tuple[str, int]:
     """The address of a Neuronpedia page of the first n features, and n: as many as an address has room for. source:
     MODEL/SAE, as Neuronpedia names them. SAELens has such a function too, but it opens a browser."""
     model, sae = source.split("/")
-    rows = [{"modelId": model, "layer": sae, "index": str(feature)} for feature in whole_numbers(features)]
+    rows = [{"modelId": model, "layer": sae, "index": str(feature)} for feature in as_list(features, "features")]
     for n in range(len(rows), 0, -1):
         asked = quote(json.dumps(rows[:n], separators=(",", ":")), safe=":,")
         address = f"https://neuronpedia.org/quick-list/?name=picked%20features&features={asked}"
