@@ -34,8 +34,8 @@ def first_line(error: BaseException) -> str:
 
 
 def as_list(values, what: str, kind=lambda value: value) -> list:
-    """kind(value) of each. Raises UserError where that is a TypeError, and for a string or a dict in a list's place: one
-    by one its letters would be texts, or its keys features, and a number would come of it."""
+    """kind(value) of each. Raises UserError where that is a TypeError, and for a string or dict in a list's place: its
+    letters would be texts, or its keys features, and a number would come of it."""
     try:
         return [kind(value) for value in (None if isinstance(values, str | bytes | dict) else values)]
     except TypeError as error:
