@@ -13,7 +13,6 @@ import os
 # exit, saves 40% of start-up (26 -> 16 s on two busy cores).
 gc.disable()
 atexit.register(gc.freeze)
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # image processors complain at import otherwise
 
 import random
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from sae_lens import SAE
 from safetensors import SafetensorError
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import _get_default_logging_level, set_verbosity
 
 import edits
 import hub
@@ -36,7 +35,7 @@ from edits import NONE, Latents, ablation, layer_of, patched, reconstruction  # 
 gc.freeze()
 gc.unfreeze()  # the two together make all objects old, and the next collection leaves old ones out
 gc.enable()
-disable_progress_bar()  # transformers' "Loading weights" bar would come before a script's first line
+set_verbosity(_get_default_logging_level())  # TransformerLens silences transformers for the whole process
 
 
 def load_model(name: str, device=None, dtype=None, device_map=None, edit_special="never") -> TransformerBridge:
@@ -52,16 +51,17 @@ def load_model(name: str, device=None, dtype=None, device_map=None, edit_special
 def load_hf(name: str, device=None, dtype=None, device_map=None, edit_special="never") -> tuple:
     """The Hugging Face model, frozen, and the tokenizer behind load_model(name): eager attention, no dropout.
 
-    Raises UserError if there is no such model, it cannot be had or read, its weights are packed or not finite, the disk
-    has no room for it or the GPUs have none.
+    Raises UserError if there is no such model, it cannot be had or read, its weights are packed, not finite or not
+    those of its config.json (hub.load_weights), the disk has no room for it or the GPUs have none.
     """
     if device_map and (device or n_processes() > 1):
         raise UserError("device_map spreads one model over the GPUs: give no device, and start one process")
     path, dtype = hub.resolve_model(name), dtype or hub.preset(name).dtype
     options = {"dtype": getattr(torch, dtype), "attn_implementation": "eager", "device_map": device_map}
+    device = process_device() or usable_device(device)
     try:
         tokenizer = hub.load_tokenizer(path, edit_special)
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
+        model = hub.load_weights(AutoModelForCausalLM, path, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = first_line(error)
         if "device_map" in str(error):
@@ -75,7 +75,7 @@ def load_hf(name: str, device=None, dtype=None, device_map=None, edit_special="n
     hub.refuse_not_finite(path, model.named_parameters())
     model.generation_config = bare_generation(model)
     if not device_map:
-        model.to(process_device() or device or best_device())
+        model.to(device)
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -100,6 +100,9 @@ def as_bridge(hf, tokenizer, name: str) -> TransformerBridge:
     except (OSError, ValueError) as error:
         raise UserError(f"TransformerLens cannot run {name}: {first_line(error)}") from error
     model._tokenizer = tokenizer  # the bridge's own adds a BOS where the model's, which lm-eval uses, does not
+    ends = tokenizer("a")["input_ids"]
+    model.cfg.tokenizer_prepends_bos = model.cfg.default_prepend_bos = ends[:1] == [tokenizer.bos_token_id]
+    model.cfg.tokenizer_appends_eos = ends[-1:] == [tokenizer.eos_token_id]
     model.eval().requires_grad_(False)
     if not edits.same_up_to_rounding(before, log_probs(), hf, log_probs):
         raise UserError(f"{name}: TransformerLens's {type(hf).__name__} gives other probabilities than Hugging Face's "
@@ -113,16 +116,22 @@ def load_retrained(name: str, device: str | None = None, dtype: str | None = Non
     return load_model(retrained, device, dtype) if retrained else None
 
 
-def best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def usable_device(device: str | None = None) -> str:
+    """The device, by default the first GPU, if any. Raises UserError where this machine has none of that name."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device).item()  # fails on "meta" as well
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"there is no device {device!r} here ({first_line(error)[:100]} ...)") from error
+    return device
 
 
 def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str = "tiny") -> SAE:
     """Load the SAE of `spec` (RELEASE:ID or a folder; None: the preset's for `layer`) in fp32 on the layer's device.
 
-    Sets `sae.source` (str), `sae.identity` (see hub.identity) and `sae.hook_point` (a resid_post name that the model
-    has). Raises UserError for a layer without SAE, an unknown release, and an SAE whose architecture, width, hook
-    point or normalisation cannot be ablated exactly.
+    Sets `sae.layer`, `sae.source` (str), `sae.identity` (see hub.identity) and `sae.hook_point` (a resid_post name that
+    the model has). Raises UserError for a layer without SAE, an unknown release, and an SAE whose architecture, width,
+    hook point or normalisation cannot be ablated exactly.
     """
     if not 0 <= layer < model.cfg.n_layers:
         raise UserError(f"layer {layer}: the model has layers 0 to {model.cfg.n_layers - 1}")
@@ -141,9 +150,10 @@ def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str
         else:
             others = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
             raise UserError(f"no SAE folder {spec}; there are: {', '.join(others) or 'none'}")
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        float(sae.cfg.metadata.l0 or 0)  # which may be text, but a number's
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load the SAE {spec}: {first_line(error)}") from error
-    sae.eval().requires_grad_(False)
+    sae.eval().requires_grad_(False).layer = layer
     sae.source = os.path.relpath(spec, HERE) if folder.is_dir() and HERE in folder.parents else spec
     sae.identity = hub.identity(spec)
     sae.hook_point = hub.check_sae(sae, model, layer, sae.source)

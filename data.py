@@ -479,7 +479,16 @@ def encode_answer(tokenizer, asked: str, answer: str) -> tuple[list[int], int]:
 def encode(tokenizer, text: str) -> list[int]:
     """The ids of a prompt, as lm-eval makes them: with the tokenizer's own BOS, unless a template has written one."""
     written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return tokenizer(text, add_special_tokens=not written)["input_ids"]
+    return known(tokenizer, tokenizer(text, add_special_tokens=not written)["input_ids"])
+
+
+def known(tokenizer, ids: list[int]) -> list[int]:
+    """The ids. Raises UserError naming a token that was added to the tokenizer and not to the model's embedding."""
+    rows = getattr(tokenizer, "n_embeddings", sys.maxsize)  # which hub.load_tokenizer puts into the tokenizer
+    if ids and max(ids) >= rows:
+        token = tokenizer.convert_ids_to_tokens(max(ids))
+        raise UserError(f"the tokenizer has {token!r} as token {max(ids)}, the model's embedding only {rows} rows")
+    return ids
 
 
 def letter_ids(tokenizer, texts: list[str], rows: list[list[int]], gap: str) -> list[int]:
@@ -610,7 +619,7 @@ def token_windows(tokenizer, texts: list[str], context=128, max_tokens=None, bos
     step = min(context, tokenizer.model_max_length) - len(start_with)
     windows, text_of, left = [], [], max_tokens or sys.maxsize
     for index, text in enumerate(as_list(texts, "texts")):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"][:left]
+        ids = known(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"][:left])
         for start in range(0, len(ids), step):
             if len(part := ids[start : start + step]) > 1:
                 windows.append(start_with + part)

@@ -265,14 +265,15 @@ class Latents:
 
 
 def run_sae(sae: SAE, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many features are active (...,) at h (..., d_model), and the SAE's reconstruction of it in fp32."""
-    latents, found = Latents(sae, range(sae.cfg.d_sae)), []
+    """At how many places of h (..., d_model) each feature is active (d_sae,), and the SAE's reconstruction in fp32."""
+    latents, fires, found = Latents(sae, range(sae.cfg.d_sae)), 0, []
     for rows in chunks(sae, h.float()):
         mean = rows.mean(-1, keepdim=True) if latents.centre else 0.0
         sae.process_sae_in(rows - mean)  # leaves the norms behind that decode uses
         acts, _ = latents.encode(rows)  # SAELens's encode would copy a gated SAE's W_enc for each chunk
-        found.append(((acts > 0).sum(-1), sae.decode(acts) + mean))
-    return tuple(torch.cat(parts).unflatten(0, h.shape[:-1]) for parts in zip(*found))
+        fires = fires + (acts > 0).sum(0)
+        found.append(sae.decode(acts) + mean)
+    return fires, torch.cat(found).unflatten(0, h.shape[:-1])
 
 
 @torch.inference_mode()

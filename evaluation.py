@@ -26,6 +26,7 @@ from edits import NONE, Edit, Latents, applied, chunks, layer_of, residual_strea
 from engine import check_engine, each_edit, head
 
 CHANCE = 0.25
+ALWAYS = 0.9  # share of tokens from which a feature counts as always active
 KEEP = 0.99  # SAEBench: the share of the unablated MMLU accuracy that a setting must keep
 SCORED_TOKENS = 20_000  # of OpenWebText, documents in order: enough for +-0.001 nats on a small change
 
@@ -457,7 +458,8 @@ def paired_interval(both: int, won: int, lost: int, neither: int) -> tuple[float
 @torch.inference_mode()
 def check_sae_quality(model, sae, windows: list[list[int]], insist: bool = True, most: int = 10_000) -> dict:
     """L0 and variance explained on the windows' counted tokens; prints them beside the L0 that SAELens's table or the
-    SAE itself promises. Of more than `most` tokens every second window, or third, and so on is read.
+    SAE itself promises, and says so where most of the L0 comes from features that are always active. Of more than
+    `most` tokens every second window, or third, and so on is read.
 
     Variance explained is 1 - sum |h - SAE(h)|^2 / sum |h - mean h|^2, both sums without the thousandth of tokens with
     the largest norm: a handful of attention sinks, tens of times as long as other tokens, would decide it alone. Raises
@@ -468,23 +470,27 @@ def check_sae_quality(model, sae, windows: list[list[int]], insist: bool = True,
     stream = edits.iter_residual_stream(model, layer_of(sae), windows, 16, shared=False)
     if not (parts := [rows.float() for rows, _ in stream if len(rows)]):
         raise UserError("the retain texts hold no token that rates could be counted on")
-    h, (active, back) = torch.cat(parts), map(torch.cat, zip(*(edits.run_sae(sae, rows) for rows in parts)))
+    fires, back = zip(*(edits.run_sae(sae, rows) for rows in parts))
+    h, back, n = torch.cat(parts), torch.cat(back), sum(map(len, parts))
+    rates = sum(fires).cpu().double() / n  # (d_sae,)
     finite = bool(torch.isfinite(h).all() and torch.isfinite(back).all())  # the thousandth might hide it
     shortest = h.norm(dim=-1).argsort()[: len(h) - math.ceil(len(h) / 1000)]
     h, back, variance = h[shortest].cpu(), back[shortest].cpu(), ExplainedVarianceCalculator()
     variance.add_batch(back - h.mean(0), h - h.mean(0))  # around the mean, where float32 loses no digits
-    l0, explained, n = active.float().mean().item(), variance.compute(), len(active)
+    l0, explained, dense = rates.sum().item(), variance.compute(), rates[rates > ALWAYS]
     if not (math.isfinite(explained) and finite):
         raise UserError(f"{sae.source}: the variance it explains is {explained}: the model's residual stream at "
                         f"{sae.hook_point} or what the SAE makes of it is not finite")  # fmt: skip
     release, _, sae_id = sae.source.partition(":")
     entry = get_pretrained_saes_directory().get(release) if sae_id else None
-    promised = (entry.expected_l0.get(sae_id) if entry else None) or sae.cfg.metadata.l0
+    promised = float((entry.expected_l0.get(sae_id) if entry else None) or sae.cfg.metadata.l0 or 0)
     print(f"SAE check: L0 {l0:.1f}{f' (promised {promised:.1f})' if promised else ''}, variance explained "
           f"{explained:.3f} on {n} tokens, the thousandth of largest norm left out")  # fmt: skip
+    if dense.sum() > l0 / 2:
+        print(f"note: {dense.sum():.1f} of it are {len(dense)} features active on nine tokens in ten of any topic")
     if insist and (explained < 0.5 or (promised and not promised / 4 < l0 < promised * 4)):
         raise UserError(f"{sae.source} does not fit this model (see the line above)")
-    quality = {"l0": round(l0, 2), "variance_explained": round(explained, 4), "n_tokens": n}
+    quality = {"l0": round(l0, 2), "variance_explained": round(explained, 4), "n_tokens": n, "always_on": len(dense)}
     return {**quality, "promised_l0": round(promised, 2)} if promised else quality
 
 

@@ -1,12 +1,15 @@
 """Models and SAEs: presets, what a source is (identity), whether what is loaded is sound, whether an SAE fits."""
 
 import hashlib
+import logging
 import re
 import sys
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
-from data import HERE, UserError, check_ends, first_line
+from data import HERE, UserError, check_ends, first_line, note_once
 
 
 @dataclass(frozen=True)
@@ -111,17 +114,92 @@ def gated_hint(source: str) -> str:
             "offline use the model tiny")  # fmt: skip
 
 
+@contextmanager
+def without_lines(logger: str, part: str):
+    """Within this context those lines of a logger are left out that have `part` in them, and no others."""
+
+    def keep(record) -> bool:
+        return part not in record.getMessage()
+
+    logging.getLogger(logger).addFilter(keep)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).removeFilter(keep)
+
+
+# What files may have beside the weights of the language model: masks and rotary tables, which older versions of
+# transformers saved; what reads images and sound; heads that predict further tokens
+LEFT_OUT = re.compile(r"\.(attn|attention)\.(masked_)?bias$|causal_mask$|inv_freq$|(^|\.)mtp\.|"
+                      r"^(model\.)?(vision|visual|audio|multi_modal)")  # fmt: skip
+FORMS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def load_weights(auto_class, path: str, **options):
+    """auto_class.from_pretrained(path, **options), a class of transformers, without its progress bar. Raises UserError
+    naming the weights that the files lack, have in another shape or beyond the model's, and for files of two models."""
+    forms = [name for name in FORMS if (Path(path) / (options.get("subfolder") or "") / name).is_file()]
+    if set(forms) >= {*FORMS[:2]} or set(forms) >= {*FORMS[2:]}:
+        raise UserError(f"{path} holds two models, {' and '.join(forms)}: move the old one away")
+    if len(forms) > 1:
+        note_once(f"note: {path} holds {' and '.join(forms)}: {forms[0]} is read")
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    # the bar would come before a script's first line; what the report says is raised
+    with (patch("transformers.core_model_loading.tqdm", lambda items, **_: items),
+          without_lines("transformers.modeling_utils", "LOAD REPORT")):  # fmt: skip
+        model, info = auto_class.from_pretrained(path, **options)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(f"{path} has adapter_config.json beside weights, so transformers adds the adapter to them, a "
+                        "second time if they are merged: move the adapter's files or the weights away")  # fmt: skip
+    refuse_keys(path, **{kind: info[f"{kind}_keys"] for kind in ("missing", "mismatched", "unexpected")})
+    return model
+
+
+def refuse_keys(path: str, missing=(), mismatched=(), unexpected=()) -> None:
+    """Raises UserError naming weights that the files at `path` lack, have in another shape, or beyond the model's."""
+    shapes = [f"{name} {tuple(has)} for {tuple(wanted)}" for name, has, wanted in mismatched]
+    more = [name for name in unexpected if not LEFT_OUT.search(name)]
+    wrong = {"lack": missing, "have in another shape": shapes, "have beyond the model's": more}
+    said = [f"{what} {', '.join(sorted(names)[:2])}{f' and {len(names) - 2} more' * (len(names) > 2)}"
+            for what, names in wrong.items() if names]  # fmt: skip
+    if said:
+        raise UserError(f"{path}: its weights are not those of its config.json: the files {'; '.join(said)}")
+
+
+# Blanks, digits, line ends, contractions, accents and other scripts, which tokenizers cut up differently
+PROBE = "Don't  we've  SHE'LL 1234567 3.14\n\n\t  na\u00efve caf\u00e9\u2019s \u4e2d\u6587 x_y(z);\r\n Answer: A "
+
+
+def as_its_file(tokenizer, path: str, revision=None, subfolder: str = ""):
+    """The tokenizer at `path`, as its tokenizer.json has it: the class that tokenizer_config.json names may cut texts
+    up otherwise than the model was trained with."""
+    from transformers import PreTrainedTokenizerFast as Plain  # the class that reads the file and changes nothing
+    from transformers.utils import cached_file
+
+    where, name = {"revision": revision, "subfolder": subfolder}, type(tokenizer).__name__
+    has_file = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **where)
+    if type(tokenizer) is Plain or not has_file:
+        return tokenizer
+    plain = Plain.from_pretrained(path, **where)
+    with suppress(Exception):  # tokenizers raises no other, as where a class's unknown token is no token here
+        if tokenizer(PROBE)["input_ids"] == plain(PROBE)["input_ids"]:
+            return tokenizer
+    note_once(f"note: {path}: {name} of tokenizer_config.json encodes otherwise than tokenizer.json, which is used")
+    return plain
+
+
 def load_tokenizer(path: str, edit_special: str = "never"):
-    """A model's tokenizer. Sets its model_max_length, the number of the model's positions, and edit_special, see
-    edits.token_mask. Raises UserError if it is missing, cannot be read or has no token to pad with, and as
-    data.check_ends does for what it makes of a text."""
+    """A model's tokenizer. Sets its model_max_length, the number of the model's positions, n_embeddings, that of its
+    embedding's rows, and edit_special, see edits.token_mask. Raises UserError if it is missing, cannot be read, has no
+    token to pad with, and as data.check_ends does for what it makes of a text."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path).get_text_config()
+        tokenizer = as_its_file(AutoTokenizer.from_pretrained(path), path)
+        config = AutoConfig.from_pretrained(path).get_text_config()
         empty = not tokenizer("a", add_special_tokens=False)["input_ids"]
-    except (OSError, ValueError) as error:
-        if not Path(path).is_dir():
+    except (OSError, ValueError, TypeError) as error:
+        if not Path(path).is_dir() and not isinstance(error, TypeError):
             raise  # a hub id: the caller's message adds gated_hint
         raise UserError(f"{path}: its tokenizer cannot be read ({first_line(error)}); are its files there?") from error
     if empty:
@@ -132,6 +210,7 @@ def load_tokenizer(path: str, edit_special: str = "never"):
         raise UserError(f"{path}: the tokenizer has no padding, EOS or BOS token; name one in tokenizer_config.json")
     check_ends(tokenizer, [tokenizer("A")["input_ids"]])
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    tokenizer.n_embeddings = config.vocab_size
     tokenizer.edit_special = edit_special
     return tokenizer
 
@@ -170,6 +249,12 @@ def tensor_shapes(repo_id: str, filename: str) -> dict[str, list[int]]:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
+# TransformerLens's names of the residual stream at a block, and the block's own names in transformers
+RESIDUAL = re.compile(r"(?:blocks|(?:(?:model|language_model|text_model|transformer|gpt_neox|decoder|backbone)\.)*"
+                      r"(?:layers|h))\.(\d+)(?:\.(?:(hook_resid_pre|hook_in|input)|hook_resid_post|hook_out|output))?"
+                      )  # fmt: skip
+
+
 def check_sae(sae, model, layer: int, source: str) -> str:
     """The hook point at which the SAE's features can be ablated exactly, blocks.N.hook_resid_post. Raises UserError for
     an SAE of another width, layer or kind of hook point, with weights that are not finite, or with an architecture or
@@ -182,13 +267,13 @@ def check_sae(sae, model, layer: int, source: str) -> str:
         raise UserError(f"{source}: the SAE reads {sae.cfg.d_in} dimensions, the model's residual stream has {d_model}")
     if sae.cfg.normalize_activations not in ("none", "constant_norm_rescale", "layer_norm"):
         raise UserError(f"{source}: normalisation {sae.cfg.normalize_activations!r} was not folded into its weights")
-    if hook is None:
-        raise UserError(f"{source}: its cfg.json does not say which hook point it reads (metadata.hook_name)")
-    named = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook)
+    if not isinstance(hook, str):
+        raise UserError(f"{source}: metadata.hook_name of its cfg.json does not say which hook point it reads: {hook}")
+    named = RESIDUAL.fullmatch(hook)
     block = int(named[1]) if named else -1
     # what block N reads is what block N - 1 writes
-    point = f"blocks.{block - 1}.hook_resid_post" if named and named[2] == "pre" else hook
-    if not named or point not in model.hook_dict:
+    point = f"blocks.{block - 1 if named and named[2] else block}.hook_resid_post"
+    if point not in model.hook_dict:
         raise UserError(f"{source}: hook point {hook} is not a residual stream of this model that can be edited")
     if block != layer:
         raise UserError(f"{source} was trained at layer {block}, not at layer {layer}")

@@ -76,7 +76,6 @@ import copy
 import hashlib
 import inspect
 import json
-import logging
 import random
 from contextlib import nullcontext
 from dataclasses import replace
@@ -101,14 +100,12 @@ from safetensors import SafetensorError
 import data
 import hub
 import show
-from common import bare_generation, best_device, load_sae
+from common import bare_generation, load_sae, usable_device
 from data import HERE, LETTERS, Dataset, UserError, first_line
 from edits import METHODS, NONE, Edit, applied, decoder_layers, from_grid, label, layer_of, make, together
 from evaluation import FeatureStats, Measure, check_sae_quality
 
 TASKS = HERE / "lm_eval_tasks"
-# lm-eval has advice for those who write a task with data of its own; users of these tasks need none
-logging.getLogger("lm_eval.api.task").addFilter(lambda note: "Custom kwargs can be passed" not in note.getMessage())
 TINY_TASKS, HUB_TASKS = "tiny_wmdp_bio,tiny_mmlu", "wmdp_bio,sae_mmlu_saebench"
 QUIZ = {"question", "choices", "answer"}  # what documents of wmdp's and mmlu's form have
 # {task: what records call its data; of a quiz that the lessons ask also the preset and variant that it is loaded by}
@@ -128,12 +125,13 @@ class AblatedLM(HFLM):
     """
 
     def __init__(self, pretrained: str, device: str | None = None, edit_special: str = "never", **kwargs):
-        path = hub.model_source(pretrained)
+        path = hub.resolve_model(pretrained)
         data.forget_ranks()
-        super().__init__(path, device=device or best_device(), **kwargs)  # lm-eval takes cuda even without one
+        super().__init__(path, device=usable_device(device), **kwargs)  # lm-eval takes cuda even without one
         if hasattr(self, "accelerator"):  # lm-eval knows of several processes on GPUs only, and of one machine
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.tokenizer.edit_special = edit_special
+        self.tokenizer.n_embeddings = len(self.model.get_input_embeddings().weight)
         # what the answers come from: content or commit of all that was loaded, and all arguments that may matter
         loaded = {name: kwargs[name] for name in ("peft", "delta", "tokenizer") if isinstance(kwargs.get(name), str)}
         self.identity = {name: hub.identity(source) for name, source in {"model": path, **loaded}.items()}
@@ -145,6 +143,20 @@ class AblatedLM(HFLM):
         data.check_ends(self.tokenizer, [self.tok_encode("A")])
         self.model.get_output_embeddings().register_forward_hook(self.refuse_not_finite)
         self.set_edit(NONE)
+
+    def _create_tokenizer(self, pretrained, tokenizer, **more):
+        super()._create_tokenizer(pretrained, tokenizer, **more)
+        self.tokenizer = hub.as_its_file(self.tokenizer, tokenizer or pretrained, more["revision"], more["subfolder"])
+        if (self.tokenizer.pad_token_id or 0) >= self.config.get_text_config().vocab_size:
+            self.tokenizer.pad_token = None  # as in hub.load_tokenizer; lm-eval takes another one
+
+    def _create_model(self, *args, **kwargs):
+        loader = SimpleNamespace(from_pretrained=partial(hub.load_weights, self.AUTO_MODEL_CLASS))
+        with patch.object(self, "AUTO_MODEL_CLASS", loader):
+            super()._create_model(*args, **kwargs)
+        if adapter := kwargs.get("peft"):  # read once more, as peft only now says what it found
+            found = self.model.load_adapter(adapter, "default", revision=kwargs["revision"])
+            hub.refuse_keys(adapter, found.missing_keys, (), found.unexpected_keys)
 
     def set_edit(self, edit: Edit, saes=()) -> None:
         """Have this edit on from now on; saes: those that it was made from."""
@@ -189,6 +201,7 @@ class AblatedLM(HFLM):
         asked = [(key, context, answer) for key, context, answer in requests if key is not None]
         data.check_ends(self.tokenizer, [context for _, context, _ in asked])
         for (text, _), context, answer in asked:
+            data.known(self.tokenizer, [*context, *answer])
             data.refuse_thought(text)
             self.refuse_long(text, len(context) + len(answer) - 1)
         # lm-eval pads with token 0, which a share of tokens must not count
@@ -216,6 +229,7 @@ class AblatedLM(HFLM):
     def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
         ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
         data.check_ends(self.tokenizer, [row[real > 0].tolist() for row, real in zip(ids, mask)])
+        data.known(self.tokenizer, ids.flatten().tolist())
         if left_truncate_len:  # what is left of the context when all new tokens are written
             self.refuse_long(max(strings, key=len), ids.shape[1], left_truncate_len)
         return ids, mask
@@ -424,8 +438,9 @@ def find_tasks(names: list[str], include_path: str | None = None, folder: str | 
         manager = TaskManager(include_path=folders, metadata={"data": folder})
     tasks = {}
     for name in names:
-        try:
-            loaded = manager.load([name])
+        try:  # lm-eval has advice for those who write a task with data of its own; users of these tasks need none
+            with hub.without_lines("lm_eval.api.task", "Custom kwargs can be passed"):
+                loaded = manager.load([name])
         except Exception as error:  # as in data.from_hub, anything from OSError to RuntimeError
             raise UserError(f"cannot load task {name}: {first_line(error)}. Its data may be gated or out of reach; for "
                             "names see --tasks list, or lm-eval ls tasks") from error  # fmt: skip

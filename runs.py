@@ -31,7 +31,10 @@ import data
 import hub
 from data import UserError, first_line
 
-warnings.filterwarnings("ignore", "IProgress not found")  # notebooks have bars of text here, without widgets
+with warnings.catch_warnings():  # notebooks have bars of text here, without widgets
+    warnings.filterwarnings("ignore", "IProgress not found")
+    import tqdm.auto  # noqa: F401 (it warns as it is imported)
+
 FORM = 3  # of records and of what is cached: others are not read
 PATIENCE = 10  # seconds that other processes give the first one to report a mistake that all of them met
 # Settings that results do not depend on, but for rounding
@@ -325,7 +328,7 @@ class Run:
             "form": FORM, "script": self.script, "command": " ".join([Path(*sys.argv[:1]).name, *sys.argv[1:]]),
             "seconds": round(time.time() - self.started, 1), "model": self.model, "dtype": self.dtype,
             "identity": dict(self.identity),
-            "saes": [{"layer": int(sae.cfg.metadata.hook_name.split(".")[1]), "source": sae.source,
+            "saes": [{"layer": sae.layer, "source": sae.source,
                       "identity": sae.identity, "hook_point": sae.hook_point} for sae in self.saes],
             "seed": self.settings.get("seed"), "settings": self.settings,
             "versions": {name: version(name) for name in ("torch", "transformers", "transformer-lens", "sae-lens")},

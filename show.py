@@ -257,7 +257,7 @@ def print_features(features, forget: Rates, retain: Rates, tokens: list[list[str
               f"{ratio[feature]:9.1f}   {' '.join(map(repr, words))}")  # fmt: skip
     if len(features) > most:
         print(f"  ... and {len(features) - most} more, all in the record")
-    if source := sae.cfg.metadata.neuronpedia_id:
+    if isinstance(source := sae.cfg.metadata.neuronpedia_id, str) and source.count("/") == 1:
         address, n = quick_list(source, features)
         print(f"\nNeuronpedia, {'all' if n == len(features) else f'the first {n}'} of these features: {address}")
 

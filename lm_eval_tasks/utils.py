@@ -11,9 +11,23 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # lm-eval may be started anywhere
-from data import PERMUTATIONS, load, reordered
-from evaluation import normalised
+# lm-eval may be started anywhere, and a data.py or hub.py there is not ours: our files are imported under their names,
+# which are the others' again afterwards
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = {path.stem for path in ROOT.glob("*.py")}
+before = {name: sys.modules[name] for name in NAMES & {*sys.modules}}
+for name, module in before.items():
+    if Path(getattr(module, "__file__", None) or ".").resolve().parent != ROOT:
+        del sys.modules[name]
+sys.path.insert(0, str(ROOT))
+try:
+    from data import PERMUTATIONS, load, reordered
+    from evaluation import normalised
+finally:
+    sys.path.remove(str(ROOT))
+    for name in NAMES:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
 
 WINDOW = 64  # words, 85 to 130 tokens: about lesson 3's windows of 128 tokens, without knowing the tokenizer
 WORDS = 12_000  # of the texts, in order: about lesson 3's 20,000 tokens

@@ -33,7 +33,7 @@ from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
-from common import best_device, load_model, load_sae
+from common import load_model, load_sae, usable_device
 from data import Dataset, encode_prompts, first_line, prompt, ran_out
 from edits import NONE, ablation, patched, reconstruction
 from evaluation import rounding_noise, score_letters, score_words
@@ -265,7 +265,7 @@ if __name__ == "__main__":
         child(*sys.argv[2:])
         sys.exit()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--device", default="mps" if torch.backends.mps.is_available() else best_device())
+    p.add_argument("--device", default="mps" if torch.backends.mps.is_available() else usable_device())
     p.add_argument("--shape", choices=SHAPES, default="gemma-2-2b-it")
     p.add_argument("--out", default="results/check_machine.json")
     args = p.parse_args()

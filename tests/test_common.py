@@ -1,4 +1,5 @@
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -7,17 +8,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import D_SAE, HOOK, MARKER, ordinary_mask, residual, some_ids, some_windows, train_tokenizer, write_sae
+from conftest import (
+    D_MODEL,
+    D_SAE,
+    HOOK,
+    MARKER,
+    ordinary_mask,
+    residual,
+    some_ids,
+    some_windows,
+    train_tokenizer,
+    write_sae,
+)
+from peft import LoraConfig, get_peft_model
 from sae_lens import JumpReLUSAE
 from sae_lens.saes.matching_pursuit_sae import MatchingPursuitSAE, MatchingPursuitSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import common
 import edits
 import evaluation
 import hub
+import show
 from common import Rates, ablate, largest, matched_random
 from data import UserError, batches, load, token_windows
 
@@ -79,6 +94,8 @@ BAD_SAES = {
     "attention": (dict(hook_name="blocks.1.attn.hook_z"), "hook_z"),
     "first resid_pre": (dict(hook_name="blocks.0.hook_resid_pre"), "resid_pre"),
     "other layer": (dict(hook_name="blocks.2.hook_resid_post"), "layer 2"),
+    "several hooks": (dict(hook_name=["blocks.1.hook_resid_post"]), "does not say which hook point"),
+    "an L0 in words": (dict(l0="about 40"), "cannot load the SAE .*about 40"),
     "width": (dict(d_in=16), "16"),
     "unscaled": (dict(norm="expected_average_only_in"), "expected_average_only_in"),
 }
@@ -140,6 +157,15 @@ def test_resid_pre_is_resid_post_of_the_layer_before(model, scale_of, sae, tmp_p
     assert torch.equal(*logits)
     with pytest.raises(UserError):
         common.load_sae(str(tmp_path), 1, model)
+
+
+def test_an_l0_written_as_text_is_a_number_and_a_page_that_is_none_is_not_shown(gemma, tmp_path, capsys):
+    write_sae(tmp_path, "gemma2", spoil=perfect, l0="31", neuronpedia_id="gemma-2-2b-1-res")
+    sae = common.load_sae(str(tmp_path), 1, gemma)
+    assert evaluation.check_sae_quality(gemma, sae, some_windows(gemma))["promised_l0"] == 31
+    rates = common.firing_rates(gemma, sae, some_windows(gemma))
+    show.print_features([3, 4], rates, rates, [["a"], ["b"]], sae)
+    assert "Neuronpedia" not in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------- rates and picking
@@ -295,6 +321,20 @@ def test_sae_check_passes_a_fitting_sae(model, tmp_path, capsys):
     assert "L0 32.0 (promised 31.0)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("always,told", [(20, True), (8, False)])
+def test_an_l0_of_features_that_are_always_active_is_said(gemma, tmp_path, capsys, always, told):
+    """Of the 32 that `perfect` has active on a token, `always` are the same on every one."""
+
+    def constant(sae):
+        perfect(sae)
+        sae.b_enc[:always], sae.b_enc[32 : 32 + always] = 1e6, -1e6
+
+    sae = common.load_sae(str(write_sae(tmp_path, "x", spoil=constant)), 1, gemma)
+    found = evaluation.check_sae_quality(gemma, sae, some_windows(gemma), insist=False)
+    assert found["l0"] == pytest.approx(32, abs=0.1) and found["always_on"] == always
+    assert (f"note: {always}.0 of it are {always} features active on nine" in capsys.readouterr().out) == told
+
+
 def test_of_many_windows_the_sae_check_reads_some(gemma, tmp_path):
     sae, windows = common.load_sae(str(write_sae(tmp_path, "x", spoil=perfect)), 1, gemma), some_windows(gemma) * 4
     tokens = sum(map(len, windows))
@@ -442,7 +482,62 @@ def not_a_number(folder):
     model.save_pretrained(folder)
 
 
-BAD_MODELS = {
+def rewritten(change):
+    """A folder's weights, {name: tensor}, as `change` returns them."""
+
+    def write(folder):
+        save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+
+    return write
+
+
+def without(*names):
+    return rewritten(lambda weights: {name: value for name, value in weights.items() if name not in names})
+
+
+def with_lora_names(weights):
+    return {name.replace("q_proj.", "q_proj.base_layer."): value for name, value in weights.items()}
+
+
+def lost_from_the_index(folder):
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="50KB")
+    (folder / "model.safetensors").unlink()
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    lost = index["weight_map"]["lm_head.weight"]
+    index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if shard != lost}
+    file.write_text(json.dumps(index))
+
+
+def shards_beside_an_old_file(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.lm_head.weight.data.mul_(-1)
+    model.save_pretrained(folder, max_shard_size="50KB")
+    assert (folder / "model.safetensors").exists()
+
+
+def merged_beside_its_adapter(folder):
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+    model.save_pretrained(folder)
+    model.merge_and_unload().save_pretrained(folder)
+
+
+NOT_ITS_FILES = {
+    "left-over LoRA names": (
+        rewritten(with_lora_names), r"lack model\.layers\.0\.self_attn\.q_proj\.weight, .* and 2 more; "
+        r"have beyond the model's model\.layers\.0\.self_attn\.q_proj\.base_layer"),
+    "an untied head that is not there": (without("lm_head.weight"), r"the files lack lm_head\.weight$"),
+    "a shard lost from the index": (lost_from_the_index, r"the files lack .*lm_head\.weight"),
+    "fewer layers in the config": (with_config(num_hidden_layers=3), r"beyond the model's model\.layers\.3\."),
+    "more layers in the config": (with_config(num_hidden_layers=5), r"lack model\.layers\.4\."),
+    "another width": (with_config(intermediate_size=48), r"shape .*down_proj\.weight \(32, 64\) for \(32, 48\)"),
+    "biases that the config denies": (rewritten(lambda weights: {
+        **weights, "model.layers.0.self_attn.o_proj.bias": torch.ones(D_MODEL)}), r"beyond the model's .*o_proj\.bias"),
+    "an old file beside newer shards": (shards_beside_an_old_file, r"model\.safetensors and model\.safetensors\.index"),
+    "merged weights beside their adapter": (merged_beside_its_adapter, "adapter_config.json beside weights"),
+}  # fmt: skip
+BAD_MODELS = NOT_ITS_FILES | {
     "weights are a git-LFS pointer": (lambda folder: pointer(folder / "model.safetensors"), "git lfs pull"),
     "tokenizer is a git-LFS pointer": (lambda folder: pointer(folder / "tokenizer.json"), "git lfs pull"),
     "weights cut short": (lambda folder: cut_short(folder / "model.safetensors"), "model.safetensors is damaged"),
@@ -465,6 +560,61 @@ def test_model_that_cannot_be_used_is_refused_in_a_line(model_folder, tmp_path, 
     if case.startswith("a NaN"):
         with pytest.raises(UserError, match=told):
             common.load_hf(str(tmp_path / "llama"), "cpu")
+
+
+def test_what_families_leave_out_or_keep_from_old_versions_is_no_fault(model_folder, tmp_path):
+    """A tied head; masks and rotary tables that older versions of transformers saved; a part for images."""
+
+    def old(weights):
+        own = {"rotary_emb.inv_freq": 8, "attn.bias": 1, "attn.masked_bias": 1, "attention.masked_bias": 1}
+        more = {f"model.layers.{layer}.self_attn.{name}": torch.ones(size)
+                for layer in range(4) for name, size in own.items()}  # fmt: skip
+        kept = {name: value for name, value in weights.items() if name != "lm_head.weight"}
+        return {**kept, **more, "vision_tower.embeddings.weight": torch.ones(2)}
+
+    def tied(folder):
+        with_config(tie_word_embeddings=True)(folder)
+        rewritten(old)(folder)
+
+    model, _ = common.load_hf(spoiled(model_folder, tmp_path, tied), "cpu")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_what_transformers_warns_of_reaches_the_user(model_folder, tmp_path):
+    """Nothing is silenced for the whole process; of loading, only the report whose lines load_weights raises itself."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        folder = spoiled(model_folder, tmp_path, with_config(tie_word_embeddings=True))  # the file has another head
+        common.load_hf(folder, "cpu")
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert "we will NOT tie them" in "".join(said)
+    assert not any(loud.filters for name, loud in logging.root.manager.loggerDict.items()
+                   if name.startswith(("transformers", "lm_eval")) and isinstance(loud, logging.Logger))  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps:7", "cuda:77", "meta"])
+def test_a_device_that_is_not_there_is_refused_in_a_line(device):
+    with pytest.raises(UserError, match=f"there is no device '{device}' here") as caught:
+        common.load_model("tiny", device)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_the_bridge_encodes_and_scores_as_the_models_own_tokenizer(wordy, get_model):
+    """A notebook's model(text): by default with a BOS where the tokenizer adds one; prepend_bos does what it says."""
+    text = "The cat sat on the mat"
+    for model, adds in ((get_model("gpt2"), True), (wordy, False)):
+        plain = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert model.tokenizer(text)["input_ids"] == [2] * adds + plain
+        for prepend_bos, wanted in ((None, [2] * adds + plain), (False, plain), (True, [2, *plain])):
+            assert model.to_tokens(text, prepend_bos=prepend_bos).tolist() == [wanted]
+            with torch.inference_mode():
+                found = model(text, return_type="loss", prepend_bos=prepend_bos)
+                log_probs = model.original_model(torch.tensor([wanted])).logits[0, :-1].log_softmax(-1)
+            assert found.item() == pytest.approx(-log_probs[range(len(wanted) - 1), wanted[1:]].mean().item(), abs=1e-5)
 
 
 def test_a_padding_token_that_the_model_lacks_is_not_used(model_folder, tmp_path):

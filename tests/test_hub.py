@@ -17,7 +17,10 @@ from huggingface_hub import hf_hub_download
 from sae_lens.loading.pretrained_sae_loaders import get_safetensors_tensor_shapes
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
+import data
 import hub
 from data import HERE, UserError
 from hub import identity
@@ -131,6 +134,66 @@ def test_shapes_are_read_from_the_cache(stand_in, monkeypatch):
     assert hub.tensor_shapes("some/sae", "params.safetensors") == wanted
 
 
+# ------------------------------------------------------------------------------ tokenizers, and what they encode
+
+
+def tokenizer_of(name: str, place) -> None:
+    """tiny's tokenizer and config, with this tokenizer_class in its tokenizer_config.json."""
+    place.mkdir(parents=True)
+    for file in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        shutil.copy(HERE / "tiny/model" / file, place)
+    config = json.loads((place / "tokenizer_config.json").read_text())
+    config.pop("backend", None)
+    (place / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": name}))
+
+
+OTHER_CLASSES = ["GemmaTokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer", "GPT2TokenizerFast", "GPTNeoXTokenizer",
+                 "BertTokenizerFast", "RobertaTokenizer"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_CLASSES)
+def test_a_tokenizer_encodes_as_its_file(tmp_path, capsys, name):
+    """Whatever class tokenizer_config.json names: that of other models has other rules."""
+    tokenizer_of(name, tmp_path / "model")
+    text = "It's 1,234  caf\u00e9s\n\n\tAnswer: A"
+    plain = Tokenizer.from_file(str(tmp_path / "model/tokenizer.json"))
+    tokenizer = hub.load_tokenizer(str(tmp_path / "model"))
+    assert tokenizer(text)["input_ids"] == plain.encode(text).ids
+    assert (tokenizer.bos_token, tokenizer.pad_token) == ("<bos>", "<pad>") and tokenizer.n_embeddings == 4096
+    said, by_class = capsys.readouterr().err, AutoTokenizer.from_pretrained(tmp_path / "model")
+    try:
+        differs = by_class(hub.PROBE)["input_ids"] != plain.encode(hub.PROBE).ids
+    except Exception:  # Gemma's unknown token is not one of tiny's
+        differs = True
+    assert ("encodes otherwise than tokenizer.json" in said) == differs
+    assert differs or name in ("LlamaTokenizer", "GPT2TokenizerFast")
+
+
+def test_a_class_that_cannot_read_the_tokenizers_file_is_refused_in_a_line(tmp_path):
+    tokenizer_of("T5TokenizerFast", tmp_path / "model")
+    with pytest.raises(UserError, match="its tokenizer cannot be read"):
+        hub.load_tokenizer(str(tmp_path / "model"))
+
+
+def test_a_tokenizer_on_the_hub_encodes_as_its_file(stand_in):
+    tokenizer_of("GemmaTokenizerFast", stand_in.root / "models/some/model")
+    plain = Tokenizer.from_file(str(HERE / "tiny/model/tokenizer.json"))
+    assert hub.load_tokenizer("some/model")("It's 12  A")["input_ids"] == plain.encode("It's 12  A").ids
+
+
+def test_a_token_beyond_the_embedding_is_refused_by_name(tmp_path):
+    tokenizer_of("PreTrainedTokenizerFast", tmp_path / "model")
+    tokenizer = hub.load_tokenizer(str(tmp_path / "model"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    question = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 0}
+    assert data.encode_prompts(tokenizer, [data.prompt(question)])  # which the token is not in
+    for encode in (lambda: data.encode_prompts(tokenizer, ["<|turn|>user Which?"]),
+                   lambda: data.encode_words(tokenizer, [{**question, "question": "<|turn|>"}]),
+                   lambda: data.token_windows(tokenizer, ["a text with <|turn|> in it"])):  # fmt: skip
+        with pytest.raises(UserError, match=r"'<\|turn\|>' as token 4096, the model's embedding only 4096 rows"):
+            encode()
+
+
 # ----------------------------------------------------------------------------------------- which SAEs fit
 
 
@@ -154,7 +217,27 @@ def test_the_hook_point_of_an_sae(capsys):
     assert capsys.readouterr().err == "note: x was trained on org/other, the model is some\n"
 
 
+@pytest.mark.parametrize("name", [
+    "blocks.1.hook_out", "model.layers.1", "model.layers.1.output", "layers.1", "transformer.h.1", "gpt_neox.layers.1",
+    "model.language_model.layers.1", "model.decoder.layers.1",
+])  # fmt: skip
+def test_other_names_of_the_residual_stream(name):
+    assert hub.check_sae(*sae_and_model(hook_name=name), 1, "x") == HOOK
+    with pytest.raises(UserError, match="trained at layer 1, not at layer 2"):
+        hub.check_sae(*sae_and_model(hook_name=name), 2, "x")
+
+
+@pytest.mark.parametrize("name", ["blocks.2.hook_in", "model.layers.2.input"])
+def test_what_a_block_reads_is_what_the_one_before_writes(name):
+    assert hub.check_sae(*sae_and_model(hook_name=name), 2, "x") == HOOK
+
+
 @pytest.mark.parametrize("changes, said", [
+    ({"hook_name": "model.layers.1.mlp"}, "hook point model.layers.1.mlp is not a residual stream"),
+    ({"hook_name": "vision_tower.encoder.layers.1"}, "is not a residual stream"),
+    ({"hook_name": "model.layers.1.self_attn.output"}, "is not a residual stream"),
+    ({"hook_name": "model.layers.7"}, "is not a residual stream"),
+    ({"hook_name": [HOOK, "blocks.2.hook_resid_post"]}, "does not say which hook point"),
     ({"architecture": "matryoshka"}, "architecture 'matryoshka' cannot be ablated"),
     ({"d_in": 9}, "reads 9 dimensions, the model's residual stream has 8"),
     ({"normalize_activations": "expected_average_only_in"}, "was not folded"),

@@ -1,5 +1,6 @@
 """lm-eval's own numbers, with nothing ablated and with features ablated: letters, log-probabilities, generated text."""
 
+import importlib
 import json
 import os
 import re
@@ -53,6 +54,20 @@ def lm_eval_scores(model: HFLM, rows: list[dict], subject: str, folder: Path) ->
 
 
 ROW = f"clamp {CLAMP:g}"
+
+
+def test_a_data_py_of_the_users_own_does_not_get_in_the_way(tmp_path, monkeypatch):
+    """lm-eval is started in a folder with files of our names; they are their own again afterwards."""
+    for name in ("data", "hub", "edits"):
+        (tmp_path / f"{name}.py").write_text("mine = 1\n")
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = importlib.import_module("data")
+    spec = importlib.util.spec_from_file_location("utils_of_tasks", ROOT / "lm_eval_tasks/utils.py")
+    utils = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(utils)
+    assert len(utils.quiz("wmdp_bio")["test"]) == N_QUESTIONS["wmdp_bio"] and utils.normalised("The sea.") == "sea"
+    assert sys.modules["data"] is mine and importlib.import_module("hub").mine == 1
 
 
 def tasks_of(name: str):

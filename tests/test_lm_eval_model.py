@@ -17,7 +17,8 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_common import NOT_ITS_FILES, spoiled
 from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM
 
@@ -504,6 +505,45 @@ def test_an_adapter_is_picked_checked_and_cached_as_scored(tmp_path, model_folde
     assert not torch.equal(firing_rates(get_model("llama"), sae, windows).fires, merged.fires)
     adapter(folder, tmp_path / "adapter", 1)
     assert AblatedLM(str(folder), peft=str(tmp_path / "adapter"), **same).fingerprint() != lm.fingerprint()
+
+
+@pytest.mark.parametrize("case", NOT_ITS_FILES)
+def test_a_model_that_is_not_what_its_files_say_is_refused(model_folder, tmp_path, case):
+    change, told = NOT_ITS_FILES[case]
+    with pytest.raises(UserError, match=told):
+        AblatedLM(spoiled(model_folder, tmp_path, change), device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("change, told", [
+    (lambda name: name.replace("q_proj", "o_proj"), r"lack .*q_proj\.lora_A.*beyond the model's .*o_proj\.lora_A"),
+    (lambda name: name.replace("layers.3", "layers.4"), r"lack .*layers\.3\..*beyond the model's .*layers\.4\."),
+])  # fmt: skip
+def test_an_adapter_of_another_model_is_refused(model_folder, tmp_path, change, told):
+    folder = adapter(model_folder("llama"), tmp_path / "adapter", 0)
+    file = folder / "adapter_model.safetensors"
+    save_file({change(name): value for name, value in load_file(file).items()}, file)
+    with pytest.raises(UserError, match=told):
+        AblatedLM(str(model_folder("llama")), peft=str(folder), device="cpu", dtype="float32")
+
+
+def test_tokens_beyond_the_embedding_and_a_tokenizer_that_is_not_its_file(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder("llama"), tmp_path / "llama")
+    lm = ablated(folder, NONE)
+    lm.tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    told = r"'<\|turn\|>' as token 404, the model's embedding only 404 rows"
+    with pytest.raises(UserError, match=told):
+        lm.loglikelihood(requests(["<|turn|>user The cat"], [" sea"]))
+    with pytest.raises(UserError, match=told):
+        lm.generate_until([Instance("generate_until", {}, ("<|turn|>", {"max_gen_toks": 4, "until": []}), 0)])
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("backend", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "GemmaTokenizerFast"}))
+    assert ablated(folder, NONE).tok_encode(SENTENCES[0]) == lm.tok_encode(SENTENCES[0])
+
+
+def test_lm_eval_takes_no_device_that_is_not_there(model_folder):
+    with pytest.raises(UserError, match="there is no device 'gpu' here"):
+        AblatedLM(str(model_folder("llama")), device="gpu")
 
 
 def test_a_record_is_of_one_sae_and_one_model(tmp_path, gemma, scale_of, model_folder):
