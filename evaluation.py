@@ -26,7 +26,6 @@ from edits import NONE, Edit, Latents, applied, chunks, layer_of, residual_strea
 from engine import check_engine, each_edit, head
 
 CHANCE = 0.25
-ALWAYS = 0.9  # share of tokens from which a feature counts as always active
 KEEP = 0.99  # SAEBench: the share of the unablated MMLU accuracy that a setting must keep
 SCORED_TOKENS = 20_000  # of OpenWebText, documents in order: enough for +-0.001 nats on a small change
 
@@ -477,7 +476,7 @@ def check_sae_quality(model, sae, windows: list[list[int]], insist: bool = True,
     shortest = h.norm(dim=-1).argsort()[: len(h) - math.ceil(len(h) / 1000)]
     h, back, variance = h[shortest].cpu(), back[shortest].cpu(), ExplainedVarianceCalculator()
     variance.add_batch(back - h.mean(0), h - h.mean(0))  # around the mean, where float32 loses no digits
-    l0, explained, dense = rates.sum().item(), variance.compute(), rates[rates > ALWAYS]
+    l0, explained, dense = rates.sum().item(), variance.compute(), rates[rates > 0.9]
     if not (math.isfinite(explained) and finite):
         raise UserError(f"{sae.source}: the variance it explains is {explained}: the model's residual stream at "
                         f"{sae.hook_point} or what the SAE makes of it is not finite")  # fmt: skip

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import re
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -114,18 +114,10 @@ def gated_hint(source: str) -> str:
             "offline use the model tiny")  # fmt: skip
 
 
-@contextmanager
 def without_lines(logger: str, part: str):
-    """Within this context those lines of a logger are left out that have `part` in them, and no others."""
-
-    def keep(record) -> bool:
-        return part not in record.getMessage()
-
-    logging.getLogger(logger).addFilter(keep)
-    try:
-        yield
-    finally:
-        logging.getLogger(logger).removeFilter(keep)
+    """A context within which those lines of a logger are left out that have `part` in them, and no others."""
+    log = logging.getLogger(logger)
+    return patch.object(log, "handle", lambda record: part in record.getMessage() or type(log).handle(log, record))
 
 
 # What files may have beside the weights of the language model: masks and rotary tables, which older versions of
