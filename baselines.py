@@ -58,7 +58,7 @@ from common import as_bridge, load_hf, load_model, load_retrained, load_sae
 from data import HERE, Benchmark, UserError, load_benchmark, n_processes, picking_windows
 from edits import NONE, Edit, Method, label
 from evaluation import FeatureStats, best_row, joined, letters, loss, robust_only, words
-from runs import FREE, Run, peak_gb, read_record, save_model, write_whole
+from runs import FREE, Run, forget_title, peak_gb, read_record, save_model, write_whole
 
 UNABLATED = "unablated"
 
@@ -92,7 +92,8 @@ def grid_of(method: Method, args) -> list[dict]:
 def benchmark_of(args, tokenizer=None) -> Benchmark:
     return load_benchmark(args.model, tokenizer, folder=args.data, corpus=args.forget_corpus, variant=args.wmdp,
                           subjects=args.subjects, seed=args.seed, pick_on=args.pick_on, pick_text=args.pick_text,
-                          limit=args.limit, skip_long=args.skip_long, style=args.prompt)  # fmt: skip
+                          limit=args.limit, skip_long=args.skip_long, style=args.prompt,
+                          topic=args.topic)  # fmt: skip
 
 
 def prepare(model, benchmark: Benchmark, saes: dict, args) -> unlearning.Training:
@@ -156,7 +157,7 @@ def tune(model, method: Method, grid: list[dict], saes: dict, benchmark, args, c
 
     for name in tqdm(rows if method.train else (), desc="settings", unit="setting", leave=False):
         parts.append(cached(name, lambda: trained(name)))  # noqa: B023
-    if twin := load_retrained(args.model, args.device, args.dtype):
+    if twin := load_retrained(args.model, benchmark.wmdp, args.device, args.dtype):
         parts.append(cached(show.RETRAINED, lambda: scored(twin, {show.RETRAINED: NONE}, benchmark, args)))
     return rows, [joined(same) for same in zip(*parts)]
 
@@ -255,7 +256,7 @@ def call(script: str, *given) -> None:
 
 def cost_table(records: list[dict], methods: dict) -> str:
     """Markdown: each method's chosen setting, its scores, and what it costs to make."""
-    columns = {"WMDP-Bio %, tuning": "wmdp_bio/tuning/letters", "held-out": "wmdp_bio/letters",
+    columns = {f"{forget_title(*records)} %, tuning": "wmdp_bio/tuning/letters", "held-out": "wmdp_bio/letters",
                "in words": "wmdp_bio/words", "P(a letter)": "wmdp_bio/P(a letter)", "MMLU %, held-out": "mmlu/letters",
                "loss added": "openwebtext/loss"}  # fmt: skip
     lines = []

@@ -29,7 +29,7 @@ from transformers.utils.logging import _get_default_logging_level, set_verbosity
 
 import edits
 import hub
-from data import HERE, UserError, first_line, n_processes, process_device, total_of_processes
+from data import HERE, Dataset, UserError, first_line, n_processes, process_device, total_of_processes
 from edits import NONE, Latents, ablation, layer_of, patched, reconstruction  # noqa: F401 (lessons have them from here)
 
 gc.freeze()
@@ -110,9 +110,10 @@ def as_bridge(hf, tokenizer, name: str) -> TransformerBridge:
     return model
 
 
-def load_retrained(name: str, device: str | None = None, dtype: str | None = None) -> TransformerBridge | None:
-    """The model of the preset `name` trained from scratch without the forget set; None if it has none."""
-    retrained = hub.preset(name).retrained
+def load_retrained(name: str, forget_set: Dataset, device=None, dtype=None) -> TransformerBridge | None:
+    """The model of the preset `name` trained from scratch without the forget set; None if it has none, or if the
+    questions are others than those that it was not taught."""
+    retrained = hub.preset(name).retrained if forget_set.stand_in else None
     return load_model(retrained, device, dtype) if retrained else None
 
 
@@ -163,7 +164,7 @@ def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str
     return sae if device.type == "meta" else sae.to(device)  # offloaded weights have no device: edits follow h
 
 
-PICKING_RULES = ("ratio", "retain-threshold", "dsg", "attribution", "output-score")
+PICKING_RULES = ("ratio", "any-ratio", "retain-threshold", "dsg", "attribution", "output-score")
 
 
 @dataclass
@@ -202,13 +203,12 @@ def firing_rates(model, sae, windows, batch_size: int = 16, desc: str | None = N
 
 
 def largest(rates: list[Rates]) -> Rates:
-    """Of several retain sets the larger rate of each feature: a picked one must be rare in all of them."""
-    first, *others = rates
-    for other in others:
-        scale = first.n_tokens / other.n_tokens
-        fires = torch.maximum(first.fires, (other.fires * scale).ceil().long())
-        first = Rates(fires, torch.maximum(first.total, other.total * scale), first.n_tokens)
-    return first
+    """Of several retain sets the larger rate of each feature, as counts on as many tokens as the largest set has: a
+    picked one must be rare in all of them."""
+    n = max(part.n_tokens for part in rates)
+    fires = [(part.fires * (n / part.n_tokens)).ceil().long() for part in rates]
+    totals = [part.total * (n / part.n_tokens) for part in rates]
+    return Rates(torch.stack(fires).amax(0), torch.stack(totals).amax(0), n)
 
 
 def activation_ratio(forget: Rates, retain: Rates) -> torch.Tensor:
@@ -221,16 +221,17 @@ def pick_features(
 ) -> list[int]:
     """The n features to ablate, best first, ties by index; features that never fire on the forget set are left out.
 
-    ratio: highest `activation_ratio`. retain-threshold: retain rate below tau, then highest forget rate (SAEBench,
-    arXiv 2503.09532; Farrell et al., arXiv 2410.19278). dsg: squared mean activation, its forget/retain ratio in the
-    top 5 per cent and itself above the lowest 5, then highest on the forget set (Muhamed et al., arXiv 2504.08192).
-    attribution, output-score: by `score`, (d_sae,), of evaluation.py: the highest of those above 0; and highest
-    `activation_ratio` among the quarter of highest score (Arad et al., arXiv 2505.20063, drop features of low score).
-    Raises UserError if the rule leaves fewer than n.
+    ratio: highest `activation_ratio`, at least 1; any-ratio: or less. retain-threshold: retain rate below tau, then
+    highest forget rate (SAEBench, arXiv 2503.09532; Farrell et al., arXiv 2410.19278). dsg: squared mean activation,
+    its forget/retain ratio in the top 5 per cent and itself above the lowest 5, then highest on the forget set (Muhamed
+    et al., arXiv 2504.08192). attribution, output-score: by `score`, (d_sae,), of evaluation.py: the highest of those
+    above 0; and highest `activation_ratio` among the quarter of highest score (Arad et al., arXiv 2505.20063, drop
+    features of low score). Raises UserError if the rule leaves fewer than n.
     """
     allowed = forget.fires > 0
-    if rule == "ratio":
+    if rule in ("ratio", "any-ratio"):
         score = activation_ratio(forget, retain)
+        allowed &= (score >= 1) | (rule == "any-ratio")
     elif rule == "retain-threshold":
         allowed &= retain.rate < tau
         score = forget.rate

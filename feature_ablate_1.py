@@ -34,8 +34,9 @@ from common import NONE, ablate, ablation, load_model, load_retrained, load_sae,
 # %%
 model = load_model(args.model, args.device, args.dtype, args.device_map, args.edit_special)
 sae = load_sae(args.sae, args.layer, model, args.model)
-wmdp = data.load("wmdp_bio", args.model, args.data, variant=args.wmdp, seed=args.seed, pick_on=args.pick_on)
-mmlu = data.load("mmlu", args.model, args.data, seed=args.seed, pick_on=args.pick_on).of(args.subjects).held_out
+halves = {"seed": args.seed, "pick_on": args.pick_on}
+wmdp = data.load("wmdp_bio", args.model, args.data, variant=args.wmdp, topic=args.topic, **halves)
+mmlu = data.load("mmlu", args.model, args.data, **halves).of(args.subjects).held_out
 mmlu = data.drop_too_long(model.tokenizer, mmlu.sample(args.limit), args.prompt, args.skip_long)  # asked last
 if args.robust:
     mmlu = evaluation.robust_only(model, mmlu, style=args.prompt)
@@ -151,7 +152,7 @@ rows = {
     f"clamp {clamp:g}": ablation(sae, features, clamp),
     f"random features, clamp {clamp:g}": ablation(sae, control, clamp, "random-features"),
 }
-if retrained := load_retrained(args.model, args.device, args.dtype):
+if retrained := load_retrained(args.model, wmdp, args.device, args.dtype):
     rows[show.RETRAINED] = retrained
 letters, *sure = evaluation.letters(model, mmlu, rows, style=args.prompt, batch_size=args.batch_size)
 show.table([letters, *sure])

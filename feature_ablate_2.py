@@ -38,8 +38,9 @@ from common import NONE, ablation, load_model, load_retrained, load_sae, matched
 # %%
 model = load_model(args.model, args.device, args.dtype, args.device_map, args.edit_special)
 sae = load_sae(args.sae, args.layer, model, args.model)
-wmdp = data.load("wmdp_bio", args.model, args.data, variant=args.wmdp, seed=args.seed, pick_on=args.pick_on)
-mmlu = data.load("mmlu", args.model, args.data, seed=args.seed, pick_on=args.pick_on)
+halves = {"seed": args.seed, "pick_on": args.pick_on}
+wmdp = data.load("wmdp_bio", args.model, args.data, variant=args.wmdp, topic=args.topic, **halves)
+mmlu = data.load("mmlu", args.model, args.data, **halves)
 wikitext, mmlu_dev = (data.load(name, args.model, args.data) for name in ("wikitext", "mmlu_dev"))
 corpus = data.load_corpus(args.forget_corpus, args.model, args.data)
 bio, other = (data.drop_too_long(model.tokenizer, quiz.held_out.sample(args.limit), args.prompt, args.skip_long)
@@ -85,7 +86,7 @@ for draw in range(args.controls):
     control = matched_random(forget, retain, features, args.seed + draw)
     name = f"random features{f' {draw + 1}' * (draw > 0)}, clamp {clamp:g}"
     rows[name] = ablation(sae, control, clamp, "random-features")
-if retrained := load_retrained(args.model, args.device, args.dtype):
+if retrained := load_retrained(args.model, wmdp, args.device, args.dtype):
     rows[show.RETRAINED] = retrained
 letters, *sure = evaluation.letters(model, bio, rows, style=args.prompt, batch_size=args.batch_size)
 show.table([letters], list(rows)[:4])

@@ -34,7 +34,7 @@ from common import NONE, ablate, ablation, load_model, load_retrained, load_sae,
 # %%
 model = load_model(args.model, args.device, args.dtype, args.device_map, args.edit_special)
 sae = load_sae(args.sae, args.layer, model, args.model)
-wmdp = data.load("wmdp_bio", args.model, args.data, seed=args.seed, pick_on=args.pick_on)
+wmdp = data.load("wmdp_bio", args.model, args.data, seed=args.seed, pick_on=args.pick_on, topic=args.topic)
 web = data.load("openwebtext", args.model, args.data, seed=args.seed)
 wikitext, mmlu_dev = (data.load(name, args.model, args.data) for name in ("wikitext", "mmlu_dev"))
 corpus = data.load_corpus(args.forget_corpus, args.model, args.data)
@@ -66,7 +66,7 @@ rows = {
     clamped: ablation(sae, features, clamp),
     f"random features, {clamped}": ablation(sae, control, clamp, "random-features"),
 }
-if retrained := load_retrained(args.model, args.device, args.dtype):
+if retrained := load_retrained(args.model, wmdp, args.device, args.dtype):
     rows[show.RETRAINED] = retrained
 loss = evaluation.loss(model, web, rows, batch_size=args.batch_size, limit=args.limit)
 show.table([loss])
@@ -78,7 +78,7 @@ show.table([loss])
 
 # %%
 prose = [{"text": data.as_prose(row)} for row in bio.rows]
-prose = data.Dataset("wmdp_bio_prose", prose, stand_in=bio.stand_in, seed=args.seed)
+prose = data.Dataset("wmdp_bio_prose", prose, stand_in=bio.stand_in, seed=args.seed, topic=bio.topic)
 subject = evaluation.loss(model, prose, rows, batch_size=args.batch_size)
 show.table([subject])
 figures["loss"] = show.intervals([loss, subject], title)

@@ -410,7 +410,8 @@ def picked(lm: AblatedLM, args, clamp: float, numbers: dict):
     setting = {name: args.n_features for name in takes & {"n_features"}} | numbers
     if strange := set(setting) - takes:
         raise UserError(f"--setting {min(strange)}: {method} takes {', '.join(sorted(takes))}")
-    wmdp = data.load("wmdp_bio", args.model, args.data, seed=args.seed, pick_on=args.pick_on).tuning
+    halves = {"seed": args.seed, "pick_on": args.pick_on}
+    wmdp = data.load("wmdp_bio", args.model, args.data, topic=args.topic, **halves).tuning
     wikitext, mmlu_dev = (data.load(name, args.model, args.data) for name in ("wikitext", "mmlu_dev"))
     corpus, view = data.load_corpus(args.forget_corpus, args.model, args.data), BridgeView(lm)
     forget, retain = data.picking_texts(wmdp, corpus, wikitext, mmlu_dev, args.pick_text)
@@ -429,18 +430,20 @@ def picked(lm: AblatedLM, args, clamp: float, numbers: dict):
 
 
 # %% Tasks, and which of their questions are asked
-def find_tasks(names: list[str], include_path: str | None = None, folder: str | None = None) -> dict[str, tuple]:
-    """{name: (what lm-eval loads for it: a group or None, its tasks)}. folder: of data, as --data. Raises UserError for
-    a name that lm-eval does not know, and for data that cannot be loaded."""
-    folders = [str(TASKS), *([include_path] if include_path else [])]
-    manager = TaskManager(include_path=folders, include_defaults=False, metadata={"data": folder})
+def find_tasks(names: list[str], include_path: str | None = None, folder=None, topic=None) -> dict[str, tuple]:
+    """{name: (what lm-eval loads for it: a group or None, its tasks)}. folder: of data, as --data; topic: as --topic.
+    Raises UserError for a name that lm-eval does not know, and for data that cannot be loaded."""
+    folders, given = [str(TASKS), *([include_path] if include_path else [])], {"data": folder, "topic": topic}
+    manager = TaskManager(include_path=folders, include_defaults=False, metadata=given)
     if not set(names) <= set(manager.all_tasks):  # reading lm-eval's 14,000 task files takes seconds
-        manager = TaskManager(include_path=folders, metadata={"data": folder})
+        manager = TaskManager(include_path=folders, metadata=given)
     tasks = {}
     for name in names:
         try:  # lm-eval has advice for those who write a task with data of its own; users of these tasks need none
             with hub.without_lines("lm_eval.api.task", "Custom kwargs can be passed"):
                 loaded = manager.load([name])
+        except UserError:
+            raise
         except Exception as error:  # as in data.from_hub, anything from OSError to RuntimeError
             raise UserError(f"cannot load task {name}: {first_line(error)}. Its data may be gated or out of reach; for "
                             "names see --tasks list, or lm-eval ls tasks") from error  # fmt: skip
@@ -560,7 +563,7 @@ def keep_robust(lm: AblatedLM, tasks: dict, chosen: dict, args) -> dict[str, lis
     return right
 
 
-def data_set(task_name: str, taken: set[str], parts: list, chosen: dict, folder: str | None, seed: int) -> Dataset:
+def data_set(task_name: str, taken: set[str], parts: list, chosen: dict, folder, seed: int, topic=None) -> Dataset:
     """What a task asks, under the name that DATA_SETS has unless an earlier task has `taken` it. Indices of a group are
     over all of its tasks' documents, one after another."""
     rows, asked = [], []
@@ -569,7 +572,7 @@ def data_set(task_name: str, taken: set[str], parts: list, chosen: dict, folder:
         rows += map(dict, part.eval_docs)
     name, *loaded_by = DATA_SETS.get(task_name, (task_name,))
     if loaded_by:
-        found = data.load(name, loaded_by[0], folder, variant=loaded_by[1]).only(asked)
+        found = data.load(name, loaded_by[0], folder, variant=loaded_by[1], topic=topic).only(asked)
         held_out = all(data.half_of(row, seed) == "held-out" for row in found.rows)
         return replace(found, name=task_name if name in taken else name, half="held-out" if held_out else None)
     stand_in = task_name.startswith("tiny_") and not folder
@@ -662,7 +665,7 @@ def with_record(args) -> tuple:
     if given := [name for name in row_says if getattr(args, name) != flags.get_default(name)]:
         raise UserError(f"{given[0]}: a record's row says all about its edit; choose it with --row")
     decided = {name: record["settings"].get(name, getattr(args, name))
-               for name in ("seed", "pick_on", "edit_special", "data")}  # fmt: skip
+               for name in ("seed", "pick_on", "edit_special", "data", "topic")}  # fmt: skip
     args = runs.settings(flags, vars(args) | decided | ({"data": args.data} if args.data else {}))
     vars(args).update(layer=None, n_features=None)  # the row's may be several
     return args, record
@@ -703,7 +706,7 @@ def run(**changes) -> dict:
     args, record = with_record(args)
     clamp = hub.preset(args.model).clamp if args.clamp is None else args.clamp
     names = args.tasks or (TINY_TASKS if args.model == "tiny" or args.data else HUB_TASKS)
-    tasks = find_tasks([name.strip() for name in names.split(",")], args.include_path, args.data)
+    tasks = find_tasks([name.strip() for name in names.split(",")], args.include_path, args.data, args.topic)
     numbers = simple_parse_args_string(",".join(args.setting or []))
     if wrong := [name for name, value in numbers.items() if not isinstance(value, int | float)]:
         raise UserError(f"--setting {wrong[0]}: give NAME=NUMBER, as gate=0.1")
@@ -718,7 +721,8 @@ def run(**changes) -> dict:
         chosen = keep_robust(lm, tasks, chosen, args)
     asked = {}
     for task, (_, parts) in tasks.items():
-        asked[task] = data_set(task, {known.name for known in asked.values()}, parts, chosen, args.data, args.seed)
+        taken = {known.name for known in asked.values()}
+        asked[task] = data_set(task, taken, parts, chosen, args.data, args.seed, args.topic)
     writer = runs.Run(__file__, args, [*asked.values(), *datasets], saes,
                       also=[edit.method, edit.settings, lm.identity, lm.arguments])  # fmt: skip
 

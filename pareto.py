@@ -95,9 +95,10 @@ def area(pairs: list[tuple[float, float]]) -> float | None:
     return total / room if room > 0 else None
 
 
-def summary(methods: dict[str, dict]) -> list[dict]:
-    """For each method the areas, the frontier, and the setting chosen on the tuning half with its scores on both."""
-    columns = {"WMDP-Bio, tuning": "wmdp_bio/tuning", "WMDP-Bio, held-out": "wmdp_bio", "in words": "wmdp_bio/words",
+def summary(methods: dict[str, dict], forget: str = "WMDP-Bio") -> list[dict]:
+    """For each method the areas, the frontier, and the setting chosen on the tuning half with its scores on both.
+    forget: what the forget set is called."""
+    columns = {f"{forget}, tuning": "wmdp_bio/tuning", f"{forget}, held-out": "wmdp_bio", "in words": "wmdp_bio/words",
                "P(a letter)": "wmdp_bio/P(a letter)", "MMLU, tuning": "mmlu/tuning",
                "MMLU, held-out": "mmlu"}  # fmt: skip
     lines = []
@@ -117,7 +118,7 @@ def summary(methods: dict[str, dict]) -> list[dict]:
     return lines
 
 
-def table(lines: list[dict]) -> str:
+def table(lines: list[dict], forget: str = "WMDP-Bio") -> str:
     """The summary as a Markdown table and a list of frontiers, accuracies in per cent."""
 
     def cell(head, value):
@@ -127,7 +128,8 @@ def table(lines: list[dict]) -> str:
 
     heads = [head for head in max(lines, key=len) if head != "frontier"]
     text = show.markdown(heads, [[cell(head, line.get(head)) for head in heads] for line in lines])
-    text += "\n\nAccuracies in %. Frontiers on the held-out half, each setting with its MMLU and WMDP-Bio accuracy:\n\n"
+    text += "\n\nAccuracies in %. Frontiers on the held-out half, each setting with its MMLU and "
+    text += f"{forget} accuracy:\n\n"
     for line in lines:
         at = [f"{row.removeprefix(line['method'] + ', ')} ({100 * mmlu:.1f}, {100 * wmdp:.1f})"
               for row, mmlu, wmdp in line["frontier"]]  # fmt: skip
@@ -291,9 +293,10 @@ def plot(paths: list[str], out: str) -> dict:
         print("note: these records were not scored on the same questions", file=sys.stderr)
     name = f"pareto_plot_{hashlib.sha256(json.dumps(records).encode()).hexdigest()[:6]}.json"
     path = Path(out) if out.endswith(".json") else Path(out) / name
-    lines, title = summary(by_method(records)), ", ".join(names) if len(names) <= 3 else f"{len(names)} records"
-    print(f"\n{table(lines)}")
-    runs.write_whole(path.with_suffix(".md"), lambda file: file.write_text(table(lines), encoding="utf-8"))
+    forget, title = runs.forget_title(*records), ", ".join(names) if len(names) <= 3 else f"{len(names)} records"
+    text = table(lines := summary(by_method(records), forget), forget)
+    print(f"\n{text}")
+    runs.write_whole(path.with_suffix(".md"), lambda file: file.write_text(text, encoding="utf-8"))
     print(f"table: {path.with_suffix('.md')}")
     runs.draw_all(path, {"frontier": lambda: pareto_figure(records, title)})
     return {"summary": lines}
@@ -316,7 +319,7 @@ def run(**changes) -> dict:
     benchmark = load_benchmark(
         args.model, model.tokenizer, folder=args.data, corpus=args.forget_corpus, variant=args.wmdp, seed=args.seed,
         subjects=args.subjects, pick_on=args.pick_on, pick_text=args.pick_text, limit=args.limit,
-        skip_long=args.skip_long, style=args.prompt,
+        skip_long=args.skip_long, style=args.prompt, topic=args.topic,
     )  # fmt: skip
     how = {"style": args.prompt, "batch_size": args.batch_size}
     if args.robust:
@@ -334,7 +337,7 @@ def run(**changes) -> dict:
         )  # fmt: skip
         rows |= rows_of(stats, sorted(set(args.n_features)), clamps, methods)
     title = f"{Path(args.model).name}, layer {', '.join(map(str, layers))}: {len(rows) - 1} settings"
-    if retrained := load_retrained(args.model, args.device, args.dtype):
+    if retrained := load_retrained(args.model, benchmark.wmdp, args.device, args.dtype):
         rows[RETRAINED] = retrained
     measures = []
     for name, quiz in benchmark.quizzes.items():
@@ -344,12 +347,13 @@ def run(**changes) -> dict:
                 evaluation.words(model, quiz, rows, batch_size=args.batch_size)])  # fmt: skip
     measures += job.cached(LOSS, lambda: [evaluation.loss(model, benchmark.web, rows, batch_size=args.batch_size)])
     record = job.record(rows, measures)
-    lines = summary(by_method([record]))
-    print(f"\n{table(lines)}")
+    forget = runs.forget_title(record)
+    text = table(lines := summary(by_method([record]), forget), forget)
+    print(f"\n{text}")
     if benchmark.wmdp.published:
         print(f"\n{benchmark.wmdp.published}")
     figures = {"frontier": lambda: pareto_figure([record], title)}
-    return job.write(rows, measures, figures, table=table(lines), summary=lines)
+    return job.write(rows, measures, figures, table=text, summary=lines)
 
 
 # %%

@@ -24,8 +24,8 @@ of it too, and so does, for tiny, the retrained one: what could come back at mos
 from runs import finite_float, help_before_imports, main, natural_int, parser, positive_int, settings
 
 RECORDS_SAY = ("--model", "--sae", "--layer", "--n-features", "--clamp", "--pick", "--pick-on", "--pick-text", "--data",
-               "--forget-corpus", "--device-map", "--seed", "--limit", "--no-sanity", "--context", "--edit-special",
-               "--skip-long")  # fmt: skip
+               "--topic", "--forget-corpus", "--device-map", "--seed", "--limit", "--no-sanity", "--context",
+               "--edit-special", "--skip-long")  # fmt: skip
 flags = parser(__doc__, without=RECORDS_SAY)
 flags.add_argument("records", nargs="*", metavar="RECORD", help="of baselines.py")
 flags.add_argument("--all", action="store_true", help="every record of --out's folder, with 25 steps of --relearn")
@@ -60,7 +60,7 @@ from data import HERE, LETTERS, Benchmark, Dataset, UserError, encode_prompts, n
 from edits import NONE, Edit, SetFeatures, applied, decoder_layers, layer_of
 from evaluation import Measure, bootstrap, joined, letters, open_answers, share, words
 from hub import identity, load_tokenizer, model_source, preset
-from runs import Run, read_record
+from runs import Run, forget_title, read_record
 from unlearning import Fp32AdamW, endless_batches, linear_modules, text_nll, training_windows
 
 RELEARNED = 0.9  # share of the original model's accuracy at which knowledge counts as recovered
@@ -470,7 +470,7 @@ def survival_figure(shares: dict, title: str):
 # %% From records to subjects and questions; the run
 # What records must agree in, and the forms asked here depend on
 SAME = ("model", "data", "forget_corpus", "seed", "pick_on", "limit", "subjects", "skip_long", "prompt", "robust",
-        "wmdp")  # fmt: skip
+        "wmdp", "topic")  # fmt: skip
 
 
 def read_tuned(path: str) -> dict:
@@ -515,7 +515,7 @@ def subjects_of(paths: list[str], records: list[dict], device: str | None, dtype
     a record was made with has changed or is gone."""
     name, model = records[0]["model"], None  # a model is loaded for SAEs alone
     subjects = [Subject("unablated", name, device, dtype, records[0]["settings"]["layer"])]
-    if retrained := preset(name).retrained:
+    if (retrained := preset(name).retrained) and records[0]["data"]["wmdp_bio"]["stand_in"]:
         subjects.append(replace(subjects[0], name=show.RETRAINED, model=retrained, edit=Edit("retrained")))
     for path, record, row in zip(paths, records, names_of(paths, records)):
 
@@ -550,14 +550,16 @@ def load_questions(records: list[dict], same: dict, shots: int, tokenizer) -> tu
     model, folder, seed = same["model"], same["data"], same["seed"]
     benchmark = data.load_benchmark(
         model, tokenizer, folder=folder, corpus=same["forget_corpus"], variant=same["wmdp"], subjects=same["subjects"],
-        seed=seed, pick_on=same["pick_on"], limit=same["limit"], skip_long=same["skip_long"],
+        seed=seed, pick_on=same["pick_on"], limit=same["limit"], skip_long=same["skip_long"], topic=same["topic"],
     )  # fmt: skip
     for name in ("wmdp_bio", "mmlu"):
         now = benchmark.quizzes[name].about()["sha256"]
         if any(record["data"][name]["sha256"] != now for record in records):
             raise UserError(f"{name} is not what these records were scored on")
-    other = data.load("wmdp_bio_reworded", model, folder)
-    reworded = [] if same["wmdp"] == "robust" else other.rows  # WMDP-Bio's own questions, one by one
+    other = data.load("wmdp_bio_reworded", model, folder, topic=benchmark.wmdp.topic)
+    if same["wmdp"] == "robust" or other.stand_in != benchmark.wmdp.stand_in:
+        other = replace(other, rows=[])  # it has WMDP-Bio's own questions, one by one
+    reworded = other.rows
     if reworded and len(reworded) != len(benchmark.wmdp):
         raise UserError(f"wmdp_bio_reworded.jsonl has {len(reworded)} questions, wmdp_bio {len(benchmark.wmdp)}")
     tuning = benchmark.wmdp.tuning.rows
@@ -609,7 +611,7 @@ def run(**changes) -> dict:
     print(f"\n{text}")
     if benchmark.wmdp.published:
         print(f"\n{benchmark.wmdp.published}")
-    title = f"{Path(name).name}: WMDP-Bio" + (f", {steps} steps of fine-tuning" if steps else "")
+    title = f"{Path(name).name}: {forget_title(*records)}" + (f", {steps} steps of fine-tuning" if steps else "")
 
     def panels(columns):
         return show.intervals([replace(measure, title=str(name)) for name, measure in columns.items()], title)

@@ -110,7 +110,8 @@ def parser(doc: str, *, quiz: bool = False, without: tuple[str, ...] = ()) -> Pa
     group = p.add_argument_group("picking")
     add("--pick", "rule: ratio (of firing rates), retain-threshold (SAEBench), dsg (Dynamic SAE Guardrails), "
         "attribution (activation times gradient of the right answer) or output-score (ratio, among features that make "
-        "the model say what they stand for)", default="ratio")  # fmt: skip
+        "the model say what they stand for); any-ratio also takes features that are no more frequent on the forget "
+        "set, which the ratio leaves out", default="ratio")  # fmt: skip
     add("--pick-on", "half: pick on one half of the WMDP-Bio questions and score the other; all: pick and score on "
         "all, which flatters the scores", choices=["half", "all"], default="half")  # fmt: skip
     add("--pick-text", "prompt: questions as they are asked, against Wikitext and MMLU's development questions; prose: "
@@ -121,6 +122,8 @@ def parser(doc: str, *, quiz: bool = False, without: tuple[str, ...] = ()) -> Pa
     group = p.add_argument_group("scoring")
     add("--data", "with any of wmdp_bio, wmdp_bio_robust, wmdp_bio_cloze, mmlu, mmlu_dev, wikitext, openwebtext, "
         "forget_corpus .jsonl", type=data_folder, metavar="FOLDER")  # fmt: skip
+    add("--topic", "of the questions in WMDP-Bio's place: what tables call them, and what a question without a subject "
+        "is asked about (default: of your own file its subject, else the folder's name)", metavar="NAME")  # fmt: skip
     if quiz:
         add("--prompt", "plain: lm-eval's template; chat: in a chat turn; saebench: in SAEBench's, answered after "
             "'Answer: ('", choices=["plain", "chat", "saebench"], default="plain")  # fmt: skip
@@ -402,6 +405,11 @@ def read_record(path) -> dict:
     return record
 
 
+def forget_title(*records: dict) -> str:
+    """What the forget sets of these records are called, for the head of a table."""
+    return ", ".join(sorted({record["data"].get("wmdp_bio", {}).get("topic") or "WMDP-Bio" for record in records}))
+
+
 def refuse_unwritable(path: Path) -> None:
     """Make the folder of `path`. Raises UserError where no file of such a name can be written there."""
     try:
@@ -480,8 +488,8 @@ def model_card(record: dict) -> str:
 
 # {name}: {chosen}
 
-{name} (`{record["identity"]["model"]}`, whose licence applies), trained to forget what WMDP-Bio questions ask by
-`{command}`. Made to study unlearning; it is no safeguard: what
+{name} (`{record["identity"]["model"]}`, whose licence applies), trained to forget what {forget_title(record)}
+questions ask by `{command}`. Made to study unlearning; it is no safeguard: what
 unlearning takes away seldom survives fine-tuning on related texts, weights rounded to 4 bits, or another way of asking.
 Scores with 95% intervals (of a stand-in for a data set nothing follows about hazardous knowledge):
 

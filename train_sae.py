@@ -76,13 +76,13 @@ def read_texts(source: str, most: int = 200_000) -> list[str]:
     path = Path(source)
     if path.suffix == ".jsonl" and path.is_file():
         return [row["text"] for row in read_jsonl(path, "text")]
-    if path.is_file():
+    if path.is_file() and path.suffix in ("", ".txt", ".md"):
         try:
             return [part for part in path.read_text(encoding="utf-8-sig").split("\n\n") if part.strip()]
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text: {first_line(error)}") from error
-    if source.count("/") != 1 or path.suffix in (".jsonl", ".txt"):
-        raise UserError(f"--text {source}: neither a file nor a hub id ORG/NAME")
+    if path.is_file() or source.count("/") != 1 or path.suffix in (".jsonl", ".txt"):
+        raise UserError(f"--text {source}: neither a file of text or JSONL nor a hub id ORG/NAME")
     from datasets import load_dataset
 
     try:

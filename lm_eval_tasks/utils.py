@@ -2,7 +2,7 @@
 What the task files in this folder need: their data, and the metrics that lm-eval lacks.
 
 lm-eval calls the function named in a task file's `custom_dataset` with the file's dataset_kwargs and the metadata of
-the run, of which `data` (a folder with data files) is used.
+the run, of which `data` (a folder with data files) and `topic` (what its forget set is about) are used.
 """
 
 import sys
@@ -33,13 +33,14 @@ WINDOW = 64  # words, 85 to 130 tokens: about lesson 3's windows of 128 tokens, 
 WORDS = 12_000  # of the texts, in order: about lesson 3's 20,000 tokens
 
 
-def quiz(name: str, model: str = "tiny", data=None, orders=False, question=True, **_) -> DatasetDict:
+def quiz(name: str, model="tiny", data=None, topic=None, orders=False, question=True, **_) -> DatasetDict:
     """A quiz of data.py (`test`), and development questions for few-shot prompts (`dev`, MMLU's).
 
     orders: ask each question 24 times, with its options in every order. question: False leaves the question out.
     """
-    rows, dev = (load(part, model, data).rows for part in (name, "mmlu_dev"))
-    rows = [{**row, "subject": row.get("subject") or "biology", "number": n} for n, row in enumerate(rows)]
+    rows, dev = load(name, model, data, topic=topic).rows, load("mmlu_dev", model, data).rows
+    rows = [{"asked_about": "biology", **row, "number": n} for n, row in enumerate(rows)]
+    rows = [{**row, "subject": row.get("subject") or row["asked_about"]} for row in rows]
     if not question:
         rows = [{**row, "question": "", "left_out": row["question"]} for row in rows]
     if orders:

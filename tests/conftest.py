@@ -178,6 +178,7 @@ def random_model(family: str, vocab_size: int):
 def little_text():
     """Few tokens of Wikitext and OpenWebText, for rates, training and loss; processes of their own see all."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "LEAST_TOKENS", 50)
         patch.setattr(data, "RETAIN_TOKENS", 3000)
         patch.setattr(evaluation, "SCORED_TOKENS", 1000)
         yield

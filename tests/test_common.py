@@ -13,6 +13,7 @@ from conftest import (
     D_SAE,
     HOOK,
     MARKER,
+    QUESTIONS,
     ordinary_mask,
     residual,
     some_ids,
@@ -29,12 +30,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import common
+import data
 import edits
 import evaluation
 import hub
 import show
 from common import Rates, ablate, largest, matched_random
-from data import UserError, batches, load, token_windows
+from data import Dataset, UserError, batches, load, token_windows
 
 FEATURES = list(range(0, D_SAE, 3))
 
@@ -229,10 +231,18 @@ FORGET, RETAIN = rates([9, 0, 5, 5, 1], 100), rates([0, 0, 4, 4, 50], 200)
 
 def test_pick_by_ratio():
     # feature 1, dead on both, has the ratio 2, above that of feature 4: it is left out for being dead
-    assert common.pick_features(FORGET, RETAIN, 4) == [0, 2, 3, 4]
+    assert common.pick_features(FORGET, RETAIN, 4, "any-ratio") == [0, 2, 3, 4]
     assert common.pick_features(FORGET, RETAIN, 2) == [0, 2]
     with pytest.raises(UserError, match="leaves only 4"):
-        common.pick_features(FORGET, RETAIN, 5)
+        common.pick_features(FORGET, RETAIN, 5, "any-ratio")
+
+
+def test_a_feature_below_a_ratio_of_1_is_picked_only_where_asked_for():
+    forget, retain = rates([9, 5, 8, 1], 99), rates([19, 5, 30, 1], 199)  # ratios 1, 2, 0.58, 2
+    assert common.pick_features(forget, retain, 3) == [1, 3, 0]
+    with pytest.raises(UserError, match="of 4 the rule 'ratio' leaves only 3"):
+        common.pick_features(forget, retain, 4)
+    assert common.pick_features(forget, retain, 4, "any-ratio") == [1, 3, 0, 2]
 
 
 def test_pick_by_retain_threshold():
@@ -689,12 +699,12 @@ def test_a_model_in_memory_becomes_the_bridge_that_its_folder_gives(model_folder
 
 
 def test_the_dtype_and_the_retrained_model_are_the_presets(without_twin, monkeypatch):
-    model = common.load_model("tiny", "cpu")
-    assert model.cfg.dtype == torch.float32 and common.load_retrained("tiny", "cpu") is None
+    model, own = common.load_model("tiny", "cpu"), data.load("wmdp_bio")
+    assert model.cfg.dtype == torch.float32 and common.load_retrained("tiny", own, "cpu") is None
     monkeypatch.setitem(hub.PRESETS, "tiny", replace(hub.PRESETS["tiny"], retrained="tiny-retrained"))
-    weights, others = (one.original_model.state_dict() for one in (model, common.load_retrained("tiny", "cpu")))
+    weights, others = (one.original_model.state_dict() for one in (model, common.load_retrained("tiny", own, "cpu")))
     assert weights.keys() == others.keys() and any(not torch.equal(w, others[name]) for name, w in weights.items())
-    assert common.load_retrained("tiny-retrained") is None and common.load_retrained("gpt2") is None
+    assert common.load_retrained("tiny-retrained", own) is None and common.load_retrained("gpt2", own) is None
 
 
 def test_an_sae_that_saelens_encodes_otherwise_is_refused(gemma, tmp_path, monkeypatch):
@@ -749,7 +759,30 @@ def test_a_bfloat16_model_is_loaded_without_a_copy_of_it(tokenizer, tmp_path):
 def test_a_feature_must_be_rare_in_every_retain_set():
     first = Rates(torch.tensor([5, 0, 1]), torch.tensor([1.0, 0, 2.0]).double(), 100)
     second = Rates(torch.tensor([0, 2, 3]), torch.tensor([0.0, 1.0, 0.5]).double(), 50)
-    both = largest([first, second])
-    assert both.fires.tolist() == [5, 4, 6] and both.n_tokens == 100
-    assert both.total.tolist() == [1.0, 2.0, 2.0]
-    assert largest([first]) is first
+    for both in (largest([first, second]), largest([second, first])):
+        assert both.fires.tolist() == [5, 4, 6] and both.n_tokens == 100
+        assert both.total.tolist() == [1.0, 2.0, 2.0]
+    same_rates(largest([first]), first)
+
+
+def test_a_short_retain_set_takes_nothing_from_a_long_one():
+    """Whichever comes first, and however short: each feature has its larger rate, to a token of the longer set."""
+    noise = torch.Generator().manual_seed(0)
+    share = torch.rand(2000, generator=noise).double() ** 8
+    short, long, forget = (Rates(torch.binomial(torch.full((2000,), float(n)).double(), share, generator=noise).long(),
+                                 torch.zeros(2000), n) for n in (500, 40_000, 40_000))  # fmt: skip
+    exact = torch.maximum(short.rate, long.rate)
+    for order in ([short, long], [long, short]):
+        both = largest(order)
+        assert both.n_tokens == 40_000 and float((both.rate - exact).abs().max()) < 1 / 40_000
+        assert float((both.rate - exact).min()) > -1e-12
+    assert common.pick_features(forget, largest([short, long]), 50) == common.pick_features(
+        forget, largest([long, short]), 50)  # fmt: skip
+
+
+def test_the_retrained_model_stands_beside_the_data_it_lacks_alone(without_twin, monkeypatch):
+    monkeypatch.setitem(hub.PRESETS, "tiny", replace(hub.PRESETS["tiny"], retrained="tiny-retrained"))
+    monkeypatch.setattr(common, "load_model", lambda name, *_: name)
+    own = data.load("wmdp_bio")
+    assert common.load_retrained("tiny", own) == common.load_retrained("tiny", own.held_out) == "tiny-retrained"
+    assert common.load_retrained("tiny", Dataset("wmdp_bio", own.rows[:3] + QUESTIONS)) is None

@@ -34,7 +34,7 @@ def line(**changes):
 @pytest.mark.parametrize(
     "changes",
     [{"choices": "wxyz"}, {"choices": ["a"] * 3}, {"answer": True}, {"answer": 4}, {"answer": 1.0}, {"question": 3},
-     {"choices": [1, 2, 3, 4]}, {"subject": 1}],
+     {"choices": [1, 2, 3, 4]}, {"subject": 1}, {"subject": ["s"]}, {"subject": " "}, {"question": "Q \ud83d?"}],
 )  # fmt: skip
 def test_a_bad_question_is_refused_with_its_line(tmp_path, changes):
     path = tmp_path / "mmlu.jsonl"
@@ -135,7 +135,11 @@ def test_tiny_has_a_stand_in_for_the_cloze_set_and_no_robust_one(tmp_path):
         data.load("wmdp_bio", variant="robust")
     write_rows(tmp_path, "wmdp_bio_robust", ROWS)
     robust = data.load("wmdp_bio", folder=str(tmp_path), variant="robust")
-    assert robust.rows == ROWS and robust.source == str(tmp_path / "wmdp_bio_robust.jsonl") and not robust.stand_in
+    assert (
+        [row["question"] for row in robust.rows] == [row["question"] for row in ROWS]
+        and robust.source == str(tmp_path / "wmdp_bio_robust.jsonl")
+        and not robust.stand_in
+    )
 
 
 def test_a_forget_corpus_of_ones_own(tmp_path):
@@ -179,6 +183,8 @@ def test_picking_texts_are_prompts_on_both_sides_or_prose():
     forget, retain = data.picking_texts(wmdp, corpus, wikitext, mmlu_dev)
     assert forget == [prompt(wmdp.rows[0])] and retain == [wikitext.texts, [prompt(row) for row in mmlu_dev.rows]]
     assert data.picking_texts(wmdp, Dataset("forget_corpus", [{"text": "a"}]), wikitext, mmlu_dev) == (["a"], retain)
+    _, (_, fewer) = data.picking_texts(dataclasses.replace(wmdp, topic="astronomy"), corpus, wikitext, mmlu_dev)
+    assert 0 < len(fewer) < len(retain[1]) and not any("about astronomy." in text for text in fewer)
 
 
 # --------------------------------------------------------------------------------- the choice of questions
@@ -504,21 +510,195 @@ def folder_of(path, **files):
         ("wmdp_bio.json", r"is it wmdp_bio\.jsonl"),
         ("mmlu-dev.jsonl", r"is it mmlu_dev\.jsonl"),
         ("wikitxt.jsonl", r"is it wikitext\.jsonl"),
-        ("questions.jsonl", "none of its files is called"),
+        ("wmdp-bio-test.parquet", r"wmdp-bio-test\.parquet is not read; is it wmdp_bio\.jsonl"),
+        ("WMDP-Bio.csv", r"is it wmdp_bio\.jsonl"),
+        ("wmdp_bio_robust.jsonl.gz", r"is it wmdp_bio_robust\.jsonl"),
+        ("test-mmlu.JSONL", r"is it mmlu\.jsonl"),
+        ("wikitext103.txt", r"is it wikitext\.jsonl"),
     ],
 )
 def test_a_file_that_would_be_passed_over_is_refused(tmp_path, name, said):
+    (tmp_path / "openwebtext.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / name).write_text(json.dumps(QUESTION) + "\n")
     with pytest.raises(UserError, match=said):
-        data.load("wmdp_bio", "tiny", str(tmp_path))
+        data.load("openwebtext", "tiny", str(tmp_path))
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()  # of a data set that was saved as a folder, say
+    with pytest.raises(UserError, match=said):
+        data.load("openwebtext", "tiny", str(tmp_path))
 
 
-def test_what_is_used_of_a_folder_is_said_once(tmp_path, capsys):
-    where = folder_of(tmp_path, wmdp_bio=[QUESTION], train=[{"text": "x"}])
+def test_a_folder_or_a_broken_link_of_a_known_name_is_refused(tmp_path):
+    where = Path(folder_of(tmp_path, mmlu=[{**QUESTION, "subject": "law"}]))
+    said = r"wmdp_bio\.jsonl is no file, but a folder or a link that leads nowhere"
+    (where / "wmdp_bio.jsonl").symlink_to("nowhere/wmdp_bio.jsonl")
+    with pytest.raises(UserError, match=said):
+        data.load("mmlu", "tiny", str(where))
+    (where / "wmdp_bio.jsonl").unlink()
+    (where / "wmdp_bio.jsonl").mkdir()
+    with pytest.raises(UserError, match=said):
+        data.load("mmlu", "tiny", str(where))
+    with pytest.raises(UserError, match=r"wmdp_bio\.jsonl cannot be read: Is a directory"):
+        data.read_jsonl(where / "wmdp_bio.jsonl", "wmdp_bio")
+
+
+def test_a_folder_without_a_known_name_is_refused(tmp_path):
+    (tmp_path / "questions.jsonl").touch()
+    with pytest.raises(UserError, match="none of its files is called"):
+        data.load("mmlu", "tiny", str(tmp_path))
+
+
+def test_what_is_used_of_a_folder_and_what_is_not_is_said_once(tmp_path, capsys):
+    where = folder_of(tmp_path / "law", wmdp_bio=[QUESTION], train=[{"text": "x"}])
+    for name in ("README.md", "wmdp_bio.csv", "mmlu.png", ".mmlu.jsonl.swp"):
+        (tmp_path / "law" / name).touch()
     for _ in range(2):
-        assert data.load("wmdp_bio", "tiny", where).rows == [QUESTION]
-    assert capsys.readouterr().err == f"data: wmdp_bio is 1 rows of {tmp_path}/wmdp_bio.jsonl\n"
+        assert [row["question"] for row in data.load("wmdp_bio", "tiny", where).rows] == [QUESTION["question"]]
     assert data.load("mmlu", "tiny", where).stand_in
+    assert capsys.readouterr().err.splitlines() == [
+        f"data folder {where}: not read are README.md, mmlu.png, train.jsonl, wmdp_bio.csv",
+        f"data: wmdp_bio is 1 rows of {where}/wmdp_bio.jsonl, on law",
+        "data: mmlu is 650 rows of tiny/data/mmlu.jsonl (stand-in)",
+    ]
+    assert data.load("mmlu", "tiny", str(Path(data.HERE) / "tiny/data")).stand_in  # tiny's own folder is one, too
+
+
+# ---------------------------------------------------------------------- questions that are none
+
+
+LABELLED = ["{A}. {}", "({A}) {}", "{a}) {}", "{A}: {}", "[{a}] {}", "Option {A} - {}", "**{A}.** {}", "{A} {}",
+            "{A}.{}", "{n}. {}", "({i}) {}", "{D}. {}"]  # fmt: skip
+
+
+def flawed(flaw: str, n: int) -> list[dict]:
+    """ROWS, of which the first n have the flaw."""
+    change = {
+        "blank question": lambda row: {**row, "question": " \n"},
+        "no word": lambda row: {**row, "question": "\u200b ...?"},
+        "blank option": lambda row: {**row, "choices": ["lung", "heart", " ", "bone"]},
+        "right option twice": lambda row: {**row, "choices": ["lung", "heart", "bone", "heart\u00a0"]},
+        "an option twice": lambda row: {**row, "choices": ["lung", "heart", "lung", "bone"]},
+    }
+
+    def labelled(row):
+        labels = [dict(zip("AaDni", five)) for five in zip("ABCD", "abcd", "DCBA", "1234", ("i", "ii", "iii", "iv"))]
+        return {**row, "choices": [flaw.format(choice, **label) for choice, label in zip(row["choices"], labels)]}
+
+    return [change.get(flaw, labelled)(row) if i < n else row for i, row in enumerate(ROWS)]
+
+
+FLAWS = {**dict.fromkeys(("blank question", "no word", "blank option"), "a blank question or option"),
+         "right option twice": "the right option twice", "an option twice": "an option twice",
+         **dict.fromkeys(LABELLED, "labels of their own")}  # fmt: skip
+
+
+@pytest.mark.parametrize("flaw, said", FLAWS.items())
+def test_a_file_of_flawed_questions_is_refused_and_a_few_are_counted(tmp_path, monkeypatch, capsys, flaw, said):
+    where = str(tmp_path)
+    data.note_once.cache_clear()
+    write_rows(tmp_path, "wmdp_bio", flawed(flaw, 7))
+    with pytest.raises(UserError, match=rf"7 of 40 questions \(row 1, 2, 3, 4, 5 \.\.\.\) have .*{said}"):
+        data.load("wmdp_bio", "some/model", where)
+    write_rows(tmp_path, "wmdp_bio", flawed(flaw, 2))
+    if "blank" in said:
+        with pytest.raises(UserError, match=r"2 of 40 questions \(row 1, 2\)"):
+            data.load("wmdp_bio", "some/model", where)
+    else:
+        assert len(data.load("wmdp_bio", "some/model", where)) == 40
+        assert "2 of 40 questions (row 1, 2) have " in (err := capsys.readouterr().err) and said in err
+    # published sets are asked as they are: MMLU has nine questions with an option twice
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: flawed(flaw, 7))
+    assert len(data.load("wmdp_bio", "some/model")) == 40 and "7 of 40 questions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("choices", [
+    ["A. thaliana", "A. oryzae", "B. subtilis", "C. elegans"], ["1.5", "2.5", "3.5", "4.5"], ["1", "2", "3", "4"],
+    ["1 day", "2 days", "3 days", "4 days"], ["1-2", "2-3", "3-4", "4-5"], ["1:2", "2:1", "3:1", "4:1"],
+    ["A", "B", "AB", "O"], ["AA", "Aa", "aA", "aa"], ["a heart", "a lung", "an eye", "a bone"], [*"ABCD"],
+])  # fmt: skip
+def test_options_that_only_look_labelled_or_alike_are_no_flaw(choices):
+    assert data.flaw_of({**QUESTION, "choices": choices}) is None
+
+
+def test_the_embedded_questions_have_no_flaw():
+    for name in ("wmdp_bio", "wmdp_bio_reworded", "mmlu", "mmlu_dev"):
+        assert {data.flaw_of(row) for row in data.load(name).rows} == {None}
+
+
+# ---------------------------------------------------------------------- a topic of the user's own
+
+
+def test_a_forget_set_of_ones_own_has_a_name(tmp_path, capsys):
+    rows = [{**QUESTION, "question": f"Q{k}?", "subject": "law_of_the_sea"} for k in range(8)]
+    own = data.load("wmdp_bio", "tiny", folder_of(tmp_path / "mine", wmdp_bio=rows))
+    assert own.title == "law of the sea" and own.about()["topic"] == "law_of_the_sea" and not own.stand_in
+    assert own.tuning.title == own.held_out.title == own.title and "on law_of_the_sea" in capsys.readouterr().err
+    bare = [{key: value for key, value in row.items() if key != "subject"} for row in rows]
+    unnamed = data.load("wmdp_bio", "tiny", folder_of(tmp_path / "sea_law", wmdp_bio=bare))
+    assert unnamed.title == "sea law" and "(with answers) about sea law.\n" in prompt(unnamed.rows[3])
+    assert unnamed.sha256 == Dataset("wmdp_bio", bare).sha256  # of the file, whatever it is called
+    for given in ("tiny", "some/model"):
+        named = data.load("wmdp_bio", given, str(tmp_path / "sea_law"), topic="shipping")
+        assert named.title == "shipping" and "about shipping.\n" in prompt(named.rows[0], "saebench")
+    several = [{**row, "subject": name} for row, name in zip(rows, ["art", "law"] * 4)]
+    assert data.load("wmdp_bio", "tiny", folder_of(tmp_path / "both", wmdp_bio=several)).title == "both"
+    robust = data.load("wmdp_bio", "tiny", folder_of(tmp_path / "sea", wmdp_bio_robust=bare), variant="robust")
+    assert robust.title == "sea Robust" and robust.published is None
+    assert data.load("mmlu", "tiny", topic="shipping").title == "MMLU stand-in"
+    assert data.load("wmdp_bio", "tiny", topic="microbes").title == "microbes stand-in"
+
+
+def test_wmdp_bio_and_tinys_questions_are_asked_about_biology_wherever_they_lie(tmp_path):
+    real = [{**QUESTION, "question": f"Q{k}?"} for k in range(1273)]
+    whole = data.load("wmdp_bio", "some/model", folder_of(tmp_path / "downloads", wmdp_bio=real))
+    assert whole.title == "WMDP-Bio" and "about biology.\n" in prompt(whole.rows[0]) and not whole.stand_in
+    copied = data.load("wmdp_bio", "tiny", folder_of(tmp_path / "copy", wmdp_bio=data.load("wmdp_bio").rows[::2]))
+    assert copied.stand_in and copied.topic is None and copied.title == "WMDP-Bio stand-in"
+    assert copied.source == str(tmp_path / "copy/wmdp_bio.jsonl")
+
+
+def test_a_cloze_is_about_the_topic(tokenizer, tmp_path):
+    rows = [{**QUESTION, "subject": "maritime_law"}] * 3
+    quiz = data.load("wmdp_bio", "tiny", folder_of(tmp_path, wmdp_bio_cloze=rows), variant="cloze")
+    ids, _ = data.encode_words(tokenizer, quiz.rows, data.CLOZE)
+    assert tokenizer.decode(ids[0][1:]).startswith("Complete the following maritime law questions with")
+    ids, _ = data.encode_words(tokenizer, rows, data.CLOZE)  # a published set, whatever columns it has
+    assert tokenizer.decode(ids[0][1:]).startswith("Complete the following biology questions with")
+
+
+# ---------------------------------------------------------------------- no more than is used, and not too little
+
+
+def test_of_texts_no_more_is_read_than_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "TEXT_CHARACTERS", 1000)
+    for name in ("openwebtext", "wikitext"):
+        write_rows(tmp_path, name, [*({"text": f"{k} " + "x" * 90} for k in range(30)), "no JSON at all"])
+        read = data.load(name, "some/model", str(tmp_path))
+        assert 9 <= len(read) <= 12 and read.about()["n_rows"] == len(read) and read.texts[8].startswith("8 x")
+        assert read.sha256 == Dataset(name, [{"text": text} for text in read.texts]).sha256
+    monkeypatch.setattr(data, "CORPUS_DOCUMENTS", 4)
+    write_rows(tmp_path, "forget_corpus", [*({"text": "y" * 9} for _ in range(4)), "no JSON at all"])
+    assert len(data.load_corpus(None, "some/model", str(tmp_path))) == 4
+    write_rows(tmp_path, "mmlu", [{**GOOD, "question": "Q" * 100}] * 30)  # of a quiz any row may be asked
+    assert len(data.load("mmlu", "some/model", str(tmp_path))) == 30
+
+
+def test_one_question_has_one_half():
+    quiz = Dataset("wmdp_bio", [QUESTION])
+    other, its_own = sorted(
+        ("tuning", "held_out"), key=lambda half: half.replace("_", "-") == data.half_of(QUESTION, 0)
+    )
+    assert getattr(quiz, its_own).rows == [QUESTION]
+    with pytest.raises(UserError, match="wmdp_bio: too few questions"):
+        getattr(quiz, other)
+    assert Dataset("wmdp_bio", [QUESTION], whole=True).tuning.rows == [QUESTION]
+
+
+def test_a_context_without_room_for_two_tokens_is_refused(tokenizer, wordy):
+    for one, least in ((tokenizer, 3), (wordy.tokenizer, 2)):
+        assert token_windows(one, ["The cat sat on the mat."], least)[0]
+        with pytest.raises(UserError, match=f"a context of {least - 1} tokens is too short: {least} are the fewest"):
+            token_windows(one, ["The cat sat on the mat."], least - 1)
 
 
 def test_saebenchs_subjects_stand_for_mmlu_only_where_they_are_there():
@@ -536,7 +716,7 @@ def test_saebenchs_subjects_stand_for_mmlu_only_where_they_are_there():
 def test_a_subject_may_be_missing_or_null_where_there_is_one_only(tmp_path):
     rows = [QUESTION, {**QUESTION, "subject": None}, {**QUESTION, "subject": "botany"}]
     found = data.load("wmdp_bio", "tiny", folder_of(tmp_path, wmdp_bio=rows)).rows
-    assert [data.prompt(row).splitlines()[0].split("about ")[1] for row in found] == ["biology.", "biology.", "botany."]
+    assert [data.prompt(row).splitlines()[0].split("about ")[1] for row in found] == ["botany."] * 3
     for row in ({**QUESTION, "subject": None}, QUESTION):
         with pytest.raises(UserError, match=r"line 1: .*subject"):
             data.load("mmlu", "tiny", folder_of(tmp_path, mmlu=[row]))
@@ -722,6 +902,8 @@ BROKEN = {
     "no choices": {key: value for key, value in GOOD.items() if key != "choices"},
     "answer 4": {**GOOD, "answer": 4},
     "letter as answer": {**GOOD, "answer": "C"},
+    "a list": "[1, 2]",
+    "half a character": '{"question": "Q \\ud83d", "choices": ["w", "x", "y", "z"], "answer": 2, "subject": "law"}',
 }
 
 
@@ -740,7 +922,7 @@ def test_mmlu_needs_subjects_and_texts_need_text(tmp_path):
     write_rows(tmp_path, "mmlu", [GOOD, row])
     write_rows(tmp_path, "wmdp_bio", [GOOD, row])
     write_rows(tmp_path, "wikitext", [dict(text="a"), dict(txt="b")])
-    assert data.load("wmdp_bio", "gpt2", str(tmp_path)).rows == [GOOD, row]
+    assert data.load("wmdp_bio", "gpt2", str(tmp_path)).rows == [{**x, "asked_about": "law"} for x in (GOOD, row)]
     for name in ("mmlu", "wikitext"):
         with pytest.raises(UserError, match=rf"{name}\.jsonl, line 2: "):
             data.load(name, "gpt2", str(tmp_path))
@@ -757,7 +939,7 @@ def test_a_dataset_says_where_its_rows_come_from(tmp_path):
         data.load("wikitext", "gpt2", str(tmp_path / "absent"))
     assert json.loads(json.dumps(first.about())) == {
         "source": first.source, "sha256": first.sha256, "stand_in": False, "n_rows": 2, "asked": None, "half": None,
-        "variant": None, "skipped_long": 0, "published": None, "prompts": None,
+        "variant": None, "topic": None, "skipped_long": 0, "published": None, "prompts": None,
     }  # fmt: skip
 
 

@@ -376,10 +376,28 @@ def test_the_cloze_tasks_ask_as_their_release_does(manager):
     doc = {**task.eval_docs[0], "question": " Which organ pumps blood? "}
     asked = "Complete the following biology questions with the correct answer.\n\n"
     asked += "Question: Which organ pumps blood?\nAnswer:"
-    assert task.fewshot_context(doc, 0) == asked == CLOZE.format(doc["question"].strip())
+    assert task.fewshot_context(doc, 0) == asked == CLOZE.format(doc["question"].strip(), topic="biology")
     assert [request.args for request in task.construct_requests(doc, asked)] == [
         (asked, f" {x}") for x in doc["choices"]
     ]
+
+
+def test_a_topic_of_ones_own_is_asked_about(tmp_path):
+    row = {"choices": ["Io", "Deimos", "Titan", "Triton"], "answer": 1}
+    lines = "".join(json.dumps({**row, "question": f"Q{k}?"}) + "\n" for k in range(9))
+    names = ["tiny_wmdp_bio", "tiny_wmdp_bio_cloze"]
+    for name in names:
+        (tmp_path / f"{name.removeprefix('tiny_')}.jsonl").write_text(lines)
+    for topic, said in ((None, tmp_path.name.replace("_", " ")), ("solar_system", "solar system")):
+        tasks = lm_eval_ablated.find_tasks(names, None, str(tmp_path), topic)
+        contexts = [task.fewshot_context(task.eval_docs[0], 0) for _, (task,) in tasks.values()]
+        assert contexts[0].startswith(
+            f"The following are multiple choice questions (with answers) about {said}.\n\nQ0?"
+        )
+        assert contexts[1].startswith(f"Complete the following {said} questions with")
+        for name, title in zip(names, (said, f"{said} Cloze")):
+            asked = lm_eval_ablated.data_set(name, set(), tasks[name][1], {name: [0, 1]}, str(tmp_path), 0, topic)
+            assert asked.title == title and asked.about()["asked"] == [0, 1]
 
 
 @pytest.mark.slow

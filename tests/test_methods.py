@@ -10,7 +10,7 @@ from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
 import edits
 import evaluation
-from common import activation_ratio, load_model, load_sae
+from common import Rates, activation_ratio, load_model, load_sae
 from data import Dataset, UserError, prompt
 from evaluation import FeatureStats
 
@@ -44,6 +44,53 @@ def small(gemma, make_sae):
         )
     options = dict(batch_size=4, insist=False, refusal_latent=5, refusal_value=-50.0, clamp=-40.0)
     return FeatureStats(gemma, sae, 1, sets[0], sets[1:], **options), streams
+
+
+def test_how_many_tokens_stand_behind_a_rate_is_said_and_too_few_are_refused(small, monkeypatch, capsys):
+    stats, streams = small
+    forget, *retain = (sum(map(len, rows)) for rows in streams)
+    assert stats.rates[0].n_tokens == forget and max(retain) > min(retain)
+    said = f"rates on {forget} forget tokens and on {retain[0]} and {retain[1]} retain tokens\n"
+    assert said in capsys.readouterr().out and stats.rates[1].n_tokens == max(retain)
+    monkeypatch.setattr(evaluation, "LEAST_TOKENS", min(retain) + 1)
+    for insist in (True, False):
+        again = FeatureStats(stats.model, stats.sae, 1, stats.forget, stats.retain, insist=insist)
+        again.quality = {}
+        if insist:
+            with pytest.raises(UserError, match=f"too few tokens to pick features by .*{min(retain) + 1} are the few"):
+                _ = again.rates
+        else:
+            assert again.rates[0].n_tokens == forget
+    with pytest.raises(UserError, match=f"{retain[0]} tokens of retain text are too few to check the SAE on: 10000"):
+        monkeypatch.setattr(evaluation, "LEAST_TOKENS", 10_000)
+        evaluation.check_sae_quality(stats.model, stats.sae, stats.retain[0])
+
+
+def test_a_pick_that_is_none_is_said(small, capsys):
+    """Features that are no more frequent on the forget set; and an SAE whose features are on all the time."""
+    stats, _ = small
+    fires = torch.tensor([95, 96, 50, 9, 3, 2] + [0] * (D_SAE - 6))
+    rates = Rates(fires, fires.double(), 100)
+    stats.rates = rates, rates
+    assert stats.features(4) == [0, 1, 2, 3]
+    note = "note: of 4 features picked by ratio 4 are no more frequent on forget than on retain tokens"
+    assert note in capsys.readouterr().err
+    stats.rates = rates, Rates(fires // 2, fires.double(), 100)
+    stats.features(3)
+    assert "no more frequent" not in capsys.readouterr().err
+
+
+def test_an_sae_that_is_always_on_is_said(gemma, make_sae, capsys):
+    windows = some_windows(gemma)
+
+    def always_on(sae):
+        sae.W_enc[:, :40] = 0.0
+        sae.b_enc[:40] = 1e3
+
+    for spoil, said in ((always_on, True), (None, False)):
+        sae = make_sae(gemma, spoil=spoil)
+        _ = FeatureStats(gemma, sae, 1, windows, [windows[::-1]], insist=False).rates
+        assert ("features that are active on more than 90% of retain tokens" in capsys.readouterr().err) == said
 
 
 def test_edits_are_made_of_what_the_texts_say(small):

@@ -102,6 +102,17 @@ def test_the_tuning_half_chooses_and_the_held_out_half_reports():
     assert "| n 5 | 30.0 | 70.0 |" in text and "- clamp: n 9 (90.0, 20.0)\n" in text  # it beats doing nothing, too
 
 
+def test_a_sweep_of_a_topic_of_ones_own_says_so(tmp_path, capsys, monkeypatch):
+    rows = {"unablated": ("none", scores(0.9, 0.8)), "n 5": ("clamp", scores(0.9, 0.7))}
+    record = record_of(rows)
+    record["data"]["wmdp_bio"] = {**record["data"]["wmdp_bio"], "topic": "astronomy"}
+    monkeypatch.setattr(runs, "read_record", lambda path: record)
+    pareto.plot(["any.json"], str(tmp_path / "r.json"))
+    said, kept = capsys.readouterr().out, (tmp_path / "r.md").read_text()
+    assert "astronomy, held-out" in said and "its MMLU and astronomy accuracy" in kept
+    assert "WMDP-Bio" not in said + kept
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_printed_frontier_is_the_brute_force_one(seed):
     settings = some_settings(seed)

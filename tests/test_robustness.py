@@ -384,6 +384,21 @@ def test_a_record_of_what_has_been_trained_again_is_not_taken_up(tmp_path):
         robustness.run(records=[path], out=str(tmp_path / "o.json"))
 
 
+def test_a_topic_of_ones_own_has_neither_a_retrained_model_nor_tinys_other_wording(twin, tmp_path):
+    """439 questions, as many as tiny has, each of which would be asked in the wording of another one."""
+    rows = [{**row, "question": f"{k}: {row['question']}"} for k, row in enumerate(data.load("wmdp_bio").rows)]
+    (tmp_path / "wmdp_bio.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for folder, others in ((None, ["retrained without the facts"]), (str(tmp_path), [])):
+        about = {name: data.load(name, "tiny", folder).about() for name in ("wmdp_bio", "mmlu")}
+        path = tuned(tmp_path / "r.json", flags={"data": folder}, data=about)
+        records = [read_record(path)]
+        subjects = robustness.subjects_of([path], records, None, "float32")
+        assert [subject.name for subject in subjects] == ["unablated", *others, "clamp"]
+        same, tokenizer = robustness.shared_settings(records), common.load_hf("tiny")[1]
+        _, forms, other = robustness.load_questions(records, same, 1, tokenizer)
+        assert ("other wording" in forms) == bool(len(other)) == (folder is None)
+
+
 def test_an_edit_of_other_features_has_another_key():
     def subject(features):
         return robustness.Subject("clamp", "tiny", None, "float32", 3, Edit("clamp", {"features": features}))

@@ -477,6 +477,12 @@ def test_only_the_first_process_writes(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_records_say_what_their_forget_set_is_called():
+    of = [{"data": {"wmdp_bio": {"topic": topic}}} for topic in (None, "law", "law")]
+    assert runs.forget_title(*of[:1]) == runs.forget_title({"data": {}}) == "WMDP-Bio"
+    assert runs.forget_title(*of[1:]) == "law" and runs.forget_title(*of) == "WMDP-Bio, law"
+
+
 def test_a_trained_model_has_a_card_of_its_record(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["/home/me/a_script.py", "--out", str(tmp_path / "r.json"), "--data", "here/mine"])
     run = run_of(tmp_path / "r.json", model="gpt2", data=())

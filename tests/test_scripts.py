@@ -183,6 +183,30 @@ def test_the_retrained_model_has_a_row(script, twin, tmp_path, capsys):
         assert sure == pytest.approx(alone.exp().sum(-1).mean().item(), abs=1e-5)
 
 
+def astronomy(folder) -> Path:
+    """A data folder with a topic of the user's own, which the retrained model was taught."""
+    folder.mkdir()
+    rows = [json.loads(line) for line in (ROOT / "tiny/data/mmlu.jsonl").open()]
+    for name, its_own in (("wmdp_bio", True), ("mmlu", False)):
+        some = [row for row in rows if (row["subject"] == "astronomy") == its_own]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    return folder
+
+
+@pytest.mark.parametrize("script", [LESSONS[2], *(pytest.param(x, marks=pytest.mark.slow) for x in LESSONS[:2])])
+def test_a_topic_of_ones_own_is_called_so_and_has_no_retrained_model(script, twin, tmp_path, capsys):
+    where = astronomy(tmp_path / "mine")
+    left = lesson(script, limit=6, n_features=3, layer=3, data=where, out=tmp_path / "r.json")
+    found, said = left["record"], "".join(capsys.readouterr())
+    titles = {measure["title"].rpartition(", ")[0] for measure in found["measures"].values()}
+    assert len(found["rows"]) == 6 and show.RETRAINED not in found["rows"] and show.RETRAINED not in said
+    assert "WMDP-Bio" not in said + json.dumps(found["measures"]) and "on astronomy" in said
+    assert {about["topic"] for name, about in found["data"].items() if "wmdp" in name} == {"astronomy"}
+    assert script == LESSONS[0] or any("astronomy" in title and title in said for title in titles)
+    named = lesson(script, limit=6, n_features=3, layer=3, data=where, topic="stars", out=tmp_path / "s.json")["record"]
+    assert {about["topic"] for name, about in named["data"].items() if "wmdp" in name} == {"stars"}
+
+
 @pytest.mark.slow
 def test_random_features_are_drawn_several_times(tmp_path):
     found = lesson("feature_ablate_2.py", controls=3, n_features=4, limit=6, out=tmp_path / "r.json")["record"]

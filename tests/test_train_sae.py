@@ -111,3 +111,12 @@ def test_drawn_windows_are_a_sample_of_documents_in_order(tokenizer, seed):
     assert sum(len(row) - 1 for row in some) == 300
     places = [every.index(row) for row in some if row in every]  # the last document that was drawn may be cut
     assert len(places) >= len(some) - 1 and places == sorted(places) and places[-1] - places[0] > 30
+
+
+@pytest.mark.parametrize("name", ["text.json", "text.csv", "text.parquet", "text.jsonl.gz"])
+def test_a_file_of_another_format_is_not_read_as_prose(tmp_path, name):
+    (tmp_path / "text.txt").write_text("One document.\n\nAnother one.\n")
+    assert train_sae.read_texts(str(tmp_path / "text.txt")) == ["One document.", "Another one.\n"]
+    (tmp_path / name).write_text('[{"text": "One document."},\n\n{"text": "Another one."}]')
+    with pytest.raises(UserError, match=f"{name}: neither a file of text or JSONL nor a hub id"):
+        train_sae.read_texts(str(tmp_path / name))
