@@ -545,7 +545,7 @@ class FeatureStats:
             raise UserError(f"too few tokens to pick features by (see the line above): {fewest} are the fewest")
         both = largest(retain)
         if both.rate[both.rate > 0.9].sum() > both.rate.sum() / 2:
-            data.note_once(f"note: features that are active on more than 90% of retain tokens make up most of the L0 of "
+            data.note_once("note: features that are active on more than 90% of retain tokens make up most of the L0 of "
                            f"{self.sae.source}: it is no sparse code")  # fmt: skip
         return forget, both
 

@@ -104,7 +104,8 @@ def local_sae(folder: Path) -> Path:
 def question(number: int) -> dict:
     choices = [WORDS[(number + step) % 8] for step in range(4)]
     return {
-        "question": f"Which of these {number} is the {choices[number % 4]}?",
+        # long, as firing rates of a dozen questions are counted on 1,000 tokens or more
+        "question": "The cat sat by the sea. " * 30 + f"Which of these {number} is the {choices[number % 4]}?",
         "choices": choices,
         "answer": number % 4,
     }
@@ -129,7 +130,7 @@ def write_datasets(root: Path) -> None:
     lines = [
         "",
         " = Rivers = \n",
-        *(f" The {a} by the {b} is wide , and the {b} is deep . \n" for a in WORDS for b in WORDS[:3]),
+        *(f" The {a} by the {b} is wide , and the {b} is deep . \n" for a in WORDS for b in WORDS),
     ]
     texts = Features({"text": Value("string")})
     put(
