@@ -236,33 +236,30 @@ def load(
         stand_in = {row["question"] for row in rows} <= embedded
         if not (topic or stand_in or len(rows) in RELEASED):
             subjects = {row["subject"] for row in rows if row.get("subject")}
-            topic = subjects.pop() if len(subjects) == 1 else Path(os.path.abspath(folder)).name
+            topic = subjects.pop() if len(subjects) == 1 else Path(folder).resolve().name
     if folder and rows:
         note_once(f"data: {file} is {len(rows):,} rows of {source}{f', on {topic}' if topic else ''}")
-    variant = None if file == name else variant
-    dataset = Dataset(name, rows, source, stand_in, variant, seed=seed, whole=pick_on == "all", topic=topic)
+    dataset = Dataset(name, rows, source, stand_in, None if file == name else variant, seed=seed,
+                      whole=pick_on == "all", topic=topic)  # fmt: skip
     return replace(dataset, rows=[{**row, "asked_about": topic} for row in rows]) if topic else dataset
 
 
 def check_folder(folder: str) -> None:
     """Raises UserError for a folder that is missing or holds no file of a known name, and for what is in such a file's
-    place (a folder, a link that leads nowhere, another format, a name that is nearly known): it would be passed over,
-    and other data scored in its place. Says what else is not read."""
+    place (a folder, a broken link, another format, a name that is nearly known): it would be passed over, and other
+    data scored in its place. Says what else is not read."""
     if not Path(folder).is_dir():
         raise UserError(f"data folder {folder}: no such folder")
-    known = {f"{name}.jsonl" for name in KNOWN}
-    names = sorted(path.name for path in Path(folder).iterdir() if path.name[0] != ".")
-    others = [name for name in names if name not in known]
+    files = {f"{name}.jsonl" for name in KNOWN if (Path(folder) / f"{name}.jsonl").is_file()}
+    others = sorted(path.name for path in Path(folder).iterdir() if path.name not in files and path.name[0] != ".")
     for name in others:
-        plain = re.sub("[^a-z0-9]", "", name.lower())
-        near = [part for part in KNOWN if part.replace("_", "") in plain]
-        near = near or difflib.get_close_matches(name.split(".")[0].lower(), KNOWN, 1, 0.85)
-        if near and f"{max(near, key=len)}.jsonl" not in names and not name.endswith((".md", ".pdf", ".png", ".py")):
-            raise UserError(f"data folder {folder}: {name} is not read; is it {max(near, key=len)}.jsonl?")
-    if others == names:
-        raise UserError(f"data folder {folder}: none of its files is called {', '.join(sorted(known))}")
-    if bad := [name for name in names if name in known and not (Path(folder) / name).is_file()]:
-        raise UserError(f"data folder {folder}: {bad[0]} is no file, but a folder or a link that leads nowhere")
+        inside = [known for known in KNOWN if known.replace("_", "") in re.sub("[^a-z0-9]", "", name.lower())]
+        near = inside or difflib.get_close_matches(name.split(".")[0].lower(), KNOWN, 1, 0.85)
+        meant = f"{max(near, key=len)}.jsonl" if near and not name.endswith((".md", ".png", ".py")) else ""
+        if meant and meant not in files:
+            raise UserError(f"data folder {folder}: {name} is not read; is it {meant}, no folder and no broken link?")
+    if not files:
+        raise UserError(f"data folder {folder}: none of its files is called {'.jsonl, '.join(sorted(KNOWN))}.jsonl")
     if others:
         note_once(f"data folder {folder}: not read are {', '.join(others[:9])}{' ...' * (len(others) > 9)}")
 
@@ -315,26 +312,23 @@ LABEL = re.compile(r"\W*(?:(?:option|choice|answer)\s)?([a-d](?=[\s.,):\]\-\u201
 def flaw_of(row: dict) -> str | None:
     """What keeps a row that has the form of a question from being one."""
     options = [" ".join(choice.split()) for choice in row["choices"]]
+    if not (re.search(r"\w", row["question"]) and all(options)):
+        return "have a blank question or option"
+    if len(set(options)) < 4:
+        return "have an option twice"
     labels = {label[1].lower() for label in map(LABEL.match, options) if label}
-    flaws = {
-        "have a blank question or option": not (re.search(r"\w", row["question"]) and all(options)),
-        "have the right option twice": options.count(options[row["answer"]]) > 1,
-        "have an option twice": len(set(options)) < 4,
-        "have options with labels of their own; A. to D. are added here": len(labels) == 4,
-    }
-    return next((flaw for flaw, found in flaws.items() if found), None)
+    return "have options with labels of their own, beside A. to D." if len(labels) == 4 else None
 
 
 def check_questions(rows: list[dict], source: str, refuse: bool) -> None:
     """Says how many of the rows are flawed questions, and which. With `refuse` raises UserError for more than FLAWED of
     them, and for any blank one: published sets are asked as they are."""
-    flaws = {}
-    for number, row in enumerate(rows, 1):
-        if "choices" in row and (flaw := flaw_of(row)):
-            flaws.setdefault(flaw, []).append(number)
-    for flaw, numbers in flaws.items():
-        places = ", ".join(map(str, numbers[:5])) + " ..." * (len(numbers) > 5)
-        said = f"{source}: {len(numbers)} of {len(rows)} questions (row {places}) {flaw}"
+    flaws = [flaw_of(row) for row in rows if "choices" in row]
+    for flaw in dict.fromkeys(filter(None, flaws)):
+        numbers = [number for number, other in enumerate(flaws, 1) if other == flaw]
+        said = (
+            f"{source}: {len(numbers)} of {len(rows)} questions {flaw}, such as row {', '.join(map(str, numbers[:5]))}"
+        )
         if refuse and ("blank" in flaw or len(numbers) > FLAWED * len(rows)):
             raise UserError(said)
         note_once(f"note: {said}")
@@ -534,11 +528,9 @@ CLOZE = "Complete the following {topic} questions with the correct answer.\n\nQu
 def encode_words(tokenizer, questions: list[dict], form: str = IN_WORDS) -> tuple[list[list[int]], list[int]]:
     """Four rows of ids for each question, the bare question with each option as its answer in words, and for each row
     the index of the answer's first token. form: IN_WORDS or CLOZE."""
-    questions = as_list(questions, "questions")
-    topics = [row.get("asked_about", "biology").replace("_", " ") for row in questions]
-    asked = [form.format(row["question"].strip(), topic=topic) for row, topic in zip(questions, topics)]
-    pairs = [encode_answer(tokenizer, text, choice.strip())
-             for text, row in zip(asked, questions) for choice in row["choices"]]  # fmt: skip
+    asked = [(form.format(row["question"].strip(), topic=row.get("asked_about", "biology").replace("_", " ")), row)
+             for row in as_list(questions, "questions")]  # fmt: skip
+    pairs = [encode_answer(tokenizer, text, choice.strip()) for text, row in asked for choice in row["choices"]]
     return [ids for ids, _ in pairs], [first for _, first in pairs]
 
 

@@ -545,8 +545,7 @@ class FeatureStats:
             raise UserError(f"too few tokens to pick features by (see the line above): {fewest} are the fewest")
         both = largest(retain)
         if both.rate[both.rate > 0.9].sum() > both.rate.sum() / 2:
-            data.note_once("note: features that are active on more than 90% of retain tokens make up most of the L0 of "
-                           f"{self.sae.source}: it is no sparse code")  # fmt: skip
+            data.note_once(f"note: most of the L0 of {self.sae.source} are features that are active on 9 in 10 tokens")
         return forget, both
 
     @cached_property
@@ -566,8 +565,7 @@ class FeatureStats:
         by_score = {"attribution": "attribution", "output-score": "output_scores"}
         picked = pick_features(*self.rates, n, rule, score=getattr(self, by_score[rule]) if rule in by_score else None)
         if common := int((activation_ratio(*self.rates)[picked] <= 1).sum()):
-            data.note_once(f"note: of {n} features picked by {rule} {common} are no more frequent on forget than on "
-                           "retain tokens")  # fmt: skip
+            data.note_once(f"note: {common} of {n} features picked by {rule} are no more frequent on forget tokens")
         return picked
 
     def control(self, n: int, most: int) -> list[int]:

@@ -410,8 +410,7 @@ def picked(lm: AblatedLM, args, clamp: float, numbers: dict):
     setting = {name: args.n_features for name in takes & {"n_features"}} | numbers
     if strange := set(setting) - takes:
         raise UserError(f"--setting {min(strange)}: {method} takes {', '.join(sorted(takes))}")
-    halves = {"seed": args.seed, "pick_on": args.pick_on}
-    wmdp = data.load("wmdp_bio", args.model, args.data, topic=args.topic, **halves).tuning
+    wmdp = data.load("wmdp_bio", args.model, args.data, seed=args.seed, pick_on=args.pick_on, topic=args.topic).tuning
     wikitext, mmlu_dev = (data.load(name, args.model, args.data) for name in ("wikitext", "mmlu_dev"))
     corpus, view = data.load_corpus(args.forget_corpus, args.model, args.data), BridgeView(lm)
     forget, retain = data.picking_texts(wmdp, corpus, wikitext, mmlu_dev, args.pick_text)

@@ -530,7 +530,7 @@ def test_a_file_that_would_be_passed_over_is_refused(tmp_path, name, said):
 
 def test_a_folder_or_a_broken_link_of_a_known_name_is_refused(tmp_path):
     where = Path(folder_of(tmp_path, mmlu=[{**QUESTION, "subject": "law"}]))
-    said = r"wmdp_bio\.jsonl is no file, but a folder or a link that leads nowhere"
+    said = r"wmdp_bio\.jsonl is not read; is it wmdp_bio\.jsonl, no folder and no broken link"
     (where / "wmdp_bio.jsonl").symlink_to("nowhere/wmdp_bio.jsonl")
     with pytest.raises(UserError, match=said):
         data.load("mmlu", "tiny", str(where))
@@ -588,7 +588,7 @@ def flawed(flaw: str, n: int) -> list[dict]:
 
 
 FLAWS = {**dict.fromkeys(("blank question", "no word", "blank option"), "a blank question or option"),
-         "right option twice": "the right option twice", "an option twice": "an option twice",
+         **dict.fromkeys(("right option twice", "an option twice"), "an option twice"),
          **dict.fromkeys(LABELLED, "labels of their own")}  # fmt: skip
 
 
@@ -597,15 +597,15 @@ def test_a_file_of_flawed_questions_is_refused_and_a_few_are_counted(tmp_path, m
     where = str(tmp_path)
     data.note_once.cache_clear()
     write_rows(tmp_path, "wmdp_bio", flawed(flaw, 7))
-    with pytest.raises(UserError, match=rf"7 of 40 questions \(row 1, 2, 3, 4, 5 \.\.\.\) have .*{said}"):
+    with pytest.raises(UserError, match=rf"7 of 40 questions have .*{said}.*, such as row 1, 2, 3, 4, 5"):
         data.load("wmdp_bio", "some/model", where)
     write_rows(tmp_path, "wmdp_bio", flawed(flaw, 2))
     if "blank" in said:
-        with pytest.raises(UserError, match=r"2 of 40 questions \(row 1, 2\)"):
+        with pytest.raises(UserError, match=r"2 of 40 questions .* row 1, 2$"):
             data.load("wmdp_bio", "some/model", where)
     else:
         assert len(data.load("wmdp_bio", "some/model", where)) == 40
-        assert "2 of 40 questions (row 1, 2) have " in (err := capsys.readouterr().err) and said in err
+        assert "2 of 40 questions have " in (err := capsys.readouterr().err) and said in err and "row 1, 2\n" in err
     # published sets are asked as they are: MMLU has nine questions with an option twice
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: flawed(flaw, 7))
     assert len(data.load("wmdp_bio", "some/model")) == 40 and "7 of 40 questions" in capsys.readouterr().err

@@ -73,7 +73,7 @@ def test_a_pick_that_is_none_is_said(small, capsys):
     rates = Rates(fires, fires.double(), 100)
     stats.rates = rates, rates
     assert stats.features(4) == [0, 1, 2, 3]
-    note = "note: of 4 features picked by ratio 4 are no more frequent on forget than on retain tokens"
+    note = "note: 4 of 4 features picked by ratio are no more frequent on forget tokens"
     assert note in capsys.readouterr().err
     stats.rates = rates, Rates(fires // 2, fires.double(), 100)
     stats.features(3)
@@ -90,7 +90,7 @@ def test_an_sae_that_is_always_on_is_said(gemma, make_sae, capsys):
     for spoil, said in ((always_on, True), (None, False)):
         sae = make_sae(gemma, spoil=spoil)
         _ = FeatureStats(gemma, sae, 1, windows, [windows[::-1]], insist=False).rates
-        assert ("features that are active on more than 90% of retain tokens" in capsys.readouterr().err) == said
+        assert ("are features that are active on 9 in 10 tokens" in capsys.readouterr().err) == said
 
 
 def test_edits_are_made_of_what_the_texts_say(small):
