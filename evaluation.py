@@ -543,10 +543,7 @@ class FeatureStats:
         print(f"rates on {counts[0]:,} forget tokens and on {' and '.join(f'{n:,}' for n in counts[1:])} retain tokens")
         if min(counts) < fewest:
             raise UserError(f"too few tokens to pick features by (see the line above): {fewest} are the fewest")
-        both = largest(retain)
-        if both.rate[both.rate > 0.9].sum() > both.rate.sum() / 2:
-            data.note_once(f"note: most of the L0 of {self.sae.source} are features that are active on 9 in 10 tokens")
-        return forget, both
+        return forget, largest(retain)
 
     @cached_property
     def attribution(self) -> torch.Tensor:

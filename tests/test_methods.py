@@ -67,7 +67,7 @@ def test_how_many_tokens_stand_behind_a_rate_is_said_and_too_few_are_refused(sma
 
 
 def test_a_pick_that_is_none_is_said(small, capsys):
-    """Features that are no more frequent on the forget set; and an SAE whose features are on all the time."""
+    """Features that are no more frequent on the forget set."""
     stats, _ = small
     fires = torch.tensor([95, 96, 50, 9, 3, 2] + [0] * (D_SAE - 6))
     rates = Rates(fires, fires.double(), 100)
@@ -78,19 +78,6 @@ def test_a_pick_that_is_none_is_said(small, capsys):
     stats.rates = rates, Rates(fires // 2, fires.double(), 100)
     stats.features(3)
     assert "no more frequent" not in capsys.readouterr().err
-
-
-def test_an_sae_that_is_always_on_is_said(gemma, make_sae, capsys):
-    windows = some_windows(gemma)
-
-    def always_on(sae):
-        sae.W_enc[:, :40] = 0.0
-        sae.b_enc[:40] = 1e3
-
-    for spoil, said in ((always_on, True), (None, False)):
-        sae = make_sae(gemma, spoil=spoil)
-        _ = FeatureStats(gemma, sae, 1, windows, [windows[::-1]], insist=False).rates
-        assert ("are features that are active on 9 in 10 tokens" in capsys.readouterr().err) == said
 
 
 def test_edits_are_made_of_what_the_texts_say(small):
