@@ -33,8 +33,7 @@ flags.add_argument("--setting", nargs="+", metavar="NAME=NUMBER", help="one sett
 flags.add_argument("--all", action="store_true", help="every method in turn, then the figure and a table of costs")
 flags.add_argument("--steps", type=positive_int, help="of training (default: each method's own)")
 flags.add_argument("--lr", type=finite_float, help="rate that the grid's multiply (default: each method's own)")
-flags.add_argument("--loss-on", default="answer", choices=["answer", "text"], help="next-token losses are of a "
-                   "question's answer, as in open-unlearning, or of all its text (default: %(default)s)")  # fmt: skip
+flags.add_argument("--loss-on", default="answer", choices=["answer", "text"], help="part of a question with a loss")
 flags.add_argument("--refusal-latent", type=natural_int, help="for refusal-clamp: one active when the model declines")
 flags.add_argument("--refusal-value", type=finite_float, default=-500.0, help="its value (default: %(default)g)")
 help_before_imports(flags, __name__)
@@ -58,9 +57,7 @@ from common import as_bridge, load_hf, load_model, load_retrained, load_sae
 from data import HERE, Benchmark, UserError, load_benchmark, n_processes, picking_windows
 from edits import NONE, Edit, Method, label
 from evaluation import FeatureStats, best_row, joined, letters, loss, robust_only, words
-from runs import FREE, Run, forget_title, peak_gb, read_record, save_model, write_whole
-
-UNABLATED = "unablated"
+from runs import FREE, Run, forget_title, peak_gb, read_record, write_whole
 
 
 def tunable() -> dict[str, Method]:
@@ -125,31 +122,14 @@ def scored(model, rows: dict, benchmark, args, cached=lambda name, make: make())
     return [*measures, cached("web", lambda: loss(model, benchmark.web, rows, **size))]
 
 
-def load(method: Method, grid: list[dict], args) -> tuple:
-    """(model, {layer: SAE} that the settings read, benchmark)."""
-    model = load_model(args.model, args.device, args.dtype, edit_special=args.edit_special)
-    if not 0 <= args.layer < model.cfg.n_layers:
-        raise UserError(f"--layer {args.layer}: the model has layers 0 to {model.cfg.n_layers - 1}")
-    layers = sorted({layer for setting in grid for layer in setting.get("layers", [args.layer])})
-    saes = {layer: load_sae(args.sae, layer, model, args.model) for layer in layers if method.needs_sae}
-    benchmark = benchmark_of(args, model.tokenizer)
-    if args.robust:
-        narrowed = {name: robust_only(model, quiz, style=args.prompt, batch_size=args.batch_size)
-                    for name, quiz in benchmark.quizzes.items()}  # fmt: skip
-        benchmark = replace(benchmark, quizzes=narrowed)
-    return model, saes, benchmark
-
-
 def tune(model, method: Method, grid: list[dict], saes: dict, benchmark, args, cached) -> tuple[dict, list]:
     """({row: Edit} of the grid, of training its settings alone; Measures of the unablated model, of these rows and of
     the retrained model, if there is one)."""
     training = prepare(model, benchmark, saes, args)
-    if method.train:
-        made = [Edit(args.method, setting) for setting in grid]
-    else:
-        made = [edits.from_grid(args.method, setting, training.stats(args.layer)) for setting in grid]
+    made = [Edit(args.method, setting) if method.train else
+            edits.from_grid(args.method, setting, training.stats(args.layer)) for setting in grid]  # fmt: skip
     rows = {label(args.method, edit.settings) or method.title: edit for edit in made}
-    parts = [scored(model, {UNABLATED: NONE, **({} if method.train else rows)}, benchmark, args, cached)]
+    parts = [scored(model, {"unablated": NONE, **({} if method.train else rows)}, benchmark, args, cached)]
 
     def trained(name: str) -> list:
         hf, _ = method.train(training, **rows[name].settings)
@@ -173,11 +153,20 @@ def run(**changes) -> dict:
         raise UserError(f"--method {args.method}: there are {', '.join(methods)}")
     method = methods[args.method]
     grid = grid_of(method, args)
-    model, saes, benchmark = load(method, grid, args)
+    model = load_model(args.model, args.device, args.dtype, edit_special=args.edit_special)
+    if not 0 <= args.layer < model.cfg.n_layers:
+        raise UserError(f"--layer {args.layer}: the model has layers 0 to {model.cfg.n_layers - 1}")
+    layers = sorted({layer for setting in grid for layer in setting.get("layers", [args.layer])})
+    saes = {layer: load_sae(args.sae, layer, model, args.model) for layer in layers if method.needs_sae}
+    benchmark = benchmark_of(args, model.tokenizer)
+    if args.robust:
+        narrowed = {name: robust_only(model, quiz, style=args.prompt, batch_size=args.batch_size)
+                    for name, quiz in benchmark.quizzes.items()}  # fmt: skip
+        benchmark = replace(benchmark, quizzes=narrowed)
     job = Run("baselines.py", args, benchmark.datasets, saes.values(), also=grid)
     rows, measures = tune(model, method, grid, saes, benchmark, args, job.cached)
     right = {measure.name: measure for measure in measures if measure.name.endswith(("/letters", "/cloze"))}
-    chosen = best_row(*(of.select([UNABLATED, *rows]).scores() for name, of in right.items() if "/tuning/" in name))
+    chosen = best_row(*(of.select(["unablated", *rows]).scores() for name, of in right.items() if "/tuning/" in name))
     show.table([*right.values(), measures[-1]], title=f"{method.title}, all settings, on both halves")
     held_out = [measure for measure in measures if "/tuning/" not in measure.name]
     shown = [row for row in measures[0].rows if row == chosen or row not in rows]
@@ -192,7 +181,7 @@ def run(**changes) -> dict:
         folder = job.path.with_suffix(".model")
         more |= {"log": log, "log_names": list(method.log)}
         try:
-            save_model(hf, model.tokenizer, folder)
+            write_whole(folder, lambda to: [part.save_pretrained(to) for part in (hf, model.tokenizer)])
             more["folder"] = folder.name
         except UserError as error:  # a full disk: the record says what was measured
             print(f"note: {error}; the trained model is lost", file=sys.stderr)
@@ -200,7 +189,7 @@ def run(**changes) -> dict:
     else:
         edits.from_grid(args.method, grid[list(rows).index(chosen)], training.stats(args.layer))
     more |= {"seconds_to_make": round(time.time() - started, 2), "peak_gb": peak_gb()}
-    rows |= {UNABLATED: NONE, show.RETRAINED: Edit("retrained")}
+    rows |= {"unablated": NONE, show.RETRAINED: Edit("retrained")}
     return job.write({row: rows[row] for row in measures[0].rows}, measures, figures, **more)
 
 
@@ -226,11 +215,10 @@ def run_all(args, methods: dict) -> dict:
     """Tune every method; returns {"records": paths}."""
     if args.setting:
         raise UserError("--setting is of one method: leave out --all")
-    job, defaults = Run("baselines.py", args, benchmark_of(args).datasets), vars(flags.parse_args([]))
-    changed = {name: value for name, value in vars(args).items()
-               if name not in ("all", "method", "out") and value != defaults[name]}  # fmt: skip
-    given = [part for name, value in changed.items()
-             for part in (f"--{name.replace('_', '-')}", *([] if value is True else [value]))]  # fmt: skip
+    job, given = Run("baselines.py", args, benchmark_of(args).datasets), []
+    for name, value in vars(args).items():
+        if name not in ("all", "method", "out") and value != flags.get_default(name):
+            given += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
     names = [name for name in methods if name != "refusal-clamp" or args.refusal_latent is not None]
     paths = {name: job.path.with_name(f"{job.path.stem}_{name}.json") for name in names}
     for name, path in tqdm(paths.items(), desc="methods", unit="method"):

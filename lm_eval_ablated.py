@@ -11,18 +11,12 @@ lm-eval with an edit in every forward pass: any of its tasks, any method, severa
         --tasks wmdp_bio,mmlu --unablated --batch_size auto
 
 Features are picked as in the lessons and clamped, or edited by another --method; or they are read with --features, a
-JSON list of ids of --layer's SAE or {layer: ids}; or the edit is a row of a --record, made again as it was. With
---unablated the model is scored without the edit too and the two are compared question by question, which lm-eval
-itself does not do. Questions that features were picked on are left out. Tasks are lm-eval's and those of
-lm_eval_tasks/; options with underscores are lm-eval's own.
+JSON list of ids of --layer's SAE or {layer: ids}, whose SAEs are the preset's or --sae with {layer} in the layer's
+place; or the edit is a row of a --record, made again as it was. With --unablated the model is scored without the edit
+too and the two are compared question by question, which lm-eval itself does not do. Questions that features were picked
+on are left out. Tasks are lm-eval's and those of lm_eval_tasks/; options with underscores are lm-eval's own.
 
-In lm-eval's command line the model is called sae-ablated:
-
-    python -c "import lm_eval_ablated, lm_eval.__main__ as m; m.cli_evaluate()" --model sae-ablated \
-        --model_args pretrained=tiny/model,sae=tiny/sae/layer_3,layer=3,features=features.json,clamp=-80 \
-        --include_path lm_eval_tasks --tasks tiny_wmdp_bio --batch_size 16
-
-On tiny the first command prints the scores of lesson 2.
+In lm-eval's own command line the model is called sae-ablated (docs/real_models.md).
 """
 
 # %% Flags come first: --help need not wait for the other imports
@@ -30,45 +24,35 @@ import runs
 
 flags = runs.parser(__doc__, without=("--skip-long",))
 
-
-def lm_eval_flag(name: str, **options) -> None:
-    spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])  # one, where it has no underscore
-    lm_evals.add_argument(*spellings, dest=name, **options)
-
-
 flags.add_argument("--clamp", type=runs.number(float, "0 or negative", lambda x: x <= 0),
                    help="value that active features are set to, 0 or negative (default: the preset's)")  # fmt: skip
 group = flags.add_argument_group("edit")
 group.add_argument("--features", metavar="FILE", help="JSON list of ids, or {layer: ids} (default: pick them)")
 group.add_argument("--record", metavar="FILE", help="take the edit of a row of this record, as it is")
 group.add_argument("--row", help="which row (default: the one that the record calls chosen, else its clamp)")
-group.add_argument("--method", help="what is done with the features: dsg, mean-ablation, ... (default: clamp); of a "
-                   "record the row of that method")  # fmt: skip
+group.add_argument("--method", help="dsg, mean-ablation, ... (default: clamp); of a record the row of that method")
 group.add_argument("--setting", nargs="+", metavar="NAME=NUMBER", help="what else the method takes: of picked features "
                    "as in its grid (threshold=0.5 times the mean activation), of --features as it is")  # fmt: skip
 group.add_argument("--refusal-latent", type=runs.natural_int, help="of refusal-clamp: active when the model declines")
 group.add_argument("--refusal-value", type=runs.finite_float, default=-500.0, help="its value (default: %(default)s)")
-lm_evals = flags.add_argument_group("lm-eval")
-lm_eval_flag("tasks", help="comma-separated; list shows this folder's (default: the preset's stand-ins, or "
-             "wmdp_bio,sae_mmlu_saebench)")  # fmt: skip
-lm_eval_flag("unablated", action="store_true", help="score the model without the edit too, and compare")
-lm_eval_flag("subjects", help="comma-separated: only the questions on these")
-lm_eval_flag("samples", metavar="FILE", help="JSON {task: [indices of documents]}: ask only these")
-lm_eval_flag("robust", nargs="?", const="all", choices=["all", "question"], help="ask only what the model gets right "
-             "in all 24 orders of the options; question: and not in all 24 without the question")  # fmt: skip
-lm_eval_flag("batch_size", type=lambda given: given if str(given).startswith("auto") else runs.positive_int(given),
-             default=16, help="a number, auto or auto:N (default: %(default)s)")  # fmt: skip
-lm_eval_flag("max_batch_size", type=runs.positive_int, default=64, help="where auto starts (default: %(default)s)")
-lm_eval_flag("num_fewshot", type=runs.natural_int, help="examples in front of each question (default: the task's)")
-lm_eval_flag("apply_chat_template", nargs="?", const=True, default=False, help="wrap prompts, optionally by name",
-             type=lambda given: given == "True" or given)  # fmt: skip
-lm_eval_flag("system_instruction", help="text in front of every prompt")
-lm_eval_flag("model_args", help="more arguments of lm-eval's hf, as parallelize=True,max_length=2048")
-lm_eval_flag("gen_kwargs", help="for tasks that generate, as max_gen_toks=20,temperature=0")
-lm_eval_flag("include_path", help="folder with more task files")
-lm_eval_flag("use_cache", metavar="FOLDER", help="keep answers there; every edit has a cache of its own")
-lm_eval_flag("output_path", metavar="FOLDER", help="lm-eval's own result files go there")
-lm_eval_flag("log_samples", action="store_true", help="and its per-question log, with --output_path")
+add = flags.add_argument_group("lm-eval").add_argument
+add("--tasks", help="comma-separated, or list (default: wmdp_bio,sae_mmlu_saebench; of tiny its stand-ins)")
+add("--unablated", action="store_true", help="score the model without the edit too, and compare")
+add("--subjects", help="comma-separated: only the questions on these")
+add("--samples", metavar="FILE", help="JSON {task: [indices of documents]}: ask only these")
+add("--robust", action="store_true", help="ask only what the model gets right in all 24 orders of the options")
+add("--batch_size", "--batch-size", type=lambda given: given if str(given).startswith("auto") else
+    runs.positive_int(given), default=16, help="a number, auto or auto:N (default: %(default)s)")  # fmt: skip
+add("--num_fewshot", "--num-fewshot", type=runs.natural_int, help="examples in front (default: the task's)")
+add("--apply_chat_template", "--apply-chat-template", nargs="?", const=True, default=False,
+    help="wrap prompts, optionally by name", type=lambda given: given == "True" or given)  # fmt: skip
+add("--system_instruction", "--system-instruction", help="text in front of every prompt")
+add("--model_args", "--model-args", help="more arguments of lm-eval's hf, as parallelize=True,max_length=2048")
+add("--gen_kwargs", "--gen-kwargs", help="for tasks that generate, as max_gen_toks=20,temperature=0")
+add("--include_path", "--include-path", help="folder with more task files")
+add("--use_cache", "--use-cache", metavar="FOLDER", help="keep answers there; every edit has a cache of its own")
+add("--output_path", "--output-path", metavar="FOLDER", help="lm-eval's own result files go there")
+add("--log_samples", "--log-samples", action="store_true", help="and its per-question log, with --output_path")
 runs.help_before_imports(flags, __name__)
 
 # %%
@@ -77,7 +61,6 @@ import hashlib
 import inspect
 import json
 import random
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial, partialmethod
 from importlib.metadata import version
@@ -103,7 +86,7 @@ import show
 from common import bare_generation, load_sae, usable_device
 from data import HERE, LETTERS, Dataset, UserError, first_line
 from edits import METHODS, NONE, Edit, applied, decoder_layers, from_grid, label, layer_of, make, together
-from evaluation import FeatureStats, Measure, check_sae_quality
+from evaluation import FeatureStats, Measure, check_sae_quality, measure_of
 
 TASKS = HERE / "lm_eval_tasks"
 TINY_TASKS, HUB_TASKS = "tiny_wmdp_bio,tiny_mmlu", "wmdp_bio,sae_mmlu_saebench"
@@ -119,9 +102,8 @@ DATA_SETS = {"tiny_wmdp_bio": ("wmdp_bio", "tiny", "all"), "tiny_mmlu": ("mmlu",
 class AblatedLM(HFLM):
     """lm-eval's `hf`, with all of its arguments, and an edit that is on in every forward pass.
 
-    pretrained: preset, hub id or folder. edit_special: as edits.token_mask has it. Without an edit every
-    log-likelihood is `hf`'s to the last bit. Raises UserError for logits that are not finite, for a prompt that does
-    not fit into the model's positions or ends where the model is to think, and as data.as_chat and data.check_ends do.
+    pretrained: preset, hub id or folder. edit_special: see edits.token_mask. Raises UserError for logits that are not
+    finite, for a prompt too long for the model's positions, and as data.as_chat, check_ends and refuse_thought do.
     """
 
     def __init__(self, pretrained: str, device: str | None = None, edit_special: str = "never", **kwargs):
@@ -136,8 +118,7 @@ class AblatedLM(HFLM):
         loaded = {name: kwargs[name] for name in ("peft", "delta", "tokenizer") if isinstance(kwargs.get(name), str)}
         self.identity = {name: hub.identity(source) for name, source in {"model": path, **loaded}.items()}
         if "revision" in kwargs:
-            commit = getattr(self.model.config, "_commit_hash", None)
-            self.identity["revision"] = f"{kwargs['revision']}@{commit}"
+            self.identity["revision"] = f"{kwargs['revision']}@{getattr(self.model.config, '_commit_hash', None)}"
         self.arguments = {name: str(kwargs[name]) for name in sorted(kwargs) if "batch_size" not in name}
         self.model.generation_config = bare_generation(self.model)
         data.check_ends(self.tokenizer, [self.tok_encode("A")])
@@ -159,7 +140,6 @@ class AblatedLM(HFLM):
             hub.refuse_keys(adapter, found.missing_keys, (), found.unexpected_keys)
 
     def set_edit(self, edit: Edit, saes=()) -> None:
-        """Have this edit on from now on; saes: those that it was made from."""
         self.edit, self.saes = edit, saes
 
     def refuse_not_finite(self, module, args, logits):
@@ -184,8 +164,8 @@ class AblatedLM(HFLM):
         """Hash of what decides the answers: what model, adapter and SAEs are (hub.identity), arguments, the edit."""
         decides = [self.identity, self.arguments, self.model.config._attn_implementation, str(self.model.dtype)]
         if self.edit.at:
-            decides += [self.edit.method, self.edit.settings, [sae.identity for sae in self.saes],
-                        self.tokenizer.edit_special]  # fmt: skip
+            saes = [sae.identity for sae in self.saes]
+            decides += [self.edit.method, self.edit.settings, saes, self.tokenizer.edit_special]
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
 
     def set_cache_hook(self, cache_hook) -> None:
@@ -206,7 +186,7 @@ class AblatedLM(HFLM):
             self.refuse_long(text, len(context) + len(answer) - 1)
         # lm-eval pads with token 0, which a share of tokens must not count
         alone = self.edit.needs_whole_prompt and data.pad_id(self.tokenizer) != 0
-        with patch.object(self, "batch_size_per_gpu", 1) if alone else nullcontext():
+        with patch.object(self, "batch_size_per_gpu", 1 if alone else self.batch_size_per_gpu):
             return super()._loglikelihood_tokens(requests, **kwargs)
 
     def chat_template(self, chat_template=False):
@@ -244,11 +224,8 @@ class AblatedLM(HFLM):
 
 
 class CommandLineLM(AblatedLM):
-    """AblatedLM as lm-eval's own command line makes it, from --model_args, with the edit of features or of a record.
-
-    sae, layer, features, record, row, method: as this script's flags; clamp (default: 0, zero ablation), threshold,
-    gate, ...: what the method takes. All else is `hf`'s.
-    """
+    """AblatedLM as lm-eval's own command line makes it. sae, layer, features, record, row, method: as this script's
+    flags; clamp (default: 0, zero ablation), threshold, gate, ...: what the method takes; all else: as `hf` has it."""
 
     def __init__(self, pretrained: str, sae=None, layer=7, features=None, record=None, row=None, method=None, **kwargs):
         taken = inspect.signature(METHODS[method or "clamp"].edit).parameters
@@ -258,10 +235,9 @@ class CommandLineLM(AblatedLM):
             kwargs.setdefault("edit_special", record["settings"].get("edit_special", "never"))
         super().__init__(pretrained, **kwargs)
         if record:
-            edit, saes, _ = edit_of_row(self, record, row, method, sae, pretrained)
+            self.set_edit(*edit_of_row(self, record, chosen_row(record, row, method), sae, pretrained))
         else:
-            edit, saes = edit_of_features(self, read_features(features, layer), method, sae, pretrained, numbers)
-        self.set_edit(edit, saes)
+            self.set_edit(*edit_of_features(self, features, layer, method, sae, pretrained, numbers))
 
 
 if "sae-ablated" not in model_registry:  # lm-eval refuses a name twice, but a notebook's cell is run again
@@ -270,19 +246,16 @@ if "sae-ablated" not in model_registry:  # lm-eval refuses a name twice, but a n
 
 class DataParallelLM(AblatedLM):
     """A view of an AblatedLM that shares requests out over the processes; every process gets all answers, in order.
-
-    inner: what answers a process's share: the model, or a cache in front of it. lm-eval's own way shares out documents,
-    and fails where a task has fewer of them than there are processes.
-    """
+    inner: the model, or a cache in front of it. lm-eval itself shares out documents, and fails where a task has fewer
+    of them than there are processes."""
 
     def __init__(self, lm: AblatedLM, inner):
         vars(self).update(vars(lm), inner=inner)
 
     def share(self, name: str, requests: list) -> list:
         contexts = [request.args[0] or str(request.args) for request in requests]  # a question's letters share one
-        numbers = {context: i for i, context in enumerate(dict.fromkeys(contexts))}
-        chosen = set(data.own_share(range(len(numbers))))
-        shard = [i for i, context in enumerate(contexts) if numbers[context] in chosen]
+        chosen = set(data.own_share(list(dict.fromkeys(contexts))))
+        shard = [i for i, context in enumerate(contexts) if context in chosen]
         answers = getattr(self.inner, name)([requests[i] for i in shard]) if shard else []
         answers = dict(gather_object(list(zip(shard, answers))))
         return [answers[i] for i in range(len(requests))]
@@ -293,19 +266,18 @@ class DataParallelLM(AblatedLM):
 
 
 def load_ablated(args) -> AblatedLM:
-    """The model that is scored, without an edit. It counts as one process: DataParallelLM deals with the others. Raises
-    UserError for a model that cannot be loaded."""
+    """The model, without an edit; UserError if it cannot be loaded. DataParallelLM alone knows of other processes."""
     more = {"attn_implementation": "eager", **simple_parse_args_string(args.model_args)}  # eager as in TransformerLens
     if more.get("trust_remote_code"):
         raise UserError("--model_args trust_remote_code=True: code from a repository is never run here")
     if args.device_map and (args.device or data.n_processes() > 1):
         raise UserError("--device-map spreads one model over the GPUs: leave out --device and accelerate launch")
-    spread = args.device_map and torch.cuda.is_available()
-    spread = {"parallelize": True, "device_map": args.device_map} if spread else {}
+    if args.device_map and torch.cuda.is_available():
+        more |= {"parallelize": True, "device_map": args.device_map}
     path, dtype = hub.resolve_model(args.model), args.dtype or hub.preset(args.model).dtype
     try:
-        lm = AblatedLM(args.model, device=args.device, dtype=dtype, edit_special=args.edit_special, **spread, **more,
-                       batch_size=args.batch_size, max_batch_size=args.max_batch_size)  # fmt: skip
+        lm = AblatedLM(args.model, device=args.device, dtype=dtype, edit_special=args.edit_special, **more,
+                       batch_size=args.batch_size)  # fmt: skip
     except (OSError, ValueError, ImportError, TypeError, AssertionError, SafetensorError) as error:
         raise UserError(f"cannot load {path}: {first_line(error)}{hub.gated_hint(path)}") from error
     hub.refuse_not_finite(path, lm.model.named_parameters())
@@ -332,9 +304,11 @@ def read_json(path: str):
         raise UserError(f"cannot read {path}: {first_line(error)}") from error
 
 
-def read_features(path: str, layer: int) -> dict[int, list[int]]:
-    """{layer: ids} of a JSON file, which has that, or a list of ids of this layer's SAE. Raises UserError for another
-    file, and for a layer without ids: with nothing to ablate the model would be scored as it is."""
+def edit_of_features(lm, path: str, layer: int, method: str | None, sae: str | None, model: str, numbers: dict):
+    """(Edit, its SAEs): the method, or a clamp, of a JSON file's features, {layer: ids} or a list of this layer's.
+    numbers: of the method ({"clamp": -40}); sae: RELEASE:ID or folder, with {layer} in the layer's place. Raises
+    UserError for another file, for a layer without ids (the model would be scored as it is), for features that an SAE
+    lacks, and as load_sae and make do."""
     content = read_json(path)
     try:
         features = {int(k): [*ids] for k, ids in (content if isinstance(content, dict) else {layer: content}).items()}
@@ -342,17 +316,6 @@ def read_features(path: str, layer: int) -> dict[int, list[int]]:
         raise UserError(f"{path}: give a JSON list of feature ids, or {{layer: ids}} (records: --record)") from error
     if not features or not all(ids and all(type(i) is int for i in ids) for ids in features.values()):
         raise UserError(f"{path}: a layer has no features, as a list of ids")
-    return features
-
-
-def edit_of_features(lm: AblatedLM, features: dict, method: str | None, sae: str | None, model: str, numbers: dict):
-    """(Edit, its SAEs): the method, or a clamp, of {layer: ids}, with these numbers of it ({"clamp": -40}).
-
-    sae: RELEASE:ID or folder, with {layer} in the layer's place; None: the preset's. Raises UserError for a number that
-    the method lacks, and for features that an SAE lacks.
-    """
-    if sae and len(features) > 1 and "{layer}" not in sae:
-        raise UserError(f"the SAE {sae}: with several layers it needs {{layer}} in the layer's place")
     method = method or ("clamp" if numbers.get("clamp") else "zero-ablation")
     saes, parts = [], []
     for layer, ids in features.items():
@@ -365,8 +328,8 @@ def edit_of_features(lm: AblatedLM, features: dict, method: str | None, sae: str
 
 
 def chosen_row(record: dict, row: str | None = None, method: str | None = None) -> str:
-    """Name of the row of a record whose edit is meant: `row`; else the record's "chosen" one, if it is of the method;
-    else the only one of the method (None: the only clamp, or the only edit). Raises UserError for none or several."""
+    """Which row's edit is meant: `row`; else the record's "chosen" one, if it is of the method; else the only one of
+    the method (None: the only clamp, or the only edit). Raises UserError for none or several."""
     rows = {name: entry["method"] for name, entry in record["rows"].items()
             if entry["method"] in METHODS or entry["method"] == "together"}  # fmt: skip
     chosen = record.get("chosen")
@@ -379,11 +342,10 @@ def chosen_row(record: dict, row: str | None = None, method: str | None = None) 
     return left[0]
 
 
-def edit_of_row(lm: AblatedLM, record: dict, row: str | None, method: str | None, sae: str | None, model: str):
-    """(Edit, its SAEs, name of the row): an edit of a record, made again. sae: where its SAE is now, if elsewhere.
-    Raises UserError as `chosen_row` does, and if the model or an SAE is not what it was for the record."""
-    name = chosen_row(record, row, method)
-    entry = record["rows"][name]
+def edit_of_row(lm: AblatedLM, record: dict, row: str, sae: str | None, model: str):
+    """(Edit, its SAEs): that row's edit, made again. sae: where its SAE is now, if elsewhere. Raises UserError if the
+    model or an SAE is not what it was for the record."""
+    entry = record["rows"][row]
     if record["identity"]["model"] != lm.identity["model"]:
         raise UserError(f"the record is of {record['model']} as it was then, not of what {model} holds now")
     parts = entry["settings"]["edits"] if entry["method"] == "together" else [entry]
@@ -397,7 +359,7 @@ def edit_of_row(lm: AblatedLM, record: dict, row: str | None, method: str | None
             if loaded.identity != known["identity"]:
                 raise UserError(f"the record is of another SAE than {source} holds now")
             saes[layer_of(loaded)] = loaded
-    return make(entry["method"], saes or None, **entry["settings"]), list(saes.values()), name
+    return make(entry["method"], saes or None, **entry["settings"]), list(saes.values())
 
 
 def picked(lm: AblatedLM, args, clamp: float, numbers: dict):
@@ -451,12 +413,10 @@ def find_tasks(names: list[str], include_path: str | None = None, folder=None, t
 
 
 def choose(tasks, held_out: bool, seed: int, subjects=None, samples: dict = (), limit=None) -> dict[str, list[int]]:
-    """{task: indices of the documents to ask}; a task without any is left out. tasks: as find_tasks has them.
-
-    held_out: of quizzes like wmdp's and mmlu's that half only. samples {task: indices} takes its place, subjects narrow
-    it down, and limit keeps a seeded sample of what is left of each name in `tasks`; documents that are one question in
-    several orders (`number`) stay together. Raises UserError where nothing is left.
-    """
+    """{task: indices of the documents to ask}; a task without any is left out. tasks: as find_tasks has them; held_out:
+    of quizzes like wmdp's and mmlu's that half only. samples {task: indices} takes its place, subjects narrow it down,
+    and limit keeps a seeded sample of what is left of each name in `tasks`; documents that are one question in several
+    orders (`number`) stay together. Raises UserError where nothing is left."""
     chosen, samples = {}, dict(samples)
     subjects = subjects and {name.strip() for name in subjects.split(",")}
     if strange := set(samples) - {part.task_name for _, parts in tasks.values() for part in parts}:
@@ -473,11 +433,9 @@ def choose(tasks, held_out: bool, seed: int, subjects=None, samples: dict = (), 
                             f"{', '.join(sorted(known)) or 'none'}")  # fmt: skip
         questions = {}  # {(task, question): documents}
         for task, i, doc in docs:
-            if task in samples:
-                keep = i in samples[task]
-            else:
-                asked = {"question": doc.get("left_out", doc.get("question"))}
-                keep = not (held_out and set(doc) >= QUIZ) or data.half_of(asked, seed) == "held-out"
+            asked = {"question": doc.get("left_out", doc.get("question"))}
+            tuning = held_out and set(doc) >= QUIZ and data.half_of(asked, seed) == "tuning"
+            keep = i in samples[task] if task in samples else not tuning
             if keep and (not subjects or doc.get("subject") in subjects):
                 questions.setdefault((task, doc.get("number", i)), []).append(i)
         if not questions:
@@ -494,72 +452,56 @@ def choose(tasks, held_out: bool, seed: int, subjects=None, samples: dict = (), 
 def ask(lm: AblatedLM, tasks: dict[str, tuple], chosen: dict[str, list[int]], args, folder: str | None = None):
     """lm-eval's results of one run, with its samples; None in all processes but the first. folder: below --output_path,
     for lm-eval's own files; None: they are not written."""
-    # every process caches what it was asked, every edit has a cache of its own
-    cache = f"{lm.fingerprint()}_process{data.process_state().process_index}.db"
-    cache = args.use_cache and Path(args.use_cache) / cache
+    inner = lm
+    if args.use_cache:  # every process caches what it was asked, every edit has a cache of its own
+        file = f"{lm.fingerprint()}_process{data.process_state().process_index}.db"
+        inner = CachingLM(lm, str(Path(args.use_cache) / file))
     output = args.output_path and folder and str(Path(args.output_path) / folder)
     tracker, items = EvaluationTracker(output_path=output), []
     for group, parts in tasks.values():  # a group as a whole if all of its tasks have questions to ask
         left = [part for part in parts if part.task_name in chosen]
         items += [group] if group is not None and len(left) == len(parts) else left
     results = simple_evaluate(
-        DataParallelLM(lm, CachingLM(lm, str(cache)) if cache else lm), tasks=items, samples=chosen,
-        num_fewshot=args.num_fewshot, batch_size=args.batch_size, apply_chat_template=args.apply_chat_template,
-        system_instruction=args.system_instruction, gen_kwargs=args.gen_kwargs, evaluation_tracker=tracker,
-        bootstrap_iters=1000, task_manager=TaskManager(include_defaults=False),
+        DataParallelLM(lm, inner), tasks=items, samples=chosen, num_fewshot=args.num_fewshot,
+        batch_size=args.batch_size, apply_chat_template=args.apply_chat_template, gen_kwargs=args.gen_kwargs,
+        system_instruction=args.system_instruction, evaluation_tracker=tracker, bootstrap_iters=1000,
+        task_manager=TaskManager(include_defaults=False),
     )  # fmt: skip
     if results and output:
-        samples = results["samples"] if args.log_samples else None
+        samples = copy.deepcopy(results["samples"]) if args.log_samples else None  # numbers become text
         tracker.save_results_aggregated({k: v for k, v in results.items() if k != "samples"}, samples)
         for name in samples or []:
             tracker.save_results_samples(name, samples[name])
     return results
 
 
-def in_order(task, order: tuple[int, ...], question: bool):
-    """The task with each question's options in that order, and without the question if `question` is False."""
-
-    class InOrder(type(task)):
-        eval_docs = [data.reordered(doc if question else {**doc, "question": ""}, order) for doc in task.eval_docs]
-
-    twin = copy.copy(task)
-    twin.__class__ = InOrder
+def in_order(task, order: tuple[int, ...]):
+    """The task with each question's options in that order."""
+    docs, twin = [data.reordered(doc, order) for doc in task.eval_docs], copy.copy(task)
+    twin.__class__ = type("InOrder", (type(task),), {"eval_docs": docs})
     return twin
 
 
-def right_in_all_orders(lm: AblatedLM, parts: list, chosen: dict, args, question=True) -> dict[str, list[int]]:
-    """{task: those of the chosen documents that the unablated model gets right in all 24 orders of the options}, asked
-    as they are scored: adapter, examples, chat template and all. A document is asked no more after a wrong answer."""
-    left = {part.task_name: chosen[part.task_name] for part in parts}
-    for order in data.PERMUTATIONS:
-        twins = {part.task_name: in_order(part, order, question) for part in parts if left[part.task_name]}
-        if not twins:
-            break
-        with patch("lm_eval.evaluator.add_env_info"):  # asks git and pip, for files that are not written here
-            results = ask(lm, {name: (None, [twin]) for name, twin in twins.items()},
-                          {name: left[name] for name in twins}, args)  # fmt: skip
-        right = {name: [row["doc_id"] for row in logged(results, [twin]) if row[metric_of(row)] == 1]
-                 for name, twin in twins.items() if results}  # fmt: skip
-        left |= data.from_first_process(right)  # lm-eval gives results to the first process alone
-    return left
-
-
 def keep_robust(lm: AblatedLM, tasks: dict, chosen: dict, args) -> dict[str, list[int]]:
-    """Of the chosen documents those that the unablated model gets right in all 24 orders (SAEBench, arXiv 2503.09532);
-    with --robust question not those that it gets right in all 24 orders without the question as well."""
-    parts = [part for _, parts in tasks.values() for part in parts if part.task_name in chosen]
-    for part in parts:
+    """Of the chosen documents those that the unablated model gets right in all 24 orders (SAEBench, arXiv 2503.09532),
+    asked as they are scored: adapter, examples, chat template and all. None is asked again after a wrong answer."""
+    asked, left = [part for _, parts in tasks.values() for part in parts if part.task_name in chosen], chosen
+    for part in asked:
         docs = part.eval_docs
         if not set(docs[0]) >= QUIZ or {len(docs[i]["choices"]) for i in chosen[part.task_name]} != {4}:
             raise UserError(f"--robust: {part.task_name} does not ask four-way questions")
-    right = right_in_all_orders(lm, parts, chosen, args)
-    if args.robust == "question":
-        guessed = right_in_all_orders(lm, parts, right, args, question=False)
-        right = {name: [i for i in ids if i not in guessed[name]] for name, ids in right.items()}
-    right = {name: ids for name, ids in right.items() if ids}
-    if empty := [name for name, (_, parts) in tasks.items() if not {p.task_name for p in parts} & set(right)]:
-        raise UserError(f"{empty[0]}: --robust leaves no question to ask")
-    return right
+    for order in data.PERMUTATIONS:
+        twins = [in_order(part, order) for part in asked if part.task_name in left]
+        with patch("lm_eval.evaluator.add_env_info"):  # asks git and pip, for files that are not written here
+            results = ask(lm, {"": (None, twins)}, left, args)
+        right = {twin.task_name: [row["doc_id"] for row in logged(results, [twin]) if row[metric_of(row)] == 1]
+                 for twin in twins if results}  # fmt: skip
+        # lm-eval gives results to the first process alone
+        left = {name: ids for name, ids in data.from_first_process(right).items() if ids}
+        for name, (_, parts) in tasks.items():
+            if not any(part.task_name in left for part in parts):
+                raise UserError(f"{name}: --robust leaves no question to ask")
+    return left
 
 
 def data_set(task_name: str, taken: set[str], parts: list, chosen: dict, folder, seed: int, topic=None) -> Dataset:
@@ -571,11 +513,12 @@ def data_set(task_name: str, taken: set[str], parts: list, chosen: dict, folder,
         rows += map(dict, part.eval_docs)
     name, *loaded_by = DATA_SETS.get(task_name, (task_name,))
     if loaded_by:
-        found = data.load(name, loaded_by[0], folder, variant=loaded_by[1], topic=topic).only(asked)
-        held_out = all(data.half_of(row, seed) == "held-out" for row in found.rows)
-        return replace(found, name=task_name if name in taken else name, half="held-out" if held_out else None)
-    stand_in = task_name.startswith("tiny_") and not folder
-    return Dataset(task_name if name in taken else name, rows, f"lm-eval task {task_name}", stand_in).only(asked)
+        found = data.load(name, loaded_by[0], folder, variant=loaded_by[1], topic=topic)
+    else:
+        found = Dataset(name, rows, f"lm-eval task {task_name}", task_name.startswith("tiny_") and not folder)
+    found = replace(found.only(asked), name=task_name if name in taken else name)
+    held_out = loaded_by and all(data.half_of(row, seed) == "held-out" for row in found.rows)
+    return replace(found, half="held-out") if held_out else found
 
 
 # %% Scores, of what lm-eval has logged for each document
@@ -600,101 +543,72 @@ def metric_of(row: dict) -> str | None:
 
 def answer(row: dict) -> str:
     """The letter of the choice that the row's metric takes for the answer, as lm-eval's own process_results: the one of
-    largest log-likelihood, by acc_norm per character; "-" where a task does not choose among up to 26."""
+    largest log-likelihood, by acc_norm per character; "-" for other metrics, and of more than 26 choices."""
     choices, metric = row.get("choices", []), metric_of(row)
-    if not 2 <= len(choices) <= 26:
+    if not 2 <= len(choices) <= 26 or metric not in ("acc", "acc_norm"):
         return "-"
-    values = np.array([value for value, _ in row["filtered_resps"]])
-    values, alone = values[: len(choices)], values[len(choices) :]  # alone: each choice without the question
-    if metric in ("acc_norm", "acc_bytes"):
-        values = values / [len(choice if metric == "acc_norm" else choice.encode()) for choice in choices]
-    elif metric == "acc_mutual_info":
-        values = values - alone
-    return chr(ord("A") + int(values.argmax()))
+    values = np.array([value for value, _ in row["filtered_resps"][: len(choices)]])
+    lengths = [len(choice) for choice in choices] if metric == "acc_norm" else 1
+    return chr(ord("A") + int((values / lengths).argmax()))
 
 
 def measures_of(asked: Dataset, logs: dict[str, list[dict]], count_tokens=len, seed: int = 0) -> list[Measure]:
-    """What lm-eval logged, as Measures; [] where it has no number for each document.
-
-    logs: {row: its documents, as `logged` has them}; count_tokens(text): of this folder's tasks of next-token loss. An
+    """What lm-eval logged, {row: documents as `logged` has them}, as Measures; [] where it has no number for each. An
     item is a document; a question that is asked in several orders is one, and right if it is right in all of them.
-    """
-    rows, first, name, title = tuple(logs), next(iter(logs.values())), asked.name, asked.title
+    count_tokens(text): for this folder's tasks of next-token loss."""
+    first = next(iter(logs.values()))
     metric = metric_of(first[0])
     if "bits_per_byte" in first[0]["metrics"] and "document" in first[0]["doc"]:
         member = np.unique([row["doc"]["document"] for row in first], return_inverse=True)[1]
         tokens = np.bincount(member, [count_tokens(row["doc"]["text"]) for row in first])
         nats = np.stack([np.bincount(member, [-row["bits_per_byte"][0] for row in log]) for log in logs.values()])
-        return [Measure(f"{name}/loss", f"{title}, loss", "nats per token", rows, nats, weights=tokens, seed=seed)]
+        return [measure_of(asked, "loss", "loss", "nats per token", logs, nats, weights=tokens, seed=seed, groups=None)]
     if metric is None:
         return []
     items, in_orders = {}, "all_orders" in first[0]["metrics"]
     for place, row in enumerate(first):
         items.setdefault(row["doc"]["number"] if in_orders else place, []).append(place)
     values = np.array([[min(float(log[i][metric]) for i in item) for item in items.values()] for log in logs.values()])
-    groups = tuple(str(first[item[0]]["doc"].get("subject")) for item in items.values())
+    places = [item[0] for item in items.values()]
+    groups = tuple(str(first[place]["doc"].get("subject")) for place in places)
     groups = groups if len(set(groups)) > 1 else None
     if not set(values.flat) <= {0.0, 1.0}:
-        return [Measure(f"{name}/{metric}", f"{title}, {metric}", "mean", rows, values, groups=groups)]
+        return [measure_of(asked, metric, metric, "mean", logs, values, groups=groups)]
     in_letters = all([str(args[-1]).strip() for args in row["arguments"]] == [*LETTERS] for row in first)
-    what = "all orders" if in_orders else "letters" if in_letters else "cloze" if asked.is_cloze else metric
-    in_words = {"all orders": "in all orders", "letters": "in letters", "cloze": "as a cloze"}.get(what, what)
+    what, title = (("all orders", "in all orders") if in_orders else ("letters", "in letters") if in_letters else
+                   ("cloze", "as a cloze") if asked.is_cloze else (metric, metric))  # fmt: skip
     choices = len(first[0].get("choices", []))
+    answers = tuple("".join(answer(log[place]) for place in places) for log in logs.values()) if choices else None
     chance = (1 / choices) ** (len(data.PERMUTATIONS) if in_orders else 1) if choices else 0.0
-    answers = tuple("".join(answer(log[item[0]]) for item in items.values()) for log in logs.values())
-    measures = [Measure(f"{name}/{what}", f"{title}, {in_words}", "%", rows, values == 1, chance, groups=groups,
-                        answers=answers if choices else None)]  # fmt: skip
+    measures = [measure_of(asked, what, title, "%", logs, values == 1, chance=chance, groups=groups, answers=answers)]
     if what == "letters":
         p = np.exp([[[value for value, _ in row["filtered_resps"]] for row in log] for log in logs.values()])
         right = [LETTERS.index(row["target"]) if row["target"] in [*LETTERS] else int(row["target"]) for row in first]
         shares = {"P(a letter)": p.sum(-1), "P(right letter)": p[:, np.arange(len(right)), right]}
-        measures += [Measure(f"{name}/{of}", f"{title}, {of}", "probability", rows, share, groups=groups)
-                     for of, share in shares.items()]  # fmt: skip
+        measures += [measure_of(asked, of, of, "probability", logs, values, groups=groups)
+                     for of, values in shares.items()]  # fmt: skip
     return measures
 
 
 # %% The run
-def with_record(args) -> tuple:
-    """(args, the record of --record or None). Who gives a record or a list of features has decided other flags, too."""
-    if not args.record:
-        decided = {"pick_on": "all"} if args.features else {}  # who knows what a list was picked on
-        return runs.settings(flags, vars(args) | decided), None
-    record = runs.read_record(args.record)
-    row_says = ("features", "layer", "n_features", "clamp", "setting")
-    if given := [name for name in row_says if getattr(args, name) != flags.get_default(name)]:
-        raise UserError(f"{given[0]}: a record's row says all about its edit; choose it with --row")
-    decided = {name: record["settings"].get(name, getattr(args, name))
-               for name in ("seed", "pick_on", "edit_special", "data", "topic")}  # fmt: skip
-    args = runs.settings(flags, vars(args) | decided | ({"data": args.data} if args.data else {}))
-    vars(args).update(layer=None, n_features=None)  # the row's may be several
-    return args, record
-
-
-def edit_to_score(lm: AblatedLM, args, record: dict | None, clamp: float, numbers: dict) -> tuple:
-    """(name of its row, Edit, its SAEs, {layer: what the SAE check found}, data sets): the record's, of --features, or
-    picked. numbers: of --setting."""
-    name = None
-    if not record and not args.features:
-        edit, saes, quality, datasets = picked(lm, args, clamp, numbers)
+def edit_to_score(lm: AblatedLM, args, record: dict | None, row: str | None, clamp: float, numbers: dict) -> tuple:
+    """(Edit, its SAEs, {layer: what the SAE check found}, data sets): the record's row, of --features, or picked.
+    numbers: of --setting."""
+    if record:
+        edit, saes = edit_of_row(lm, record, row, args.sae, args.model)
+    elif args.features:
+        numbers = ({"clamp": clamp} if "clamp" in METHODS[args.method or "clamp"].usual else {}) | numbers
+        edit, saes = edit_of_features(lm, args.features, args.layer, args.method, args.sae, args.model, numbers)
     else:
-        if record:
-            edit, saes, name = edit_of_row(lm, record, args.row, args.method, args.sae, args.model)
-        else:
-            numbers = ({"clamp": clamp} if "clamp" in METHODS[args.method or "clamp"].usual else {}) | numbers
-            features = read_features(args.features, args.layer)
-            edit, saes = edit_of_features(lm, features, args.method, args.sae, args.model, numbers)
-        datasets = [data.load("wikitext", args.model, args.data)]
-        windows = data.picking_windows(lm.tokenizer, [], [datasets[0].texts], args.context)[1][0]
-        quality = {layer_of(sae): check_sae_quality(BridgeView(lm), sae, windows, not args.no_sanity) for sae in saes}
-    if not name:  # by the method, of several layers that of the first
-        name = METHODS[edit.settings.get("edits", [{"method": edit.method}])[0]["method"]].title
-        name += f" {clamp:g}" if name == "clamp" else ""
-    return name, edit, saes, quality, datasets
+        return picked(lm, args, clamp, numbers)
+    wikitext = data.load("wikitext", args.model, args.data)
+    windows = data.picking_windows(lm.tokenizer, [], [wikitext.texts], args.context)[1][0]
+    quality = {layer_of(sae): check_sae_quality(BridgeView(lm), sae, windows, not args.no_sanity) for sae in saes}
+    return edit, saes, quality, [wikitext]
 
 
 def run(**changes) -> dict:
-    """run(tasks="tiny_mmlu", unablated=True): any flag by name. Returns the record, {} for --tasks list. Raises
-    UserError."""
+    """run(tasks="tiny_mmlu", unablated=True): any flag by name. Returns the record; {} for the list of tasks."""
     args = runs.settings(flags, changes)
     if args.tasks == "list":
         for path in sorted(TASKS.glob("*.yaml")):
@@ -702,7 +616,18 @@ def run(**changes) -> dict:
         return {}
     if args.method and args.method not in METHODS:
         raise UserError(f"--method {args.method}: the methods are {', '.join(METHODS)}")
-    args, record = with_record(args)
+    record = name = None
+    if args.record:
+        record = runs.read_record(args.record)
+        for flag in ("features", "layer", "n_features", "clamp", "setting"):
+            if getattr(args, flag) != flags.get_default(flag):
+                raise UserError(f"{flag}: a record's row says all about its edit; choose it with --row")
+        decided = ("seed", "pick_on", "edit_special", "topic", *(() if args.data else ("data",)))
+        args = runs.settings(flags, vars(args) | {k: v for k, v in record["settings"].items() if k in decided})
+        vars(args).update(layer=None, n_features=None)  # the row's may be several
+        name = chosen_row(record, args.row, args.method)
+    elif args.features:
+        args.pick_on = "all"  # who knows what a list was picked on
     clamp = hub.preset(args.model).clamp if args.clamp is None else args.clamp
     names = args.tasks or (TINY_TASKS if args.model == "tiny" or args.data else HUB_TASKS)
     tasks = find_tasks([name.strip() for name in names.split(",")], args.include_path, args.data, args.topic)
@@ -715,7 +640,10 @@ def run(**changes) -> dict:
     chosen = choose(tasks, args.pick_on == "half", args.seed, args.subjects, samples, args.limit)
 
     lm = load_ablated(args)
-    name, edit, saes, quality, datasets = edit_to_score(lm, args, record, clamp, numbers)
+    edit, saes, quality, datasets = edit_to_score(lm, args, record, name, clamp, numbers)
+    if not name:  # by the method, of several layers that of the first
+        name = METHODS[edit.settings.get("edits", [{"method": edit.method}])[0]["method"]].title
+        name += f" {clamp:g}" if name == "clamp" else ""
     if args.robust:
         chosen = keep_robust(lm, tasks, chosen, args)
     asked = {}
@@ -741,9 +669,8 @@ def run(**changes) -> dict:
             print(f"\n{task}, {row}, in lm-eval's own table\n\n{make_table(results[row])}")
         measures += new
     show.table(measures)
-    for dataset in asked.values():
-        if dataset.published:
-            print(f"\n{dataset.published}")
+    for published in filter(None, [dataset.published for dataset in asked.values()]):
+        print(f"\n{published}")
     quizzes = [measure for measure in measures if measure.unit in ("%", "probability")]
     writer.data = [*asked.values(), *filter(len, datasets)]
     title = f"{Path(args.model).name}, {name}: {label(edit.method, edit.settings)}, lm-eval"

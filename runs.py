@@ -38,8 +38,8 @@ with warnings.catch_warnings():  # notebooks have bars of text here, without wid
 FORM = 3  # of records and of what is cached: others are not read
 PATIENCE = 10  # seconds that other processes give the first one to report a mistake that all of them met
 # Settings that results do not depend on, but for rounding
-FREE = ("out", "plot", "all", "batch_size", "device", "device_map", "no_sanity", "max_batch_size",
-        "use_cache", "output_path", "log_samples")  # fmt: skip
+FREE = ("out", "plot", "all", "batch_size", "device", "device_map", "no_sanity", "use_cache", "output_path",
+        "log_samples")  # fmt: skip
 
 
 def number(kind, wanted: str, holds=lambda x: True):
@@ -63,11 +63,6 @@ finite_float = number(float, "a finite number")
 def place(given: str) -> str:
     """A name as it is; a file or folder by the path that leads there from wherever a record is read."""
     return os.path.abspath(given) if given not in (*hub.PRESETS, "") and Path(given).exists() else given
-
-
-def data_folder(given: str) -> str:
-    data.check_folder(given)  # before a model is loaded
-    return place(given)
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,16 +97,14 @@ def parser(doc: str, *, quiz: bool = False, without: tuple[str, ...] = ()) -> Pa
     p.add_argument("-h", "--help", action="help", help="show this page")
     group = p.add_argument_group("model and SAE")
     add("--sae", "RELEASE:ID of SAELens's table, or a folder (default: the preset's SAE of --layer)", type=place)
-    add("--dtype", "of the model; SAEs are in float32 (default: the preset's, bfloat16 for Gemma; else float32)",
-        choices=["float32", "bfloat16"])  # fmt: skip
+    add("--dtype", "of the model (default: the preset's, else float32)", choices=["float32", "bfloat16"])
     add("--edit-special", "never: special tokens, chat markers among them, are not edited; all-but-bos: all tokens but "
         "the first are (SAEBench)", choices=["never", "all-but-bos"], default="never")  # fmt: skip
     add("--no-sanity", "go on even if the SAE does not fit the model", action="store_true")
     group = p.add_argument_group("picking")
     add("--pick", "rule: ratio (of firing rates), retain-threshold (SAEBench), dsg (Dynamic SAE Guardrails), "
-        "attribution (activation times gradient of the right answer) or output-score (ratio, among features that make "
-        "the model say what they stand for); any-ratio also takes features that are no more frequent on the forget "
-        "set, which the ratio leaves out", default="ratio")  # fmt: skip
+        "attribution or output-score (docs/methods.md); any-ratio also takes features that are no more frequent on the "
+        "forget set, which the ratio leaves out", default="ratio")  # fmt: skip
     add("--pick-on", "half: pick on one half of the WMDP-Bio questions and score the other; all: pick and score on "
         "all, which flatters the scores", choices=["half", "all"], default="half")  # fmt: skip
     add("--pick-text", "prompt: questions as they are asked, against Wikitext and MMLU's development questions; prose: "
@@ -121,7 +114,7 @@ def parser(doc: str, *, quiz: bool = False, without: tuple[str, ...] = ()) -> Pa
     add("--context", "tokens that rates are counted on at a time (SAEBench: 1024)", type=positive_int, default=128)
     group = p.add_argument_group("scoring")
     add("--data", "with any of wmdp_bio, wmdp_bio_robust, wmdp_bio_cloze, mmlu, mmlu_dev, wikitext, openwebtext, "
-        "forget_corpus .jsonl", type=data_folder, metavar="FOLDER")  # fmt: skip
+        "forget_corpus .jsonl", type=lambda name: data.check_folder(name) or place(name), metavar="FOLDER")  # fmt: skip
     add("--topic", "of the questions in WMDP-Bio's place: what tables call them, and what a question without a subject "
         "is asked about (default: of your own file its subject, else the folder's name)", metavar="NAME")  # fmt: skip
     if quiz:
@@ -141,7 +134,7 @@ def parser(doc: str, *, quiz: bool = False, without: tuple[str, ...] = ()) -> Pa
     return p
 
 
-class Settings(argparse.Namespace):
+class settings(argparse.Namespace):  # called in a script's run(**changes)
     """What the flags come to: the parser's defaults with `changes` over them. `args.layer = 3` changes one more. Raises
     AttributeError for a name that no flag has, UserError for a value that the flag does not take."""
 
@@ -170,9 +163,6 @@ class Settings(argparse.Namespace):
         vars(self)[name] = value
 
 
-settings = Settings  # settings(flags, {"layer": 3}), in a script's run(**changes)
-
-
 def help_before_imports(p: Parser, name: str) -> None:
     """Answer --help and --list of a script that runs as `name`, before it imports what takes seconds."""
     if name == "__main__" and {"-h", "--help", "--list"} & set(sys.argv[1:]):
@@ -180,7 +170,7 @@ def help_before_imports(p: Parser, name: str) -> None:
         p.parse_args()
 
 
-def parse(p: Parser) -> Settings:
+def parse(p: Parser) -> settings:
     """The settings that the command line gives; in a notebook, where sys.argv is not ours, the defaults. From here on
     the run ends as `ended` says, and of several processes only the first prints. Raises UserError."""
     sys.excepthook, frame = ended, sys._getframe()
@@ -207,10 +197,9 @@ class Pipe(io.FileIO):
     """An output that is silent when nobody reads it any more: `script.py 2>&1 | head` still writes its record."""
 
     def write(self, content):
-        try:
+        with suppress(BrokenPipeError):
             return super().write(content)
-        except BrokenPipeError:
-            return len(content)
+        return len(content)
 
 
 def outlive_readers() -> None:
@@ -281,11 +270,9 @@ class Run:
         return {f"{part.name}/tuning" if part.half == "tuning" else part.name: part.about() for part in self.data}
 
     def cached(self, name: str, make):
-        """make(), or what it returned in an earlier run of the same key that was stopped before it wrote its record.
-
-        It may hold Measures, arrays and what JSON can, in lists and dicts (a tuple comes back as a list). All processes
-        call make, and get the first one's value. Raises UserError for a damaged file.
-        """
+        """make(), or what it returned in an earlier run of the same key that was stopped before it wrote its record:
+        Measures, arrays and what JSON can hold, in lists and dicts (a tuple comes back as a list). All processes call
+        make, and get the first one's value. Raises UserError for a damaged file."""
         path = self.cache / f"{quote(name, safe='')}.json"
         kept = path.read_text(encoding="utf-8", errors="replace") if data.is_first_process() and path.exists() else None
         if (kept := data.from_first_process(kept)) is None:
@@ -305,10 +292,8 @@ class Run:
         return json.loads(text, object_hook=from_json)
 
     def record(self, rows: dict, measures, **more) -> dict:
-        """What `write` writes, which docs/records.md describes.
-
-        rows: {name: an Edit, a model, or {"method", "settings"}}; measures: Measures of these rows; more: more entries.
-        """
+        """What `write` writes (docs/records.md). rows: {name: an Edit, a model, or {"method", "settings"}}; more: more
+        entries."""
         groups = {m.name: (m.by_group(), m.q_values()) for m in measures if m.groups and m.answers}
 
         def known(score, **more):
@@ -317,15 +302,11 @@ class Run:
         def of_row(name, row):
             if not isinstance(row, dict):  # an Edit, or another model: the retrained one
                 row = {"method": getattr(row, "method", "retrained"), "settings": getattr(row, "settings", {})}
-            entry = {**row, "scores": {}, "answers": {}, "groups": {}}
-            for m in (m for m in measures if name in m.rows):
-                entry["scores"][m.name] = known(m[name])
-                if m.answers:
-                    entry["answers"][m.name] = m.answers[m.rows.index(name)]
-                if m.name in groups:
-                    by_group, q = groups[m.name]
-                    entry["groups"][m.name] = {g: known(of[name], q=q[g].get(name)) for g, of in by_group.items()}
-            return entry
+            of = [m for m in measures if name in m.rows]
+            answers = {m.name: m.answers[m.rows.index(name)] for m in of if m.answers}
+            by_group = {what: {g: known(scores[name], q=q[g].get(name)) for g, scores in by_group.items()}
+                        for what, (by_group, q) in groups.items() if what in answers}  # fmt: skip
+            return {**row, "scores": {m.name: known(m[name]) for m in of}, "answers": answers, "groups": by_group}
 
         return {
             "form": FORM, "script": self.script, "command": " ".join([Path(*sys.argv[:1]).name, *sys.argv[1:]]),
@@ -368,7 +349,7 @@ class Run:
             write_whole(path, lambda file: file.write_text(table + "\n", encoding="utf-8"))
             print(f"table: {path}")
         shutil.rmtree(self.cache, ignore_errors=True)
-        if self.cache.parent.is_dir() and not any(self.cache.parent.iterdir()):  # else it is another run's, too
+        with suppress(OSError):  # it is not there, or another run's, too
             self.cache.parent.rmdir()
         draw_all(self.path, figures or {})
         if folder:
@@ -458,19 +439,14 @@ def from_json(value: dict):
     return np.array(value["array"], value["dtype"]) if set(value) == {"array", "dtype"} else value
 
 
-def save_model(model, tokenizer, folder: Path) -> None:
-    """Write a model folder; it replaces one of the same name, whole."""
-    write_whole(folder, lambda path: [part.save_pretrained(path) for part in (model, tokenizer)])
-
-
 def model_card(record: dict) -> str:
     """README.md of the trained model of a record."""
     from huggingface_hub import ModelCardData
 
     base, name, chosen = hub.model_source(record["model"]), Path(record["model"]).name, record["chosen"]
+    tags = ["unlearning", record["rows"][chosen]["method"]]
     head = ModelCardData(base_model=None if Path(base).is_dir() else base, library_name="transformers",
-                         pipeline_tag="text-generation",
-                         tags=["unlearning", record["rows"][chosen]["method"]])  # fmt: skip
+                         pipeline_tag="text-generation", tags=tags)  # fmt: skip
     command = re.sub(r"(?<!\S)(?:[A-Za-z]:|~)?[/\\]\S*[/\\]", "", record["command"])  # without this machine's folders
 
     def text(row, key):
@@ -501,11 +477,11 @@ def peak_gb() -> float | None:
     on Windows, which does not say without another package."""
     import torch
 
-    if most := sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))):
-        return round(most / 1e9, 2)
-    try:
-        from resource import RUSAGE_SELF, getrusage
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes here
-    return round(getrusage(RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+    most = sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+    if not most:
+        with suppress(ImportError):
+            from resource import RUSAGE_SELF, getrusage
+
+            unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes here
+            most = getrusage(RUSAGE_SELF).ru_maxrss * unit
+    return round(most / 1e9, 2) if most else None

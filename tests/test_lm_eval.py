@@ -271,7 +271,7 @@ def test_a_record_settles_what_its_edit_was_made_under(tmp_path, monkeypatch):
         (dict(method="refusal-clamp"), "refusal latent"),
         (dict(features="FILE", file=[5000]), "0..2047"),
         (dict(features="FILE", file={"4": [1]}), "layer_3, layer_5"),
-        (dict(features="FILE", file={"3": [1], "7": [2]}, sae=str(TINY / "sae/layer_3")), "{layer}"),
+        (dict(features="FILE", file={"3": [1], "7": [2]}, sae=str(TINY / "sae/layer_3")), "not at layer 7"),
         (dict(features="FILE", file="x"), "a layer has no features"),
         (dict(features="FILE", file=3), "a JSON list of feature ids"),
         (dict(features="no-such-file.json"), "no-such-file.json"),
@@ -287,7 +287,7 @@ def test_a_record_settles_what_its_edit_was_made_under(tmp_path, monkeypatch):
         (dict(model_args="max_lenght=8"), "unexpected keyword argument 'max_lenght'"),
         (dict(model_args="features=f.json"), "unexpected keyword argument 'features'"),
         (dict(model_args="trust_remote_code=True"), "never run here"),
-        (dict(tasks="tiny_openwebtext", robust="all"), "four-way"),
+        (dict(tasks="tiny_openwebtext", robust=True), "four-way"),
         (dict(tasks="wmdp_bio"), "cannot load task wmdp_bio"),
         (dict(record="FILE", file=[1]), "is no record"),
         (dict(record="FILE", file={"script": "x.py", "form": 3}, clamp=-4.0), "choose it with --row"),
@@ -365,7 +365,7 @@ def test_the_24_orders_agree_with_robust(tmp_path):
     assert in_all["n"] == 5 and len(by_task["data"]["tiny_wmdp_bio_24"]["asked"]) == 120
     own = by_task["lm_eval"]["unablated"]["tiny_wmdp_bio_24"]["all_orders,none"]
     assert own == pytest.approx(in_all["mean"]) and bare["mean"] < own
-    kept = lm_eval_ablated.run(**flags, tasks="tiny_wmdp_bio", limit=5, robust="question", out=str(tmp_path / "b.json"))
+    kept = lm_eval_ablated.run(**flags, tasks="tiny_wmdp_bio", limit=5, robust=True, out=str(tmp_path / "b.json"))
     score = kept["rows"]["unablated"]["scores"]["wmdp_bio/letters"]
     assert score["n"] <= round(5 * own) and score["mean"] == 1.0
 
@@ -461,7 +461,9 @@ def test_other_tasks_are_scored_too(tmp_path):
     flags = dict(layer=3, n_features=5, limit=5, unablated=True, include_path=str(tmp_path / "tasks"))
     logs = dict(output_path=str(tmp_path / "logs"), log_samples=True)
     record = lm_eval_ablated.run(**flags, **logs, tasks="my_generation,tiny_mmlu", out=str(tmp_path / "r.json"))
+    plain = lm_eval_ablated.run(**flags, tasks="tiny_mmlu", out=str(tmp_path / "plain.json"))["rows"][ROW]
     row, name = record["rows"][ROW], "my_generation/exact_match"
+    assert row["answers"] == plain["answers"] and {*plain["scores"]} == {*row["scores"]} - {name}
     assert row["scores"][name]["n"] == 5 and name not in row["answers"] and record["measures"][name]["chance"] == 0.0
     for kind in ("unablated", "ablated"):
         files = [path.name for path in (tmp_path / "logs" / kind).rglob("*.json*")]
@@ -481,7 +483,7 @@ dataset_kwargs: {{data_files: {{test: {path}}}}}
 """
 
 
-@pytest.mark.parametrize("metric", ["acc_norm", "acc_bytes", "acc_mutual_info", "acc"])
+@pytest.mark.parametrize("metric", ["acc_norm", "acc"])
 def test_the_letters_are_those_that_the_accuracy_counts(tmp_path, metric):
     """Whatever lm-eval divides or subtracts: of questions on which a length, or a word alone, decides."""
     asked = [("Which organ pumps blood?", ["the cat", "the heart of an animal", "e", "é"], 1),

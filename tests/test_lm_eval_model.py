@@ -562,10 +562,10 @@ def test_a_record_is_of_one_sae_and_one_model(tmp_path, gemma, scale_of, model_f
     lm = CommandLineLM(model, record=path, device="cpu", dtype="float32")
     assert (lm.edit.method, lm.edit.settings, lm.tokenizer.edit_special) == ("clamp", settings, "all-but-bos")
     with pytest.raises(UserError, match=r"not of what .* holds now"):
-        edit_of_row(lm, {**record, "identity": {"model": "sha256:1"}}, None, None, None, model)
+        edit_of_row(lm, {**record, "identity": {"model": "sha256:1"}}, "clamp", None, model)
     write_sae(folder, gemma.cfg.model_name, scale_of(gemma), seed=1)
     with pytest.raises(UserError, match="another SAE"):
-        edit_of_row(lm, record, None, None, None, model)
+        edit_of_row(lm, record, "clamp", None, model)
 
 
 def test_lm_evals_command_line_makes_an_edit_of_a_list(tmp_path):
