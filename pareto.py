@@ -30,11 +30,7 @@ flags.add_argument("--plot", nargs="+", metavar="RECORD", help="score nothing: d
 runs.help_before_imports(flags, __name__)
 
 # %%
-import hashlib
 import itertools
-import json
-import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,7 +45,7 @@ import evaluation
 import show
 import unlearning
 from common import load_model, load_retrained, load_sae
-from data import UserError, load_benchmark, picking_windows
+from data import UserError, digest_of, load_benchmark, note_once, picking_windows
 from evaluation import CHANCE, KEEP, FeatureStats, Score
 from hub import preset
 from show import RETRAINED
@@ -67,9 +63,7 @@ def accuracies(settings: dict, quizzes: tuple[str, str] = HELD_OUT) -> list[tupl
 
 def frontier(costs: list[tuple[float, float]]) -> list[int]:
     """Indices of the pairs that no other beats in one coordinate without losing in the other; lower is better in both.
-
-    Sorted by the first coordinate; of equal pairs the first one counts.
-    """
+    Sorted by the first coordinate; of equal pairs the first one counts."""
     lowest, kept = float("inf"), []
     for i in sorted(range(len(costs)), key=lambda i: (*costs[i], i)):
         if costs[i][1] < lowest:
@@ -79,18 +73,15 @@ def frontier(costs: list[tuple[float, float]]) -> list[int]:
 
 
 def area(pairs: list[tuple[float, float]]) -> float | None:
-    """Area between chance and the frontier: 0 forgets all at no cost, 1 forgets nothing that MMLU does not pay for.
-
-    For each MMLU accuracy from chance to the unablated one, the lowest WMDP-Bio accuracy among the settings that keep
-    as much, less chance; the mean over MMLU accuracies as a share of the unablated WMDP-Bio accuracy less chance.
-    pairs: from `accuracies`; None if the first, the unablated model's, is no better than chance.
-    """
-    top, height = pairs[0]
-    total, upper, lowest = 0.0, top, pairs[0][1]
-    for keeps, forgets in sorted(pairs, reverse=True):
+    """Area between chance and the frontier: 0 forgets all at no cost, 1 forgets nothing that MMLU does not pay for. For
+    each MMLU accuracy from chance to the unablated one, the lowest WMDP-Bio accuracy among the settings that keep as
+    much, less chance; the mean over MMLU accuracies as a share of the unablated WMDP-Bio accuracy less chance. pairs:
+    from `accuracies`; None if the first, the unablated model's, is no better than chance."""
+    top, height = upper, lowest = pairs[0]
+    total = 0.0
+    for keeps, forgets in [*sorted(pairs, reverse=True), (CHANCE, 0.0)]:
         total += max(0.0, upper - max(keeps, CHANCE)) * max(0.0, lowest - CHANCE)
         upper, lowest = min(upper, max(keeps, CHANCE)), min(lowest, forgets)
-    total += (upper - CHANCE) * max(0.0, lowest - CHANCE)
     room = (top - CHANCE) * (height - CHANCE)
     return total / room if room > 0 else None
 
@@ -145,18 +136,16 @@ def title_of(method: str) -> str:
 
 def scores_of(record: dict, row: str) -> dict[str, Score]:
     """{measure: Score} of a record's row, accuracies under the names of the quizzes alone."""
-    scores = record["rows"][row]["scores"].items()
-    return {re.sub("/(letters|cloze)$", "", measure): Score(**{"low": None, "high": None, **score})
-            for measure, score in scores}  # fmt: skip
+    return {measure.removesuffix("/letters").removesuffix("/cloze"): Score(**{"low": None, "high": None, **score})
+            for measure, score in record["rows"][row]["scores"].items()}  # fmt: skip
 
 
 def origin_of(record: dict) -> tuple[str, ...]:
     """What rows of a method must share: names of model and SAEs, hashes of their content and of the questions asked."""
     content = [record["identity"]["model"], *(sae["identity"] for sae in record["saes"])]
     asked = [[record["data"][quiz][key] for key in ("sha256", "asked")] for quiz in HELD_OUT]
-    hashes = [hashlib.sha256(json.dumps(what).encode()).hexdigest()[:6] for what in (content, asked)]
     names = [Path(name).name for name in (record["model"], *(sae["source"] for sae in record["saes"]))]
-    return *names, f"content {hashes[0]}", f"questions {hashes[1]}"
+    return *names, f"content {digest_of(content)[:6]}", f"questions {digest_of(asked)[:6]}"
 
 
 def by_method(records: list[dict]) -> dict[str, dict]:
@@ -229,9 +218,8 @@ def panel(axes, methods: dict[str, dict], styles: dict, cost) -> tuple[list, lis
 def pareto_figure(records: list[dict], title: str):
     """Figure: WMDP-Bio accuracy against MMLU accuracy, and against loss added where it was measured."""
     methods = by_method(records)
-    with_loss = {method: {row: scores for row, scores in settings.items() if LOSS in scores}
-                 for method, settings in methods.items()}  # fmt: skip
-    with_loss = {method: settings for method, settings in with_loss.items() if len(settings) > 1}
+    with_loss = {method: kept for method, settings in methods.items()
+                 if len(kept := {row: scores for row, scores in settings.items() if LOSS in scores}) > 1}  # fmt: skip
     n = 1 + bool(with_loss)
     figure, all_axes = plt.subplots(1, n, figsize=(5.4 * n, 4.8), squeeze=False, layout="constrained")
     first, *rest = all_axes[0]
@@ -284,15 +272,14 @@ def plot(paths: list[str], out: str) -> dict:
     records = {path: runs.read_record(path) for path in paths}
     for path, record in list(records.items()):
         if not scores_of(record, next(iter(record["rows"]))).keys() >= set(HELD_OUT):
-            print(f"note: {path} has no scores of both quizzes, and is left out", file=sys.stderr)
+            note_once(f"note: {path} has no scores of both quizzes, and is left out")
             del records[path]
     if not records:
         raise UserError("none of these records has scores of both quizzes")
     records, names = list(records.values()), [Path(path).stem for path in records]
     if len({origin_of(record)[-1] for record in records}) > 1:
-        print("note: these records were not scored on the same questions", file=sys.stderr)
-    name = f"pareto_plot_{hashlib.sha256(json.dumps(records).encode()).hexdigest()[:6]}.json"
-    path = Path(out) if out.endswith(".json") else Path(out) / name
+        note_once("note: these records were not scored on the same questions")
+    path = Path(out) if out.endswith(".json") else Path(out) / f"pareto_plot_{digest_of(records)[:6]}.json"
     forget, title = runs.forget_title(*records), ", ".join(names) if len(names) <= 3 else f"{len(names)} records"
     text = table(lines := summary(by_method(records), forget), forget)
     print(f"\n{text}")
@@ -307,15 +294,14 @@ def run(**changes) -> dict:
     args = runs.settings(flags, changes)
     if args.plot:
         return plot(args.plot, args.out or "results")
-    usual, methods = preset(args.model).clamp, args.method or []
+    usual, methods, layers = preset(args.model).clamp, args.method or [], sorted(set(args.layer))
     clamps = sorted(set(args.clamp or (0.0, usual / 2, usual)), reverse=True)
     known = {name: method for name, method in edits.METHODS.items() if method.grid}
     if unknown := set(methods) - set(known):
         raise UserError(f"--method {' '.join(sorted(unknown))}: the methods with a grid are {', '.join(known)}")
     model = load_model(args.model, args.device, args.dtype, args.device_map, args.edit_special)
     needed = not methods or any(known[name].needs_sae for name in methods)
-    layers = sorted(set(args.layer))
-    saes = {layer: load_sae(args.sae, layer, model, args.model) if needed else None for layer in layers}
+    saes = {layer: load_sae(args.sae, layer, model, args.model) for layer in layers if needed}
     benchmark = load_benchmark(
         args.model, model.tokenizer, folder=args.data, corpus=args.forget_corpus, variant=args.wmdp, seed=args.seed,
         subjects=args.subjects, pick_on=args.pick_on, pick_text=args.pick_text, limit=args.limit,
@@ -325,15 +311,15 @@ def run(**changes) -> dict:
     if args.robust:
         robust = {name: evaluation.robust_only(model, quiz, **how) for name, quiz in benchmark.quizzes.items()}
         benchmark = replace(benchmark, quizzes=robust)
-    job = runs.Run("pareto.py", args, benchmark.datasets, [sae for sae in saes.values() if sae is not None],
-                   also=[clamps, [known[name].grid for name in methods]])  # fmt: skip
+    also = [clamps, [known[name].grid for name in methods]]
+    job = runs.Run("pareto.py", args, benchmark.datasets, saes.values(), also=also)
     windows = picking_windows(model.tokenizer, benchmark.forget, benchmark.retain, args.context)
     rows = {"unablated": edits.NONE}
-    for layer, sae in saes.items():
+    for layer in layers:
         stats = FeatureStats(
-            model, sae, layer, *windows, rule=args.pick, questions=benchmark.wmdp.tuning, seed=args.seed, **how,
+            model, saes.get(layer), layer, *windows, rule=args.pick, questions=benchmark.wmdp.tuning, seed=args.seed,
             insist=not args.no_sanity, clamp=clamps[-1], refusal_latent=args.refusal_latent,
-            refusal_value=args.refusal_value,
+            refusal_value=args.refusal_value, **how,
         )  # fmt: skip
         rows |= rows_of(stats, sorted(set(args.n_features)), clamps, methods)
     title = f"{Path(args.model).name}, layer {', '.join(map(str, layers))}: {len(rows) - 1} settings"

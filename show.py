@@ -5,6 +5,7 @@ Tables and figures: of Measures, features, tokens and training. Figures are retu
 import itertools
 import json
 import math
+import operator
 import re
 from urllib.parse import quote
 
@@ -102,8 +103,7 @@ def table(measures, rows=None, title: str | None = None) -> None:
         for control, draws in draws_of(row for row in rows if row in measure.rows).items():
             if len(draws) > 1 and measure.unit != "probability":
                 changes = [measure[row].change for row in draws]
-                mean, low, high = (number(change, measure.unit, "+")
-                                   for change in (sum(changes) / len(draws), min(changes), max(changes)))  # fmt: skip
+                mean, low, high = (number(of(changes), measure.unit, "+") for of in (np.mean, min, max))
                 print(f"\n{measure.title}: {len(draws)} draws of {control} change it by {mean} "
                       f"{'points' if measure.unit == '%' else measure.unit} on average, {low} to {high}")  # fmt: skip
 
@@ -124,10 +124,8 @@ def column(measure, rows: list[str]) -> list[str]:
 
 def intervals(measures, title: str):
     """Figure: a panel for each Measure, means with 95% intervals; for a loss, what is added to the first row's.
-
-    Probabilities get no panel: they are small marks below the shares that they follow in `measures`. Chance and the
-    retrained model are vertical lines. Draws of a control share a line and have no intervals.
-    """
+    Probabilities are small marks below the shares that they follow in `measures`. Chance and the retrained model are
+    vertical lines. Draws of a control share a line and have no intervals."""
     panels = []
     for measure in measures:
         if measure.unit == "probability" and panels and panels[-1][0].unit == "%":
@@ -204,22 +202,30 @@ def group_table(measure) -> None:
 def group_figure(measure, title: str):
     """Figure: each group's (subject's) change in accuracy, in points, with 95% intervals, under all rows but the first,
     those named SAE, and the retrained model."""
-    groups = measure.by_group()
-    rows = [row for row in measure.rows[1:] if row != RETRAINED and not row.startswith("SAE")]
-    figure, axes = plt.subplots(figsize=(6.5, 1.4 + 0.32 * len(groups)), layout="constrained")
-    for k, row in enumerate(rows):
-        scores = [group[row] for group in groups.values()]
-        change, low, high = 100 * np.array([(score.change, score.change_low, score.change_high) for score in scores]).T
-        y = np.arange(len(groups)) + 0.2 * (k - (len(rows) - 1) / 2)
-        axes.errorbar(change, y, xerr=np.maximum(0, [change - low, high - change]), fmt="osD"[k % 3], ms=4.5, capsize=2,
-                      color=colour(row), mfc="none" if "zero" in row else colour(row), label=plain(row))  # fmt: skip
-    axes.set_yticks(range(len(groups)), [plain(group.replace("_", " ")) for group in groups])
-    axes.set_ylim(len(groups) - 0.5, -0.5)
-    axes.axvline(0, color="0.4", ls="--", lw=1)
+    groups, ends = measure.by_group(), operator.attrgetter("change", "change_low", "change_high")
+    series = {row: [100 * np.array(ends(scores[row])) for scores in groups.values()] for row in measure.rows[1:]
+              if row != RETRAINED and not row.startswith("SAE")}  # fmt: skip
+    styles = {row: {"color": colour(row), "mfc": "none" if "zero" in row else colour(row)} for row in series}
+    return dodged([group.replace("_", " ") for group in groups], series, title, "change in accuracy, points", styles)
+
+
+def dodged(names: list[str], series: dict[str, list], title: str, label: str, styles: dict | None = None, lines=(0,)):
+    """Figure: a mark on each of n lines for each of the series, {name: (n, 3) of mean, low, high}, NaN or None for no
+    mark. names: of the lines; label: of the x axis; styles: of series; lines: vertical ones."""
+    figure, axes = plt.subplots(figsize=(7, 1.6 + 0.33 * len(names)), layout="constrained")
+    for k, (name, values) in enumerate(series.items()):
+        mean, low, high = np.array(values, dtype=float).T
+        y = np.arange(len(names)) + 0.7 / len(series) * (k - (len(series) - 1) / 2)
+        style = {"fmt": "osD^vP*X"[k % 8], "ms": 4.5, "elinewidth": 0.7} | (styles or {}).get(name, {})
+        axes.errorbar(mean, y, xerr=np.maximum(0, [mean - low, high - mean]), label=plain(name), **style)
+    axes.set_yticks(range(len(names)), map(plain, names))
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    for x in lines:
+        axes.axvline(x, color="0.4", ls="--", lw=1)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_title(plain(title), size=10)
-    axes.set_xlabel("change in accuracy, points")
-    figure.legend(loc="outside lower center", ncols=len(rows), frameon=False, fontsize=8)
+    axes.set_xlabel(label)
+    figure.suptitle(plain(title), size=10)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 

@@ -18,13 +18,6 @@ tiny's own SAEs; docs/results.md says what they reach, and how long it takes. To
 from data import HERE, n_processes
 from runs import Parser, help_before_imports, main, natural_int, number, positive_int, seed_int, settings
 
-positive = number(float, "above 0", lambda x: x > 0)
-
-
-def from_on(least: int):
-    return number(int, f"from {least} on", lambda x: x >= least)
-
-
 flags = Parser(description=__doc__)
 flags.add_argument("--model", default="tiny", help="preset, hub id or folder (default: %(default)s)")
 flags.add_argument("--layers", type=natural_int, nargs="+", default=[7], help="one SAE each (default: %(default)s)")
@@ -33,9 +26,12 @@ flags.add_argument("--text", default=str(HERE / "tiny/data/train.jsonl"), help="
 flags.add_argument("--held-out", help="text to measure on (default: every 20th document of --text)")
 flags.add_argument("--width", type=positive_int, help="number of features (default: 8 times the model's width)")
 flags.add_argument("--k", type=positive_int, default=40, help="features active on a token, on average (default: 40)")
-flags.add_argument("--tokens", type=from_on(1024), default=1_500_000, help="to train on (default: %(default)s)")
-flags.add_argument("--lr", type=positive, default=2e-3, help="learning rate of Adam (default: %(default)s)")
-flags.add_argument("--context", type=from_on(3), default=128, help="tokens per window (default: %(default)s)")
+flags.add_argument("--tokens", type=number(int, "from 1024 on", lambda x: x >= 1024), default=1_500_000,
+                   help="to train on (default: %(default)s)")  # fmt: skip
+flags.add_argument("--lr", type=number(float, "above 0", lambda x: x > 0), default=2e-3,
+                   help="learning rate of Adam (default: %(default)s)")  # fmt: skip
+flags.add_argument("--context", type=number(int, "from 3 on", lambda x: x >= 3), default=128,
+                   help="tokens per window (default: %(default)s)")  # fmt: skip
 flags.add_argument("--batch-size", type=positive_int, default=32, help="windows per pass (default: %(default)s)")
 flags.add_argument("--seed", type=seed_int, default=0, help="(default: %(default)s)")
 flags.add_argument("--device", help="cuda, mps or cpu (default: cuda if there is one)")
@@ -46,8 +42,6 @@ help_before_imports(flags, __name__)
 # %%
 import random
 from dataclasses import replace
-from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -58,7 +52,7 @@ from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 from common import load_model, load_sae
-from data import UserError, as_list, batches, first_line, read_jsonl, token_windows
+from data import UserError, as_list, batches, first_line, read_jsonl, stream, token_windows
 from edits import token_mask
 from evaluation import check_sae_quality
 from runs import refuse_unwritable, write_whole
@@ -83,10 +77,8 @@ def read_texts(source: str, most: int = 200_000) -> list[str]:
             raise UserError(f"{path} is not UTF-8 text: {first_line(error)}") from error
     if path.is_file() or source.count("/") != 1 or path.suffix in (".jsonl", ".txt"):
         raise UserError(f"--text {source}: neither a file of text or JSONL nor a hub id ORG/NAME")
-    from datasets import load_dataset
-
     try:
-        return [row["text"] for row in islice(load_dataset(source, split="train", streaming=True), most)]
+        return [row["text"] for row in stream(source, None, "train", None, most)]
     except Exception as error:  # the hub's libraries raise anything from OSError to RuntimeError
         raise UserError(f"cannot load {source} from the hub: {first_line(error)}") from error
 
@@ -103,17 +95,13 @@ def drawn_windows(tokenizer, texts: list[str], context: int, tokens: int, seed: 
 def activations(model, windows: list[list[int]], layers: list[int], batch_size: int, seed: int):
     """Endlessly yield {hook point: (n, d_model) fp32 residuals of counted tokens}, windows shuffled each epoch."""
     captured, rng = {}, random.Random(seed)
-
-    def capture(h, hook, name):
-        captured[name] = h
-
-    hooks = [(HOOK.format(layer), partial(capture, name=HOOK.format(layer))) for layer in layers]
+    names = [HOOK.format(layer) for layer in layers]
+    hooks = [(name, lambda h, hook, name=name: captured.update({name: h})) for name in names]
     while True:
         order = rng.sample(windows, len(windows))
         for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+            _, ids = next(batches(order[start : start + batch_size], batch_size, model.tokenizer, model.cfg.device))
             with token_mask(model.original_model, model.tokenizer) as mask, model.hooks(fwd_hooks=hooks):
-                _, ids = next(batches(batch, batch_size, model.tokenizer, model.cfg.device))
                 model(ids, stop_at_layer=max(layers) + 1, use_cache=False)
             yield {name: h[mask.counted].float() for name, h in captured.items()}
 
@@ -121,10 +109,9 @@ def activations(model, windows: list[list[int]], layers: list[int], batch_size: 
 # %% Train and measure
 def new_sae(config: BatchTopKTrainingSAEConfig, float64: bool) -> BatchTopKTrainingSAE:
     """On config's device. Its threshold is in float64, or in float32 for Apple's GPUs, which have no float64."""
-    if float64:
-        return BatchTopKTrainingSAE(config)
-    sae = BatchTopKTrainingSAE(replace(config, device="cpu"))
-    sae.topk_threshold = sae.topk_threshold.float()
+    sae = BatchTopKTrainingSAE(config if float64 else replace(config, device="cpu"))
+    if not float64:
+        sae.topk_threshold = sae.topk_threshold.float()
     return sae.to(config.device)
 
 
@@ -144,8 +131,8 @@ def train(model, windows, layers, width, k, tokens, lr, context, batch_size, see
         dead_feature_window=200, n_batches_for_norm_estimate=20,
     )  # fmt: skip
     names = {str(layer): HOOK.format(layer) for layer in layers}
-    stream = activations(model, windows, layers, batch_size, seed)
-    mixed = multi_hook_concat_split_iter(BUFFER, TRAINING_BATCH, stream, list(names.values()))
+    acts = activations(model, windows, layers, batch_size, seed)
+    mixed = multi_hook_concat_split_iter(BUFFER, TRAINING_BATCH, acts, list(names.values()))
     MultiSAETrainer(config, saes, names, mixed).fit()
     return saes
 
@@ -154,8 +141,6 @@ def run(**changes) -> dict:
     """run(layers=[7], tokens=10**6): any flag by name. Writes OUT/layer_L; returns {layer: L0, variance
     explained, and on how many tokens}."""
     args = settings(flags, changes)
-    if len(set(args.layers)) < len(args.layers):
-        raise UserError(f"--layers {' '.join(map(str, args.layers))}: each once")
     if n_processes() > 1:
         raise UserError("SAEs are trained by one process: start train_sae.py without accelerate launch")
     folders = {layer: Path(args.out) / f"layer_{layer}" for layer in args.layers}
