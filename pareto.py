@@ -8,10 +8,9 @@ Sweep the number of ablated features and the clamp: how much forgetting is to be
     python pareto.py --plot results/*.json        # the rows of any records on one figure
 
 Every combination, and as many random features that fire as often on the retain sets, is scored on WMDP-Bio, MMLU and
-OpenWebText, in one pass per batch of prompts; with --method, every setting in these methods' grids (edits.METHODS).
-Features are picked on the tuning half of WMDP-Bio, settings chosen on the tuning half of both quizzes, and the figure
-shows the held-out half. The scores of each data set are kept until the record is written: the same command, given again
-after a stop, goes on from there. What comes out on tiny, and how long it takes: docs/results.md.
+OpenWebText; with --method, every setting in these methods' grids (edits.METHODS). Features are picked on the tuning
+half of WMDP-Bio, settings chosen on the tuning half of both quizzes, and the figure shows the held-out half. A run that
+was stopped goes on where it was when its command is given again. What comes out on tiny: docs/results.md.
 """
 
 # %% Flags come first, so that --help answers at once
@@ -130,8 +129,7 @@ def table(lines: list[dict], forget: str = "WMDP-Bio") -> str:
 
 def title_of(method: str) -> str:
     """As tables name a method; of an unknown one the name in the record."""
-    known = {**unlearning.METHODS, **edits.METHODS}
-    return known[method].title if method in known else method
+    return getattr({**unlearning.METHODS, **edits.METHODS}.get(method), "title", method)
 
 
 def scores_of(record: dict, row: str) -> dict[str, Score]:
@@ -187,8 +185,7 @@ def label(row: str, method: str) -> str:
 
 
 def panel(axes, methods: dict[str, dict], styles: dict, cost) -> tuple[list, list]:
-    """Draw WMDP-Bio accuracy over a cost; cost(scores) -> [mean, low, high]. Returns the labels, and the points that
-    these must not cover."""
+    """Draw WMDP-Bio accuracy over cost(scores): mean, low, high. Returns labels, and points they must not cover."""
     labels, places, unablated = [], [], set()
     for method, settings in methods.items():
         colour, marker, line = styles[method]
@@ -252,8 +249,7 @@ def pareto_figure(records: list[dict], title: str):
 
 # %%
 def rows_of(stats: FeatureStats, counts: list[int], clamps: list[float], methods: list[str]) -> dict[str, edits.Edit]:
-    """One layer's rows: every setting in the methods' grids; without methods every number of features with every clamp,
-    then the same of random features."""
+    """One layer's rows: all settings in the methods' grids, or all counts with all clamps, then of random features."""
     if methods:
         of_grids = [edits.from_grid(name, setting, stats) for name in methods for setting in edits.METHODS[name].grid]
         return {f"{title_of(edit.method)}, layer {stats.layer}, {edits.label(edit.method, edit.settings)}": edit

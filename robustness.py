@@ -9,10 +9,9 @@ residual stream pushed, and after fine-tuning.
 
 Of each record of baselines.py the chosen row is examined: a trained model, or an edit that stays on. Asked are
 WMDP-Bio's held-out questions: as the method was tuned; in another wording (wmdp_bio_reworded.jsonl, if it is there);
-with the options in reverse order; without the header that names the subject; behind solved questions of the tuning
-half; without options, where the likeliest answer in words counts; and as open questions. They are asked again with the
-weights rounded to 8 and to 4 bits, and, where the right answer was lost, with the residual stream pushed towards the
-right letter, and as a control towards a wrong one.
+with the options reversed; without the header that names the subject; behind solved questions of the tuning half;
+without options, where the likeliest answer in words counts; and as open questions. Then again with weights rounded to 8
+and 4 bits, and, where the right answer was lost, with a push towards the right letter, or as a control a wrong one.
 
 --relearn fine-tunes all weights, once on retain text alone and once with the facts of the tuning half, none of which is
 asked, and asks again. Then it fine-tunes on the very facts that are asked, and asks on the way: a model that knows them
@@ -51,16 +50,14 @@ from transformers.cache_utils import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 import data
-import edits
 import show
 import unlearning
 from common import as_bridge, load_hf, load_model, load_sae
 from data import HERE, LETTERS, Benchmark, Dataset, UserError, encode_prompts, n_processes, pad_id, prompt
-from edits import NONE, Edit, SetFeatures, applied, decoder_layers, layer_of
+from edits import METHODS, NONE, Edit, SetFeatures, applied, decoder_layers, layer_of, make
 from evaluation import Measure, bootstrap, joined, letters, open_answers, share, words
 from hub import identity, load_tokenizer, model_source, preset
 from runs import Run, forget_title, read_record
-from unlearning import Fp32AdamW, endless_batches, linear_modules, text_nll, training_windows
 
 RELEARNED = 0.9  # share of the original model's accuracy at which knowledge counts as recovered
 LEARNING_RATE = {"tiny": 1e-3}  # elsewhere 2e-5, usual for fine-tuning whole models
@@ -104,9 +101,8 @@ that raises margin = logit of the target letter - mean logit of the other three.
 Without the projection this is the release's, step by step: the same delta to a millionth of its length. Differs from
 the release: it projects the gradient, after which Adam, which scales each coordinate, leaves the subspace again (a
 quarter of its delta's length lay along edited features' directions); here delta is projected after each step. Its
-bound, 20 at any token of Gemma-2-2B, is here a share of the length of h, and its rate, 0.08, the same multiple of the
-bound (0.192 of it over sqrt(d_model)). And a control is added: how often the same push brings a wrong option. Only what
-comes beyond that can have been in the model; the rest is in the push.
+bound, 20 at any token of Gemma-2-2B, is here a share of the length of h, and its rate the same multiple of the bound.
+And a control is added: how often the same push brings a wrong option. Only what comes beyond that was in the model.
 """
 
 
@@ -114,9 +110,8 @@ comes beyond that can have been in the model; the rest is in the push.
 @torch.no_grad()
 def round_weights(model, bits: int) -> None:
     """Round in place every matrix of attention and MLP: w -> s * round(w / s), s = max |w| / (2^(bits - 1) - 1) of each
-    row, the plainest of the quantisations by which Zhang et al. (arXiv 2410.16454) saw unlearnt knowledge come back.
-    Norms, embeddings and arithmetic stay as they are."""
-    for module in map(model.get_submodule, linear_modules(model, range(len(decoder_layers(model))))):
+    row, the plainest quantisation by which Zhang et al. (arXiv 2410.16454) saw unlearnt knowledge come back."""
+    for module in map(model.get_submodule, unlearning.linear_modules(model, range(len(decoder_layers(model))))):
         weight, row = module.weight.float(), 0 if isinstance(module, Conv1D) else 1
         step = weight.abs().amax(row, keepdim=True).clamp(min=1e-30) / (2 ** (bits - 1) - 1)
         module.weight.copy_((weight / step).round() * step)
@@ -126,11 +121,11 @@ def fine_tune(model, tokenizer, sets: list[list], marks: list[int], lr: float, s
     """Train all weights in place with next-token loss on (ids, start) windows, a step on each of the sets in turn.
     Yields at each of the marks, a number of steps, and ends at the last."""
     rng = random.Random(seed)
-    texts = map(next, cycle([endless_batches(windows, TEXTS, rng) for windows in sets]))
+    texts = map(next, cycle([unlearning.endless_batches(windows, TEXTS, rng) for windows in sets]))
     model.requires_grad_(True)
-    adam = Fp32AdamW(model.parameters(), lr, clip=1.0, weight_decay=0.0)
+    adam = unlearning.Fp32AdamW(model.parameters(), lr, clip=1.0, weight_decay=0.0)
     for step in tqdm(range(1, max(marks) + 1), desc="relearning", unit="step", leave=False):
-        adam.step(text_nll(model, next(texts), tokenizer, "text").mean)
+        adam.step(unlearning.text_nll(model, next(texts), tokenizer, "text").mean)
         if step in marks:
             yield step
 
@@ -141,9 +136,8 @@ def marks_of(steps: int) -> list[int]:
 
 
 def directions(edit: Edit, layer: int) -> torch.Tensor | None:
-    """An orthonormal basis (d_model, k) of what the edit after `layer` reads, which no push may have: its features'
-    encoder columns, or the `direction` of its settings; None if it has neither. In a TopK SAE other features may still
-    push an edited one out."""
+    """An orthonormal basis (d_model, k) of what the edit after `layer` reads: its features' encoder columns, or the
+    `direction` of its settings; None if it has neither. In a TopK SAE others may still push an edited feature out."""
     function = edit.at.get(layer)
     if isinstance(function, SetFeatures):
         latents = function.latents
@@ -186,13 +180,10 @@ class LastToken:
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
         for part, (keys, values) in zip(self.cache.layers, self.before):  # an earlier call has added to them
             part.keys, part.values = keys, values
-
-        def put(*args, **kwargs):
-            return (h[:, None],) if self.in_tuples else h[:, None]
-
+        output = (h[:, None],) if self.in_tuples else h[:, None]
         with applied(self.model, self.tokenizer, self.later), ExitStack() as skipped:
             for block in self.blocks:
-                skipped.enter_context(patch.object(block, "forward", put))
+                skipped.enter_context(patch.object(block, "forward", lambda *args, **kwargs: output))
             return self.model(**self.last, past_key_values=self.cache, use_cache=True).logits[:, -1]
 
 
@@ -231,8 +222,7 @@ def other_option(right: list[int], now: list[int], seed: int) -> list[int]:
 # %% What every model goes through
 @dataclass(frozen=True)
 class Subject:
-    """A row of the results: a model (a preset's name, a hub id or a folder), and the edit that is always on. layer: the
-    one whose output is pushed where there is no edit."""
+    """A row: a model (preset, hub id or folder), the edit that is always on, and the layer to push where none is."""
 
     name: str
     model: str
@@ -268,8 +258,7 @@ class Exam:
     batch_size: int
 
     def ask(self, subject: Subject, model, every_form: bool = False, more: bool = True) -> list[Measure]:
-        """What a bridge answers under the subject's edit: in letters, first as tuned, then in every other form; `more`:
-        MMLU in letters, and WMDP-Bio in words."""
+        """A bridge's answers under the subject's edit; more: also to MMLU in letters, and to WMDP-Bio in words."""
         rows, measures = {subject.name: subject.edit}, []
         for form, (quiz, prompts) in self.forms.items():
             if form == "as tuned" or every_form:
@@ -283,8 +272,7 @@ class Exam:
     def as_it_is(self, subject: Subject) -> list[Measure]:
         """Its answers in all forms, and open ones."""
         model, rows = subject.load(), {subject.name: subject.edit}
-        return [*self.ask(subject, model, every_form=True),
-                *open_answers(model, self.quiz, rows, batch_size=self.batch_size)]  # fmt: skip
+        return [*self.ask(subject, model, True), *open_answers(model, self.quiz, rows, batch_size=self.batch_size)]
 
     def rounded(self, subject: Subject) -> list[Measure]:
         """Its answers with the weights rounded to each of BITS."""
@@ -296,11 +284,10 @@ class Exam:
         return measures
 
     def pushed(self, subject: Subject, tuned: Measure, unablated: Measure) -> dict:
-        """Push on the questions that the unablated model answers right and the subject does not; tuned, unablated: the
-        letters of these two, a row each. Returns the layer, the share, the `questions` (places in the quiz), and for
-        pushes to the "right" and to a "wrong" option the `targets`, what is `answered`, and how often the target was
-        `reached`. `measure` is 1 where a question is answered right as tuned; where it was lost, 1 if the push brought
-        the right option, less 1 if the control's push brought the wrong one."""
+        """Push on the questions that the unablated model answers right and the subject does not; tuned, unablated:
+        letters, a row each. Returns layer, share, `questions` (places in the quiz), and of pushes to the "right" and to
+        a "wrong" option `targets`, what is `answered`, and how often the target was `reached`. `measure`: 1 where right
+        as tuned; where lost, 1 if the push brought the right option, less 1 if the control brought the wrong one."""
         lost = np.flatnonzero(unablated.values[0] & ~tuned.values[0]).tolist()
         right, now = [self.quiz.rows[i]["answer"] for i in lost], [LETTERS.index(tuned.answers[0][i]) for i in lost]
         targets = {"right": right, "wrong": other_option(right, now, self.seed)}
@@ -327,7 +314,7 @@ class Exam:
         facts"; or, after each of `marks_of` steps, on it and the "asked facts"."""
         (model, tokenizer), measures, asked, b = subject.load(load_hf), [], stage == "asked facts", self.benchmark
         forget = self.quiz if asked else b.corpus if b.corpus.rows else b.wmdp.tuning
-        facts, retain = training_windows(tokenizer, forget, b.wikitext, b.mmlu_dev)
+        facts, retain = unlearning.training_windows(tokenizer, forget, b.wikitext, b.mmlu_dev)
         sets = retain if stage == "retain text" else [*retain, facts, facts]
         marks = marks_of(self.steps) if asked else [self.steps]
         training = fine_tune(model, tokenizer, sets, marks, self.lr, self.seed)
@@ -342,8 +329,7 @@ class Exam:
 
 
 def examine(exam: Exam, subjects: list[Subject], cached) -> tuple[dict[str, Measure], dict[str, dict]]:
-    """The measures by name, of all subjects in all stages, and {row: what Exam.pushed found}. The first subject is the
-    unablated model; cached(name, make): see Run."""
+    """The measures by name, of all subjects in all stages, the unablated model first, and {row: of Exam.pushed}."""
     by_subject, pushes = [], {}
 
     def stage(subject, name, make, *given):
@@ -352,9 +338,8 @@ def examine(exam: Exam, subjects: list[Subject], cached) -> tuple[dict[str, Meas
     for subject in tqdm(subjects, desc="subjects", unit="subject", leave=False):
         measures = stage(subject, "as it is", exam.as_it_is) + stage(subject, "rounded", exam.rounded)
         by_subject.append(measures)
-        pushed = stage(subject, "pushed", exam.pushed, measures[0], by_subject[0][0])
+        pushes[subject.name] = pushed = stage(subject, "pushed", exam.pushed, measures[0], by_subject[0][0])
         measures.append(pushed.pop("measure"))
-        pushes[subject.name] = pushed
         for name in ("retain text", "other facts", "asked facts") if exam.steps else ():
             measures += stage(subject, name, exam.fine_tuned, name)
     return {rows[0].name: joined(list(rows)) for rows in zip(*by_subject, strict=True)}, pushes
@@ -384,8 +369,7 @@ def share_forgotten(stage: Measure, row: str, floor: str | None) -> dict:
 
 
 def survival(measures: dict[str, Measure]) -> tuple[dict[str, Measure], dict[str, dict[str, dict]]]:
-    """{stage: its measure}, and {row: {stage: share_forgotten}} of the unlearned rows, that first of which most stays
-    forgotten where least does."""
+    """{stage: its measure}, and {row: {stage: share_forgotten}} of the unlearned rows, largest least share first."""
     stages = {stage: measures[f"wmdp_bio/{what}"] for stage, what in STAGES.items() if f"wmdp_bio/{what}" in measures}
     rows = stages["as tuned"].rows[1:]
     floor = show.RETRAINED if show.RETRAINED in rows else None
@@ -462,7 +446,7 @@ def shared_settings(records: list[dict]) -> dict:
 
 def names_of(paths: list[str], records: list[dict]) -> list[str]:
     """What rows are called: the method's title, and the record's path where a title would come twice."""
-    methods = edits.METHODS | unlearning.METHODS
+    methods = METHODS | unlearning.METHODS
     chosen = [record["rows"][record["chosen"]]["method"] for record in records]
     titles = [methods[method].title if method in methods else method for method in chosen]
     return [f"{title}, {path}" if titles.count(title) > 1 else title for title, path in zip(titles, paths)]
@@ -497,7 +481,7 @@ def subjects_of(paths: list[str], records: list[dict], device: str | None, dtype
             model = model or load_model(name, device, dtype)
             sae = load_sae(source, about["layer"], model)
             saes[layer_of(sae)] = sae
-        subjects.append(replace(subject, edit=edits.make(chosen["method"], saes, **chosen["settings"])))
+        subjects.append(replace(subject, edit=make(chosen["method"], saes, **chosen["settings"])))
     return subjects
 
 
@@ -544,12 +528,11 @@ def run(**changes) -> dict:
     if not paths:
         raise UserError("give one or several records of baselines.py")
     records = [read_tuned(path) for path in paths]
-    same = shared_settings(records)
+    same, dtype = shared_settings(records), args.dtype or records[0]["dtype"]
     name, lr = same["model"], args.lr or LEARNING_RATE.get(same["model"], 2e-5)
-    subjects = subjects_of(paths, records, args.device, args.dtype or records[0]["dtype"])
+    subjects = subjects_of(paths, records, args.device, dtype)
     benchmark, questions, reworded = load_questions(records, same, args.shots, load_tokenizer(model_source(name)))
-    data_read, also = [*benchmark.datasets, reworded], [records, steps]  # what records are of has not changed
-    current = Run(__file__, args, data_read, also=also, model=name, dtype=subjects[0].dtype)
+    current = Run(__file__, args, [*benchmark.datasets, reworded], also=[records, steps], model=name, dtype=dtype)
     exam = Exam(benchmark, benchmark.quizzes["wmdp_bio"], questions, steps, lr, same["seed"], args.batch_size)
     measures, pushes = examine(exam, subjects, current.cached)
     curve = {mark: measures[f"wmdp_bio/after {mark} steps/letters"] for mark in (marks_of(steps) if steps else ())}

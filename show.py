@@ -1,10 +1,7 @@
-"""
-Tables and figures: of Measures, features, tokens and training. Figures are returned; tables are printed.
-"""
+"""Tables and figures: of Measures, features, tokens and training. Figures are returned; tables are printed."""
 
 import itertools
 import json
-import math
 import operator
 import re
 from urllib.parse import quote
@@ -49,10 +46,8 @@ def draws_of(rows) -> dict[str, list[str]]:
     return draws
 
 
-def number(value: float | None, unit: str, sign: str = "") -> str:
+def number(value: float, unit: str, sign: str = "") -> str:
     """The value as text: in per cent with one digit, in nats with four, else with two. sign: "+" for changes."""
-    if value is None or math.isnan(value):
-        return "?"
     digits = 1 if unit == "%" else 4 if unit.startswith("nats") else 2
     return f"{100 * value if unit == '%' else value:{sign}.{digits}f}"
 
@@ -164,9 +159,8 @@ def interval_panel(axes, measure, places: dict[str, int], draws: set[str]) -> No
         if row not in places or ends[0] is None:
             continue
         mean, low, high = (scale * (ends[0] if end is None or row in draws else end) for end in ends)
-        style = {"alpha": 0.6, "capsize": 0} if row in draws else {"capsize": 3}
-        axes.errorbar(mean, places[row], xerr=[[max(0, mean - low)], [max(0, high - mean)]], fmt="o", color=colour(row),
-                      **style)  # fmt: skip
+        style = {"fmt": "o", "color": colour(row)} | ({"alpha": 0.6} if row in draws else {"capsize": 3})
+        axes.errorbar(mean, places[row], xerr=[[max(0, mean - low)], [max(0, high - mean)]], **style)
         if row == RETRAINED and not is_loss:
             axes.axvline(mean, color=colour(row), ls=":", lw=1)
     axes.grid(axis="x", alpha=0.3)
@@ -185,8 +179,7 @@ def interval_panel(axes, measure, places: dict[str, int], draws: set[str]) -> No
 
 
 def group_table(measure) -> None:
-    """Print a line for each group (a subject) and a column for each row: per cent right, with a star where that has
-    changed against the first row."""
+    """Print a line for each group (a subject), a column for each row: per cent right, with a star where it changed."""
     groups, q = measure.by_group(), measure.q_values()
     print(f"\n{measure.title}, by subject, %; * changed, with false discoveries over the {len(groups)} subjects held "
           "to 5%\n")  # fmt: skip
@@ -200,8 +193,7 @@ def group_table(measure) -> None:
 
 
 def group_figure(measure, title: str):
-    """Figure: each group's (subject's) change in accuracy, in points, with 95% intervals, under all rows but the first,
-    those named SAE, and the retrained model."""
+    """Figure: each group's (subject's) change in accuracy, in points with 95% intervals, under every ablation."""
     groups, ends = measure.by_group(), operator.attrgetter("change", "change_low", "change_high")
     series = {row: [100 * np.array(ends(scores[row])) for scores in groups.values()] for row in measure.rows[1:]
               if row != RETRAINED and not row.startswith("SAE")}  # fmt: skip
@@ -212,18 +204,17 @@ def group_figure(measure, title: str):
 def dodged(names: list[str], series: dict[str, list], title: str, label: str, styles: dict | None = None, lines=(0,)):
     """Figure: a mark on each of n lines for each of the series, {name: (n, 3) of mean, low, high}, NaN or None for no
     mark. names: of the lines; label: of the x axis; styles: of series; lines: vertical ones."""
-    figure, axes = plt.subplots(figsize=(7, 1.6 + 0.33 * len(names)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.6, 1.8 + 0.34 * len(names)), layout="constrained")
     for k, (name, values) in enumerate(series.items()):
         mean, low, high = np.array(values, dtype=float).T
         y = np.arange(len(names)) + 0.7 / len(series) * (k - (len(series) - 1) / 2)
         style = {"fmt": "osD^vP*X"[k % 8], "ms": 4.5, "elinewidth": 0.7} | (styles or {}).get(name, {})
         axes.errorbar(mean, y, xerr=np.maximum(0, [mean - low, high - mean]), label=plain(name), **style)
     axes.set_yticks(range(len(names)), map(plain, names))
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=label)
     for x in lines:
         axes.axvline(x, color="0.4", ls="--", lw=1)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel(label)
     figure.suptitle(plain(title), size=10)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
@@ -254,8 +245,7 @@ def quick_list(source: str, features: list[int]) -> tuple[str, int]:
 
 
 def print_features(features, forget: Rates, retain: Rates, tokens: list[list[str]], sae, most: int = 20) -> None:
-    """Print the picked features' firing rates, their ratio, the tokens they are most active on, and the address of
-    Neuronpedia's page of them. tokens: from top_tokens; most: lines."""
+    """Print features' firing rates, their ratio, `tokens` (see top_tokens), Neuronpedia's page of them; most: lines."""
     ratio = activation_ratio(forget, retain)
     print(f"\n  {'feature':>8}{'forget rate':>13}{'retain rate':>13}{'ratio':>9}   most active on")
     for feature, words in list(zip(features, tokens))[:most]:
@@ -279,8 +269,7 @@ def scatter(features: list[int], forget: Rates, retain: Rates, title: str):
     axes.scatter(x[features], y[features], s=18, c=ABLATED, marker="D", label=f"picked ({len(features)})", linewidths=0)
     axes.plot([min(never), 1], [min(never), 1], color="0.4", lw=0.8, ls=":", label="equal rates")
     axes.set(xscale="log", yscale="log", title=plain(title))
-    axes.set_xlabel("firing rate on the retain set (leftmost: never)")
-    axes.set_ylabel("firing rate on the forget set")
+    axes.set(xlabel="firing rate on the retain set (leftmost: never)", ylabel="firing rate on the forget set")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 

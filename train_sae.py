@@ -6,16 +6,15 @@ Train SAEs for a model that has none, at several layers in one run, with SAELens
     python train_sae.py --model gpt2 --layers 7 --text Skylion007/openwebtext --width 16384 --tokens 200000000
 
 Works for any model that the other scripts do. The text is a hub data set, a text file (documents separated by blank
-lines) or a JSONL file with a "text" in each line; one document in twenty is held out and measured on. Of a long text
-documents are drawn at random until there are enough tokens; a short one is gone over several times. Trained as
-BatchTopK (Bussmann, Leask and Nanda, arXiv 2412.06410), saved as JumpReLU; each OUT/layer_L is what --sae takes.
-
-Each is held against the residual stream of the held-out text: L0 and variance explained. The first command trains
-tiny's own SAEs; docs/results.md says what they reach, and how long it takes. To publish them: `hf upload ORG/NAME OUT`.
+lines) or a JSONL file with a "text" in each line; one document in twenty is held out, and L0 and variance explained are
+measured on it. Of a long text documents are drawn at random until there are enough tokens; a short one is gone over
+several times. Trained as BatchTopK (Bussmann, Leask and Nanda, arXiv 2412.06410), saved as JumpReLU; each OUT/layer_L
+is what --sae takes. The first command trains tiny's own SAEs; docs/results.md says what they reach, and how long it
+takes. To publish SAEs: `hf upload ORG/NAME OUT`.
 """
 
 # %%
-from data import HERE, n_processes
+from data import HERE, UserError, as_list, batches, first_line, n_processes, read_jsonl, stream, token_windows
 from runs import Parser, help_before_imports, main, natural_int, number, positive_int, seed_int, settings
 
 flags = Parser(description=__doc__)
@@ -52,7 +51,6 @@ from sae_lens.training.mixing_buffer import multi_hook_concat_split_iter
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
 from common import load_model, load_sae
-from data import UserError, as_list, batches, first_line, read_jsonl, stream, token_windows
 from edits import token_mask
 from evaluation import check_sae_quality
 from runs import refuse_unwritable, write_whole
@@ -84,8 +82,7 @@ def read_texts(source: str, most: int = 200_000) -> list[str]:
 
 
 def drawn_windows(tokenizer, texts: list[str], context: int, tokens: int, seed: int) -> list[list[int]]:
-    """Windows of documents that are drawn at random until they have `tokens`, in the order of the texts; of all
-    documents, where these have no more."""
+    """Windows of documents drawn at random until they have `tokens`, or of all documents, in the order of the texts."""
     order = random.Random(seed).sample(range(len(as_list(texts, "texts"))), len(texts))
     windows, documents = token_windows(tokenizer, [texts[i] for i in order], context, tokens, bos=True)
     return [windows[at] for at in sorted(range(len(windows)), key=lambda at: order[documents[at]])]
@@ -115,31 +112,30 @@ def new_sae(config: BatchTopKTrainingSAEConfig, float64: bool) -> BatchTopKTrain
     return sae.to(config.device)
 
 
-def train(model, windows, layers, width, k, tokens, lr, context, batch_size, seed, model_name, float64) -> dict:
-    """{layer: SAE}, all trained on the same stream of activations. float64: has the device such numbers?"""
-    device, saes = str(model.cfg.device), {}
-    for layer in layers:
-        metadata = SAEMetadata(hook_name=HOOK.format(layer), model_name=model_name, context_size=context)
-        saes[str(layer)] = new_sae(BatchTopKTrainingSAEConfig(
-            d_in=model.cfg.d_model, d_sae=width, k=k, device=device, apply_b_dec_to_input=False,
+def train(model, windows, width: int, args) -> dict:
+    """{layer: SAE}, all trained on the same stream of activations."""
+    device, saes, lr = str(model.cfg.device), {}, args.lr
+    names = {str(layer): HOOK.format(layer) for layer in args.layers}
+    for layer, hook_name in names.items():
+        metadata = SAEMetadata(hook_name=hook_name, model_name=Path(args.model).name, context_size=args.context)
+        saes[layer] = new_sae(BatchTopKTrainingSAEConfig(
+            d_in=model.cfg.d_model, d_sae=width, k=args.k, device=device, apply_b_dec_to_input=False,
             normalize_activations="expected_average_only_in", metadata=metadata,
-        ), float64)  # fmt: skip
-    steps = tokens // TRAINING_BATCH
+        ), float64=not (args.device or "").startswith("mps"))  # fmt: skip
+    steps = args.tokens // TRAINING_BATCH
     config = SAETrainerConfig(
         total_training_samples=steps * TRAINING_BATCH, train_batch_size_samples=TRAINING_BATCH, lr=lr,
         lr_end=lr / 10, lr_warm_up_steps=min(100, steps // 10), lr_decay_steps=steps // 3, device=device,
         dead_feature_window=200, n_batches_for_norm_estimate=20,
     )  # fmt: skip
-    names = {str(layer): HOOK.format(layer) for layer in layers}
-    acts = activations(model, windows, layers, batch_size, seed)
+    acts = activations(model, windows, args.layers, args.batch_size, args.seed)
     mixed = multi_hook_concat_split_iter(BUFFER, TRAINING_BATCH, acts, list(names.values()))
     MultiSAETrainer(config, saes, names, mixed).fit()
     return saes
 
 
 def run(**changes) -> dict:
-    """run(layers=[7], tokens=10**6): any flag by name. Writes OUT/layer_L; returns {layer: L0, variance
-    explained, and on how many tokens}."""
+    """run(layers=[7], tokens=10**6): any flag by name. Writes OUT/layer_L; returns {layer: what is measured of it}."""
     args = settings(flags, changes)
     if n_processes() > 1:
         raise UserError("SAEs are trained by one process: start train_sae.py without accelerate launch")
@@ -163,8 +159,7 @@ def run(**changes) -> dict:
     held_out = token_windows(model.tokenizer, held_out, args.context, MEASURED * (args.context + 1), bos=True)[0]
     if not training or not held_out:
         raise UserError(f"--text {args.text}: too little text to train and measure on")
-    saes = train(model, training, args.layers, width, args.k, args.tokens, args.lr, args.context, args.batch_size,
-                 args.seed, Path(args.model).name, float64=not (args.device or "").startswith("mps"))  # fmt: skip
+    saes = train(model, training, width, args)
     for layer, folder in folders.items():  # all are saved before the first is measured
         write_whole(folder, saes[str(layer)].save_inference_model)
     found, tokens = {}, sum(map(len, held_out))

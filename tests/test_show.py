@@ -187,7 +187,6 @@ def test_titles_with_dollars_and_losses_without_intervals_are_drawn(tmp_path, ca
 
 
 def test_numbers_are_written_by_their_unit():
-    assert show.number(None, "%") == show.number(float("nan"), "%") == "?"
     assert show.number(0.1234, "%", "+") == "+12.3" and show.number(0.1234, "probability") == "0.12"
     assert show.interval_text(1.0, None, None, "nats per token") == "1.0000"
 
