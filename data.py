@@ -544,7 +544,7 @@ def encode_answer(tokenizer, asked: str, answer: str) -> tuple[list[int], int]:
 def encode(tokenizer, text: str) -> list[int]:
     """The ids of a prompt, as lm-eval makes them: with the tokenizer's own BOS, unless a template has written one."""
     written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return known(tokenizer, tokenizer(text, add_special_tokens=not written)["input_ids"])
+    return known(tokenizer, tokenizer(text, add_special_tokens=not written, verbose=False)["input_ids"])
 
 
 def known(tokenizer, ids: list[int]) -> list[int]:
@@ -687,7 +687,8 @@ def token_windows(tokenizer, texts: list[str], context=128, max_tokens=None, bos
         raise UserError(f"a context of {context} tokens is too short: {len(start_with) + 2} are the fewest")
     windows, text_of, left = [], [], max_tokens or sys.maxsize
     for index, text in enumerate(as_list(texts, "texts")):
-        ids = known(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"][:left])
+        # not verbose: the whole text is longer than the model's positions, its windows are not
+        ids = known(tokenizer, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:left])
         for start in range(0, len(ids), step):
             if len(part := ids[start : start + step]) > 1:
                 windows.append(start_with + part)

@@ -508,7 +508,7 @@ def load_questions(records: list[dict], same: dict, shots: int, tokenizer) -> tu
     quiz, most, long = benchmark.quizzes["wmdp_bio"], tokenizer.model_max_length, set()
     asked = forms(quiz, [reworded[i] for i in quiz.indices] if reworded else [], solved)
     for form, (_, prompts) in asked.items():
-        long |= {place for place, text in enumerate(prompts) if len(tokenizer(text)["input_ids"]) > most}
+        long |= {place for place, text in enumerate(prompts) if len(tokenizer(text, verbose=False)["input_ids"]) > most}
         if long and not same["skip_long"]:
             raise UserError(f"{form}: question {min(long)} has more tokens than the model's {most} positions: fewer "
                             "--shots, or records made with --skip-long")  # fmt: skip

@@ -957,3 +957,13 @@ def test_questions_beyond_the_models_positions_are_refused_or_left_out_and_count
     words, _ = data.encode_words(tokenizer, [GOOD], data.CLOZE)
     tokenizer.model_max_length = max(map(len, words))
     assert data.drop_too_long(tokenizer, dataclasses.replace(quiz, variant="cloze"), skip=True).indices == [2, 0]
+
+
+def test_long_texts_are_cut_without_a_warning(monkeypatch):
+    """transformers warns of indexing errors where a text is longer than the model's positions."""
+    tokenizer, said = load_tokenizer(str(data.HERE / "tiny/model")), []
+    monkeypatch.setattr("transformers.tokenization_utils_base.logger.warning", said.append)
+    tokenizer.model_max_length = 8
+    assert len(data.token_windows(tokenizer, ["the cell " * 40])[0]) > 4
+    assert len(data.encode(tokenizer, "the cell " * 40)) > 40
+    assert not said
