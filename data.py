@@ -244,12 +244,13 @@ def load(
     return replace(dataset, rows=[{**row, "asked_about": topic} for row in rows]) if topic else dataset
 
 
-def check_folder(folder: str) -> None:
-    """Raises UserError for a folder that is missing or holds no file of a known name, and for what is in such a file's
-    place (a folder, a broken link, another format, a name that is nearly known): it would be passed over, and other
-    data scored in its place. Says what else is not read."""
+def check_folder(folder: str) -> str:
+    """The folder's absolute path. Raises UserError for one that is missing or holds no file of a known name, and for
+    what is in such a file's place (a folder, a broken link, another format, a name that is nearly known): it would be
+    passed over, and other data scored in its place. Says what else is not read."""
     if not Path(folder).is_dir():
         raise UserError(f"data folder {folder}: no such folder")
+    folder = os.path.abspath(folder)
     files = {f"{name}.jsonl" for name in KNOWN if (Path(folder) / f"{name}.jsonl").is_file()}
     others = sorted(path.name for path in Path(folder).iterdir() if path.name not in files and path.name[0] != ".")
     for name in others:
@@ -257,11 +258,14 @@ def check_folder(folder: str) -> None:
         near = inside or difflib.get_close_matches(name.split(".")[0].lower(), KNOWN, 1, 0.85)
         meant = f"{max(near, key=len)}.jsonl" if near and not name.endswith((".md", ".png", ".py")) else ""
         if meant and meant not in files:
-            raise UserError(f"data folder {folder}: {name} is not read; is it {meant}, no folder and no broken link?")
+            path = Path(folder) / name
+            what = ", a folder," if path.is_dir() else "" if path.exists() else ", a broken link,"
+            raise UserError(f"data folder {folder}: {name}{what} is not read: give {meant}, a file of JSON lines")
     if not files:
         raise UserError(f"data folder {folder}: none of its files is called {'.jsonl, '.join(sorted(KNOWN))}.jsonl")
     if others:
         note_once(f"data folder {folder}: not read are {', '.join(others[:9])}{' ...' * (len(others) > 9)}")
+    return folder
 
 
 def read_jsonl(path: Path, name: str, most: int | None = None) -> list[dict]:

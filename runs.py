@@ -114,7 +114,7 @@ def parser(doc: str, *, quiz: bool = False, without: tuple[str, ...] = ()) -> Pa
     add("--context", "tokens that rates are counted on at a time (SAEBench: 1024)", type=positive_int, default=128)
     group = p.add_argument_group("scoring")
     add("--data", "with any of wmdp_bio, wmdp_bio_robust, wmdp_bio_cloze, mmlu, mmlu_dev, wikitext, openwebtext, "
-        "forget_corpus .jsonl", type=lambda name: data.check_folder(name) or place(name), metavar="FOLDER")  # fmt: skip
+        "forget_corpus .jsonl", type=data.check_folder, metavar="FOLDER")  # fmt: skip
     add("--topic", "of the questions in WMDP-Bio's place: what tables call them, and what a question without a subject "
         "is asked about (default: of your own file its subject, else the folder's name)", metavar="NAME")  # fmt: skip
     if quiz:

@@ -505,16 +505,16 @@ def folder_of(path, **files):
 @pytest.mark.parametrize(
     "name, said",
     [
-        ("wmdp-bio.jsonl", r"wmdp-bio\.jsonl is not read; is it wmdp_bio\.jsonl"),
-        ("WMDP_bio.jsonl", r"is it wmdp_bio\.jsonl"),
-        ("wmdp_bio.json", r"is it wmdp_bio\.jsonl"),
-        ("mmlu-dev.jsonl", r"is it mmlu_dev\.jsonl"),
-        ("wikitxt.jsonl", r"is it wikitext\.jsonl"),
-        ("wmdp-bio-test.parquet", r"wmdp-bio-test\.parquet is not read; is it wmdp_bio\.jsonl"),
-        ("WMDP-Bio.csv", r"is it wmdp_bio\.jsonl"),
-        ("wmdp_bio_robust.jsonl.gz", r"is it wmdp_bio_robust\.jsonl"),
-        ("test-mmlu.JSONL", r"is it mmlu\.jsonl"),
-        ("wikitext103.txt", r"is it wikitext\.jsonl"),
+        ("wmdp-bio.jsonl", r"wmdp-bio\.jsonl is not read: give wmdp_bio\.jsonl"),
+        ("WMDP_bio.jsonl", r"give wmdp_bio\.jsonl"),
+        ("wmdp_bio.json", r"give wmdp_bio\.jsonl"),
+        ("mmlu-dev.jsonl", r"give mmlu_dev\.jsonl"),
+        ("wikitxt.jsonl", r"give wikitext\.jsonl"),
+        ("wmdp-bio-test.parquet", r"wmdp-bio-test\.parquet is not read: give wmdp_bio\.jsonl"),
+        ("WMDP-Bio.csv", r"give wmdp_bio\.jsonl"),
+        ("wmdp_bio_robust.jsonl.gz", r"give wmdp_bio_robust\.jsonl"),
+        ("test-mmlu.JSONL", r"give mmlu\.jsonl"),
+        ("wikitext103.txt", r"give wikitext\.jsonl"),
     ],
 )
 def test_a_file_that_would_be_passed_over_is_refused(tmp_path, name, said):
@@ -530,13 +530,13 @@ def test_a_file_that_would_be_passed_over_is_refused(tmp_path, name, said):
 
 def test_a_folder_or_a_broken_link_of_a_known_name_is_refused(tmp_path):
     where = Path(folder_of(tmp_path, mmlu=[{**QUESTION, "subject": "law"}]))
-    said = r"wmdp_bio\.jsonl is not read; is it wmdp_bio\.jsonl, no folder and no broken link"
+    said = r"wmdp_bio\.jsonl, a {}, is not read: give wmdp_bio\.jsonl"
     (where / "wmdp_bio.jsonl").symlink_to("nowhere/wmdp_bio.jsonl")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said.format("broken link")):
         data.load("mmlu", "tiny", str(where))
     (where / "wmdp_bio.jsonl").unlink()
     (where / "wmdp_bio.jsonl").mkdir()
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said.format("folder")):
         data.load("mmlu", "tiny", str(where))
     with pytest.raises(UserError, match=r"wmdp_bio\.jsonl cannot be read: Is a directory"):
         data.read_jsonl(where / "wmdp_bio.jsonl", "wmdp_bio")
