@@ -505,12 +505,12 @@ def folder_of(path, **files):
 @pytest.mark.parametrize(
     "name, said",
     [
-        ("wmdp-bio.jsonl", r"wmdp-bio\.jsonl is not read: give wmdp_bio\.jsonl"),
+        ("wmdp-bio.jsonl", r"wmdp-bio\.jsonl(, a folder,)? is not read: give wmdp_bio\.jsonl"),
         ("WMDP_bio.jsonl", r"give wmdp_bio\.jsonl"),
         ("wmdp_bio.json", r"give wmdp_bio\.jsonl"),
         ("mmlu-dev.jsonl", r"give mmlu_dev\.jsonl"),
         ("wikitxt.jsonl", r"give wikitext\.jsonl"),
-        ("wmdp-bio-test.parquet", r"wmdp-bio-test\.parquet is not read: give wmdp_bio\.jsonl"),
+        ("wmdp-bio-test.parquet", r"wmdp-bio-test\.parquet(, a folder,)? is not read: give wmdp_bio\.jsonl"),
         ("WMDP-Bio.csv", r"give wmdp_bio\.jsonl"),
         ("wmdp_bio_robust.jsonl.gz", r"give wmdp_bio_robust\.jsonl"),
         ("test-mmlu.JSONL", r"give mmlu\.jsonl"),
