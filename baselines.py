@@ -14,7 +14,7 @@ Training that unlearns (unlearning.py): gradient-ascent, grad-diff, npo, simnpo,
 crisp, undo, rmu, adaptive-rmu. The trained model is saved as a folder that every script loads with --model.
 
 Each method is tuned with eight settings. The tuning half chooses the one of lowest WMDP-Bio accuracy that keeps 99% of
-MMLU. Training is on that half's questions: a method that scores far better on them than on the held-out half unlearned
+MMLU. Training is on that half's questions: a method that takes far more of them than of the held-out half unlearned
 questions, not facts. Finished settings are kept: after a stop the same command goes on from there. --all runs each
 method as a process of its own, so that time and memory are its own, and skips those whose record is there.
 

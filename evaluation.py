@@ -174,10 +174,11 @@ def each_row(model, rows: dict, score) -> torch.Tensor:
 def measure_of(dataset: Dataset, what: str, title: str, unit: str, rows: dict, values, **more) -> Measure:
     """The Measure DATASET/what, or DATASET/tuning/what on the tuning half. more: its other fields; groups are by
     default the subjects of the questions, if all have one."""
-    name = f"{dataset.name}/tuning/{what}" if dataset.half == "tuning" else f"{dataset.name}/{what}"
+    tuning = dataset.half == "tuning"
+    name, title = f"{dataset.name}/{'tuning/' * tuning}{what}", f"{dataset.title}{', tuning half' * tuning}, {title}"
     subjects = tuple(row.get("subject") for row in dataset.rows)
     more = {"groups": subjects if all(subjects) else None, **more}
-    return Measure(name, f"{dataset.title}, {title}", unit, tuple(rows), values, **more)
+    return Measure(name, title, unit, tuple(rows), values, **more)
 
 
 def right_answers(quiz: Dataset, what: str, title: str, rows: dict, values) -> Measure:

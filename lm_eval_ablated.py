@@ -230,6 +230,8 @@ class CommandLineLM(AblatedLM):
     def __init__(self, pretrained: str, sae=None, layer=7, features=None, record=None, row=None, method=None, **kwargs):
         taken = inspect.signature(METHODS[method or "clamp"].edit).parameters
         numbers = {name: kwargs.pop(name) for name in {*taken} & {*kwargs}}
+        if kwargs.get("device") == "cuda:0" and not torch.cuda.is_available():
+            del kwargs["device"]  # lm-eval's default, by which `hf` means the CPU there
         if record:
             record = runs.read_record(record)
             kwargs.setdefault("edit_special", record["settings"].get("edit_special", "never"))

@@ -17,11 +17,12 @@ was stopped goes on where it was when its command is given again. What comes out
 import runs
 
 flags = runs.parser(__doc__, quiz=True)
-flags.add_argument("--layer", "--layers", type=runs.natural_int, nargs="+", default=[7], help="(default: 7)")
+flags.add_argument("--layer", "--layers", type=runs.natural_int, nargs="+", default=[7],
+                   help="layers whose output the SAEs read (default: 7)")  # fmt: skip
 flags.add_argument("--n-features", type=runs.positive_int, nargs="+", default=[1, 2, 5, 10, 20, 50, 100, 200],
-                   help="(default: 1 2 5 10 20 50 100 200)")  # fmt: skip
+                   help="numbers of features (default: 1 2 5 10 20 50 100 200)")  # fmt: skip
 flags.add_argument("--clamp", type=runs.number(float, "0 or negative", lambda x: x <= 0), nargs="+",
-                   help="(default: 0, half the preset's, and the preset's)")  # fmt: skip
+                   help="values to set features to (default: 0, half the preset's, and the preset's)")  # fmt: skip
 flags.add_argument("--method", nargs="+", metavar="NAME", help="sweep the grids of these methods instead, such as dsg")
 flags.add_argument("--refusal-latent", type=runs.natural_int, help="for refusal-clamp: a latent active when declining")
 flags.add_argument("--refusal-value", type=runs.finite_float, default=-500.0, help="what it is set to (default: -500)")

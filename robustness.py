@@ -3,7 +3,7 @@
 Is it forgotten, or only not said? What an unlearned model answers in other forms, with its weights rounded, with its
 residual stream pushed, and after fine-tuning.
 
-    python robustness.py results/baselines_npo.json
+    python robustness.py results/baselines_npo_tiny_L7_*.json
     python robustness.py results/baselines_*.json --relearn 100
     python robustness.py --all                    # every record of one model in results/, or in --out's folder
 
@@ -519,14 +519,14 @@ def load_questions(records: list[dict], same: dict, shots: int, tokenizer) -> tu
 
 
 def run(**changes) -> dict:
-    """run(records=["results/baselines_npo.json"], relearn=100). Returns the record that it writes; raises UserError."""
+    """run(records=[path of a record], relearn=100). Returns the record that it writes; raises UserError."""
     args = settings(flags, changes)
     if n_processes() > 1:
         raise UserError("robustness.py is one process: start it without accelerate launch")
     paths = args.records or (tuned_records(args.out) if args.all else [])
     steps = args.relearn or (STEPS if args.all else 0)
     if not paths:
-        raise UserError("give one or several records of baselines.py")
+        raise UserError("no record of baselines.py is there: run it first, and give one or several of its records")
     records = [read_tuned(path) for path in paths]
     same, dtype = shared_settings(records), args.dtype or records[0]["dtype"]
     name, lr = same["model"], args.lr or LEARNING_RATE.get(same["model"], 2e-5)
@@ -548,7 +548,8 @@ def run(**changes) -> dict:
 
     drawn = ("as tuned", "in words", "retain text", "other facts")
     marks = {stage: [list(of_row[stage].values()) for of_row in shares.values()] for stage in stages}
-    label = "share forgotten: 0 like the unablated model, 1 like one retrained without the facts"
+    floor = "one retrained without the facts" if show.RETRAINED in measures["wmdp_bio/letters"].rows else "chance"
+    label = f"share forgotten: 0 like the unablated model, 1 like {floor}"
     figures = {"rows": lambda: panels({stage: stages[stage] for stage in drawn if stage in stages}),
                "survives": lambda: show.dodged(list(shares), marks, title, label, lines=(0, 1))}  # fmt: skip
     if steps:

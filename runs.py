@@ -256,7 +256,9 @@ class Run:
         decides = [FORM, self.script, {k: v for k, v in self.settings.items() if k not in FREE}, self.dtype,
                    self.identity, [sae.identity for sae in saes], self.about(), also]  # fmt: skip
         self.key = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
-        parts = [Path(script).stem, self.name[:40]]
+        method = self.settings.get("method")
+        method = [method] if isinstance(method, str) and not self.settings.get("all") else []
+        parts = [Path(script).stem, *method, self.name[:40]]
         for letter, name in (("L", "layer"), ("n", "n_features")):
             if (value := self.settings.get(name)) is not None:
                 parts.append((letter + "-".join(map(str, value if isinstance(value, list) else [value])))[:40])

@@ -422,7 +422,7 @@ def test_all_takes_every_tuned_record_of_the_folder(monkeypatch, tmp_path):
     (tmp_path / "half.json").write_text('{"cho')
     assert robustness.tuned_records(str(tmp_path)) == robustness.tuned_records(str(tmp_path / "o.json")) == paths
     monkeypatch.chdir(tmp_path)  # where there is no results/
-    with pytest.raises(UserError, match="give one or several records"):
+    with pytest.raises(UserError, match="give one or several of its records"):
         robustness.run(all=True)
 
 
