@@ -62,7 +62,9 @@ def load_hf(name: str, device=None, dtype=None, device_map=None, edit_special="n
     try:
         tokenizer = hub.load_tokenizer(path, edit_special)
         model = hub.load_weights(AutoModelForCausalLM, path, **options)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises what it meets in the files
         reason = first_line(error)
         if "device_map" in str(error):
             raise UserError(f"device_map {device_map}: {reason}") from error

@@ -78,7 +78,8 @@ HUB = {
                     for revision in (None, PARQUET)],
 }  # fmt: skip
 KNOWN = [*HUB, "wmdp_bio_reworded", "forget_corpus"]  # what files of a data folder may be called, with .jsonl
-RELEASED = (1273, 868, 1076)  # questions of WMDP-Bio, of the robust and of the cloze set: a user's own set has others
+# Questions of the released sets, none with a subject: a user's own has others
+RELEASED = {"wmdp_bio": 1273, "wmdp_bio_robust": 868, "wmdp_bio_cloze": 1076, "wmdp_bio_reworded": 1273}
 PUBLISHED = {
     name: f"published for a 6.9B model pretrained without the biology: about {floor}%, with it: {top}% (all questions; "
     "Deep Ignorance, arXiv 2508.06601; logs of github.com/EleutherAI/unlearn)"
@@ -234,9 +235,11 @@ def load(
     if own and file.startswith("wmdp_bio"):
         embedded = {row["question"] for part in ("wmdp_bio", "wmdp_bio_reworded") for row in load(part).rows}
         stand_in = {row["question"] for row in rows} <= embedded
-        if not (topic or stand_in or len(rows) in RELEASED):
-            subjects = {row["subject"] for row in rows if row.get("subject")}
-            topic = subjects.pop() if len(subjects) == 1 else Path(folder).resolve().name
+        released = len(rows) == RELEASED[file] and not any(row.get("subject") for row in rows)
+        if not (topic or stand_in or released):
+            subjects = [row["subject"] for row in rows if row.get("subject")]
+            of_all = len(set(subjects)) == 1 and 2 * len(subjects) >= len(rows)
+            topic = subjects[0] if of_all else Path(folder).resolve().name
     if folder and rows:
         note_once(f"data: {file} is {len(rows):,} rows of {source}{f', on {topic}' if topic else ''}")
     dataset = Dataset(name, rows, source, stand_in, None if file == name else variant, seed=seed,
@@ -254,9 +257,11 @@ def check_folder(folder: str) -> str:
     files = {f"{name}.jsonl" for name in KNOWN if (Path(folder) / f"{name}.jsonl").is_file()}
     others = sorted(path.name for path in Path(folder).iterdir() if path.name not in files and path.name[0] != ".")
     for name in others:
-        inside = [known for known in KNOWN if known.replace("_", "") in re.sub("[^a-z0-9]", "", name.lower())]
-        near = inside or difflib.get_close_matches(name.split(".")[0].lower(), KNOWN, 1, 0.85)
-        meant = f"{max(near, key=len)}.jsonl" if near and not name.endswith((".md", ".png", ".py")) else ""
+        flat, stem = (re.sub("[^a-z0-9]", "", part.lower()) for part in (name, name.split(".")[0]))
+        near = sorted((known for known in KNOWN if known.replace("_", "") in flat), key=len, reverse=True)
+        near += [known for known in KNOWN if len(stem) > 3 and re.search(f"^{stem}|{stem}$", known)]
+        near += difflib.get_close_matches(name.split(".")[0].lower(), KNOWN, 1, 0.85)
+        meant = f"{near[0]}.jsonl" if near and not name.endswith((".md", ".png", ".py")) else ""
         if meant and meant not in files:
             path = Path(folder) / name
             what = ", a folder," if path.is_dir() else "" if path.exists() else ", a broken link,"
@@ -291,6 +296,8 @@ def read_jsonl(path: Path, name: str, most: int | None = None) -> list[dict]:
 
 def checked(row: dict, name: str) -> dict:
     """The row, if it has the form of that data set's rows; else raises ValueError, KeyError or TypeError."""
+    if not isinstance(row, dict):
+        raise ValueError("is no JSON object")
     if re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False, default=str)):
         raise ValueError("holds half of a character (a lone surrogate)")
     if not name.startswith(("wmdp_bio", "mmlu")):
@@ -309,7 +316,7 @@ def checked(row: dict, name: str) -> dict:
 
 FLAWED = 0.05  # share of questions with a flaw up to which a user's file is asked: of MMLU's own test set 9 in 14,042
 # An option that brings its own label: "A. x", "(A) x", "a) x", "1: x", "ii - x", but not "1.5" or "3 days"
-LABEL = re.compile(r"\W*(?:(?:option|choice|answer)\s)?([a-d](?=[\s.,):\]\-\u2013])|"
+LABEL = re.compile(r"\W*(?:(?:option|choice|answer)[\s_]*)?([a-d](?=[\s.,):;\]\-\u2013\u2014>|/'`])|"
                    r"(?:[0-4]|i{1,3}|iv)(?=[)\]]|[.:](?!\d)|\s[\-\u2013]\s))", re.IGNORECASE)  # fmt: skip
 
 
@@ -320,8 +327,9 @@ def flaw_of(row: dict) -> str | None:
         return "have a blank question or option"
     if len(set(options)) < 4:
         return "have an option twice"
-    labels = {label[1].lower() for label in map(LABEL.match, options) if label}
-    return "have options with labels of their own, beside A. to D." if len(labels) == 4 else None
+    labels = [label[1].lower() if label else "" for label in map(LABEL.match, options)]
+    labelled = len({*labels} - {""}) == 4 or labels[:3] in ([*"abc"], [*"123"])  # and "None of the above"
+    return "have options with labels of their own, beside A. to D." if labelled else None
 
 
 def check_questions(rows: list[dict], source: str, refuse: bool) -> None:
@@ -616,7 +624,9 @@ def as_chat(tokenizer, turns: list[dict], begun: bool = False, **options) -> str
             there = " ".join(whole.split())
             if left_out := [turn["content"] for turn in turns if " ".join(turn["content"].split()) not in there]:
                 raise ValueError(f"it leaves out {left_out[0][:50]!r} ...")
-            if begun or whole != written(given):
+            closed, asked = " ".join(written(given).split()), " ".join(turns[-1]["content"].split())
+            after, before = there.rpartition(asked)[2], closed.rpartition(asked)[2]
+            if begun or (after != before and len(after) >= len(before)):
                 return whole
             answered = written([*given, {"role": "assistant", "content": content("ANSWER")}]).rpartition("ANSWER")[0]
             if answered.rstrip() == whole.rstrip() and not whole.rstrip().endswith(turns[-1]["content"].rstrip()):

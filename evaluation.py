@@ -246,7 +246,7 @@ def loss(model, texts: Dataset, rows: dict, *, batch_size: int = 16, limit: int 
     nats, _, documents, targets = window_losses(model, texts, rows, batch_size=batch_size, limit=limit)
     member = np.unique(documents, return_inverse=True)[1]
     tokens, values = np.bincount(member, targets), np.stack([np.bincount(member, row) for row in nats])
-    if not tokens.all():
+    if not len(tokens) or not tokens.all():
         raise UserError("a document has no token to predict: leave it out of the data")
     return measure_of(texts, "loss", "loss", "nats per token", rows, values, weights=tokens, seed=texts.seed,
                       groups=None)  # fmt: skip
@@ -490,7 +490,7 @@ def check_sae_quality(model, sae, windows: list[list[int]], insist: bool = True,
     if dense.sum() > l0 / 2:
         print(f"note: {dense.sum():.1f} of it are {len(dense)} features active on nine tokens in ten of any topic")
     if insist and n < LEAST_TOKENS:
-        raise UserError(f"{n} tokens of retain text are too few to check the SAE on: {LEAST_TOKENS} are the fewest")
+        raise UserError(f"{n} tokens of retain text are too few to check the SAE on: give {LEAST_TOKENS}, or no_sanity")
     if insist and (explained < 0.5 or (promised and not promised / 4 < l0 < promised * 4)):
         raise UserError(f"{sae.source} does not fit this model (see the line above)")
     quality = {"l0": round(l0, 2), "variance_explained": round(explained, 4), "n_tokens": n, "always_on": len(dense)}
@@ -543,7 +543,7 @@ class FeatureStats:
         counts, fewest = [part.n_tokens for part in (forget, *retain)], LEAST_TOKENS if self.insist else 1
         print(f"rates on {counts[0]:,} forget tokens and on {' and '.join(f'{n:,}' for n in counts[1:])} retain tokens")
         if min(counts) < fewest:
-            raise UserError(f"too few tokens to pick features by (see the line above): {fewest} are the fewest")
+            raise UserError(f"too few tokens to pick features by (see the line above): give {fewest}, or no_sanity")
         return forget, largest(retain)
 
     @cached_property

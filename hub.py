@@ -208,10 +208,14 @@ def load_tokenizer(path: str, edit_special: str = "never"):
 
 
 def refuse_damaged(folder: str) -> None:
-    """Raises UserError for a git-LFS pointer in a file's place, and for a safetensors file that is cut short."""
+    """Raises UserError for a git-LFS pointer, a folder or a broken link in a file's place, and for a safetensors file
+    that is cut short."""
     from safetensors import SafetensorError, safe_open
 
-    for file in sorted(file for file in Path(folder).iterdir() if file.suffix in (".safetensors", ".json", ".model")):
+    kinds = (".safetensors", ".json", ".model", ".bin")
+    for file in sorted(file for file in Path(folder).iterdir() if file.suffix in kinds):
+        if not file.is_file():
+            raise UserError(f"{file} is a folder or a broken link: download the file again")
         with file.open("rb") as content:
             if content.read(24) == b"version https://git-lfs.":
                 raise UserError(f"{file} is a git-LFS pointer, not the file itself: run `git lfs pull` in its folder")

@@ -78,7 +78,6 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table, simple_parse_args_string
-from safetensors import SafetensorError
 
 import data
 import hub
@@ -115,8 +114,9 @@ class AblatedLM(HFLM):
         self.tokenizer.edit_special = edit_special
         self.tokenizer.n_embeddings = len(self.model.get_input_embeddings().weight)
         # what the answers come from: content or commit of all that was loaded, and all arguments that may matter
+        where = str(Path(path, kwargs.get("subfolder") or "")) if Path(path).is_dir() else path
         loaded = {name: kwargs[name] for name in ("peft", "delta", "tokenizer") if isinstance(kwargs.get(name), str)}
-        self.identity = {name: hub.identity(source) for name, source in {"model": path, **loaded}.items()}
+        self.identity = {name: hub.identity(source) for name, source in {"model": where, **loaded}.items()}
         if "revision" in kwargs:
             self.identity["revision"] = f"{kwargs['revision']}@{getattr(self.model.config, '_commit_hash', None)}"
         self.arguments = {name: str(kwargs[name]) for name in sorted(kwargs) if "batch_size" not in name}
@@ -280,7 +280,9 @@ def load_ablated(args) -> AblatedLM:
     try:
         lm = AblatedLM(args.model, device=args.device, dtype=dtype, edit_special=args.edit_special, **more,
                        batch_size=args.batch_size)  # fmt: skip
-    except (OSError, ValueError, ImportError, TypeError, AssertionError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises what it meets in the files
         raise UserError(f"cannot load {path}: {first_line(error)}{hub.gated_hint(path)}") from error
     hub.refuse_not_finite(path, lm.model.named_parameters())
     lm._rank, lm._world_size = 0, 1

@@ -197,7 +197,7 @@ class Pipe(io.FileIO):
     """An output that is silent when nobody reads it any more: `script.py 2>&1 | head` still writes its record."""
 
     def write(self, content):
-        with suppress(BrokenPipeError):
+        with suppress(OSError):  # as of a full disk, to which a log is written
             return super().write(content)
         return len(content)
 
@@ -266,6 +266,9 @@ class Run:
         self.path = out if out.suffix == ".json" else out / f"{'_'.join(parts)}_{self.key[:6]}.json"
         self.cache = self.path.with_suffix(".cache") / self.key[:16]
         refuse_unwritable(self.path)
+        layers, said = [sae.layer for sae in saes], self.settings.get("layer")
+        if len(layers) == 1 and isinstance(said, int) and said != layers[0]:
+            raise UserError(f"the setting layer is {said}, and the SAE is layer {layers[0]}'s: load it again")
 
     def about(self) -> dict:
         """What a record says of the data; a tuning half has a name beside that of the half that is held out."""
@@ -397,6 +400,8 @@ def refuse_unwritable(path: Path) -> None:
     """Make the folder of `path`. Raises UserError where no file of such a name can be written there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(None, f"{path.name} is a folder there")
         tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}").close()
     except OSError as error:
         raise UserError(f"cannot write to {path.parent}: {error.strerror}; give another --out") from error

@@ -54,7 +54,7 @@ SCRIPTS = {
     "lesson 1": ["feature_ablate_1.py", *SOME],
     "lesson 2": ["feature_ablate_2.py", *SOME],
     "lesson 3": ["feature_ablate_3.py", *SOME],
-    "sweep of 24 settings, and controls": ["pareto.py", "--no-sanity"],
+    "sweep of 24 settings, and controls": ["pareto.py", "--no-sanity", "--pick", "any-ratio"],
     "lm-eval": ["lm_eval_ablated.py", *SOME, "--tasks=tiny_wmdp_bio,tiny_mmlu", "--unablated"],
     "RMU, 5 steps": ["baselines.py", "--method=rmu", "--steps=5", "--setting", "layer=7"],
     "NPO, 8 settings of 5 steps": ["baselines.py", "--no-sanity", "--method=npo", "--steps=5", "--limit=8"],

@@ -548,6 +548,9 @@ NOT_ITS_FILES = {
     "merged weights beside their adapter": (merged_beside_its_adapter, "adapter_config.json beside weights"),
 }  # fmt: skip
 BAD_MODELS = NOT_ITS_FILES | {
+    "a broken link": (lambda folder: (folder / "extra.json").symlink_to("nowhere"), "extra.json is a folder or a brok"),
+    "a folder of that name": (lambda folder: (folder / "a.safetensors").mkdir(), "a.safetensors is a folder or a"),
+    "an unknown activation": (with_config(hidden_act="no such"), "not a model folder that transformers can read"),
     "weights are a git-LFS pointer": (lambda folder: pointer(folder / "model.safetensors"), "git lfs pull"),
     "tokenizer is a git-LFS pointer": (lambda folder: pointer(folder / "tokenizer.json"), "git lfs pull"),
     "weights cut short": (lambda folder: cut_short(folder / "model.safetensors"), "model.safetensors is damaged"),

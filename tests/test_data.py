@@ -369,7 +369,9 @@ def test_blanks_that_a_chat_template_trims_or_joins_are_no_loss():
     assert data.as_chat(chat, user(" The \n sea ")) == "The sea MODEL:"
 
 
-@pytest.mark.parametrize("turns", [TURNS, "{% for m in messages %}{{ m.content }}{{ '\n' }}{% endfor %}",
+@pytest.mark.parametrize("turns", [TURNS, TURNS + opening("\n"), opening("MODEL:\n") + TURNS,
+                                   TURNS + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}",
+                                   "{% for m in messages %}{{ m.content }}{{ '\n' }}{% endfor %}",
                                    "{% for m in messages %}<t>{{ m.content }}</t>{{ '\n' }}{% endfor %}"])  # fmt: skip
 @pytest.mark.parametrize("style", ["chat", "saebench"])
 def test_a_chat_template_that_never_opens_the_models_turn_is_refused(turns, style):
@@ -714,9 +716,9 @@ def test_saebenchs_subjects_stand_for_mmlu_only_where_they_are_there():
 
 
 def test_a_subject_may_be_missing_or_null_where_there_is_one_only(tmp_path):
-    rows = [QUESTION, {**QUESTION, "subject": None}, {**QUESTION, "subject": "botany"}]
+    rows = [QUESTION, {**QUESTION, "subject": None}, *[{**QUESTION, "subject": "botany"}] * 2]
     found = data.load("wmdp_bio", "tiny", folder_of(tmp_path, wmdp_bio=rows)).rows
-    assert [data.prompt(row).splitlines()[0].split("about ")[1] for row in found] == ["botany."] * 3
+    assert [data.prompt(row).splitlines()[0].split("about ")[1] for row in found] == ["botany."] * 4
     for row in ({**QUESTION, "subject": None}, QUESTION):
         with pytest.raises(UserError, match=r"line 1: .*subject"):
             data.load("mmlu", "tiny", folder_of(tmp_path, mmlu=[row]))
@@ -967,3 +969,18 @@ def test_long_texts_are_cut_without_a_warning(monkeypatch):
     assert len(data.token_windows(tokenizer, ["the cell " * 40])[0]) > 4
     assert len(data.encode(tokenizer, "the cell " * 40)) > 40
     assert not said
+
+
+def test_a_subject_of_some_rows_is_not_the_topic_of_all(tmp_path):
+    rows = [{**QUESTION, "question": f"Q{k}?", **({"subject": "law"} if not k else {})} for k in range(20)]
+    assert data.load("wmdp_bio", "tiny", folder_of(tmp_path, wmdp_bio=rows)).topic == tmp_path.name
+    rows = [{**QUESTION, "question": f"Q{k}?", "subject": "stars"} for k in range(1273)]
+    (tmp_path / "own").mkdir()
+    assert data.load("wmdp_bio", "tiny", folder_of(tmp_path / "own", wmdp_bio=rows)).topic == "stars"
+
+
+@pytest.mark.parametrize("name", ["wmdp.jsonl", "cloze.jsonl", "wiki.jsonl", "robust.jsonl"])
+def test_a_part_of_a_known_name_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("{}\n")
+    with pytest.raises(UserError, match=f"{name} is not read: give "):
+        data.load("mmlu", "tiny", folder_of(tmp_path, mmlu=[{**QUESTION, "subject": "law"}]))

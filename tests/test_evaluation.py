@@ -482,3 +482,8 @@ def test_the_likelier_of_a_letters_two_forms_counts(gemma, make_sae):
     both = score_letters(gemma, prompts, [(10, 20), (11, 21), (12, 22), (13, 23)], rows)
     forms = [score_letters(gemma, prompts, letters, rows) for letters in ([10, 11, 12, 13], [20, 21, 22, 23])]
     assert torch.equal(both, torch.maximum(*forms)) and not torch.equal(both, forms[0])
+
+
+def test_texts_without_a_token_to_predict_have_no_loss(gemma):
+    with pytest.raises(UserError, match="no token to predict"):
+        evaluation.loss(gemma, Dataset("openwebtext", [{"text": ""}, {"text": ""}]), {"unablated": NONE})

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -264,7 +265,7 @@ def test_whatever_decides_about_results_is_in_the_name(tmp_path, monkeypatch):
         run_of(tmp_path, batch_size=3, device="cpu"),
     ]
     assert {run.key for run in same} == {first.key}
-    sae = type("AnSAE", (), {"identity": "of an SAE"})
+    sae = type("AnSAE", (), {"identity": "of an SAE", "layer": 7})
     changes = [dict(clamp=-41), dict(seed=1), dict(layer=3), dict(model="gpt2"), dict(dtype="bfloat16"), dict(also="x")]
     changes += [dict(saes=[sae]), dict(data=()), dict(data=[QUIZ.only([0])]), dict(data=[QUIZ, QUIZ.tuning])]
     other = [run_of(tmp_path, **change) for change in changes]
@@ -282,7 +283,7 @@ def test_models_saes_and_data_of_one_name_have_records_of_their_own(tmp_path):
         folder.mkdir(parents=True)
         for content in ("weights", "weights after another epoch"):  # also in the same folder, trained on
             (folder / "model.safetensors").write_text(content + place)
-            sae = type("AnSAE", (), {"identity": hub.identity(str(folder))})
+            sae = type("AnSAE", (), {"identity": hub.identity(str(folder)), "layer": 7})
             for data, saes in (((QUIZ,), ()), ((text,), ()), ((QUIZ,), (sae,))):
                 taken.add(run_of(tmp_path, data, saes, model=str(folder)).path)
             taken.add(run_of(tmp_path, saes=(sae,)).path)
@@ -503,3 +504,18 @@ def test_a_trained_model_has_a_card_of_its_record(monkeypatch, tmp_path, capsys)
     assert "`a_script.py --out r.json --data here/mine`" in text and "tried" not in text.split("---")[-1]
     assert record["identity"]["folder"] == hub.identity(str(tmp_path / "r.model"))
     assert f"hf upload ORG/NAME {tmp_path / 'r.model'}" in capsys.readouterr().out
+
+
+def test_a_folder_of_the_records_name_is_left_alone(tmp_path):
+    (tmp_path / "kept.json").mkdir()
+    (tmp_path / "kept.json/mine").touch()
+    with pytest.raises(UserError, match=r"kept\.json is a folder there"):
+        run_of(tmp_path / "kept.json")
+    assert (tmp_path / "kept.json/mine").exists()
+
+
+def test_a_layer_that_is_not_the_saes_is_refused(tmp_path):
+    sae = SimpleNamespace(identity="one", layer=3, source="x", hook_point="blocks.3.hook_resid_post")
+    run_of(tmp_path, saes=[sae], layer=3)
+    with pytest.raises(UserError, match="the setting layer is 9, and the SAE is layer 3's"):
+        run_of(tmp_path, saes=[sae], layer=9)
