@@ -141,9 +141,7 @@ def run(**changes) -> dict:
         raise UserError("SAEs are trained by one process: start train_sae.py without accelerate launch")
     folders = {layer: Path(args.out) / f"layer_{layer}" for layer in args.layers}
     for folder in folders.values():
-        refuse_unwritable(folder)
-        if folder.exists():  # perhaps of another model
-            raise UserError(f"{folder} is there already: give another --out")
+        refuse_unwritable(folder)  # nor is an SAE that is there replaced, perhaps one of another model
     torch.manual_seed(args.seed)
     model = load_model(args.model, args.device, args.dtype)
     width = args.width or 8 * model.cfg.d_model

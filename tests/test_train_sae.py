@@ -86,7 +86,7 @@ def test_what_would_end_a_run_late_is_refused_at_once(small, changes, said, monk
 def test_an_sae_that_is_there_is_not_overwritten(small, tmp_path, monkeypatch):
     monkeypatch.delattr(train_sae, "train")
     (tmp_path / "saes/layer_2").mkdir(parents=True)
-    with pytest.raises(UserError, match="layer_2 is there already: give another --out"):
+    with pytest.raises(UserError, match="layer_2 is a folder there; give another --out"):
         train_sae.run(**small)
 
 
