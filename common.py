@@ -84,9 +84,9 @@ def load_hf(name: str, device=None, dtype=None, device_map=None, edit_special="n
 def bare_generation(model) -> GenerationConfig:
     """Of a model's generation config, else its config, where an answer ends, and no more: penalties, banned or forced
     tokens, beams and a least length act on greedy answers, too."""
-    said = [vars(config) for config in (model.generation_config, GenerationConfig.from_model_config(model.config))]
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return GenerationConfig(**{name: said[said[0].get(name) is None].get(name) for name in names})
+    own, usual = model.generation_config, GenerationConfig.from_model_config(model.config)
+    ends = {name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GenerationConfig(**{name: getattr(usual, name) if i is None else i for name, i in ends.items()})
 
 
 def as_bridge(hf, tokenizer, name: str) -> TransformerBridge:

@@ -33,11 +33,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def as_list(values, what: str, kind=lambda value: value) -> list:
-    """kind(value) of each. Raises UserError where that is a TypeError, and for a string or dict in a list's place: its
-    letters would be texts, or its keys features, and a number would come of it."""
+def as_list(values, what: str, kind=None) -> list:
+    """The values, or kind(value) of each. Raises UserError where that is a TypeError, and for a string or dict in a
+    list's place: its letters would be texts, or its keys features, and a number would come of it."""
     try:
-        return [kind(value) for value in (None if isinstance(values, str | bytes | dict) else values)]
+        each = iter(None if isinstance(values, str | bytes | dict) else values)
+        return list(map(kind, each) if kind else each)
     except TypeError as error:
         raise UserError(f"a list of {what} is needed, not {type(values).__name__} {str(values)[:40]!r}") from error
 
@@ -338,9 +339,8 @@ def check_questions(rows: list[dict], source: str, refuse: bool) -> None:
     flaws = [flaw_of(row) for row in rows if "choices" in row]
     for flaw in dict.fromkeys(filter(None, flaws)):
         numbers = [number for number, other in enumerate(flaws, 1) if other == flaw]
-        said = (
-            f"{source}: {len(numbers)} of {len(rows)} questions {flaw}, such as row {', '.join(map(str, numbers[:5]))}"
-        )
+        such = ", ".join(map(str, numbers[:5]))
+        said = f"{source}: {len(numbers)} of {len(rows)} questions {flaw}, such as row {such}"
         if refuse and ("blank" in flaw or len(numbers) > FLAWED * len(rows)):
             raise UserError(said)
         note_once(f"note: {said}")

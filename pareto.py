@@ -226,8 +226,8 @@ def pareto_figure(records: list[dict], title: str):
     first.set(xlim=(101, 20), xticks=(100, 98, 95, 90, 80, 60, 40, 25))
     first.axvline(100 * CHANCE, color="0.4", ls="--", lw=0.8)
     floors = {scores_of(record, RETRAINED)["wmdp_bio"].mean for record in records if RETRAINED in record["rows"]}
-    titles = {name.partition("/")[0]: measure["title"].rpartition(", ")[0]
-              for record in records for name, measure in record["measures"].items()}  # fmt: skip
+    measures = [pair for record in records for pair in record["measures"].items() if "/tuning/" not in pair[0]]
+    titles = {name.partition("/")[0]: measure["title"].rpartition(", ")[0] for name, measure in measures}
     for axes, (number, floor) in itertools.product(all_axes[0], enumerate(sorted(floors))):
         axes.axhline(100 * floor, color=show.colour(RETRAINED), ls=":", lw=1.2, label=None if number else RETRAINED)
     styles = dict(zip(methods, itertools.cycle(STYLES)))

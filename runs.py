@@ -240,7 +240,8 @@ class Run:
     """A run of a script with the settings `args`, made when its data sets and SAEs are loaded.
 
     `key` is a hash of all that decides about results: the settings, what the model, its retrained twin, SAEs and data
-    are, and `also` (JSON). model, dtype: where args has none. Raises UserError if nothing can be written to its place.
+    are, and `also` (JSON). model, dtype: where args has none. Raises UserError if nothing can be written to its place,
+    and for a setting `layer` that is not the SAE's.
     """
 
     def __init__(self, script: str, args, data=(), saes=(), also=(), model: str | None = None, dtype=None):

@@ -315,6 +315,13 @@ def test_labels_of_a_figure_do_not_overlap(undisturbed):
     plt.close(figure)
 
 
+def test_axes_are_called_by_the_data_sets_of_the_held_out_half(undisturbed):
+    figure = pareto.pareto_figure([runs.read_record(undisturbed)], "title")
+    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == (
+        "MMLU stand-in accuracy, %", "WMDP-Bio stand-in accuracy, %")  # fmt: skip
+    plt.close(figure)
+
+
 def test_a_method_looks_the_same_in_both_panels_and_none_is_left_out(undisturbed):
     record = runs.read_record(undisturbed)
     first, other, *_ = record["rows"].values()
