@@ -488,7 +488,7 @@ def check_sae_quality(model, sae, windows: list[list[int]], insist: bool = True,
     print(f"SAE check: L0 {l0:.1f}{f' (promised {promised:.1f})' if promised else ''}, variance explained "
           f"{explained:.3f} on {n} tokens, the thousandth of largest norm left out")  # fmt: skip
     if dense.sum() > l0 / 2:
-        print(f"note: {dense.sum():.1f} of it are {len(dense)} features active on nine tokens in ten of any topic")
+        print(f"note: {dense.sum():.1f} of this L0 are {len(dense)} features active on more than nine tokens in ten")
     if insist and n < LEAST_TOKENS:
         raise UserError(f"{n} tokens of retain text are too few to check the SAE on: give {LEAST_TOKENS}, or no_sanity")
     if insist and (explained < 0.5 or (promised and not promised / 4 < l0 < promised * 4)):
