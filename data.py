@@ -262,7 +262,8 @@ def check_folder(folder: str) -> str:
         near = sorted((known for known in KNOWN if known.replace("_", "") in flat), key=len, reverse=True)
         near += [known for known in KNOWN if len(stem) > 3 and re.search(f"^{stem}|{stem}$", known)]
         near += difflib.get_close_matches(name.split(".")[0].lower(), KNOWN, 1, 0.85)
-        meant = f"{near[0]}.jsonl" if near and not name.endswith((".md", ".png", ".py")) else ""
+        record = all((Path(folder) / name).with_suffix(suffix).is_file() for suffix in (".json", ".csv"))  # a run's
+        meant = f"{near[0]}.jsonl" if near and not record and not name.endswith((".md", ".png", ".py")) else ""
         if meant and meant not in files:
             path = Path(folder) / name
             what = ", a folder," if path.is_dir() else "" if path.exists() else ", a broken link,"

@@ -984,3 +984,13 @@ def test_a_part_of_a_known_name_is_refused(tmp_path, name):
     (tmp_path / name).write_text("{}\n")
     with pytest.raises(UserError, match=f"{name} is not read: give "):
         data.load("mmlu", "tiny", folder_of(tmp_path, mmlu=[{**QUESTION, "subject": "law"}]))
+
+
+def test_a_record_in_the_data_folder_is_no_data_file(tmp_path):
+    where = folder_of(tmp_path, mmlu=[{**QUESTION, "subject": "law"}])
+    for name in ("cloze.csv", "cloze.json", "wmdp_bio_sweep.csv", "wmdp_bio_sweep.json", "wmdp_bio_sweep.png"):
+        (tmp_path / name).touch()
+    assert data.load("mmlu", "tiny", where).rows
+    (tmp_path / "cloze.json").unlink()
+    with pytest.raises(UserError, match=r"cloze\.csv is not read: give wmdp_bio_cloze.jsonl"):
+        data.load("mmlu", "tiny", where)
