@@ -271,6 +271,13 @@ def matched_random(forget: Rates, retain: Rates, features: list[int], seed: int,
     return control
 
 
+def random_features(sae: SAE, rates: tuple[Rates, Rates], features: list[int], clamp: float, draws: int, seed: int = 0):
+    """{name: Edit}, the control rows: `draws` times as many random features, clamped. rates: forget, retain."""
+    controls = [matched_random(*rates, features, seed + draw) for draw in range(draws)]
+    return {f"random features{f' {k}' * (k > 1)}, clamp {clamp:g}": ablation(sae, control, clamp, "random-features")
+            for k, control in enumerate(controls, 1)}  # fmt: skip
+
+
 def ablate(model: TransformerBridge, sae: SAE, features: list[int], clamp: float = 0.0):
     """A context within which the model runs with `features` ablated: clamp 0 zeroes them, a negative clamp overshoots.
 

@@ -310,6 +310,13 @@ def robust_only(model, quiz: Dataset, *, style: str = "plain", batch_size: int =
     return data.drop_too_long(model.tokenizer, quiz, style)
 
 
+def questions(model, quiz: Dataset, *, limit: int | None = None, style="plain", skip_long=False, robust=False) -> Dataset:
+    """A seeded sample of `limit` questions that fit into the model's positions (data.drop_too_long); robust: of these
+    the ones that robust_only leaves. Raises UserError as these two do."""
+    quiz = data.drop_too_long(model.tokenizer, quiz.sample(limit), style, skip_long)
+    return robust_only(model, quiz, style=style) if robust else quiz
+
+
 def refuse_not_numbers(scores: torch.Tensor, rows: list[list[int]], edits, what: str, tokenizer) -> None:
     """Raises UserError naming the first of the rows (of ids), and the edit, whose scores (n_edits, n_rows, ...) are not
     all finite; what: "question" or "text"."""

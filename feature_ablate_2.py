@@ -1,176 +1,241 @@
 # %% [markdown]
 """
-Lesson 2 of 3: does the model forget WMDP-Bio, and would you notice if it did not?
+# Lesson 2 of 3: does the model forget WMDP-Bio, and would you notice if it did not?
 
     python feature_ablate_2.py --layer 7 --n-features 50
     python feature_ablate_2.py --layer 9 --n-features 20 --clamp -80
     python feature_ablate_2.py --model gemma-2-2b-it --layer 7 --n-features 50
 
-Features of a sparse autoencoder (SAE; lesson 1 shows what they are) that fire on WMDP-Bio and not on ordinary text are
-ablated, and the other half of WMDP-Bio is asked, with MMLU beside it. Then the same facts are asked for in words: has
-the model lost them, or only the letters A to D?
+Features of a sparse autoencoder (SAE; lesson 1 shows what they are) that fire on WMDP-Bio and not on
+ordinary text are ablated, and the other half of WMDP-Bio is asked, with MMLU beside it. Then the same
+facts are asked for in words: has the model lost them, or only the letters A to D? Last: which of the
+features do it?
 """
 
 # %% [markdown]
-# Start a notebook in this folder, beside the helper files. To change a setting, add a line such as `args.layer = 3` to
-# the next cell and run everything below it. Numbers in **bold** are what the first command above gives.
+# Start a notebook in this folder, beside the helper files. To change a setting, add a line such as
+# `args.layer = 3` to the next cell and run everything below it. Numbers in **bold** are what the
+# first command above gives.
 
 # %%
-from runs import Run, parse, parser, positive_int
+from runs import Run, parse, parser
 
-flags = parser(__doc__, quiz=True)
-flags.add_argument("--controls", type=positive_int, default=1, help="draws of random features (default: %(default)s)")
-args = parse(flags)
+args = parse(parser(__doc__, quiz=True, controls=4))
 
 import torch
 
 import data
 import evaluation
 import show
-from common import NONE, ablation, load_model, load_retrained, load_sae, matched_random, patched, reconstruction
+from common import NONE, ablate, ablation, load_model, load_retrained, load_sae, random_features
 
 # %% [markdown]
-# ## Pick
-# By the ratio of how often a feature fires on the tuning half of WMDP-Bio to how often it does on Wikitext and on
-# MMLU's development questions (lesson 1 counts it out). The questions of the other half are not seen before they are
-# scored.
+# ## A model, an SAE, two quizzes
+# Each quiz has two halves. Features are picked on one of WMDP-Bio's, and scores are those of the other
+# halves, which are "held out". The embedded model's WMDP-Bio is a harmless stand-in on microbiology.
 
 # %%
 model = load_model(args.model, args.device, args.dtype, args.device_map, args.edit_special)
 sae = load_sae(args.sae, args.layer, model, args.model)
 halves = {"seed": args.seed, "pick_on": args.pick_on}
 wmdp = data.load("wmdp_bio", args.model, args.data, variant=args.wmdp, topic=args.topic, **halves)
-mmlu = data.load("mmlu", args.model, args.data, **halves)
-wikitext, mmlu_dev = (data.load(name, args.model, args.data) for name in ("wikitext", "mmlu_dev"))
-corpus = data.load_corpus(args.forget_corpus, args.model, args.data)
-bio, other = (data.drop_too_long(model.tokenizer, quiz.held_out.sample(args.limit), args.prompt, args.skip_long)
-              for quiz in (wmdp, data.utility_subset(mmlu, args.subjects)))  # fmt: skip
-if args.robust:  # only what the model gets right in all orders of the options
-    bio, other = (evaluation.robust_only(model, quiz, style=args.prompt) for quiz in (bio, other))
-run = Run("feature_ablate_2.py", args, [wmdp.tuning, bio, other, corpus, wikitext, mmlu_dev], [sae])
-texts = data.picking_texts(wmdp.tuning, corpus, wikitext, mmlu_dev, args.pick_text)
-windows = data.picking_windows(model.tokenizer, *texts, args.context)
-stats = evaluation.FeatureStats(model, sae, args.layer, *windows, rule=args.pick, questions=wmdp.tuning, seed=args.seed,
-                                style=args.prompt, batch_size=args.batch_size, insist=not args.no_sanity)  # fmt: skip
-forget, retain = stats.rates
-features = stats.features(args.n_features)
-show.print_features(features, forget, retain, show.top_tokens(model, sae, features, stats.forget), sae)
-title = f"{run.name}, layer {args.layer}: {args.n_features} features ablated"
-figures = {"features": show.scatter(features, forget, retain, title)}
+mmlu = data.utility_subset(data.load("mmlu", args.model, args.data, **halves), args.subjects)
+how = {"limit": args.limit, "style": args.prompt, "skip_long": args.skip_long, "robust": args.robust}
+bio, other = (evaluation.questions(model, quiz.held_out, **how) for quiz in (wmdp, mmlu))
+print(f"{bio.title}: {len(bio)} questions held out; {other.title}: {len(other)}")
 
 # %% [markdown]
-# On how many tokens of a question is any of them active at all? The darker, the stronger in sum.
+# ## Pick
+# By the ratio of how often a feature fires on the tuning half of WMDP-Bio to how often it does on
+# Wikitext and on MMLU's development questions (lesson 1 counts it out).
 
 # %%
-ids, _ = data.encode_question(model, wmdp.held_out.rows[0], args.prompt)
-h = model.run_with_cache(ids, names_filter=sae.hook_point)[1][sae.hook_point].float()  # (1, pos, d_model)
-a = sae.encode(h)[0, :, features]  # (pos, n)
-figures["question"] = show.token_figure(model, ids.tolist(), [a.sum(-1)], f"layer {args.layer}: all picked features")
-print(f"active on {(a[1:] > 0).any(-1).sum()} of {len(a) - 1} tokens, {(a[1:] > 0).sum(-1).max()} at most at once")
+wikitext, mmlu_dev = (data.load(name, args.model, args.data) for name in ("wikitext", "mmlu_dev"))
+corpus = data.load_corpus(args.forget_corpus, args.model, args.data)
+texts = data.picking_texts(wmdp.tuning, corpus, wikitext, mmlu_dev, args.pick_text)
+run = Run("feature_ablate_2.py", args, [wmdp.tuning, bio, other, corpus, wikitext, mmlu_dev], [sae])
+stats = evaluation.FeatureStats(
+    model, sae, args.layer, *data.picking_windows(model.tokenizer, *texts, args.context),
+    rule=args.pick, questions=wmdp.tuning, seed=args.seed, style=args.prompt,
+    batch_size=args.batch_size, insist=not args.no_sanity,
+)  # fmt: skip
+features = stats.features(args.n_features)
+show.print_features(stats, features)
+
+# %%
+title = f"{run.name}, layer {args.layer}, {args.n_features} features"
+figures = {"features": show.scatter(features, *stats.rates, title)}
 
 # %% [markdown]
-# ## Zero ablation
-# All rows are scored in one pass; here are the first. Guess before you look: with every one of these features gone, how
-# many questions does the model still get right?
+# ## The model speaks
+# A question of each quiz, answered in words: by the model as it is, with the features set to zero where
+# they are active (zero ablation), and with a negative value in place of zero (a clamp). Guess first:
+# which of the six answers will be wrong?
 
 # %%
 clamp = run.settings["clamp"]
-rows = {
-    "unablated": NONE,
-    "SAE patched, nothing ablated": patched(sae, features),
-    "SAE reconstruction, no error term": reconstruction(sae),
-    "zero ablation": ablation(sae, features),
-    f"clamp {clamp:g}": ablation(sae, features, clamp),
-}
-for draw in range(args.controls):
-    control = matched_random(forget, retain, features, args.seed + draw)
-    name = f"random features{f' {draw + 1}' * (draw > 0)}, clamp {clamp:g}"
-    rows[name] = ablation(sae, control, clamp, "random-features")
-if retrained := load_retrained(args.model, wmdp, args.device, args.dtype):
-    rows[show.RETRAINED] = retrained
-letters, *sure = evaluation.letters(model, bio, rows, style=args.prompt, batch_size=args.batch_size)
-show.table([letters], list(rows)[:4])
+ablations = {"unablated": ([], 0.0), "zeroed": (features, 0.0), "clamped": (features, clamp)}
+question = bio.rows[min(1, len(bio) - 1)]
+for row in (question, other.rows[0]):
+    print(row["question"])
+    asked = data.IN_WORDS.format(row["question"].strip())
+    for name, (some, value) in ablations.items():
+        with ablate(model, sae, some, value):
+            said = model.generate(asked, max_new_tokens=6, do_sample=False, verbose=False)
+        print(f"    {name:10}", said[len(asked) :].split("\n")[0])
 
 # %% [markdown]
-# Nothing happens: **98.0**% before, **98.0**% after. On real models it is next to nothing (20 features a layer moved
-# gemma-2-2b-it from 63.6 to 62.5%: Farrell et al.'s published notebooks). The features are there when biology is, but
-# the answer does not hang on them. How far does zeroing move a token's vector, and how far does a clamp?
-# <!-- 100 * letters["unablated"].mean, 100 * letters["zero ablation"].mean -->
+# Zeroed, it says what it always says. Clamped, it says a metal in place of a microbe, and to other
+# questions "which which which": that is broken, not only forgetful. The moon keeps its planet. How far
+# does each push a token's vector? And on how many tokens of the question is any feature active?
 
 # %%
-shares = {}
+ids, _ = data.encode_question(model, question, args.prompt)
+h = model.run_with_cache(ids, names_filter=sae.hook_point)[1][sae.hook_point].float()
+a, shares = sae.encode(h)[0, :, features], {}  # h is (1, pos, d_model), a is (pos, n)
+print(f"active on {(a[1:] > 0).any(-1).sum()} of {len(a) - 1} tokens")
 for value in (0.0, clamp):
     moved = torch.where(a > 0, value - a, 0) @ sae.W_dec[features]  # (pos, d_model)
     shares[value] = 100 * (moved.norm(dim=-1) / h[0].norm(dim=-1))[1:].mean()
     print(f"clamp {value:g} moves a token by {shares[value]:.0f}% of its length on average")
+figures["question"] = show.token_figure(
+    model, ids.tolist(), [a.sum(-1)], f"layer {args.layer}: all picked features", "activation"
+)
 
 # %% [markdown]
-# ## A negative clamp, and random features
-# A clamp of -40 moves a token's vector by **38**% of its length; zeroing moves it by **2**%. Pushed this far,
-# the same features do damage. But would any? The row "random features" pushes the same number of features equally far.
-# They are drawn among those that fire as often on ordinary text. <!-- shares[clamp], shares[0.0] -->
+# ## The quiz
+# A clamp of -40 moves a token's vector by **38**% of its length; zeroing moves it by **2**%. Now count,
+# with a name for each row. The control: random features, drawn several times among those that fire as
+# often on ordinary text, and pushed equally far. And what no real model has: the same model, trained
+# again without the facts. Guess: how many questions will the model still get right with the features
+# at zero? <!-- shares[clamp], shares[0.0] -->
+
+# %%
+clamped = f"clamp {clamp:g}"
+rows = {"unablated": NONE, "zero ablation": ablation(sae, features), clamped: ablation(sae, features, clamp)}
+rows |= random_features(sae, stats.rates, features, clamp, args.controls, args.seed)
+if retrained := load_retrained(args.model, wmdp, args.device, args.dtype):
+    rows[show.RETRAINED] = retrained
+letters, *sure = evaluation.letters(model, bio, rows, style=args.prompt, batch_size=args.batch_size)
+show.table([letters], ["unablated", "zero ablation"])
+
+# %% [markdown]
+# Nothing happens: **98.0**% before, **98.0**% after. On real models it is next to nothing (20 features
+# a layer moved gemma-2-2b-it from 63.6 to 62.5%: Farrell et al.'s published notebooks). The features are
+# there when biology is, but the answer does not hang on them. And the clamp?
+# <!-- 100 * letters["unablated"].mean, 100 * letters["zero ablation"].mean -->
 
 # %%
 show.table([letters, *sure])
-rounding = None if run.dtype == "float32" else evaluation.rounding_noise(model, bio, style=args.prompt)
+in_bfloat16 = run.dtype != "float32"
+rounding = evaluation.rounding_noise(model, bio, style=args.prompt) if in_bfloat16 else None
 print(bio.published or "", f"answers that change with the batch size alone: {rounding}" if rounding else "")
 
 # %% [markdown]
+# The clamp takes accuracy from **98.0** to **64.7**%, which is further than random features take it. So
+# it matters which features are clamped. No forgetting is better than that of the retrained model:
+# **22.5**%, which is chance. <!-- 100 * letters["unablated"].mean, 100 * letters[clamped].mean,
+# 100 * letters[show.RETRAINED].mean -->
 # ## Forgotten, or only silent?
-# The clamp takes accuracy from **98.0** to **64.7**%; on random features it takes it only to **94.6**%. So it matters
-# which features are clamped. A model that has lost the facts gives a wrong letter; one that has lost the form gives
-# none. So look at the probability of all four letters together (**1.00** under the clamp), and ask without options:
-# "Answer in words:". The dotted line is a model trained in the same way, but never on these facts: **22.5**%, and no
-# forgetting is better than that. <!-- 100 * letters["unablated"].mean, 100 * letters["clamp -40"].mean,
-# 100 * letters["random features, clamp -40"].mean, sure[0]["clamp -40"].mean, 100 * letters[show.RETRAINED].mean -->
+# A model that has lost the facts gives a wrong letter; one that has lost the form gives none. So look at
+# the probability of all four letters together, **1.00** under the clamp, and ask without options.
+# <!-- sure[0][clamped].mean -->
 
 # %%
 words = evaluation.words(model, bio, rows, batch_size=args.batch_size)
 show.table([words])
-figures["words"] = show.intervals([letters, *sure, words], title)
 
 # %% [markdown]
-# ## And the rest?
-# In words it falls from **97.5** to **56.4**%, so the model has lost facts, not only the quiz's form; about half of
-# them remain. MMLU, the quiz on all else, should stay as it is. <!-- 100 * words["unablated"].mean,
-# 100 * words["clamp -40"].mean -->
+# In words it falls from **97.5** to **56.4**%, again further than under random features. So the model has
+# lost facts, not only the quiz's form; about half of them remain. MMLU, the quiz on all else, should
+# stay as it is. <!-- 100 * words["unablated"].mean, 100 * words[clamped].mean -->
 
 # %%
-mmlu_letters, *mmlu_sure = evaluation.letters(model, other, rows, style=args.prompt, batch_size=args.batch_size)
-show.table([mmlu_letters, *mmlu_sure])
+mmlu_letters, *_ = evaluation.letters(model, other, rows, style=args.prompt, batch_size=args.batch_size)
+show.table([mmlu_letters])
 figures["accuracy"] = show.intervals([letters, words, mmlu_letters], title)
 
 # %% [markdown]
-# Under the clamp it loses **2.4** points, with random features **3.6**: biology's do no more harm than any do. The
-# record keeps all of the above, to compare with other runs.
-# <!-- -100 * mmlu_letters["clamp -40"].change, -100 * mmlu_letters["random features, clamp -40"].change -->
+# Under the clamp it loses **2.4** points; most draws of random features cost less. The record keeps all
+# of the above, to compare with other runs. <!-- -100 * mmlu_letters[clamped].change -->
 
 # %%
-record = run.write(rows, [letters, *sure, words, mmlu_letters, *mmlu_sure], figures, quality=stats.quality,
-                   rounding=rounding)  # fmt: skip
+record = run.write(rows, [letters, *sure, words, mmlu_letters], figures, quality=stats.quality, rounding=rounding)
 
 # %% [markdown]
-# ## Make it your own
-# Change one line and run what is below it again. With `args.layer, args.n_features, args.clamp = 9, 20, -80.0`:
-# **57.8**% in letters, but **85.8**% in words, so there it is the quiz that suffers.
-# <!-- --layer 9 --n-features 20 --clamp -80: 100 * letters["clamp -80"].mean, 100 * words["clamp -80"].mean -->
-
-# %% [markdown]
-# With another rule, `args.pick = "dsg"`: **51.0**% in letters and **51.0**% in words, but MMLU falls to **92.3**%.
-# <!-- --pick dsg: 100 * letters["clamp -40"].mean, 100 * words["clamp -40"].mean,
-# 100 * mmlu_letters["clamp -40"].mean -->
-
-# %% [markdown]
-# And how much does a single feature do? The first one fires on the letter C before an option (lesson 1). Guess: how
-# many points does it cost alone, with letters and in words? Every third question is enough to see it.
+# ## Which of the features do it?
+# Clamp each of them alone, and ask every third question, in letters and in words. Guess: are the same
+# features behind both?
 
 # %%
 third = bio.only(range(0, len(bio), 3))
-alone = {"unablated": NONE, "the first alone": ablation(sae, features[:1], clamp)}
-first = [evaluation.letters(model, third, alone, style=args.prompt)[0], evaluation.words(model, third, alone)]
-show.table(first)
+alone = {"unablated": NONE} | {f"{feature}": ablation(sae, [feature], clamp) for feature in features}
+in_letters = evaluation.letters(model, third, alone, style=args.prompt, batch_size=args.batch_size)[0]
+in_words = evaluation.words(model, third, alone, batch_size=args.batch_size)
+for measure in (in_letters, in_words):
+    effects = sorted((100 * measure[name].change, name) for name in alone if name != "unablated")
+    print(measure.title, *(f"{name}: {change:+.1f}" for change, name in effects[:3]), sep="   ")
+strongest = int(effects[0][1])
 
 # %% [markdown]
-# **17.6** points with letters, **0.0** in words: half of what the clamp takes from the quiz is its form, and no fact is
-# lost by it. The answers in words fall with the other features.
-# <!-- -100 * first[0]["the first alone"].change, -100 * first[1]["the first alone"].change -->
+# One feature takes **17.6** points in letters and nothing in words: 624, the letter C before an option
+# (lesson 1). It is the form that is lost there, no fact. Another takes **23.5** points in words and
+# nothing in letters: 449, on which lesson 1 could read no meaning. Here is where it is active when a
+# question is asked in words. <!-- -100 * in_letters["624"].change, -100 * in_words["449"].change -->
+
+# %%
+asked = [data.encode(model.tokenizer, data.IN_WORDS.format(row["question"].strip())) for row in third.rows]
+figures["strongest"] = show.contexts_figure(model, sae, strongest, asked, n=6)
+
+# %% [markdown]
+# On the colon at the end: there the model is about to answer, and a push of the vector changes what it
+# says next. In the quiz it is not active on the last token. So the words are lost where they are
+# spoken, and a good part of the damage says little about where the facts are kept.
+
+# %% [markdown]
+# ## Exercises
+# **1.** Leave the two features out. How much of the damage remains, in letters and in words?
+#
+# <details><summary>Answer</summary>
+#
+# ```python
+# others = {"unablated": NONE, "all": rows[clamped], "without the two": ablation(
+#     sae, [feature for feature in features if feature not in (624, 449)], clamp)}
+# rest = [evaluation.letters(model, bio, others)[0], evaluation.words(model, bio, others)]
+# show.table(rest)
+# ```
+#
+# **22.5** of 33 points in letters and **28.9** of 41 in words: single effects do not add up to the whole.
+#
+# </details>
+# <!-- -100 * rest[0]["without the two"].change, -100 * rest[1]["without the two"].change -->
+
+# %% [markdown]
+# **2.** Clamp features of two layers at once.
+#
+# <details><summary>Answer</summary>
+#
+# ```python
+# from edits import together
+#
+# early = load_sae(None, 3, model)
+# early_stats = evaluation.FeatureStats(model, early, 3, stats.forget, stats.retain)
+# first, second = ablation(early, early_stats.features(20), clamp), ablation(sae, features[:20], clamp)
+# two = {"unablated": NONE, "layer 3": first, "layer 7": second, "both": together(first, second)}
+# both = [evaluation.letters(model, bio, two)[0], evaluation.words(model, bio, two)]
+# show.table(both)
+# ```
+#
+# Twenty features of each layer leave **0.0**% in letters and **0.0**% in words.
+#
+# </details>
+# <!-- 100 * both[0]["both"].mean, 100 * both[1]["both"].mean -->
+
+# %% [markdown]
+# What next? `args.layer, args.n_features, args.clamp = 9, 20, -80.0`: **57.8**% in letters, but **85.8**% in
+# words, so there it is the quiz that suffers.
+# <!-- --layer 9 --n-features 20 --clamp -80: 100 * letters[clamped].mean, 100 * words[clamped].mean -->
+
+# %% [markdown]
+# Another rule, `args.pick = "dsg"`: **51.0**% in letters and **51.0**% in words, but MMLU falls to **92.3**%.
+# <!-- --pick dsg: 100 * letters[clamped].mean, 100 * words[clamped].mean, 100 * mmlu_letters[clamped].mean -->

@@ -77,10 +77,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')} (see --help)")
 
 
-def parser(doc: str, *, quiz: bool = False, without: tuple[str, ...] = ()) -> Parser:
+def parser(doc: str, *, quiz: bool = False, controls: int = 0, without: tuple[str, ...] = ()) -> Parser:
     """The flags that scripts share, except those `without`; a script adds its own, or one in place of ours. quiz: also
-    those that say which questions are asked, and how."""
-    group = p = Parser(description=doc, usage="%(prog)s [flags]", conflict_handler="resolve", add_help=False)
+    those that say which questions are asked, and how. controls: the default of --controls; 0 leaves it out."""
+    group = p = Parser(description=doc.replace("\n# ", "\n", 1), usage="%(prog)s [flags]", conflict_handler="resolve", add_help=False)
 
     def add(name, help, **options):
         if name not in without:
@@ -92,6 +92,8 @@ def parser(doc: str, *, quiz: bool = False, without: tuple[str, ...] = ()) -> Pa
     add("--n-features", "how many features to ablate", type=positive_int, default=50)
     add("--clamp", "negative value that active features are set to (default: the preset's)",
         type=number(float, "a number below 0", lambda x: x < 0))  # fmt: skip
+    if controls:
+        add("--controls", "draws of random features, to compare with", type=positive_int, default=controls)
     add("--limit", "score only so many questions (a seeded sample) or documents of a data set", type=positive_int)
     add("--list", "show the presets: layers, widths and L0s of their SAEs", action="version", version=hub.listed())
     p.add_argument("-h", "--help", action="help", help="show this page")
