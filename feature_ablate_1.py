@@ -91,7 +91,7 @@ forget, retain = stats.rates
 features = stats.features(args.n_features)
 show.print_features(features, forget, retain, show.top_tokens(model, sae, features, stats.forget), sae, most=8)
 title = f"{run.name}, layer {args.layer}: {args.n_features} features ablated"
-figures = {"features": show.scatter(features, forget, retain, title)}
+figures = {"features": show.scatter(features, forget, retain, f"{run.name}, layer {args.layer}")}
 
 # %% [markdown]
 # Each dot is a feature; the picked ones lie far above the dotted line. The one with the highest ratio, on our question
@@ -99,7 +99,7 @@ figures = {"features": show.scatter(features, forget, retain, title)}
 
 # %%
 best = features[0]
-figures["question"] = show.token_figure(model, ids.tolist(), [a[0, :, best]], f"feature {best} on the question")
+figures["question"] = show.token_figure(model, ids.tolist(), [a[0, :, best]], f"feature {best}", "activation")
 figures["contexts"] = show.contexts_figure(model, sae, best, stats.forget)
 
 # %% [markdown]

@@ -56,7 +56,7 @@ forget, retain = stats.rates
 features = stats.features(args.n_features)
 show.print_features(features, forget, retain, show.top_tokens(model, sae, features, stats.forget), sae)
 title = f"{run.name}, layer {args.layer}: {args.n_features} features ablated"
-figures = {"features": show.scatter(features, forget, retain, title)}
+figures = {"features": show.scatter(features, forget, retain, f"{run.name}, layer {args.layer}")}
 
 # %% [markdown]
 # On how many tokens of a question is any of them active at all? The darker, the stronger in sum.
@@ -65,7 +65,7 @@ figures = {"features": show.scatter(features, forget, retain, title)}
 ids, _ = data.encode_question(model, wmdp.held_out.rows[0], args.prompt)
 h = model.run_with_cache(ids, names_filter=sae.hook_point)[1][sae.hook_point].float()  # (1, pos, d_model)
 a = sae.encode(h)[0, :, features]  # (pos, n)
-figures["question"] = show.token_figure(model, ids.tolist(), [a.sum(-1)], f"layer {args.layer}: all picked features")
+figures["question"] = show.token_figure(model, ids.tolist(), [a.sum(-1)], "all picked features", "activation")
 print(f"active on {(a[1:] > 0).any(-1).sum()} of {len(a) - 1} tokens, {(a[1:] > 0).sum(-1).max()} at most at once")
 
 # %% [markdown]
