@@ -136,6 +136,20 @@ CLOSE = 1e-3  # nats: log-probabilities that differ by no more are the same, sum
 ROUNDINGS = 4.0  # otherwise root mean squares may differ by this many times what rounding differently changes
 
 
+@torch.inference_mode()
+def logit_lens(model, vectors: torch.Tensor) -> torch.Tensor:
+    """(n, d_vocab) logits of directions (n, d_model) in the residual stream: W_U @ norm(vector), with a bridge's final
+    norm and unembedding. The norm sees the direction alone, not the stream that it is added to, so only the order of
+    the tokens counts. Softcaps are left out: they keep it. Raises UserError where the final norm cannot be told."""
+    hf = model.original_model
+    norms = [part for part in hf.get_decoder().children() if {p.ndim for p in part.parameters()} == {1}]
+    if len(norms) != 1:
+        raise UserError(f"cannot tell which module of {type(hf).__name__} is its final norm")
+    head = hf.get_output_embeddings()
+    weight = next(head.parameters())
+    return head(norms[0](vectors.to(weight.device, weight.dtype)[:, None]))[:, 0]
+
+
 def random_ids(model, shape: tuple = (2, 12)) -> torch.Tensor:
     """Random token ids (batch, pos), the same in every run. model: a Hugging Face model."""
     table = model.get_input_embeddings().weight

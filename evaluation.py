@@ -310,7 +310,7 @@ def robust_only(model, quiz: Dataset, *, style: str = "plain", batch_size: int =
     return data.drop_too_long(model.tokenizer, quiz, style)
 
 
-def questions(model, quiz: Dataset, *, limit: int | None = None, style="plain", skip_long=False, robust=False) -> Dataset:
+def questions(model, quiz: Dataset, *, limit=None, style: str = "plain", skip_long=False, robust=False) -> Dataset:
     """A seeded sample of `limit` questions that fit into the model's positions (data.drop_too_long); robust: of these
     the ones that robust_only leaves. Raises UserError as these two do."""
     quiz = data.drop_too_long(model.tokenizer, quiz.sample(limit), style, skip_long)
@@ -637,19 +637,15 @@ def output_scores(model, sae, text: str = "From my experience,", top: int = 20, 
     """(d_sae,) the output scores of Arad et al., arXiv 2505.20063, by their code (github.com/technion-cs-nlp/
     saes-are-good-for-steering): does a feature make the model say what its decoder vector says?
 
-    A feature's own tokens are the `top` ones that the final norm and the unembedding make of W_dec[i]. At the last
-    token of a neutral text `factor` times the largest activation there is added to the feature's. The score is
+    A feature's own tokens are the `top` ones of edits.logit_lens(W_dec[i]). At the last token of a neutral text
+    `factor` times the largest activation there is added to the feature's. The score is
     (1 - rank / d_vocab) * probability of the most probable of its own tokens as the next one. Raises UserError where
     the model's final norm cannot be told.
     """
     hf, everything = model.original_model, Latents(sae, range(sae.cfg.d_sae))
-    norms = [part for part in hf.get_decoder().children() if {p.ndim for p in part.parameters()} == {1}]
-    if len(norms) != 1:
-        raise UserError(f"output scores: cannot tell which module of {type(hf).__name__} is its final norm")
     ids, layer = data.padded([data.encode(model.tokenizer, text)], model.tokenizer, model.cfg.device), layer_of(sae)
     acts, scale = everything.encode(residual_stream(hf, ids, layer)[:, -1])
-    head, scores = hf.get_output_embeddings(), []
-    weight = next(head.parameters())
+    scores = []
     for vectors in everything.W_dec.split(256):
         added = factor * acts.max() * vectors * scale
 
@@ -658,7 +654,7 @@ def output_scores(model, sae, text: str = "From my experience,", top: int = 20, 
 
         with applied(hf, model.tokenizer, Edit("output-score", at={layer: amplified})):
             probs = hf(ids.expand(len(added), -1), use_cache=False).logits[:, -1].float().softmax(-1)
-        its_own = head(norms[0](vectors.to(weight.device, weight.dtype)[:, None]))[:, 0].topk(top).indices
+        its_own = edits.logit_lens(model, vectors).topk(top).indices
         best = probs.gather(1, its_own.to(probs.device)).max(1, keepdim=True).values
         scores.append(best[:, 0] * (1 - (probs > best).sum(1) / probs.shape[1]))
     return torch.cat(scores).cpu().double()

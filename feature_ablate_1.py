@@ -143,8 +143,7 @@ figures = {"features": show.scatter(features, forget, retain, title)}
 
 # %%
 frequent = max(features, key=lambda feature: forget.rate[feature])
-for feature in dict.fromkeys([*features[:2], frequent]):
-    figures[f"feature_{feature}"] = show.contexts_figure(model, sae, feature, stats.forget)
+figures |= show.contexts_figures(model, sae, [*features[:2], frequent], stats.forget)
 
 # %% [markdown]
 # Feature 624 is the letter C before an option, in quizzes on biology only. A high ratio tells what is

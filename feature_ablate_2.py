@@ -185,7 +185,7 @@ strongest = int(effects[0][1])
 
 # %%
 asked = [data.encode(model.tokenizer, data.IN_WORDS.format(row["question"].strip())) for row in third.rows]
-figures["strongest"] = show.contexts_figure(model, sae, strongest, asked, n=6)
+figures |= show.contexts_figures(model, sae, [strongest], asked, n=6)
 
 # %% [markdown]
 # On the colon at the end: there the model is about to answer, and a push of the vector changes what it

@@ -48,7 +48,7 @@ forget, retain = stats.rates
 features = stats.features(args.n_features)
 show.print_features(features, forget, retain, show.top_tokens(model, sae, features, stats.forget), sae)
 title = f"{run.name}, layer {args.layer}: {args.n_features} features ablated"
-figures = {"features": show.scatter(features, forget, retain, title)}
+figures = {"features": show.scatter(features, forget, retain, f"{run.name}, layer {args.layer}")}
 
 # %% [markdown]
 # ## The loss, in all
@@ -111,7 +111,7 @@ def losses():
 before = losses()
 with ablate(model, sae, features, clamp):
     rise = torch.cat([torch.zeros(1), losses() - before])  # nothing predicts the first token
-figures["tokens"] = show.token_figure(model, worst.tolist(), [rise], "loss added by the clamp, nats")
+figures["tokens"] = show.token_figure(model, worst.tolist(), [rise], "loss added by the clamp", "nats")
 
 # %% [markdown]
 # What was clamped there? The same window, by how strongly the picked features are active.
@@ -119,7 +119,7 @@ figures["tokens"] = show.token_figure(model, worst.tolist(), [rise], "loss added
 # %%
 h = model.run_with_cache(worst, names_filter=sae.hook_point)[1][sae.hook_point].float()  # (1, pos, d_model)
 a = sae.encode(h)[0, :, features]  # (pos, n)
-figures["active"] = show.token_figure(model, worst.tolist(), [a.sum(-1)], "activation of all picked features")
+figures["active"] = show.token_figure(model, worst.tolist(), [a.sum(-1)], "all picked features", "activation")
 guilty = features[a[1:].sum(0).argmax()]
 print(f"most active here: feature {guilty}, on {100 * retain.rate[guilty]:.2f}% of the retain tokens and "
       f"{100 * forget.rate[guilty]:.2f}% of the forget tokens")  # fmt: skip

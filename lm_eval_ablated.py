@@ -390,7 +390,7 @@ def picked(lm: AblatedLM, args, clamp: float, numbers: dict):
     if sae is None:
         return edit, [], {}, datasets
     features = edit.settings["features"]
-    show.print_features(features, *stats.rates, show.top_tokens(view, sae, features, stats.forget), sae)
+    show.print_features(stats, features)
     return edit, [sae], {layer_of(sae): stats.quality}, datasets
 
 

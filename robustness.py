@@ -349,6 +349,7 @@ def examine(exam: Exam, subjects: list[Subject], cached) -> tuple[dict[str, Meas
 STAGES = {"as tuned": "letters", "other wording": "other wording/letters", "in words": "words",
           f"{min(BITS)} bits": f"{min(BITS)} bits/letters", "open answer": "exact", "pushed": "pushed",
           "retain text": "after retain text/letters", "other facts": "after other facts/letters"}  # fmt: skip
+DRAWN = ("as tuned", "in words", "retain text", "other facts")  # stages drawn with intervals
 
 
 def share_forgotten(stage: Measure, row: str, floor: str | None) -> dict:
@@ -543,17 +544,16 @@ def run(**changes) -> dict:
         print(f"\n{benchmark.wmdp.published}")
     title = f"{Path(name).name}: {forget_title(*records)}" + (f", {steps} steps of fine-tuning" if steps else "")
 
-    def panels(columns):
-        return show.intervals([replace(measure, title=str(name)) for name, measure in columns.items()], title)
-
-    drawn = ("as tuned", "in words", "retain text", "other facts")
-    marks = {stage: [list(of_row[stage].values()) for of_row in shares.values()] for stage in stages}
+    drawn = [replace(stages[name], title=name) for name in DRAWN if name in stages]
+    marks = [[cell["share"] for cell in of_row.values()] for of_row in shares.values()]
+    back = [[m[row].mean for m in curve.values()] for row in curve[0].rows]
     floor = "one retrained without the facts" if show.RETRAINED in measures["wmdp_bio/letters"].rows else "chance"
-    label = f"share forgotten: 0 like the unablated model, 1 like {floor}"
-    figures = {"rows": lambda: panels({stage: stages[stage] for stage in drawn if stage in stages}),
-               "survives": lambda: show.dodged(list(shares), marks, title, label, lines=(0, 1))}  # fmt: skip
+    label = f"{title}\nshare forgotten, %: 0 like the unablated model, 100 like {floor}"
+    figures = {"rows": lambda: show.intervals(drawn, title),
+               "survives": lambda: show.shaded(list(shares), list(stages), marks, label)}  # fmt: skip
     if steps:
-        figures["curves"] = lambda: panels({f"{mark} steps on the asked facts": m for mark, m in curve.items()})
+        label_of = f"{title}\nright answers, %, after so many steps on the asked facts"
+        figures["curves"] = lambda: show.shaded(curve[0].rows, list(curve), back, label_of)
     rows = {s.name: s.edit for s in subjects}
     return current.write(rows, measures.values(), figures, table=text, pushed=pushes, survives=shares)
 

@@ -80,7 +80,8 @@ class Parser(argparse.ArgumentParser):
 def parser(doc: str, *, quiz: bool = False, controls: int = 0, without: tuple[str, ...] = ()) -> Parser:
     """The flags that scripts share, except those `without`; a script adds its own, or one in place of ours. quiz: also
     those that say which questions are asked, and how. controls: the default of --controls; 0 leaves it out."""
-    group = p = Parser(description=doc.replace("\n# ", "\n", 1), usage="%(prog)s [flags]", conflict_handler="resolve", add_help=False)
+    title = doc.strip().removeprefix("# ")  # a notebook's heading
+    group = p = Parser(description=title, usage="%(prog)s [flags]", conflict_handler="resolve", add_help=False)
 
     def add(name, help, **options):
         if name not in without:

@@ -4,15 +4,21 @@ import itertools
 import json
 import operator
 import re
+import sys
+from html import escape
 from urllib.parse import quote
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from adjustText import adjust_text
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex, to_rgb
+from matplotlib.figure import Figure
 
 from common import Rates, activation_ratio
-from data import as_list, total_of_processes
-from edits import Latents, iter_residual_stream, layer_of, residual_stream
+from data import UserError, as_list, batches, note_once, total_of_processes
+from edits import Latents, iter_residual_stream, layer_of, logit_lens, residual_stream
 
 try:  # `!python` in a notebook inherits its MPLBACKEND, which this environment may lack
     plt.switch_backend(plt.get_backend())
@@ -23,6 +29,8 @@ RETRAINED = "retrained without the facts"  # the row of the model that was train
 ABLATED = "#c0392b"
 COLOURS = {"unablated": "0.2", RETRAINED: "#1e8449", "SAE patched": "0.45", "SAE reconstruction": "0.65",
            "random": "#2471a3"}  # by the beginning of a row's name; of all other rows ABLATED  # fmt: skip
+MEAN = operator.attrgetter("mean", "low", "high")  # of a Score
+CHANGE = operator.attrgetter("change", "change_low", "change_high")
 TABLE_WIDTH = 150  # characters of a line; columns that do not fit are printed below
 TOKENS_WIDTH = 88  # characters of a line of token_figure
 LONGEST_ADDRESS = 8000  # characters; many servers take no more
@@ -118,64 +126,59 @@ def column(measure, rows: list[str]) -> list[str]:
 
 
 def intervals(measures, title: str):
-    """Figure: a panel for each Measure, means with 95% intervals; for a loss, what is added to the first row's.
-    Probabilities are small marks below the shares that they follow in `measures`. Chance and the retrained model are
-    vertical lines. Draws of a control share a line and have no intervals."""
+    """Figure: a panel for each Measure but probabilities: means with 95% intervals; of a loss, what is added to the
+    first row's. Chance and the retrained model are vertical lines."""
     panels = []
     for measure in measures:
-        if measure.unit == "probability" and panels and panels[-1][0].unit == "%":
-            panels[-1].append(measure)
-        else:
-            panels.append([measure])
-    draws = draws_of(dict.fromkeys(row for measure in measures for row in measure.rows))
-    if all(measure.weights is not None for measure in measures):
-        del draws[measures[0].rows[0]]  # nothing is added to it
-    places = {row: y for y, rows in enumerate(draws.values()) for row in rows}
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(4.6 + 3.3 * (len(panels) - 1), 1.1 + 0.35 * len(draws)),
+        scores, first = measure.scores(), measure.rows[0]
+        data, _, what = measure.title.rpartition(", ")
+        if measure.weights is not None:
+            head = f"{data}\n{what}, {scores.pop(first).mean:.2f} nats {first}"
+            panels.append((head, f"added, {measure.unit}", CHANGE, measure.unit, scores, {first: 0}))
+        elif measure.unit != "probability":
+            known = {"chance": measure.chance, "retrained": scores[RETRAINED].mean if RETRAINED in scores else None}
+            lines = {name: value for name, value in known.items() if value is not None}
+            head = f"{data}\n{what} (n {measure.values.shape[1]})"
+            panels.append((head, "right answers, %", MEAN, measure.unit, scores, lines))
+    return panels_of_rows(panels, title)
+
+
+def panels_of_rows(panels: list[tuple], title: str):
+    """Figure: panels side by side; for each row a line with a marker, its 95% interval, and its number at the right.
+    Draws of a control are dots on one line, beside their mean. A panel is its title; x label; MEAN or CHANGE; unit;
+    {row: Score}; {name: x of a vertical line}, drawn where the rows come near it. Panels in % share their x."""
+    draws = draws_of(dict.fromkeys(row for panel in panels for row in panel[4]))
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(2.4 + 2.4 * len(panels), 1.4 + 0.3 * len(draws)),
                                     sharey=True, squeeze=False, layout="constrained")  # fmt: skip
-    first, marks = all_axes[0][0], {}
-    for axes, (measure, *below) in zip(all_axes[0], panels):
-        interval_panel(axes, measure, places, {row for rows in draws.values() if len(rows) > 1 for row in rows})
-        for other, marker in zip(below, "x|"):
-            style = marks[other.title.rpartition(", ")[2]] = {"marker": marker, "mfc": "none", "ms": 5, "ls": ""}
-            for row, score in other.scores().items():
-                axes.plot(100 * score.mean, places[row] + 0.28, color=colour(row), **style)
-    first.set_yticks(range(len(draws)), [plain(f"{name},\n{len(rows)} draws" if len(rows) > 1 else name)
-                                         for name, rows in draws.items()])  # fmt: skip
-    first.set_ylim(len(draws) - 0.5, -0.5)
-    if marks:
-        for name, style in ({"right": {"marker": "o", "ls": ""}} | marks).items():
-            first.plot([], [], color="0.3", label=name, **style)
-        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    ends = [{row: value for row, score in scores.items() if (value := np.array(of(score), dtype=float))[0] == value[0]}
+            for _, _, of, _, scores, _ in panels]  # fmt: skip
+    spans = [(np.nanmin([*of.values()]), np.nanmax([*of.values()])) for of in ends]
+    for axes, (head, label, of, unit, _, lines), values, span in zip(all_axes[0], panels, ends, spans):
+        scale, shared = (100, [*zip(*spans)]) if unit == "%" else (1, [span[:1], span[1:]])
+        low, high = min(shared[0]), max(shared[1])
+        near = {name: x for name, x in lines.items() if 2 * low - high <= x <= 2 * high - low}
+        for y, (name, rows) in enumerate(draws.items()):
+            if not (known := [values[row] for row in rows if row in values]):
+                continue
+            means, lows, highs = scale * np.array(known).T
+            style = {"mfc": "none"} if len(rows) > 1 else {"xerr": np.nan_to_num([means - lows, highs - means]).clip(0)}
+            axes.errorbar(means, [y] * len(known), fmt="o", ms=5, color=colour(name), **style)
+            axes.text(1.03, y, number(means.mean() / scale, unit, "+" * (of is CHANGE)), va="center", size=9,
+                      transform=axes.get_yaxis_transform())  # fmt: skip
+        for k, (name, x) in enumerate(sorted(near.items(), key=operator.itemgetter(1))):
+            axes.axvline(scale * x, color="0.3", ls=":" if name == "retrained" else "--", lw=1, zorder=1)
+            axes.annotate(plain(name), (scale * x, 1), (4 * k - 2, 2), ("data", "axes fraction"), "offset points",
+                          ha="left" if k else "right", size=8)  # fmt: skip
+        low, high = min(low, *near.values(), high), max(high, *near.values(), low)
+        margin = scale * (0.06 * (high - low) or 0.01)
+        axes.set(xlim=(scale * low - margin, scale * high + margin), xlabel=label)
+        axes.set_title(plain(head.strip()), size=10, pad=14)
+        axes.grid(axis="x", alpha=0.3)
+    names = [f"{name},\n{len(rows)} draws and their mean" if len(rows) > 1 else name for name, rows in draws.items()]
+    all_axes[0][0].set_yticks(range(len(draws)), map(plain, names))
+    all_axes[0][0].set_ylim(len(draws) - 0.5, -0.5)
     figure.suptitle(plain(title), size=10)
     return figure
-
-
-def interval_panel(axes, measure, places: dict[str, int], draws: set[str]) -> None:
-    """A panel of `intervals`. places: each row's y; draws: rows that are one of several draws."""
-    is_loss, scale, scores = measure.weights is not None, 100 if measure.unit == "%" else 1, measure.scores()
-    for row, score in scores.items():
-        ends = (score.change, score.change_low, score.change_high) if is_loss else (score.mean, score.low, score.high)
-        if row not in places or ends[0] is None:
-            continue
-        mean, low, high = (scale * (ends[0] if end is None or row in draws else end) for end in ends)
-        style = {"fmt": "o", "color": colour(row)} | ({"alpha": 0.6} if row in draws else {"capsize": 3})
-        axes.errorbar(mean, places[row], xerr=[[max(0, mean - low)], [max(0, high - mean)]], **style)
-        if row == RETRAINED and not is_loss:
-            axes.axvline(mean, color=colour(row), ls=":", lw=1)
-    axes.grid(axis="x", alpha=0.3)
-    if is_loss:
-        unablated = f"{scores[measure.rows[0]].mean:.2f} {measure.unit} {measure.rows[0]}"
-        axes.set_title(plain(f"{measure.title}\n{unablated}"), size=10)
-        axes.set_xlabel(f"added, {measure.unit}")
-        axes.axvline(0, color="0.4", ls="--", lw=1)
-        return
-    axes.set_title(plain(f"{measure.title} (n {measure.values.shape[1]})"), size=10)
-    axes.set(xlabel="right answers, %", xlim=(0, 103)) if scale == 100 else axes.set_xlabel(measure.unit)
-    if measure.chance is not None:
-        axes.axvline(scale * measure.chance, color="0.4", ls="--", lw=1)
-        axes.annotate("chance", (scale * measure.chance, max(places.values()) + 0.45), xytext=(3, 0),
-                      textcoords="offset points", size=8)  # fmt: skip
 
 
 def group_table(measure) -> None:
@@ -193,30 +196,28 @@ def group_table(measure) -> None:
 
 
 def group_figure(measure, title: str):
-    """Figure: each group's (subject's) change in accuracy, in points with 95% intervals, under every ablation."""
-    groups, ends = measure.by_group(), operator.attrgetter("change", "change_low", "change_high")
-    series = {row: [100 * np.array(ends(scores[row])) for scores in groups.values()] for row in measure.rows[1:]
-              if row != RETRAINED and not row.startswith("SAE")}  # fmt: skip
-    styles = {row: {"color": colour(row), "mfc": "none" if "zero" in row else colour(row)} for row in series}
-    return dodged([group.replace("_", " ") for group in groups], series, title, "change in accuracy, points", styles)
+    """Figure: a panel for each ablation, a line for each group (subject): its change in accuracy, in points."""
+    groups = {group.replace("_", " "): scores for group, scores in measure.by_group().items()}
+    rows = [row for row in measure.rows[1:] if row != RETRAINED and not row.startswith("SAE")]
+    panels = [(row, "change in accuracy, points", CHANGE, "%", {group: of[row] for group, of in groups.items()},
+               {measure.rows[0]: 0}) for row in rows]  # fmt: skip
+    return panels_of_rows(panels, title)
 
 
-def dodged(names: list[str], series: dict[str, list], title: str, label: str, styles: dict | None = None, lines=(0,)):
-    """Figure: a mark on each of n lines for each of the series, {name: (n, 3) of mean, low, high}, NaN or None for no
-    mark. names: of the lines; label: of the x axis; styles: of series; lines: vertical ones."""
-    figure, axes = plt.subplots(figsize=(7.6, 1.8 + 0.34 * len(names)), layout="constrained")
-    for k, (name, values) in enumerate(series.items()):
-        mean, low, high = np.array(values, dtype=float).T
-        y = np.arange(len(names)) + 0.7 / len(series) * (k - (len(series) - 1) / 2)
-        style = {"fmt": "osD^vP*X"[k % 8], "ms": 4.5, "elinewidth": 0.7} | (styles or {}).get(name, {})
-        axes.errorbar(mean, y, xerr=np.maximum(0, [mean - low, high - mean]), label=plain(name), **style)
-    axes.set_yticks(range(len(names)), map(plain, names))
-    axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=label)
-    for x in lines:
-        axes.axvline(x, color="0.4", ls="--", lw=1)
-    axes.grid(axis="x", alpha=0.3)
+def shaded(rows, columns, values, title: str):
+    """Figure: a table of shares (n_rows, n_columns) in per cent, each on a ground as dark as it is high; None is a
+    dash."""
+    values = np.array(values, dtype=float)
+    figure, axes = plt.subplots(figsize=(3.0 + 0.62 * len(columns), 1.4 + 0.27 * len(rows)), layout="constrained")
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=1.2, aspect="auto")
+    for (y, x), value in np.ndenumerate(values):
+        text, ink = ("-", "k") if np.isnan(value) else (round(100 * value), "w" if value > 0.7 else "k")
+        axes.text(x, y, text, ha="center", va="center", size=9, color=ink)
+    axes.set_yticks(range(len(rows)), map(plain, rows))
+    axes.set_xticks(range(len(columns)), [plain(str(name).replace(" ", "\n")) for name in columns])
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
     figure.suptitle(plain(title), size=10)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
@@ -232,6 +233,18 @@ def top_tokens(model, sae, features: list[int], windows: list[list[int]], k: int
             for ids, sums in zip(best.indices.T, best.values.T)]  # fmt: skip
 
 
+def promoted_tokens(model, sae, features: list[int], k: int = 5) -> list[list[str]]:
+    """For each feature the k tokens whose logits its decoder direction raises most (edits.logit_lens); none where the
+    model's final norm cannot be told."""
+    features = as_list(features, "features")
+    try:
+        ids = logit_lens(model, Latents(sae, features).W_dec).topk(k).indices.tolist()
+    except UserError as error:
+        note_once(f"note: no promoted tokens: {error}")
+        ids = [[]] * len(features)
+    return [[*map(model.tokenizer.decode, best)] for best in ids]
+
+
 def quick_list(source: str, features: list[int]) -> tuple[str, int]:
     """The address of a Neuronpedia page of the first n features, and n: as many as an address has room for. source:
     MODEL/SAE, as Neuronpedia names them. SAELens has such a function too, but it opens a browser."""
@@ -244,13 +257,16 @@ def quick_list(source: str, features: list[int]) -> tuple[str, int]:
             return address, n
 
 
-def print_features(features, forget: Rates, retain: Rates, tokens: list[list[str]], sae, most: int = 20) -> None:
-    """Print features' firing rates, their ratio, `tokens` (see top_tokens), Neuronpedia's page of them; most: lines."""
-    ratio = activation_ratio(forget, retain)
-    print(f"\n  {'feature':>8}{'forget rate':>13}{'retain rate':>13}{'ratio':>9}   most active on")
-    for feature, words in list(zip(features, tokens))[:most]:
-        print(f"  {feature:8}{100 * forget.rate[feature]:12.3f}%{100 * retain.rate[feature]:12.3f}%"
-              f"{ratio[feature]:9.1f}   {' '.join(map(repr, words))}")  # fmt: skip
+def print_features(stats, features: list[int], most: int = 20) -> None:
+    """Print features' firing rates, their ratio, the tokens on which they are most active and those that they promote,
+    and Neuronpedia's page of them. stats: a FeatureStats; most: lines."""
+    (forget, retain), sae, shown = stats.rates, stats.sae, features[:most]
+    ratio, active = activation_ratio(forget, retain), top_tokens(stats.model, sae, shown, stats.forget)
+    print(f"\n  {'feature':>8}{'forget rate':>13}{'retain rate':>13}{'ratio':>9}   {'most active on':36}promotes")
+    for feature, words, promoted in zip(shown, active, promoted_tokens(stats.model, sae, shown)):
+        rates = "".join(f"{100 * part.rate[feature]:12.3f}%" for part in (forget, retain))
+        tokens = f"{' '.join(map(repr, words)):36}{' '.join(map(repr, promoted))}".rstrip()
+        print(f"  {feature:8}{rates}{ratio[feature]:9.1f}   {tokens}")
     if len(features) > most:
         print(f"  ... and {len(features) - most} more, all in the record")
     if isinstance(source := sae.cfg.metadata.neuronpedia_id, str) and source.count("/") == 1:
@@ -259,56 +275,87 @@ def print_features(features, forget: Rates, retain: Rates, tokens: list[list[str
 
 
 def scatter(features: list[int], forget: Rates, retain: Rates, title: str):
-    """Figure: forget rate against retain rate of every feature that fires, the picked ones marked."""
-    figure, axes = plt.subplots(figsize=(5.2, 4.4), layout="constrained")
+    """Figure: forget rate against retain rate of every feature that fires, the picked ones marked, the first five by
+    number. A rate of 0 lies at the end of its axis, marked "never"."""
+    figure, axes = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
     never = [0.5 / rates.n_tokens for rates in (retain, forget)]  # logarithmic axes cannot show a rate of 0
     x, y = (rates.rate.clamp(min=least) for rates, least in zip((retain, forget), never))
     others = (forget.fires + retain.fires) > 0
     others[features] = False
     axes.scatter(x[others], y[others], s=8, c="0.65", label="other features", linewidths=0)
     axes.scatter(x[features], y[features], s=18, c=ABLATED, marker="D", label=f"picked ({len(features)})", linewidths=0)
-    axes.plot([min(never), 1], [min(never), 1], color="0.4", lw=0.8, ls=":", label="equal rates")
+    axes.plot([max(never), 1], [max(never), 1], color="0.4", lw=0.8, ls=":", label="equal rates")
+    names = [axes.text(x[i], y[i], f"{i}", size=8) for i in features[:5]]
     axes.set(xscale="log", yscale="log", title=plain(title))
-    axes.set(xlabel="firing rate on the retain set (leftmost: never)", ylabel="firing rate on the forget set")
+    axes.set(xlabel="tokens of the retain set on which it fires", ylabel="tokens of the forget set on which it fires")
+    for axis, least in zip((axes.xaxis, axes.yaxis), never):
+        shares = [10.0**k for k in range(-6, 1) if 10.0**k > 2 * least]
+        axis.set_ticks([least, *shares], ["never", *(f"{100 * share:g}%" for share in shares)])
+        axis.set_minor_locator(plt.NullLocator())
+    adjust_text(names, x[features], y[features], ax=axes, arrowprops={"arrowstyle": "-", "color": "0.4", "lw": 0.5})
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def token_figure(model, windows: list[list[int]], values: list[torch.Tensor], title: str):
-    """Figure: the windows' tokens in reading order, on a darker ground the larger their values, (pos,) for each window.
-    Negative values are shown as 0; a window's first token, usually BOS, is left out."""
-    most = max([value[1:].max().item() for value in values] + [1e-9])
-    cells, x, y = [], 0, 0
+def token_figure(model, windows: list[list[int]], values: list[torch.Tensor], title: str, unit: str):
+    """Figure: the windows' tokens in reading order, on a ground as dark as their values, (pos,) for each window: red,
+    and blue below 0, if there are any; 0 is white. A window's first token, usually BOS, is left out. A notebook shows
+    it as text, with each value as a tooltip."""
+    shown = torch.cat([value[1:] for value in values]).tolist()
+    most = max(map(abs, shown), default=0) or 1
+    below = min(shown, default=0) < 0
+    shades = ScalarMappable(Normalize(-most if below else 0, most), LinearSegmentedColormap.from_list(
+        "", ["#1f618d"] * below + ["w", ABLATED], 257))  # fmt: skip
+    cells, spans, x, y = [], [], 0, 0
     for ids, value in zip(windows, values):
         for token, strength in zip(ids[1:], value[1:].tolist()):
             text = model.tokenizer.decode(token)
-            shown = text.replace("\n", "\u21b5")
-            if x and x + len(shown) > TOKENS_WIDTH:
+            drawn, ground = text.replace("\n", "\u21b5"), to_hex(shades.to_rgba(strength))
+            ink = "k" if np.dot(to_rgb(ground), (0.3, 0.6, 0.1)) > 0.5 else "w"
+            if x and x + len(drawn) > TOKENS_WIDTH:
                 x, y = 0, y + 1
-            cells.append((x, y, shown, max(0.0, strength) / most))
-            x, y = (0, y + 1) if "\n" in text else (x + len(shown), y)
+            cells.append((x, y, drawn, ground, ink))
+            spans.append(f'<span title="{strength:.3g} {unit}" style="background:{ground};color:{to_hex(ink)}">'
+                         f"{escape(drawn)}</span>{chr(10) * text.count(chr(10))}")  # fmt: skip
+            x, y = (0, y + 1) if "\n" in text else (x + len(drawn), y)
+        spans.append("\n\n")
         x, y = 0, y + (2 if x else 1)
     size = 8  # points; a character of the monospaced font is 0.602 as wide
-    figure, axes = plt.subplots(figsize=(TOKENS_WIDTH * size * 0.602 / 72, 0.5 + 0.19 * (y + 1)), layout="constrained")
-    for x, row, text, share in cells:
-        if share:
-            axes.add_patch(plt.Rectangle((x, row - 0.5), len(text), 1, color=plt.cm.Oranges(0.1 + 0.75 * share), lw=0))
-        axes.text(x, row, plain(text), family="monospace", size=size, va="center", c="w" if share > 0.75 else "k")
+    figure = Figure((TOKENS_WIDTH * size * 0.602 / 72, 0.9 + 0.19 * (y + 1)), layout="constrained")  # not pyplot's,
+    axes = figure.subplots()  # which a notebook would show, too
+    for x, row, text, ground, ink in cells:
+        if ground != "#ffffff":
+            axes.add_patch(plt.Rectangle((x, row - 0.5), len(text), 1, color=ground, lw=0))
+        axes.text(x, row, plain(text), family="monospace", size=size, va="center", c=ink)
     axes.set(xlim=(0, TOKENS_WIDTH), ylim=(y - 0.5, -0.5))
     axes.axis("off")
-    figure.suptitle(plain(f"{title} (white 0, darkest {most:.1f})"), size=10)
+    figure.colorbar(shades, ax=axes, location="bottom", aspect=60, shrink=0.5, label=plain(unit))
+    figure.suptitle(plain(title), size=10)
+    if getattr(getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)(), "kernel", None):
+        from IPython.display import HTML, display
+
+        bar = ",".join(map(to_hex, shades.to_rgba(np.linspace(*shades.get_clim(), 3))))
+        low, high = (f"{end:.3g}" for end in shades.get_clim())
+        display(HTML(f'<p>{escape(title)}: {low} <span style="background:linear-gradient(90deg,{bar});padding:0 5em">'
+                     f'</span> {high} {escape(unit)}</p><pre style="white-space:pre-wrap;background:#fff">'
+                     f"{''.join(spans)}</pre>"))  # fmt: skip
     return figure
 
 
 @torch.inference_mode()
-def contexts_figure(model, sae, feature: int, windows: list[list[int]], n: int = 3):
-    """Figure: a feature's activations on the n windows in which it is most active."""
-    latents, activations = Latents(sae, [feature]), []
-    for ids in windows:
-        h = residual_stream(model.original_model, torch.tensor([ids], device=model.cfg.device), layer_of(sae))
-        activations.append(latents.encode(h)[0][0, :, 0].cpu())  # (pos,)
-    best = sorted(zip(windows, activations), key=lambda pair: -pair[1][1:].max().item())[:n]
-    return token_figure(model, *zip(*best), f"feature {feature}, where it is most active")
+def contexts_figures(model, sae, features: list[int], windows: list[list[int]], n: int = 3) -> dict:
+    """{"feature_I": figure}: each feature's activations on the n windows in which it is most active."""
+    features = list(dict.fromkeys(features))
+    latents, found, figures = Latents(sae, features), {}, {}
+    for indices, ids in batches(windows, 16, model.tokenizer, model.cfg.device, shared=False):
+        acts, _ = latents.encode(residual_stream(model.original_model, ids, layer_of(sae)))  # (batch, pos, n_features)
+        found |= {i: acts[k, : len(windows[i])].cpu() for k, i in enumerate(indices)}
+    for k, feature in enumerate(features):
+        best = sorted(found, key=lambda i: (-found[i][1:, k].max().item(), i))[:n]
+        title = f"feature {feature}, where it is most active"
+        tokens, values = [windows[i] for i in best], [found[i][:, k] for i in best]
+        figures[f"feature_{feature}"] = token_figure(model, tokens, values, title, "activation")
+    return figures
 
 
 def letter_figure(tried: dict[str, torch.Tensor], right: int, title: str):

@@ -165,8 +165,8 @@ def test_an_l0_written_as_text_is_a_number_and_a_page_that_is_none_is_not_shown(
     write_sae(tmp_path, "gemma2", spoil=perfect, l0="31", neuronpedia_id="gemma-2-2b-1-res")
     sae = common.load_sae(str(tmp_path), 1, gemma)
     assert evaluation.check_sae_quality(gemma, sae, some_windows(gemma))["promised_l0"] == 31
-    rates = common.firing_rates(gemma, sae, some_windows(gemma))
-    show.print_features([3, 4], rates, rates, [["a"], ["b"]], sae)
+    stats = evaluation.FeatureStats(gemma, sae, 1, some_windows(gemma), [some_windows(gemma)], insist=False)
+    show.print_features(stats, [3, 4])
     assert "Neuronpedia" not in capsys.readouterr().out
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,9 +14,12 @@ import pytest
 import torch
 from conftest import ROOT
 from sae_lens.analysis.neuronpedia_integration import get_neuronpedia_quick_list
+from safetensors.torch import load_file
 
 import show
-from common import Rates
+from common import Rates, load_model, load_sae
+from data import UserError
+from edits import logit_lens
 from evaluation import Measure
 
 ROWS = ("unablated", "SAE patched, nothing ablated", "zero ablation", "clamp -40", "random features, clamp -40",
@@ -40,9 +44,15 @@ def loss(documents=4, rows=ROWS):
                    np.array([tokens * (3 + 0.1 * k) for k in range(len(rows))]), weights=tokens)  # fmt: skip
 
 
-def drawn(axes, marker):
-    return {(round(line.get_xdata()[0], 6), line.get_color()) for line in axes.lines
-            if line.get_marker() == marker and len(line.get_xdata()) == 1}  # fmt: skip
+def marks(axes):
+    """{line: x of its markers}"""
+    return {line.get_ydata()[0]: np.round(line.get_xdata(), 6).tolist()
+            for line in axes.lines if line.get_marker() == "o"}  # fmt: skip
+
+
+def numbers(axes):
+    """What stands at the lines' right."""
+    return [text.get_text() for text in axes.texts if text.get_position()[0] == 1.03]
 
 
 def test_a_backend_that_is_not_installed_costs_no_figure():
@@ -93,9 +103,6 @@ def test_what_an_accuracy_hides_is_shown(capsys):
     show.table([quiz(), *sure])
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  clamp -40")]
     assert "0.50  -0.50 [-0.50, -0.50]" in line and "0.25  -0.55 [-0.55, -0.55]" in line
-    (axes,) = show.intervals([quiz(), *sure], "title").axes
-    assert (50.0, "#c0392b") in drawn(axes, "x") and (25.0, "#c0392b") in drawn(axes, "|")
-    assert (30.0, "#c0392b") in drawn(axes, "o")
 
 
 def test_rows_can_be_left_out_and_measures_may_lack_some(capsys):
@@ -119,9 +126,11 @@ def test_draws_of_random_features_are_averaged_and_share_a_row(capsys):
                     "-20.0 to +0.0")  # fmt: skip
     (axes,) = show.intervals([measure], "title").axes
     names = [label.get_text() for label in axes.get_yticklabels()]
-    assert names == ["unablated", "random features, clamp -5,\n3 draws", "clamp -5"]
-    heights = {line.get_ydata()[0] for line in axes.lines if line.get_color() == show.colour("random")}
-    assert heights == {1} and {value for value, _ in drawn(axes, "o")} == {90.0, 80.0, 70.0, 20.0}
+    assert names == ["unablated", "random features, clamp -5,\n3 draws and their mean", "clamp -5"]
+    assert (
+        marks(axes) == {0: [90.0], 1: [80.0, 70.0, 90.0], 2: [20.0]} and len(axes.collections) == 2
+    )  # no bars of draws
+    assert numbers(axes) == ["90.0", "80.0", "20.0"]
     show.table([measure.select(rows[:2])])
     assert "draws" not in capsys.readouterr().out
 
@@ -148,30 +157,52 @@ def test_a_subject_that_changed_has_a_star(capsys):
 
 def test_groups_are_drawn_for_edits_alone():
     figure = show.group_figure(quiz(groups=tuple("ab"[k % 2] for k in range(40))), "title")
-    assert [text.get_text() for text in figure.legends[0].texts] == list(ROWS[2:5])
+    assert [axes.get_title() for axes in figure.axes] == list(ROWS[2:5])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "b"]
+    assert marks(figure.axes[1]) == {0: [-60.0], 1: [-60.0]} and numbers(figure.axes[1]) == ["-60.0", "-60.0"]
 
 
 # ------------------------------------------------------------------------------------------------- figures
 
 
 def test_an_interval_figure_has_a_panel_a_measure_with_chance_and_the_retrained_model():
-    figure = show.intervals([quiz(), quiz("mmlu/letters", "MMLU, in letters", n=60)], "title")
-    assert [axes.get_title() for axes in figure.axes] == ["WMDP-Bio, in letters (n 40)", "MMLU, in letters (n 60)"]
-    for axes in figure.axes:
-        lines = {
-            round(line.get_xdata()[0], 6): line.get_linestyle() for line in axes.lines if len(line.get_xdata()) == 2
-        }
-        assert lines[25.0] in ("--", ":")
-        assert axes.get_xlim() == (0, 103)
+    figure = show.intervals([quiz(), quiz("mmlu/letters", "MMLU, in letters", right=(*RIGHT[:5], 0.95), n=60)], "title")
+    assert [axes.get_title() for axes in figure.axes] == ["WMDP-Bio\nin letters (n 40)", "MMLU\nin letters (n 60)"]
+    for axes, retrained in zip(figure.axes, (25.0, 95.0)):
+        named = {text.get_text(): round(text.xy[0], 6) for text in axes.texts if hasattr(text, "xy")}
+        lines = [round(line.get_xdata()[0], 6) for line in axes.lines if len(line.get_xdata()) == 2]
+        assert named == {"chance": 25.0, "retrained": retrained} and sorted(lines) == [25.0, retrained]
+
+
+def test_a_row_has_one_marker_a_bar_without_caps_and_its_number():
+    (axes,) = show.intervals([quiz(), probability("P(a letter)", [0.5] * 6)], "title").axes  # no probabilities
+    shares = [round(100 * share, 1) for share in RIGHT]
+    assert marks(axes) == {y: [share] for y, share in enumerate(shares)}
+    assert numbers(axes) == [f"{share:.1f}" for share in shares]
+    assert len(axes.collections) == len(ROWS) and {line.get_marker() for line in axes.lines} <= {"o", "None"}
+
+
+def test_the_data_fill_a_panel_and_panels_in_per_cent_share_their_range():
+    high = quiz("mmlu/letters", "MMLU, in letters", right=(1.0, 1.0, 0.99, 0.98, 0.97, 1.0), n=400)
+    (axes,) = show.intervals([high], "title").axes
+    left, right = axes.get_xlim()
+    ends = [100 * end for score in high.scores().values() for end in (score.low, score.high)]
+    assert max(ends) - min(ends) > 0.85 * (right - left) and left < min(ends) and right > max(ends)
+    assert "chance" not in [text.get_text() for text in axes.texts]  # too far away
+    first, second, third = show.intervals([quiz(), high, loss()], "title").axes
+    assert (
+        first.get_xlim() == second.get_xlim() != third.get_xlim()
+        and first.get_xlim()[0] < 25 < 100 < second.get_xlim()[1]
+    )
 
 
 def test_of_a_loss_what_is_added_is_drawn():
     (axes,) = show.intervals([loss()], "title").axes
     assert [label.get_text() for label in axes.get_yticklabels()] == list(ROWS[1:])
-    assert {value for value, _ in drawn(axes, "o")} == {0.1, 0.2, 0.3, 0.4, 0.5}
-    assert axes.get_title().endswith("3.00 nats per token unablated")
+    assert marks(axes) == {0: [0.1], 1: [0.2], 2: [0.3], 3: [0.4], 4: [0.5]} and numbers(axes)[0] == "+0.1000"
+    assert axes.get_title().endswith("3.00 nats unablated") and "unablated" in [text.get_text() for text in axes.texts]
     accuracy, added = show.intervals([quiz(), loss()], "title").axes
-    assert len(accuracy.get_yticks()) == len(ROWS) and len(drawn(added, "o")) == 5
+    assert len(accuracy.get_yticks()) == len(ROWS) and sorted(marks(added)) == [1, 2, 3, 4, 5]
 
 
 def test_titles_with_dollars_and_losses_without_intervals_are_drawn(tmp_path, capsys):
@@ -191,19 +222,113 @@ def test_numbers_are_written_by_their_unit():
     assert show.interval_text(1.0, None, None, "nats per token") == "1.0000"
 
 
-def test_tokens_stand_where_they_are_read_and_are_as_dark_as_their_value():
-    words = ["<bos>", "It", " cost", " 5$", " at\n", "noon", "x" * 86]
-    model = SimpleNamespace(tokenizer=SimpleNamespace(decode=words.__getitem__))
-    figure = show.token_figure(model, [[*range(7)]], [torch.tensor([9.0, 0.0, 2.0, 1.0, -3.0, 4.0, 0.0])], "title")
-    (axes,) = figure.axes
+WORDS = ["<bos>", "It", " cost", " 5$", " <b>\n", "noon", "x" * 86]
+READER = SimpleNamespace(tokenizer=SimpleNamespace(decode=WORDS.__getitem__))
+VALUES = [9.0, 0.0, 2.0, 1.0, 0.0, 4.0, 0.0]  # of BOS, too
+
+
+def tokens(values=VALUES):
+    return show.token_figure(READER, [[*range(7)]], [torch.tensor(values)], "a & b", "nats")
+
+
+def test_tokens_stand_where_they_are_read_and_are_as_dark_as_their_value(tmp_path):
+    figure = tokens()
+    axes, bar = figure.axes
     drawn = [(text.get_text(), *text.get_position()) for text in axes.texts]
-    assert drawn == [("It", 0, 0), (" cost", 2, 0), (r" 5\$", 7, 0), (" at\u21b5", 10, 0), ("noon", 0, 1),
+    assert drawn == [("It", 0, 0), (" cost", 2, 0), (r" 5\$", 7, 0), (" <b>\u21b5", 10, 0), ("noon", 0, 1),
                      ("x" * 86, 0, 2)]  # fmt: skip
     boxes = {(box.get_x(), round(box.get_y() + 0.5)): box for box in axes.patches}
-    assert {at: box.get_width() for at, box in boxes.items()} == {(2, 0): 5, (7, 0): 3, (0, 1): 4}  # above 0, no BOS
+    assert {at: box.get_width() for at, box in boxes.items()} == {(2, 0): 5, (7, 0): 3, (0, 1): 4}  # no BOS, no 0
     dark = {at: sum(box.get_facecolor()[:3]) for at, box in boxes.items()}
-    assert dark[0, 1] < dark[2, 0] < dark[7, 0] and "darkest 4.0" in figure.get_suptitle()
-    plt.close("all")
+    assert dark[0, 1] < dark[2, 0] < dark[7, 0]
+    assert bar.get_xlabel() == "nats" and bar.get_xlim() == (0, 4)
+    assert not plt.get_fignums()  # a notebook shows what is pyplot's
+    figure.savefig(tmp_path / "tokens.png", format="png", dpi=150)
+
+
+def test_what_is_below_0_is_blue_and_0_is_white():
+    axes, bar = tokens([9.0, 0.0, 2.0, -1.0, 0.0, 4.0, 0.0]).axes
+    boxes = {box.get_x(): box.get_facecolor() for box in axes.patches if box.get_y() == -0.5}
+    assert sorted(boxes) == [2, 7] and boxes[2][0] > boxes[2][2] and boxes[7][0] < boxes[7][2]
+    assert bar.get_xlim() == (-4, 4)
+    assert len(tokens([0.0] * 7).axes[0].patches) == 0
+
+
+def test_a_notebook_shows_tokens_as_text_with_tooltips(monkeypatch):
+    import IPython
+    import IPython.display
+
+    shown = []
+    monkeypatch.setattr(IPython.display, "display", lambda page: shown.append(page.data))
+    tokens()
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=None))  # a terminal
+    tokens()
+    assert not shown
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=object()))
+    tokens()
+    (page,) = shown
+    spans = re.findall(r'<span title="(.*?)" style="background:(#\w+);color:#\w+">(.*?)</span>', page)
+    assert [(value, text) for value, _, text in spans] == [
+        ("0 nats", "It"), ("2 nats", " cost"), ("1 nats", " 5$"), ("0 nats", " &lt;b&gt;\u21b5"), ("4 nats", "noon"),
+        ("0 nats", "x" * 86)]  # fmt: skip
+    assert [ground == "#ffffff" for _, ground, _ in spans] == [True, False, False, True, False, True]
+    assert "a &amp; b: 0 <" in page and "4 nats</p>" in page and "</span>\n<span" in page
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model = load_model("tiny")
+    return model, load_sae(None, 7, model)
+
+
+FEATURES = [624, 1902, 449]
+
+
+def test_promoted_tokens_are_those_of_the_final_norm_and_the_unembedding(tiny):
+    model, sae = tiny
+    vectors = sae.W_dec[FEATURES].detach().cpu().double()
+    weights = {name: value.double() for name, value in load_file(ROOT / "tiny" / "model" / "model.safetensors").items()}
+    normed = vectors / (vectors.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + weights["model.norm.weight"])
+    by_hand = normed @ weights["model.embed_tokens.weight"].T  # the unembedding, too
+    best = by_hand.topk(5)
+    found = logit_lens(model, sae.W_dec[FEATURES])
+    assert torch.allclose(found.gather(1, best.indices).double(), best.values, atol=1e-5)
+    tokens = [[model.tokenizer.decode(i) for i in ids] for ids in best.indices.tolist()]
+    assert show.promoted_tokens(model, sae, FEATURES) == tokens
+    assert show.promoted_tokens(model, sae, FEATURES[:1], k=2) == [tokens[0][:2]]
+
+
+def test_a_final_norm_that_cannot_be_told_is_refused(tiny, monkeypatch):
+    model, sae = tiny
+    decoder = model.original_model.get_decoder()
+    monkeypatch.setitem(decoder._modules, "another", torch.nn.LayerNorm(4))
+    with pytest.raises(UserError, match=r"cannot tell which module of .* is its final norm"):
+        show.promoted_tokens(model, sae, FEATURES)
+
+
+def test_a_feature_that_never_fires_lies_at_never_and_the_first_five_have_their_number():
+    fires = torch.tensor([0, 10, 500, 30, 5, 6, 7, 8])
+    forget, retain = Rates(fires, fires, 1000), Rates(fires.flip(0), fires, 1000)
+    figure = show.scatter([1, 3, 4, 5, 6, 7], forget, retain, "title")
+    (axes,) = figure.axes
+    for axis, place in ((axes.xaxis, 0), (axes.yaxis, 1)):
+        ticks = dict(zip([label.get_text() for label in axis.get_ticklabels()], axis.get_ticklocs()))
+        points = np.concatenate([dots.get_offsets()[:, place] for dots in axes.collections])
+        assert ticks["never"] == pytest.approx(min(points)) and ticks["1%"] == pytest.approx(0.01)
+    assert [text.get_text() for text in axes.texts] == ["1", "3", "4", "5", "6"]
+    assert "ablated" not in axes.get_xlabel() + axes.get_ylabel()
+
+
+def test_shares_are_a_table_shaded_by_size():
+    figure = show.shaded(["a$b$", "b"], ["as tuned", 25], [[0.999, None], [-0.001, 0.5]], "title")
+    (axes,) = figure.axes
+    assert [(text.get_text(), text.get_position()) for text in axes.texts] == [
+        ("100", (0, 0)), ("-", (1, 0)), ("0", (0, 1)), ("50", (1, 1))]  # fmt: skip
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["as\ntuned", "25"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [r"a\$b\$", "b"]
+    grey = axes.images[0].to_rgba(axes.images[0].get_array()) @ (0.3, 0.6, 0.1, 0)
+    assert grey[0, 0] < grey[1, 1] < grey[1, 0]
+    figure.canvas.draw()
 
 
 def test_a_documents_loss_is_per_token_over_its_windows():
@@ -227,10 +352,13 @@ def test_one_neuronpedia_page_has_the_picked_features(monkeypatch, capsys):
     rates, picked = Rates(torch.ones(64), torch.ones(64), 100), list(range(60, 0, -1))
     about = SimpleNamespace(neuronpedia_id=None, model_name="gemma-2-2b")
     sae = SimpleNamespace(cfg=SimpleNamespace(metadata=about))
-    show.print_features(picked, rates, rates, [["x"]] * 60, sae)
+    stats = SimpleNamespace(rates=(rates, rates), model=None, sae=sae, forget=[])
+    for name in ("top_tokens", "promoted_tokens"):
+        monkeypatch.setattr(show, name, lambda model, sae, features, *_: [["x"]] * len(features))
+    show.print_features(stats, picked)
     assert "euronpedia" not in capsys.readouterr().out
     about.neuronpedia_id = "gemma-2-2b/12-gemmascope-res-16k"
-    show.print_features(picked, rates, rates, [["x"]] * 60, sae)
+    show.print_features(stats, picked)
     said = capsys.readouterr().out.splitlines()[-1]
     monkeypatch.setattr("webbrowser.open", lambda address: None)
     theirs, ours = urlparse(get_neuronpedia_quick_list(sae, picked)), urlparse(said.split()[-1])
