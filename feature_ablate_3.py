@@ -60,11 +60,11 @@ figures = {"features": show.scatter(features, *stats.rates, title)}
 
 # %% [markdown]
 # ## The model speaks
-# It goes on with the beginning of a document, and of a question on biology. First as it is, then with
+# It continues the beginning of a document, and that of a question on biology: first as it is, then with
 # the features clamped. Guess: which of the two will go on as before?
 
 # %%
-for text in (web.rows[0]["text"], bio.rows[0]["question"]):
+for text in (web.rows[min(1, len(web) - 1)]["text"], bio.rows[0]["question"]):
     start = " ".join(text.split()[:8])
     print(f"{start} ...")
     for name, some in (("unablated", []), ("clamped", features)):
@@ -170,9 +170,10 @@ total = sum(cost for cost, _ in costs)
 print(f"the sum of all alone is {total:+.4f}, all together cost {loss[clamped].change:+.4f}")
 
 # %% [markdown]
-# A few: three of fifty cost half of it. And here the parts add up to the whole: **0.015** and **0.015**. On
-# ordinary text two picked features seldom fire close together, so each does its own damage. In a quiz
-# they do, and there the parts do not add up (lesson 2). <!-- total, loss[clamped].change -->
+# A few: three of fifty cost half of it. And the parts add up to the whole, **0.015** and **0.015**. On ordinary
+# text the picked features are rare, and almost never two of them are active on one token, so each does
+# its own damage. In a quiz on biology several are, and there the parts do not add up (lesson 2). So
+# the price on ordinary text can be lowered feature by feature. <!-- total, loss[clamped].change -->
 
 # %%
 record = run.write(rows, [loss, subject], figures, quality=stats.quality)
