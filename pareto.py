@@ -36,9 +36,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from adjustText import adjust_text
-from matplotlib.patheffects import withStroke
-from matplotlib.transforms import Bbox
 
 import edits
 import evaluation
@@ -163,19 +160,8 @@ def by_method(records: list[dict]) -> dict[str, dict]:
 
 
 # %%
-LABEL_STEP = 4.0  # points of WMDP-Bio accuracy between two labels on a frontier
-FEW = 6  # methods at most whose settings are named on the figure
-COLOURS = ["#c0392b", "#1f618d", "0.6", "#7d6608", "#6c3483", "#48c9b0", "#873600", "#2e4053", "#f5b041", "#e377c2",
-           "#17becf", "#8fbc5a", "#b03060", "#5d6dde", "#145a32", "#ff6f00", "#4a148c", "#795548", "#000080",
-           "#c2185b"]  # fmt: skip
-MARKERS = [*"Dos^vPX<>ph*dH8", (4, 1, 0), (3, 1, 0), (6, 1, 0), (8, 1, 0), (5, 0, 180)]
-STYLES = [*zip(COLOURS, MARKERS, itertools.cycle(["-", "--", ":", "-."]))]
-
-
-def interval(score: Score, scale: float = 1, change: bool = False) -> list[float]:
-    """[mean, low, high], or those of the change, 0 for the unablated row; without an interval the ends are the mean."""
-    mean, *ends = (score.change, score.change_low, score.change_high) if change else (score.mean, score.low, score.high)
-    return [scale * (mean if end is None else end) for end in (mean, *ends)] if mean is not None else [0.0] * 3
+LABEL_STEP = 7.0  # points of WMDP-Bio accuracy between two labels on a frontier
+FEW = 4  # methods at most whose settings are named, and also drawn against the loss
 
 
 def label(row: str, method: str) -> str:
@@ -185,66 +171,69 @@ def label(row: str, method: str) -> str:
     return show.plain(row)
 
 
-def panel(axes, methods: dict[str, dict], styles: dict, cost) -> tuple[list, list]:
-    """Draw WMDP-Bio accuracy over cost(scores): mean, low, high. Returns labels, and points they must not cover."""
-    labels, places, unablated = [], [], set()
-    for method, settings in methods.items():
-        colour, marker, line = styles[method]
-        xs = np.array([cost(scores) for scores in settings.values()])
-        ys = np.array([interval(scores["wmdp_bio"], 100) for scores in settings.values()])
-        xerr, yerr = (np.abs(values[1:, 1:] - values[1:, :1]).T for values in (xs, ys))
-        axes.errorbar(xs[1:, 0], ys[1:, 0], yerr, xerr, fmt="none", ecolor=colour, elinewidth=0.5, alpha=0.3)
-        axes.scatter(xs[1:, 0], ys[1:, 0], 16, colour, marker=marker, label=show.plain(method), linewidths=0, zorder=3)
-        sign = -1 if axes.xaxis_inverted() else 1
-        best = frontier([(sign * x, y) for x, y in zip(xs[:, 0], ys[:, 0])])
-        axes.step(xs[best, 0], ys[best, 0], where="post", color=colour, ls=line, lw=1.2)
-        places += [*zip(xs[:, 0], ys[:, 0])]
-        unablated.add((xs[0, 0], ys[0, 0]))
-        last, rows = ys[0, 0], list(settings)
-        for i in best if len(methods) <= FEW else ():
-            if last - ys[i, 0] >= LABEL_STEP:
-                last = ys[i, 0]
-                labels.append(axes.text(xs[i, 0], last, label(rows[i], method), size=7, color=colour, zorder=2.5,
-                                        path_effects=[withStroke(linewidth=2, foreground="white")]))  # fmt: skip
-    axes.scatter(*zip(*sorted(unablated)), s=70, marker="*", color="0", label="unablated", zorder=4)
-    axes.axhline(100 * CHANCE, color="0.4", ls="--", lw=0.8, label="chance")
-    axes.set(title="better: down and left", ylim=(0, 103))
-    axes.grid(alpha=0.25)
-    return labels, places
+def panel(axes, method: str, settings: dict[str, tuple], chosen: str | None, named: bool) -> None:
+    """Draw a method's settings, {row: (x, y)} of [mean, low, high] each, the unablated row first. Grey is what the
+    frontier beats; settings on it have 95% intervals, and names if `named`; the chosen one has a ring."""
+    rows, (xs, ys) = list(settings), np.array(list(settings.values())).swapaxes(0, 1)
+    left, right = axes.get_xlim()
+    best = frontier([(x if left < right else -x, y) for x, y in zip(xs[:, 0], ys[:, 0])])
+    axes.fill_between([*xs[best, 0], right], [*ys[best, 0], ys[best[-1], 0]], 103, step="post", color="0.93", zorder=0)
+    on = [i for i in best if i]
+    xerr, yerr = (np.abs(values[on, 1:] - values[on, :1]).T for values in (xs, ys))
+    axes.errorbar(xs[on, 0], ys[on, 0], yerr, xerr, fmt="none", ecolor=show.ABLATED, elinewidth=0.6, alpha=0.5)
+    axes.plot(xs[1:, 0], ys[1:, 0], "o", ms=3.5, color=show.ABLATED)
+    axes.plot(xs[0, 0], ys[0, 0], "*", ms=8, color="k")
+    at = [row == chosen for row in rows]
+    axes.plot(xs[at, 0], ys[at, 0], "o", ms=9, mfc="none", color="k")
+    last = ys[0, 0]
+    for i in on if named else ():
+        if last - ys[i, 0] >= LABEL_STEP:
+            last, (across, _) = ys[i, 0], (axes.transScale + axes.transLimits).transform((xs[i, 0], ys[i, 0]))
+            ha, offset = ("right", -5) if across > 0.5 else ("left", 5)
+            axes.annotate(label(rows[i], method), (xs[i, 0], last), (offset, 2 if last > 100 * CHANCE else -9),
+                          textcoords="offset points", ha=ha, size=8)  # fmt: skip
 
 
 def pareto_figure(records: list[dict], title: str):
-    """Figure: WMDP-Bio accuracy against MMLU accuracy, and against loss added where it was measured."""
+    """Figure: a panel for each method, of WMDP-Bio accuracy against MMLU accuracy; of FEW methods also against the loss
+    added, where it was measured. Settings of other methods are small and grey."""
     methods = by_method(records)
-    with_loss = {method: kept for method, settings in methods.items()
-                 if len(kept := {row: scores for row, scores in settings.items() if LOSS in scores}) > 1}  # fmt: skip
-    n = 1 + bool(with_loss)
-    figure, all_axes = plt.subplots(1, n, figsize=(5.4 * n, 4.8), squeeze=False, layout="constrained")
-    first, *rest = all_axes[0]
-    # harm grows to the right in both panels; most settings do little, so the scale is finer there
-    first.set_xscale("function", functions=(lambda x: -np.sqrt(np.maximum(103 - x, 0)), lambda y: 103 - y * y))
-    first.set(xlim=(101, 20), xticks=(100, 98, 95, 90, 80, 60, 40, 25))
-    first.axvline(100 * CHANCE, color="0.4", ls="--", lw=0.8)
-    floors = {scores_of(record, RETRAINED)["wmdp_bio"].mean for record in records if RETRAINED in record["rows"]}
     measures = [pair for record in records for pair in record["measures"].items() if "/tuning/" not in pair[0]]
     titles = {name.partition("/")[0]: measure["title"].rpartition(", ")[0] for name, measure in measures}
-    for axes, (number, floor) in itertools.product(all_axes[0], enumerate(sorted(floors))):
-        axes.axhline(100 * floor, color=show.colour(RETRAINED), ls=":", lw=1.2, label=None if number else RETRAINED)
-    styles = dict(zip(methods, itertools.cycle(STYLES)))
-    labels = [panel(first, methods, styles, lambda scores: interval(scores["mmlu"], 100))]
-    for axes in rest:
-        axes.set_xscale("symlog", linthresh=0.01)
-        labels.append(panel(axes, with_loss, styles, lambda scores: interval(scores[LOSS], change=True)))
-        axes.set_xlabel(f"loss added on {titles['openwebtext']}, nats per token")
-    first.set(xlabel=f"{titles['mmlu']} accuracy, %", ylabel=f"{titles['wmdp_bio']} accuracy, %")
-    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-    figure.suptitle(f"{show.plain(title)}; lines are frontiers, bars 95% intervals", size=10)
-    figure.canvas.draw()  # settles the layout; labels are spread when nothing moves the axes any more
-    for axes, (texts, places) in zip(all_axes[0], labels):
-        boxes = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axes.transData.transform(places)]
-        if texts:
-            adjust_text(texts, objects=boxes, ax=axes, iter_lim=300, force_static=(0.3, 0.5),
-                        arrowprops={"arrowstyle": "-", "color": "0.6", "lw": 0.5})  # fmt: skip
+    floors = {scores_of(record, RETRAINED)["wmdp_bio"].mean for record in records if RETRAINED in record["rows"]}
+    lines = sorted([(CHANCE, "chance", "--"), *((floor, RETRAINED, ":") for floor in floors)])
+    chosen = {line["method"]: line.get(f"chosen to keep {KEEP:.0%} of MMLU") for line in summary(methods)}
+    few, costs = len(methods) <= FEW, {"mmlu": f"{titles['mmlu']} accuracy, %"}
+    if few and any(LOSS in scores for settings in methods.values() for scores in settings.values()):
+        costs[LOSS] = f"loss added on {titles['openwebtext']}, nats per token (linear up to 0.01, then logarithmic)"
+    columns = len(methods) if few else 5
+    n = -(-len(methods) // columns) * len(costs)
+    figure, all_axes = plt.subplots(n, columns, figsize=(1 + max(6.5, 1.8 * columns), 0.8 + (3 if few else 1.7) * n),
+                                    sharey=True, sharex="row", squeeze=False, layout="constrained")  # fmt: skip
+    panels = iter(all_axes.flat)
+    for cost, said in costs.items():
+        of, scale = (show.CHANGE, 1) if cost == LOSS else (show.MEAN, 100)
+        places = {method: {row: (scale * show.ends(scores[cost], of), 100 * show.ends(scores["wmdp_bio"], show.MEAN))
+                           for row, scores in settings.items() if cost in scores}
+                  for method, settings in methods.items()}  # fmt: skip
+        xs, ys = zip(*[(x[0], y[0]) for settings in places.values() for x, y in settings.values()])
+        for (method, settings), axes in zip(places.items(), panels):
+            axes.set_xscale("symlog", linthresh=0.01) if cost == LOSS else None
+            axes.set(xlim=(min(xs) - 0.003, 2 * max(*xs, 0.01)) if cost == LOSS else (102, min(xs) - 4), ylim=(0, 103))
+            axes.scatter(xs, ys, s=4, c="0.75", linewidths=0, zorder=1)
+            for k, (y, name, style) in enumerate(lines):
+                axes.axhline(100 * y, color="0.3", ls=style, lw=0.8, label=name, zorder=1)
+                axes.text(0.98, 100 * y, name if axes is all_axes[0][0] else "", ha="right", size=7,
+                          va="bottom" if k else "top", transform=axes.get_yaxis_transform())  # fmt: skip
+            panel(axes, method, settings, chosen[method], few) if settings else None
+            axes.set_title(show.plain(method), size=9)
+        all_axes[axes.get_subplotspec().rowspan.start][columns // 2].set_xlabel(said)
+    for axes in panels:
+        axes.axis("off")
+    figure.supylabel(f"{titles['wmdp_bio']} accuracy, %", size=10)
+    said = "ring: chosen on the tuning half; grey: what a setting beats; bars: 95% intervals; star: unablated"
+    said += "\nL: layer, n: number of features, c: clamp" * few
+    figure.suptitle(f"{show.plain(title)}; better: down and left\n{said}", size=9)
     return figure
 
 

@@ -79,6 +79,11 @@ def change_text(score, unit: str) -> str:
     return text if score.p is None else f"{text} p {score.p:.1g}"
 
 
+def ends(score, of) -> np.ndarray:
+    """(3,) MEAN or CHANGE of a Score: mean, low and high; NaN without an interval, 0 where nothing is compared."""
+    return np.array([0] * 3 if of(score)[0] is None else of(score), dtype=float)
+
+
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
@@ -150,33 +155,30 @@ def panels_of_rows(panels: list[tuple], title: str):
     draws = draws_of(dict.fromkeys(row for panel in panels for row in panel[4]))
     figure, all_axes = plt.subplots(1, len(panels), figsize=(2.4 + 2.4 * len(panels), 1.4 + 0.3 * len(draws)),
                                     sharey=True, squeeze=False, layout="constrained")  # fmt: skip
-    ends = [{row: value for row, score in scores.items() if (value := np.array(of(score), dtype=float))[0] == value[0]}
-            for _, _, of, _, scores, _ in panels]  # fmt: skip
-    spans = [(np.nanmin([*of.values()]), np.nanmax([*of.values()])) for of in ends]
-    for axes, (head, label, of, unit, _, lines), values, span in zip(all_axes[0], panels, ends, spans):
-        scale, shared = (100, [*zip(*spans)]) if unit == "%" else (1, [span[:1], span[1:]])
-        low, high = min(shared[0]), max(shared[1])
+    known = [{row: ends(score, of) for row, score in scores.items()} for _, _, of, _, scores, _ in panels]
+    for axes, (head, label, of, unit, _, lines), values in zip(all_axes[0], panels, known):
+        shared = [all_of for all_of, panel in zip(known, panels) if all_of is values or panel[3] == unit == "%"]
+        spread, scale = [end for all_of in shared for end in all_of.values()], 100 if unit == "%" else 1
+        low, high = np.nanmin(spread), np.nanmax(spread)
         near = {name: x for name, x in lines.items() if 2 * low - high <= x <= 2 * high - low}
         for y, (name, rows) in enumerate(draws.items()):
-            if not (known := [values[row] for row in rows if row in values]):
-                continue
-            means, lows, highs = scale * np.array(known).T
-            style = {"mfc": "none"} if len(rows) > 1 else {"xerr": np.nan_to_num([means - lows, highs - means]).clip(0)}
-            axes.errorbar(means, [y] * len(known), fmt="o", ms=5, color=colour(name), **style)
-            axes.text(1.03, y, number(means.mean() / scale, unit, "+" * (of is CHANGE)), va="center", size=9,
-                      transform=axes.get_yaxis_transform())  # fmt: skip
+            if drawn := [scale * values[row] for row in rows if row in values]:
+                mean, *bars = np.array(drawn).T
+                bar = {"mfc": "none"} if len(rows) > 1 else {"xerr": np.nan_to_num(np.abs(np.subtract(bars, mean)))}
+                axes.errorbar(mean, [y] * len(drawn), fmt="o", ms=5, color=colour(name), **bar)
+                axes.text(1.03, y, number(mean.mean() / scale, unit, "+" * (of is CHANGE)), va="center", size=9,
+                          transform=axes.get_yaxis_transform())  # fmt: skip
         for k, (name, x) in enumerate(sorted(near.items(), key=operator.itemgetter(1))):
             axes.axvline(scale * x, color="0.3", ls=":" if name == "retrained" else "--", lw=1, zorder=1)
             axes.annotate(plain(name), (scale * x, 1), (4 * k - 2, 2), ("data", "axes fraction"), "offset points",
                           ha="left" if k else "right", size=8)  # fmt: skip
-        low, high = min(low, *near.values(), high), max(high, *near.values(), low)
+        low, high = min([low, *near.values()]), max([high, *near.values()])
         margin = scale * (0.06 * (high - low) or 0.01)
-        axes.set(xlim=(scale * low - margin, scale * high + margin), xlabel=label)
+        axes.set(xlim=(scale * low - margin, scale * high + margin), ylim=(len(draws) - 0.5, -0.5), xlabel=label)
         axes.set_title(plain(head.strip()), size=10, pad=14)
         axes.grid(axis="x", alpha=0.3)
     names = [f"{name},\n{len(rows)} draws and their mean" if len(rows) > 1 else name for name, rows in draws.items()]
     all_axes[0][0].set_yticks(range(len(draws)), map(plain, names))
-    all_axes[0][0].set_ylim(len(draws) - 0.5, -0.5)
     figure.suptitle(plain(title), size=10)
     return figure
 
@@ -205,8 +207,7 @@ def group_figure(measure, title: str):
 
 
 def shaded(rows, columns, values, title: str):
-    """Figure: a table of shares (n_rows, n_columns) in per cent, each on a ground as dark as it is high; None is a
-    dash."""
+    """Figure: a table of shares (n_rows, n_columns) in per cent, each on a ground as dark as it is large; None: "-"."""
     values = np.array(values, dtype=float)
     figure, axes = plt.subplots(figsize=(3.0 + 0.62 * len(columns), 1.4 + 0.27 * len(rows)), layout="constrained")
     axes.imshow(values, cmap="Blues", vmin=0, vmax=1.2, aspect="auto")
@@ -303,19 +304,19 @@ def token_figure(model, windows: list[list[int]], values: list[torch.Tensor], ti
     it as text, with each value as a tooltip."""
     shown = torch.cat([value[1:] for value in values]).tolist()
     most = max(map(abs, shown), default=0) or 1
-    below = min(shown, default=0) < 0
-    shades = ScalarMappable(Normalize(-most if below else 0, most), LinearSegmentedColormap.from_list(
-        "", ["#1f618d"] * below + ["w", ABLATED], 257))  # fmt: skip
+    tones = ["#1f618d"] * (min(shown, default=0) < 0) + ["#ffffff", ABLATED]
+    low = -most if len(tones) > 2 else 0
+    shades = ScalarMappable(Normalize(low, most), LinearSegmentedColormap.from_list("", tones, 257))
     cells, spans, x, y = [], [], 0, 0
     for ids, value in zip(windows, values):
         for token, strength in zip(ids[1:], value[1:].tolist()):
             text = model.tokenizer.decode(token)
             drawn, ground = text.replace("\n", "\u21b5"), to_hex(shades.to_rgba(strength))
-            ink = "k" if np.dot(to_rgb(ground), (0.3, 0.6, 0.1)) > 0.5 else "w"
+            ink = "black" if np.dot(to_rgb(ground), (0.3, 0.6, 0.1)) > 0.5 else "white"
             if x and x + len(drawn) > TOKENS_WIDTH:
                 x, y = 0, y + 1
             cells.append((x, y, drawn, ground, ink))
-            spans.append(f'<span title="{strength:.3g} {unit}" style="background:{ground};color:{to_hex(ink)}">'
+            spans.append(f'<span title="{strength:.3g} {unit}" style="background:{ground};color:{ink}">'
                          f"{escape(drawn)}</span>{chr(10) * text.count(chr(10))}")  # fmt: skip
             x, y = (0, y + 1) if "\n" in text else (x + len(drawn), y)
         spans.append("\n\n")
@@ -334,11 +335,9 @@ def token_figure(model, windows: list[list[int]], values: list[torch.Tensor], ti
     if getattr(getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)(), "kernel", None):
         from IPython.display import HTML, display
 
-        bar = ",".join(map(to_hex, shades.to_rgba(np.linspace(*shades.get_clim(), 3))))
-        low, high = (f"{end:.3g}" for end in shades.get_clim())
-        display(HTML(f'<p>{escape(title)}: {low} <span style="background:linear-gradient(90deg,{bar});padding:0 5em">'
-                     f'</span> {high} {escape(unit)}</p><pre style="white-space:pre-wrap;background:#fff">'
-                     f"{''.join(spans)}</pre>"))  # fmt: skip
+        bar = f'<span style="background:linear-gradient(90deg,{",".join(tones)});padding:0 5em"></span>'
+        page = f'<pre style="white-space:pre-wrap;background:#fff">{"".join(spans)}</pre>'
+        display(HTML(f"<p>{escape(title)}: {low:.3g} {bar} {most:.3g} {escape(unit)}</p>{page}"))
     return figure
 
 

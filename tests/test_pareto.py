@@ -311,29 +311,48 @@ def test_labels_of_a_figure_do_not_overlap(undisturbed):
     for axes in figure.axes:
         boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
         assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-        assert not figure.legends[0].get_window_extent().overlaps(axes.get_window_extent())
+        frame = axes.get_window_extent()
+        assert all(frame.x0 < box.x0 and box.x1 < frame.x1 for box in boxes)
+    plt.close(figure)
+
+
+def test_a_chosen_setting_has_a_ring_and_grey_is_what_the_frontier_beats():
+    rows = {
+        "unablated": ("none", scores(0.9, 0.8)),
+        "n 5": ("clamp", scores(0.88, 0.7, tuning=(0.9, 0.3))),
+        "n 9": ("clamp", scores(0.8, 0.4, tuning=(0.5, 0.2))),
+    }
+    figure = pareto.pareto_figure([record_of(rows)], "title")
+    (axes,) = figure.axes
+    (ring,) = [line for line in axes.lines if line.get_markerfacecolor() == "none"]
+    assert np.allclose([*ring.get_xdata(), *ring.get_ydata()], [88, 70])
+    corners = {tuple(map(round, point)) for point in axes.collections[1].get_paths()[0].vertices.tolist()}
+    assert {(90, 80), (88, 80), (88, 70), (80, 70), (80, 40)} <= corners
+    assert axes.get_xscale() == "linear" and [text.get_text() for text in axes.texts][-2:] == ["n 5", "n 9"]
     plt.close(figure)
 
 
 def test_axes_are_called_by_the_data_sets_of_the_held_out_half(undisturbed):
     figure = pareto.pareto_figure([runs.read_record(undisturbed)], "title")
-    assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == (
-        "MMLU stand-in accuracy, %", "WMDP-Bio stand-in accuracy, %")  # fmt: skip
+    said = [axes.get_xlabel() for axes in figure.axes if axes.get_xlabel()]
+    assert said[0] == "MMLU stand-in accuracy, %" and "nats per token (linear up to 0.01, then log" in said[1]
+    assert figure.get_supylabel() == "WMDP-Bio stand-in accuracy, %"
     plt.close(figure)
 
 
-def test_a_method_looks_the_same_in_both_panels_and_none_is_left_out(undisturbed):
+@pytest.mark.parametrize("n", [2, 12])
+def test_a_method_has_a_panel_and_few_methods_one_of_the_loss_too(undisturbed, n):
     record = runs.read_record(undisturbed)
     first, other, *_ = record["rows"].values()
-    rows = {"unablated": first, **{f"row {k}": {**other, "method": f"method {k}"} for k in range(12)}}
+    rows = {"unablated": first, **{f"row {k}": {**other, "method": f"method {k}"} for k in range(n)}}
     without_loss = {name: score for name, score in other["scores"].items() if name != pareto.LOSS}
     rows["row 0"] = {"method": "method 0", "scores": without_loss}
     figure = pareto.pareto_figure([{**record, "rows": rows}], "title")
-    left, right = (dict(zip(*axes.get_legend_handles_labels()[::-1])) for axes in figure.axes)
-    assert {f"method {k}" for k in range(12)} <= set(left) and "method 0" not in right
-    for k in range(1, 12):
-        one, other = left[f"method {k}"], right[f"method {k}"]
-        assert one.get_facecolor().tolist() == other.get_facecolor().tolist()
+    titles = [axes.get_title() for axes in figure.axes if axes.axison]
+    assert titles == [f"method {k}" for k in range(n)] * (2 if n == 2 else 1)
+    points = [sum(len(line.get_xdata()) for line in axes.lines if line.get_color() == pareto.show.ABLATED)
+              for axes in figure.axes if axes.axison]  # fmt: skip
+    assert points == ([1, 1, 0, 1] if n == 2 else [1] * 12)
     plt.close(figure)
 
 
@@ -354,10 +373,3 @@ def test_a_mistake_gets_one_line_and_exit_code_2(monkeypatch, capfd, tmp_path, g
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and all(word in errors[0] for word in said)
     assert not list(tmp_path.iterdir())
-
-
-def test_every_method_looks_like_itself():
-    """All that baselines.py tunes on one figure."""
-    methods = {name for known in (edits.METHODS, pareto.unlearning.METHODS) for name in known if known[name].grid}
-    colours, markers, _ = map(set, zip(*pareto.STYLES))
-    assert len(colours) == len(markers) >= len(methods)

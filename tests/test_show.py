@@ -267,7 +267,7 @@ def test_a_notebook_shows_tokens_as_text_with_tooltips(monkeypatch):
     monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=object()))
     tokens()
     (page,) = shown
-    spans = re.findall(r'<span title="(.*?)" style="background:(#\w+);color:#\w+">(.*?)</span>', page)
+    spans = re.findall(r'<span title="(.*?)" style="background:(#\w+);color:\w+">(.*?)</span>', page)
     assert [(value, text) for value, _, text in spans] == [
         ("0 nats", "It"), ("2 nats", " cost"), ("1 nats", " 5$"), ("0 nats", " &lt;b&gt;\u21b5"), ("4 nats", "noon"),
         ("0 nats", "x" * 86)]  # fmt: skip
