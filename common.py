@@ -86,7 +86,11 @@ def bare_generation(model) -> GenerationConfig:
     tokens, beams and a least length act on greedy answers, too."""
     own, usual = model.generation_config, GenerationConfig.from_model_config(model.config)
     ends = {name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return GenerationConfig(**{name: getattr(usual, name) if i is None else i for name, i in ends.items()})
+    ends = {name: getattr(usual, name) if i is None else i for name, i in ends.items()}
+    for name, given in ends.items():
+        if not all(isinstance(i, int | float | None) for i in (given if isinstance(given, list) else [given])):
+            raise UserError(f"{model.name_or_path}: {name} of its generation config is no token's number: {given!r}")
+    return GenerationConfig(**ends)
 
 
 def as_bridge(hf, tokenizer, name: str) -> TransformerBridge:
@@ -153,7 +157,7 @@ def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str
         else:
             others = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
             raise UserError(f"no SAE folder {spec}; there are: {', '.join(others) or 'none'}")
-        float(sae.cfg.metadata.l0 or 0)  # which may be text, but a number's
+        sae.cfg.metadata.l0 = float(str(sae.cfg.metadata.l0 or 0))  # which may be a number's text
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load the SAE {spec}: {first_line(error)}") from error
     sae.eval().requires_grad_(False).layer = layer

@@ -287,7 +287,7 @@ def read_jsonl(path: Path, name: str, most: int | None = None) -> list[dict]:
                     break
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {first_line(error)}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}, line {number}: {reason_of(error)}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error

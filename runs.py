@@ -76,6 +76,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message.removeprefix('argument ')} (see --help)")
 
+    def __deepcopy__(self, memo):  # copies of settings share their flags
+        return self
+
+    def __reduce__(self):
+        raise UserError("settings cannot be pickled, as flags hold functions: pickle vars(args)")
+
 
 def parser(doc: str, *, quiz: bool = False, without: tuple[str, ...] = ()) -> Parser:
     """The flags that scripts share, except those `without`; a script adds its own, or one in place of ours. quiz: also
@@ -141,13 +147,14 @@ class settings(argparse.Namespace):  # called in a script's run(**changes)
     __slots__ = ("flags", "started")  # beside the settings, which are what vars() gives
 
     def __init__(self, flags: Parser, changes: dict):
-        object.__setattr__(self, "flags", flags)
-        object.__setattr__(self, "started", time.time())
+        self.flags, self.started = flags, time.time()
         vars(self).update(vars(flags.parse_args([])))
         for name, value in changes.items():
             setattr(self, name, value)
 
     def __setattr__(self, name, value):
+        if name in self.__slots__ and not hasattr(self, name):  # here, and in a copy
+            return object.__setattr__(self, name, value)
         if name not in vars(self):
             near = difflib.get_close_matches(name, vars(self), 3) or sorted(vars(self))
             raise AttributeError(f"no setting {name!r}; did you mean {', '.join(near)}?")
@@ -385,7 +392,7 @@ def read_record(path) -> dict:
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
         script, form = record["script"], record.get("form", 2)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no record: {first_line(error)}") from error
     if form != FORM:
         raise UserError(f"{path}: an earlier {script} wrote it (form {form}, now {FORM}); run its command again")

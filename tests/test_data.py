@@ -43,6 +43,12 @@ def test_a_bad_question_is_refused_with_its_line(tmp_path, changes):
         data.load("mmlu", "other/model", str(tmp_path))
 
 
+def test_a_line_nested_too_deeply_is_refused(tmp_path):
+    (tmp_path / "mmlu.jsonl").write_text(line() + "\n" + "[" * 99999 + "]" * 99999)
+    with pytest.raises(UserError, match=r"mmlu.jsonl, line 2: maximum recursion depth"):
+        data.load("mmlu", "other/model", str(tmp_path))
+
+
 def test_byte_order_mark_and_a_last_blank_line_do_no_harm(tmp_path):
     (tmp_path / "mmlu.jsonl").write_bytes(b"\xef\xbb\xbf" + line().encode() + b"\n\n")
     assert len(data.load("mmlu", "other/model", str(tmp_path))) == 1
