@@ -248,7 +248,7 @@ class Run:
 
     `key` is a hash of all that decides about results: the settings, what the model, its retrained twin, SAEs and data
     are, and `also` (JSON). model, dtype: where args has none. Raises UserError if nothing can be written to its place,
-    and for a setting `layer` that is not the SAE's.
+    and for a setting `layer`, `model` or `dtype` that is not that of the SAE and of the model it was loaded for.
     """
 
     def __init__(self, script: str, args, data=(), saes=(), also=(), model: str | None = None, dtype=None):
@@ -274,6 +274,9 @@ class Run:
         self.path = out if out.suffix == ".json" else out / f"{'_'.join(parts)}_{self.key[:6]}.json"
         self.cache = self.path.with_suffix(".cache") / self.key[:16]
         refuse_unwritable(self.path)
+        for loaded in {getattr(sae, "loaded_for", None) for sae in saes} - {None, (self.model, f"torch.{self.dtype}")}:
+            raise UserError(f"the settings say {self.model} in {self.dtype}, and {' in '.join(loaded)} is loaded: "
+                            "load it again, and the SAE")  # fmt: skip
         layers, said = [sae.layer for sae in saes], self.settings.get("layer")
         if len(layers) == 1 and isinstance(said, int) and said != layers[0]:
             raise UserError(f"the setting layer is {said}, and the SAE is layer {layers[0]}'s: load it again")

@@ -537,3 +537,13 @@ def test_a_layer_that_is_not_the_saes_is_refused(tmp_path):
     run_of(tmp_path, saes=[sae], layer=3)
     with pytest.raises(UserError, match="the setting layer is 9, and the SAE is layer 3's"):
         run_of(tmp_path, saes=[sae], layer=9)
+
+
+def test_a_model_that_is_not_the_loaded_one_is_refused(gemma_sae, model_folder, tmp_path):
+    """In a notebook a setting may be changed after the model is loaded."""
+    folder = str(model_folder("gemma2"))
+    assert gemma_sae.loaded_for == (folder, "torch.float32")
+    run_of(tmp_path, saes=[gemma_sae], model=folder, layer=1)
+    for change, said in (({"model": "gpt2"}, "gpt2 in float32"), ({"dtype": "bfloat16"}, f"{folder} in bfloat16")):
+        with pytest.raises(UserError, match=f"settings say {said}, and {folder} in torch.float32 is loaded"):
+            run_of(tmp_path, saes=[gemma_sae], layer=1, **{"model": folder, **change})
