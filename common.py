@@ -86,7 +86,11 @@ def bare_generation(model) -> GenerationConfig:
     tokens, beams and a least length act on greedy answers, too."""
     own, usual = model.generation_config, GenerationConfig.from_model_config(model.config)
     ends = {name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return GenerationConfig(**{name: getattr(usual, name) if i is None else i for name, i in ends.items()})
+    ends = {name: getattr(usual, name) if i is None else i for name, i in ends.items()}
+    for name, given in ends.items():
+        if not all(isinstance(i, int | float | None) for i in (given if isinstance(given, list) else [given])):
+            raise UserError(f"{model.name_or_path}: {name} of its generation config is no token's number: {given!r}")
+    return GenerationConfig(**ends)
 
 
 def as_bridge(hf, tokenizer, name: str) -> TransformerBridge:
@@ -101,6 +105,7 @@ def as_bridge(hf, tokenizer, name: str) -> TransformerBridge:
             model = TransformerBridge.boot_transformers(path, hf_model=hf, dtype=hf.dtype, device=str(hf.device))
     except (OSError, ValueError) as error:
         raise UserError(f"TransformerLens cannot run {name}: {first_line(error)}") from error
+    model.loaded_as = name, str(hf.dtype)
     model._tokenizer = tokenizer  # the bridge's own adds a BOS where the model's, which lm-eval uses, does not
     ends = tokenizer("a")["input_ids"]
     model.cfg.tokenizer_prepends_bos = model.cfg.default_prepend_bos = ends[:1] == [tokenizer.bos_token_id]
@@ -132,9 +137,9 @@ def usable_device(device: str | None = None) -> str:
 def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str = "tiny") -> SAE:
     """Load the SAE of `spec` (RELEASE:ID or a folder; None: the preset's for `layer`) in fp32 on the layer's device.
 
-    Sets `sae.layer`, `sae.source` (str), `sae.identity` (see hub.identity) and `sae.hook_point` (a resid_post name that
-    the model has). Raises UserError for a layer without SAE, an unknown release, and an SAE whose architecture, width,
-    hook point or normalisation cannot be ablated exactly.
+    Sets `sae.layer`, `sae.source` (str), `sae.identity` (see hub.identity), `sae.loaded_for` (model, dtype) and
+    `sae.hook_point` (a resid_post name that the model has). Raises UserError for a layer without SAE, an unknown
+    release, and an SAE whose architecture, width, hook point or normalisation cannot be ablated exactly.
     """
     if not 0 <= layer < model.cfg.n_layers:
         raise UserError(f"layer {layer}: the model has layers 0 to {model.cfg.n_layers - 1}")
@@ -153,12 +158,12 @@ def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str
         else:
             others = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
             raise UserError(f"no SAE folder {spec}; there are: {', '.join(others) or 'none'}")
-        float(sae.cfg.metadata.l0 or 0)  # which may be text, but a number's
+        sae.cfg.metadata.l0 = float(str(sae.cfg.metadata.l0 or 0))  # which may be a number's text
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load the SAE {spec}: {first_line(error)}") from error
     sae.eval().requires_grad_(False).layer = layer
     sae.source = os.path.relpath(spec, HERE) if folder.is_dir() and HERE in folder.parents else spec
-    sae.identity = hub.identity(spec)
+    sae.identity, sae.loaded_for = hub.identity(spec), getattr(model, "loaded_as", None)
     sae.hook_point = hub.check_sae(sae, model, layer, sae.source)
     if not edits.encodes_like_saelens(sae):
         raise UserError(f"{spec}: SAELens encodes by another formula than edits.Latents: no ablation would be exact")

@@ -503,6 +503,8 @@ def mean_ablation(sae, features: list[int], means: list[float]) -> SetFeatures:
     features: ids, (n,); means: (n,), inactive tokens counted as 0. No release: the usual control of ablation studies.
     """
     values = torch.tensor(means)
+    if values.shape != (len(features),):  # one mean would be all features'
+        raise UserError(f"mean-ablation: {len(features)} features need as many means, not {str(means)[:40]}")
     return SetFeatures(sae, features, lambda acts, mask: values.to(acts).expand_as(acts))
 
 

@@ -304,7 +304,7 @@ class BridgeView:
 def read_json(path: str):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {first_line(error)}") from error
 
 

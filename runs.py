@@ -76,6 +76,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message.removeprefix('argument ')} (see --help)")
 
+    def __deepcopy__(self, memo):  # copies of settings share their flags
+        return self
+
+    def __reduce__(self):
+        raise UserError("settings cannot be pickled, as flags hold functions: pickle vars(args)")
+
 
 def parser(doc: str, *, quiz: bool = False, controls: int = 0, without: tuple[str, ...] = ()) -> Parser:
     """The flags that scripts share, except those `without`; a script adds its own, or one in place of ours. quiz: also
@@ -144,13 +150,14 @@ class settings(argparse.Namespace):  # called in a script's run(**changes)
     __slots__ = ("flags", "started")  # beside the settings, which are what vars() gives
 
     def __init__(self, flags: Parser, changes: dict):
-        object.__setattr__(self, "flags", flags)
-        object.__setattr__(self, "started", time.time())
+        self.flags, self.started = flags, time.time()
         vars(self).update(vars(flags.parse_args([])))
         for name, value in changes.items():
             setattr(self, name, value)
 
     def __setattr__(self, name, value):
+        if name in self.__slots__ and not hasattr(self, name):  # here, and in a copy
+            return object.__setattr__(self, name, value)
         if name not in vars(self):
             near = difflib.get_close_matches(name, vars(self), 3) or sorted(vars(self))
             raise AttributeError(f"no setting {name!r}; did you mean {', '.join(near)}?")
@@ -244,7 +251,7 @@ class Run:
 
     `key` is a hash of all that decides about results: the settings, what the model, its retrained twin, SAEs and data
     are, and `also` (JSON). model, dtype: where args has none. Raises UserError if nothing can be written to its place,
-    and for a setting `layer` that is not the SAE's.
+    and for a setting `layer`, `model` or `dtype` that is not that of the SAE and of the model it was loaded for.
     """
 
     def __init__(self, script: str, args, data=(), saes=(), also=(), model: str | None = None, dtype=None):
@@ -270,6 +277,9 @@ class Run:
         self.path = out if out.suffix == ".json" else out / f"{'_'.join(parts)}_{self.key[:6]}.json"
         self.cache = self.path.with_suffix(".cache") / self.key[:16]
         refuse_unwritable(self.path)
+        for loaded in {getattr(sae, "loaded_for", None) for sae in saes} - {None, (self.model, f"torch.{self.dtype}")}:
+            raise UserError(f"the settings say {self.model} in {self.dtype}, and {' in '.join(loaded)} is loaded: "
+                            "load it again, and the SAE")  # fmt: skip
         layers, said = [sae.layer for sae in saes], self.settings.get("layer")
         if len(layers) == 1 and isinstance(said, int) and said != layers[0]:
             raise UserError(f"the setting layer is {said}, and the SAE is layer {layers[0]}'s: load it again")
@@ -388,7 +398,7 @@ def read_record(path) -> dict:
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
         script, form = record["script"], record.get("form", 2)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no record: {first_line(error)}") from error
     if form != FORM:
         raise UserError(f"{path}: an earlier {script} wrote it (form {form}, now {FORM}); run its command again")

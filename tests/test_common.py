@@ -170,6 +170,12 @@ def test_an_l0_written_as_text_is_a_number_and_a_page_that_is_none_is_not_shown(
     assert "Neuronpedia" not in capsys.readouterr().out
 
 
+def test_an_l0_beyond_all_numbers_does_not_fit(gemma, tmp_path):
+    write_sae(tmp_path, "gemma2", spoil=perfect, l0=10**400)
+    with pytest.raises(UserError, match="does not fit this model"):
+        evaluation.check_sae_quality(gemma, common.load_sae(str(tmp_path), 1, gemma), some_windows(gemma))
+
+
 # ----------------------------------------------------------------------------------- rates and picking
 
 
@@ -476,6 +482,10 @@ def with_config(**more):
     return change
 
 
+def with_generation(**ids):
+    return lambda folder: (folder / "generation_config.json").write_text(json.dumps(ids))
+
+
 def without_tokenizer(folder):
     for file in folder.glob("tokenizer*"):
         file.unlink()
@@ -549,6 +559,9 @@ NOT_ITS_FILES = {
     "merged weights beside their adapter": (merged_beside_its_adapter, "adapter_config.json beside weights"),
 }  # fmt: skip
 BAD_MODELS = NOT_ITS_FILES | {
+    "text for the token that ends": (with_generation(eos_token_id="1"), "eos_token_id of its gen.* number: '1'"),
+    "text among such tokens": (with_generation(eos_token_id=[1, "2"]), "eos_token_id of its gen"),
+    "nothing that opens": (with_generation(bos_token_id={}), "bos_token_id of its generation config"),
     "a broken link": (lambda folder: (folder / "extra.json").symlink_to("nowhere"), "extra.json is a folder or a brok"),
     "a folder of that name": (lambda folder: (folder / "a.safetensors").mkdir(), "a.safetensors is a folder or a"),
     "an unknown activation": (with_config(hidden_act="no such"), "not a model folder that transformers can read"),

@@ -43,6 +43,12 @@ def test_a_bad_question_is_refused_with_its_line(tmp_path, changes):
         data.load("mmlu", "other/model", str(tmp_path))
 
 
+def test_a_line_nested_too_deeply_is_refused(tmp_path):
+    (tmp_path / "mmlu.jsonl").write_text(line() + "\n" + "[" * 99999 + "]" * 99999)
+    with pytest.raises(UserError, match=r"mmlu.jsonl, line 2: maximum recursion depth"):
+        data.load("mmlu", "other/model", str(tmp_path))
+
+
 def test_byte_order_mark_and_a_last_blank_line_do_no_harm(tmp_path):
     (tmp_path / "mmlu.jsonl").write_bytes(b"\xef\xbb\xbf" + line().encode() + b"\n\n")
     assert len(data.load("mmlu", "other/model", str(tmp_path))) == 1
@@ -568,8 +574,17 @@ def test_what_is_used_of_a_folder_and_what_is_not_is_said_once(tmp_path, capsys)
 # ---------------------------------------------------------------------- questions that are none
 
 
-LABELLED = ["{A}. {}", "({A}) {}", "{a}) {}", "{A}: {}", "[{a}] {}", "Option {A} - {}", "**{A}.** {}", "{A} {}",
-            "{A}.{}", "{n}. {}", "({i}) {}", "{D}. {}"]  # fmt: skip
+LABELLED = ["{A}. {}", "({A}) {}", "{a}) {}", "{A}: {}", "[{a}] {}", "Option {A} - {}", "**{A}.** {}", "{A}.{}",
+            "{n}. {}", "({i}) {}", "{D}. {}", "Option {n} {}", "{n}, {}", "#{n} {}", "{A} - {}", "{A} | {}", "({E}) {}",
+            "{E}. {}", "{I}. {}", "{z}) {}", "{r}) {}", "answer_{a}: {}", "'{A}' {}", "- {n}. {}",
+            "\u2022 {A} > {}", "({n}){}"]  # fmt: skip
+SERIES = {"A": "ABCD", "a": "abcd", "D": "DCBA", "E": "EFGH", "r": "\u0430\u0431\u0432\u0433", "n": "1234", "z": "0123",
+          "i": ("i", "ii", "iii", "iv"), "I": ("I", "II", "III", "IV")}  # fmt: skip
+
+
+def with_labels(form: str, choices) -> list[str]:
+    return [form.format(choice, **{name: series[i] for name, series in SERIES.items()})
+            for i, choice in enumerate(choices)]  # fmt: skip
 
 
 def flawed(flaw: str, n: int) -> list[dict]:
@@ -583,8 +598,7 @@ def flawed(flaw: str, n: int) -> list[dict]:
     }
 
     def labelled(row):
-        labels = [dict(zip("AaDni", five)) for five in zip("ABCD", "abcd", "DCBA", "1234", ("i", "ii", "iii", "iv"))]
-        return {**row, "choices": [flaw.format(choice, **label) for choice, label in zip(row["choices"], labels)]}
+        return {**row, "choices": with_labels(flaw, row["choices"])}
 
     return [change.get(flaw, labelled)(row) if i < n else row for i, row in enumerate(ROWS)]
 
@@ -617,9 +631,51 @@ def test_a_file_of_flawed_questions_is_refused_and_a_few_are_counted(tmp_path, m
     ["A. thaliana", "A. oryzae", "B. subtilis", "C. elegans"], ["1.5", "2.5", "3.5", "4.5"], ["1", "2", "3", "4"],
     ["1 day", "2 days", "3 days", "4 days"], ["1-2", "2-3", "3-4", "4-5"], ["1:2", "2:1", "3:1", "4:1"],
     ["A", "B", "AB", "O"], ["AA", "Aa", "aA", "aa"], ["a heart", "a lung", "an eye", "a bone"], [*"ABCD"],
+    ["A, B", "B, C", "C, D", "D, A"], ["A - C - B", "B - A - C", "C - A - B", "D - C - A"],
+    ["1, 2 and 3", "2, 3", "3, 4", "4, 1"],
+    ["I and II", "II and III", "III and IV", "IV and I"], ["I only", "II only", "III only", "IV only"],
+    ["1 - 3 days", "2 - 4 weeks", "3 - 5 months", "4 - 6 years"], ["(1, 2)", "(2, 3)", "(3, 4)", "(4, 5)"],
+    ["1:30", "2:45", "3:15", "4:00"], ["1: 2", "2: 3", "3: 5", "4: 7"], ["1,000", "2,000", "3,000", "4,000"],
+    ["A -> B", "B -> C", "C -> D", "D -> A"], ["A major", "B major", "C major", "D major"],
+    ["[A][B]", "[B][C]", "[C][D]", "[D][A]"],
+    ["~1 day", "~2 weeks", "~3 months", "~4 years"], ["Option A", "Option B", "Option C", "Option D"],
+    ["Option A and B", "Option B and C", "Option C and D", "Option D and A"], ["1. Mai", "2. Mai", "3. Mai", "4. Mai"],
+    ["A. thaliana", "B. subtilis", "C. elegans", "E. coli"], ["B. subtilis", "C. elegans", "D. rerio", "Homo sapiens"],
+    ["C. elegans", "B. subtilis", "A. oryzae", "Homo sapiens"], ["A. x", "B) y", "C: z", "D - w"],
 ])  # fmt: skip
 def test_options_that_only_look_labelled_or_alike_are_no_flaw(choices):
     assert data.flaw_of({**QUESTION, "choices": choices}) is None
+
+
+@pytest.mark.parametrize("form", LABELLED)
+def test_labels_are_seen_whatever_the_options_are(form):
+    for choices in (["A. Vibrio", "b", "5 mg", "(x)"], ["lung", "a heart", "1 day", "-3"]):
+        assert data.flaw_of({**QUESTION, "choices": with_labels(form, choices)}) == data.LABELLED, choices
+    for form, choices in (
+        ("{A}. {}", ["12", "1.5", "7", "100"]),
+        ("{n}) {}", ["12", "1.5", "7", "9"]),
+        ("({A}) {}", [*"BADC"]),
+    ):
+        assert data.flaw_of({**QUESTION, "choices": with_labels(form, choices)}) == data.LABELLED
+
+
+@pytest.mark.parametrize("fourth", ["None of the above", "A and B"])
+def test_an_option_that_speaks_of_the_others_may_have_no_label(fourth):
+    for form in ("{A}. {}", "({n}) {}", "{i}. {}"):
+        choices = [*with_labels(form, ["lung", "heart", "skin", "bone"])[:3], fourth]
+        assert data.flaw_of({**QUESTION, "choices": choices}) == data.LABELLED
+        assert data.flaw_of({**QUESTION, "choices": [choices[i] for i in (1, 0, 2, 3)]}) is None
+
+
+@pytest.mark.parametrize("form", ["{A} {}", "{n} {}", "{a}-{}", "{E}/{}"])
+def test_labels_without_punctuation_are_seen_in_a_whole_file(tmp_path, capsys, form):
+    """The letter of "A major" is no label, but in few questions do four such letters stand in a row."""
+    data.note_once.cache_clear()
+    write_rows(tmp_path, "wmdp_bio", flawed(form, 20))
+    assert len(data.load("wmdp_bio", "some/model", str(tmp_path))) == 40 and "in a row" not in capsys.readouterr().err
+    write_rows(tmp_path, "wmdp_bio", flawed(form, 21))
+    with pytest.raises(UserError, match="21 of 40 questions have options that begin with letters or numbers in a row"):
+        data.load("wmdp_bio", "some/model", str(tmp_path))
 
 
 def test_the_embedded_questions_have_no_flaw():

@@ -249,6 +249,10 @@ def test_the_rows_that_every_lesson_shows(gemma_sae):
     ("clamp", True, dict(features=[1.7, 2.2]), r"a list of feature ids is needed, not list '\[1.7"),
     ("clamp", True, dict(features=torch.tensor([0.2, 0.9])), "a list of feature ids is needed, not Tensor"),
     ("clamp", True, dict(features=[1], layers="1"), "a list of layers is needed, not str '1'"),
+    ("mean-ablation", True, dict(features=[1, 2], means=[0.5]), "mean-ablation: 2 features need as many means"),
+    ("mean-ablation", True, dict(features=[1, 2], means=0.5), "mean-ablation: 2 features need as many means"),
+    ("mean-ablation", True, dict(features=[1], means=[[0.5]]), "mean-ablation: 1 features need as many means"),
+    ("mean-ablation", True, dict(features=[1, 2], means=[0.5] * 3), "mean-ablation: 2 features need as many means"),
     ("clamp", True, dict(features=[1], layers=[1, 2]), r"clamp after layers \[1, 2\]: SAEs are given of layers \[1\]"),
 ])  # fmt: skip
 def test_settings_that_make_no_edit_are_refused(gemma_sae, method, saes, settings, told):

@@ -1,9 +1,11 @@
 """The command line, and what a run leaves behind: names, records, finished parts, models, exit codes."""
 
+import copy
 import io
 import json
 import math
 import os
+import pickle
 import runpy
 import subprocess
 import sys
@@ -132,6 +134,21 @@ def test_a_setting_is_what_the_command_line_would_make_of_it(tmp_path, monkeypat
     (tmp_path / "tiny").mkdir()  # of a preset's name, and not what --model tiny means
     args = settings(parser(""), {"data": "mine", "sae": "mine", "model": "tiny"})
     assert (args.data, args.sae, args.model) == (str(tmp_path / "mine"), str(tmp_path / "mine"), "tiny")
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_settings_can_be_copied_and_only_their_values_pickled(copied):
+    args = settings(parser("a script"), {"layer": 5})
+    other = copied(args)
+    other.layer = 3
+    assert (args.layer, other.layer, other.started) == (5, 3, args.started) and type(other) is settings
+    with pytest.raises(UserError, match="--layer: -1 is not"):
+        other.layer = -1
+    with pytest.raises(AttributeError, match="no setting 'flags'"):
+        other.flags = None
+    with pytest.raises(UserError, match=r"settings cannot be pickled.* pickle vars\(args\)"):
+        pickle.dumps(args)
+    assert pickle.loads(pickle.dumps(vars(args))) == vars(args)
 
 
 def test_a_name_that_no_flag_has_is_refused_with_near_ones():
@@ -446,6 +463,7 @@ def test_a_full_disk_after_scoring_prints_the_record(tmp_path, capsys, monkeypat
         ("[1]", "is no record"),
         ("{}", "is no record: 'script'"),
         ("no JSON", "is no record"),
+        ("[" * 99999, "is no record: maximum recursion depth"),
         (None, "is no record: .*No such file"),
     ],
 )
@@ -519,3 +537,13 @@ def test_a_layer_that_is_not_the_saes_is_refused(tmp_path):
     run_of(tmp_path, saes=[sae], layer=3)
     with pytest.raises(UserError, match="the setting layer is 9, and the SAE is layer 3's"):
         run_of(tmp_path, saes=[sae], layer=9)
+
+
+def test_a_model_that_is_not_the_loaded_one_is_refused(gemma_sae, model_folder, tmp_path):
+    """In a notebook a setting may be changed after the model is loaded."""
+    folder = str(model_folder("gemma2"))
+    assert gemma_sae.loaded_for == (folder, "torch.float32")
+    run_of(tmp_path, saes=[gemma_sae], model=folder, layer=1)
+    for change, said in (({"model": "gpt2"}, "gpt2 in float32"), ({"dtype": "bfloat16"}, f"{folder} in bfloat16")):
+        with pytest.raises(UserError, match=f"settings say {said}, and {folder} in torch.float32 is loaded"):
+            run_of(tmp_path, saes=[gemma_sae], layer=1, **{"model": folder, **change})
