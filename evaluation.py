@@ -310,7 +310,7 @@ def robust_only(model, quiz: Dataset, *, style: str = "plain", batch_size: int =
     return data.drop_too_long(model.tokenizer, quiz, style)
 
 
-def questions(model, quiz: Dataset, *, limit=None, style: str = "plain", skip_long=False, robust=False) -> Dataset:
+def questions(model, quiz: Dataset, limit=None, style: str = "plain", skip_long=False, robust=False) -> Dataset:
     """A seeded sample of `limit` questions that fit into the model's positions (data.drop_too_long); robust: of these
     the ones that robust_only leaves. Raises UserError as these two do."""
     quiz = data.drop_too_long(model.tokenizer, quiz.sample(limit), style, skip_long)

@@ -14,9 +14,8 @@ lesson 1 shows.
 """
 
 # %% [markdown]
-# Start a notebook in this folder, beside the helper files. To change a setting, add a line such as
-# `args.layer = 3` to the next cell and run everything below it. Numbers in **bold** are what the
-# first command above gives.
+# Start a notebook in this folder, beside the helper files. To change a setting, add a line such as `args.layer = 3`
+# to the next cell and run everything below it. Numbers in **bold** are what the first command above gives.
 
 # %%
 from runs import Run, parse, parser
@@ -43,15 +42,16 @@ wmdp = data.load("wmdp_bio", args.model, args.data, topic=args.topic, **halves)
 web = data.load("openwebtext", args.model, args.data, seed=args.seed)
 wikitext, mmlu_dev = (data.load(name, args.model, args.data) for name in ("wikitext", "mmlu_dev"))
 corpus = data.load_corpus(args.forget_corpus, args.model, args.data)
+texts = data.picking_texts(wmdp.tuning, corpus, wikitext, mmlu_dev, args.pick_text)
 bio = wmdp.held_out.only(range(len(wmdp.held_out))[: args.limit])
 print(f"{web.title}: {len(web)} documents; {wmdp.title}: {len(bio)} questions held out")
 
 # %%
-texts = data.picking_texts(wmdp.tuning, corpus, wikitext, mmlu_dev, args.pick_text)
 run = Run("feature_ablate_3.py", args, [wmdp.tuning, bio, web, corpus, wikitext, mmlu_dev], [sae])
 stats = evaluation.FeatureStats(
     model, sae, args.layer, *data.picking_windows(model.tokenizer, *texts, args.context),
-    rule=args.pick, questions=wmdp.tuning, seed=args.seed, batch_size=args.batch_size, insist=not args.no_sanity,
+    rule=args.pick, questions=wmdp.tuning, seed=args.seed, batch_size=args.batch_size,
+    insist=not args.no_sanity,
 )  # fmt: skip
 features, clamp = stats.features(args.n_features), run.settings["clamp"]
 show.print_features(stats, features, most=8)
@@ -60,8 +60,8 @@ figures = {"features": show.scatter(features, *stats.rates, title)}
 
 # %% [markdown]
 # ## The model speaks
-# It continues the beginning of a document, and that of a question on biology: first as it is, then with
-# the features clamped. Guess: which of the two will go on as before?
+# It continues the beginning of a document, and that of a question on biology: first as it is, then with the features
+# clamped. Guess: which of the two will go on as before?
 
 # %%
 for text in (web.rows[min(1, len(web) - 1)]["text"], bio.rows[0]["question"]):
@@ -74,9 +74,9 @@ for text in (web.rows[min(1, len(web) - 1)]["text"], bio.rows[0]["question"]):
 
 # %% [markdown]
 # ## The loss, in all
-# Every document is cut into windows of 128 tokens, and each window is read once, for all rows of the
-# table. The loss is -log of the probability of the token that really comes next. Guess: these features
-# fire on biology and hardly on Wikitext. What will clamping them cost on detective stories?
+# Every document is cut into windows of 128 tokens, and each window is read once, for all rows of the table. The loss
+# is -log of the probability of the token that really comes next. Guess: these features fire on biology and hardly on
+# Wikitext. What will clamping them cost on detective stories?
 
 # %%
 clamped = f"clamp {clamp:g}"
@@ -88,30 +88,31 @@ rows = {
     clamped: ablation(sae, features, clamp),
 }
 rows |= random_features(sae, stats.rates, features, clamp, args.controls, args.seed)
-if retrained := load_retrained(args.model, wmdp, args.device, args.dtype):
-    rows[show.RETRAINED] = retrained
 
 # %%
+if retrained := load_retrained(args.model, wmdp, args.device, args.dtype):
+    rows[show.RETRAINED] = retrained
 loss = evaluation.loss(model, web, rows, batch_size=args.batch_size, limit=args.limit)
 show.table([loss])
 
 # %% [markdown]
-# Little: **+0.015** nats per token. The right next token is exp(-0.015) = 98.5% as likely as before, on
-# (geometric) average; the model is as unsure as if it chose among 1.5% more tokens. Most draws of
-# random features cost more. Now the subject itself, the questions with their answers as prose: here a
-# high loss is what was wanted. <!-- loss[clamped].change -->
+# Little: **+0.015** nats per token. The right next token is exp(-0.015) = 98.5% as likely as before, on (geometric)
+# average; the model is as unsure as if it chose among 1.5% more tokens. Most draws of random features cost more. Now
+# the subject itself, the questions with their answers as prose: here a high loss is what was wanted. <!--
+# loss[clamped].change -->
 
 # %%
 prose = [{"text": data.as_prose(row)} for row in bio.rows]
-prose = data.Dataset("wmdp_bio_prose", prose, stand_in=bio.stand_in, seed=args.seed, topic=bio.topic)
+about = {"stand_in": bio.stand_in, "seed": args.seed, "topic": bio.topic}
+prose = data.Dataset("wmdp_bio_prose", prose, **about)
 subject = evaluation.loss(model, prose, rows, batch_size=args.batch_size)
 show.table([subject])
 figures["loss"] = show.intervals([loss, subject], title)
 
 # %% [markdown]
-# **+0.79**: the right token is less than half as likely. A model that was never trained on these facts
-# has **+5.14**, where it is 170 times less likely: the clamp is far from that.
-# <!-- subject[clamped].change, subject[show.RETRAINED].change -->
+# **+0.79**: the right token is less than half as likely. A model that was never trained on these facts has **+5.14**,
+# where it is 170 times less likely: the clamp is far from that. <!-- subject[clamped].change,
+# subject[show.RETRAINED].change -->
 # ## By document
 # Is it all of them, or a few?
 
@@ -139,7 +140,7 @@ def losses():
 before = losses()
 with ablate(model, sae, features, clamp):
     rise = torch.cat([torch.zeros(1), losses() - before])  # nothing predicts the first token
-figures["tokens"] = show.token_figure(model, worst.tolist(), [rise], "loss added by the clamp", "nats")
+figures["tokens"] = show.token_figure(model, worst.tolist(), [rise], "loss added", "nats")
 
 # %% [markdown]
 # What was clamped there? The same window, by how strongly the picked features are active.
@@ -147,33 +148,32 @@ figures["tokens"] = show.token_figure(model, worst.tolist(), [rise], "loss added
 # %%
 h = model.run_with_cache(worst, names_filter=sae.hook_point)[1][sae.hook_point].float()
 a = sae.encode(h)[0, :, features]  # h is (1, pos, d_model), a is (pos, n)
-figures["active"] = show.token_figure(
-    model, worst.tolist(), [a.sum(-1)], "activation of all picked features", "activation"
-)
+picture = "all picked features", "activation"
+figures["active"] = show.token_figure(model, worst.tolist(), [a.sum(-1)], *picture)
 
 # %% [markdown]
-# The loss rises on the token after one where a feature fires, and then on all that follow a little, by
-# attention. No biology in sight: what is rare on Wikitext fires on other text, too.
+# The loss rises on the token after one where a feature fires, and then on all that follow a little, by attention. No
+# biology in sight: what is rare on Wikitext fires on other text, too.
 # ## Which features does it come from?
 # Clamp each alone. Guess: is it all of them a little, or a few?
 
 # %%
-alone = {"unablated": NONE} | {f"{feature}": ablation(sae, [feature], clamp) for feature in features}
-each = evaluation.loss(model, web, alone, **how)
+alone = {f"{feature}": ablation(sae, [feature], clamp) for feature in features}
+each = evaluation.loss(model, web, {"unablated": NONE} | alone, **how)
 costs = sorted(((each[f"{feature}"].change, feature) for feature in features), reverse=True)
 dearest = [feature for _, feature in costs[:3]]
 forget, retain = stats.rates
 for cost, feature in costs[:3]:
-    share, usual = 100 * forget.rate[feature], 100 * retain.rate[feature]
-    print(f"{feature}: {cost:+.4f} nats; on {share:.2f}% of forget and {usual:.3f}% of retain tokens")
+    shares = f"{forget.rate[feature]:.2%} of forget and {retain.rate[feature]:.3%} of retain tokens"
+    print(f"{feature}: {cost:+.4f} nats; active on {shares}")
 total = sum(cost for cost, _ in costs)
 print(f"the sum of all alone is {total:+.4f}, all together cost {loss[clamped].change:+.4f}")
 
 # %% [markdown]
-# A few: three of fifty cost half of it. And the parts add up to the whole, **0.015** and **0.015**. On ordinary
-# text the picked features are rare, and almost never two of them are active on one token, so each does
-# its own damage. In a quiz on biology several are, and there the parts do not add up (lesson 2). So
-# the price on ordinary text can be lowered feature by feature. <!-- total, loss[clamped].change -->
+# A few: three of fifty cost half of it. And the parts add up to the whole, **0.015** and **0.015**. On ordinary text
+# the picked features are rare, and almost never two of them are active on one token, so each does its own damage. In
+# a quiz on biology several are, and there the parts do not add up (lesson 2). So the price on ordinary text can be
+# lowered feature by feature. <!-- total, loss[clamped].change -->
 
 # %%
 record = run.write(rows, [loss, subject], figures, quality=stats.quality)
@@ -207,13 +207,13 @@ record = run.write(rows, [loss, subject], figures, quality=stats.quality)
 # show.table([own])
 # ```
 #
-# It becomes cheaper, by **0.23** nats per token. A sentence is a dozen tokens, and on this one the model is
-# at a loss before anything is clamped, with **6.2** nats: where a model knows nothing, a push may
-# as well help. So the table above is of many texts, with an interval.
+# It becomes cheaper, by **0.23** nats per token. A sentence is a dozen tokens, and on this one the model is at a loss
+# before anything is clamped, with **6.2** nats: where a model knows nothing, a push may as well help. So the table
+# above is of many texts, with an interval.
 #
 # </details>
 # <!-- -own["clamp"].change, own["unablated"].mean -->
 
 # %% [markdown]
-# What next? `args.layer, args.n_features, args.clamp = 9, 20, -80.0`: **+0.016** nats on the same text.
-# <!-- --layer 9 --n-features 20 --clamp -80: loss[clamped].change -->
+# What next? `args.layer, args.n_features, args.clamp = 9, 20, -80.0`: **+0.016** nats on the same text. <!-- --layer
+# 9 --n-features 20 --clamp -80: loss[clamped].change -->

@@ -298,13 +298,12 @@ def test_promoted_tokens_are_those_of_the_final_norm_and_the_unembedding(tiny):
     assert show.promoted_tokens(model, sae, FEATURES[:1], k=2) == [tokens[0][:2]]
 
 
-def test_a_final_norm_that_cannot_be_told_promotes_nothing(tiny, monkeypatch, capsys):
+def test_a_final_norm_that_cannot_be_told_promotes_nothing(tiny, monkeypatch):
     model, sae = tiny
-    monkeypatch.setattr(data, "TOLD", set(), raising=False)
     decoder = model.original_model.get_decoder()
     monkeypatch.setitem(decoder._modules, "another", torch.nn.LayerNorm(4))
     with pytest.raises(UserError, match=r"cannot tell which module of .* is its final norm"):
-        edits.logit_lens(model, sae.W_dec[FEATURES])
+        logit_lens(model, sae.W_dec[FEATURES])
     assert show.promoted_tokens(model, sae, FEATURES) == [[]] * len(FEATURES)
 
 
