@@ -149,8 +149,8 @@ figures |= show.contexts_figures(model, sae, [*features[:2], frequent], stats.fo
 # %% [markdown]
 # Feature 624 is the letter C before an option, in quizzes on biology only. A high ratio tells what is particular to
 # the forget set, and that may be its form. 1902 is the word "disease", and promotes it and "vaccine". 449 fires on
-# **5.8**% of the forget tokens, most on the dot behind a letter: that is no name of anything. Lesson 2 finds out what
-# it does. <!-- 100 * forget.rate[frequent] -->
+# **5.8**% of the forget tokens, on small words and dots, but most in one kind of question: what job a part of a
+# microbe does. Lesson 2 finds out what it is good for. <!-- 100 * forget.rate[frequent] -->
 # ## The hook
 # To ablate is to replace activations and leave all else: `h` gets only the difference that this makes. So what the
 # SAE cannot explain stays, and so do special tokens such as BOS. Clamp 0 takes features away (zero ablation); a

@@ -162,12 +162,8 @@ show.table([mmlu_letters, *mmlu_sure])
 figures["accuracy"] = show.intervals([letters, words, mmlu_letters], title)
 
 # %% [markdown]
-# Under the clamp it loses **2.4** points; most draws of random features cost less. The record keeps all of the above,
-# to compare with other runs. <!-- -100 * mmlu_letters[clamped].change -->
-
-# %%
-measures = [letters, *sure, words, mmlu_letters, *mmlu_sure]
-record = run.write(rows, measures, figures, quality=stats.quality, rounding=rounding)
+# Under the clamp it loses **2.4** points; most draws of random features cost less. <!-- -100 *
+# mmlu_letters[clamped].change -->
 
 # %% [markdown]
 # ## Which of the features do it?
@@ -187,9 +183,9 @@ strongest = int(effects[0][1])
 
 # %% [markdown]
 # One feature takes **17.6** points in letters and nothing in words: 624, the letter C before an option (lesson 1). It
-# is the form that is lost there, no fact. Another takes **23.5** points in words and nothing in letters: 449, on
-# which lesson 1 could read no meaning. Here is where it is active when a question is asked in words. <!-- -100 *
-# in_letters["624"].change, -100 * in_words["449"].change -->
+# is the form that is lost there, no fact. Another takes **23.5** points in words and nothing in letters: 449, which
+# is most active in questions on the parts of a microbe (lesson 1). Where is it active when a question is asked in
+# words? <!-- -100 * in_letters["624"].change, -100 * in_words["449"].change -->
 
 # %%
 asked = [data.IN_WORDS.format(row["question"].strip()) for row in third.rows]
@@ -200,6 +196,10 @@ figures |= show.contexts_figures(model, sae, [strongest], asked, n=6)
 # On the colon at the end: there the model is about to answer, and a push of the vector changes what it says next. In
 # the quiz it is not active on the last token. So the words are lost where they are spoken, and a good part of the
 # damage says little about where the facts are kept.
+
+# %%
+measures = [letters, *sure, words, mmlu_letters, *mmlu_sure]
+record = run.write(rows, measures, figures, quality=stats.quality, rounding=rounding)
 
 # %% [markdown]
 # ## Exercises

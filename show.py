@@ -198,9 +198,9 @@ def group_table(measure) -> None:
 
 
 def group_figure(measure, title: str):
-    """Figure: a panel for each ablation, a line for each group (subject): its change in accuracy, in points."""
+    """Figure: a panel for each ablation but controls, a line for each group (subject): its change in accuracy."""
     groups = {group.replace("_", " "): scores for group, scores in measure.by_group().items()}
-    rows = [row for row in measure.rows[1:] if row != RETRAINED and not row.startswith("SAE")]
+    rows = [row for row in measure.rows[1:] if row != RETRAINED and not row.startswith(("SAE", "random"))]
     panels = [(row, "change in accuracy, points", CHANGE, "%", {group: of[row] for group, of in groups.items()},
                {measure.rows[0]: 0}) for row in rows]  # fmt: skip
     return panels_of_rows(panels, title)
