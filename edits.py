@@ -146,8 +146,7 @@ def logit_lens(model, vectors: torch.Tensor) -> torch.Tensor:
     if len(norms) != 1:
         raise UserError(f"cannot tell which module of {type(hf).__name__} is its final norm")
     head = hf.get_output_embeddings()
-    weight = next(head.parameters())
-    return head(norms[0](vectors.to(weight.device, weight.dtype)[:, None]))[:, 0]
+    return head(norms[0](vectors.to(next(head.parameters()))[:, None]))[:, 0]
 
 
 def random_ids(model, shape: tuple = (2, 12)) -> torch.Tensor:

@@ -638,14 +638,12 @@ def output_scores(model, sae, text: str = "From my experience,", top: int = 20, 
     saes-are-good-for-steering): does a feature make the model say what its decoder vector says?
 
     A feature's own tokens are the `top` ones of edits.logit_lens(W_dec[i]). At the last token of a neutral text
-    `factor` times the largest activation there is added to the feature's. The score is
-    (1 - rank / d_vocab) * probability of the most probable of its own tokens as the next one. Raises UserError where
-    the model's final norm cannot be told.
+    `factor` times the largest activation there is added to the feature's. The score is (1 - rank / d_vocab) *
+    probability of the most probable of its own tokens as the next one. Raises UserError as logit_lens does.
     """
-    hf, everything = model.original_model, Latents(sae, range(sae.cfg.d_sae))
+    hf, everything, scores = model.original_model, Latents(sae, range(sae.cfg.d_sae)), []
     ids, layer = data.padded([data.encode(model.tokenizer, text)], model.tokenizer, model.cfg.device), layer_of(sae)
     acts, scale = everything.encode(residual_stream(hf, ids, layer)[:, -1])
-    scores = []
     for vectors in everything.W_dec.split(256):
         added = factor * acts.max() * vectors * scale
 

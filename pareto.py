@@ -212,8 +212,8 @@ def pareto_figure(records: list[dict], title: str):
                                     sharey=True, sharex="row", squeeze=False, layout="constrained")  # fmt: skip
     panels = iter(all_axes.flat)
     for cost, said in costs.items():
-        of, scale = (show.CHANGE, 1) if cost == LOSS else (show.MEAN, 100)
-        places = {method: {row: (scale * show.ends(scores[cost], of), 100 * show.ends(scores["wmdp_bio"], show.MEAN))
+        scale = 1 if cost == LOSS else 100
+        places = {method: {row: (scale * show.ends(scores[cost], cost == LOSS), 100 * show.ends(scores["wmdp_bio"]))
                            for row, scores in settings.items() if cost in scores}
                   for method, settings in methods.items()}  # fmt: skip
         xs, ys = zip(*[(x[0], y[0]) for settings in places.values() for x, y in settings.values()])

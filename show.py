@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import operator
 import re
 import sys
 from html import escape
@@ -29,8 +28,6 @@ RETRAINED = "retrained without the facts"  # the row of the model that was train
 ABLATED = "#c0392b"
 COLOURS = {"unablated": "0.2", RETRAINED: "#1e8449", "SAE patched": "0.45", "SAE reconstruction": "0.65",
            "random": "#2471a3"}  # by the beginning of a row's name; of all other rows ABLATED  # fmt: skip
-MEAN = operator.attrgetter("mean", "low", "high")  # of a Score
-CHANGE = operator.attrgetter("change", "change_low", "change_high")
 TABLE_WIDTH = 150  # characters of a line; columns that do not fit are printed below
 TOKENS_WIDTH = 88  # characters of a line of token_figure
 LONGEST_ADDRESS = 8000  # characters; many servers take no more
@@ -79,9 +76,10 @@ def change_text(score, unit: str) -> str:
     return text if score.p is None else f"{text} p {score.p:.1g}"
 
 
-def ends(score, of) -> np.ndarray:
-    """(3,) MEAN or CHANGE of a Score: mean, low and high; NaN without an interval, 0 where nothing is compared."""
-    return np.array([0] * 3 if of(score)[0] is None else of(score), dtype=float)
+def ends(score, change: bool = False) -> np.ndarray:
+    """(3,) a Score's mean or change, low and high; NaN without an interval, 0 where nothing is compared."""
+    values = (score.change, score.change_low, score.change_high) if change else (score.mean, score.low, score.high)
+    return np.array([0] * 3 if values[0] is None else values, dtype=float)
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -131,44 +129,42 @@ def column(measure, rows: list[str]) -> list[str]:
 
 
 def intervals(measures, title: str):
-    """Figure: a panel for each Measure but probabilities: means with 95% intervals; of a loss, what is added to the
-    first row's. Chance and the retrained model are vertical lines."""
+    """Figure: a panel of rows for each Measure but probabilities; of a loss, what is added to the first row's."""
     panels = []
     for measure in measures:
         scores, first = measure.scores(), measure.rows[0]
         data, _, what = measure.title.rpartition(", ")
         if measure.weights is not None:
             head = f"{data}\n{what}, {scores.pop(first).mean:.2f} nats {first}"
-            panels.append((head, f"added, {measure.unit}", CHANGE, measure.unit, scores, {first: 0}))
+            panels.append((head, f"added, {measure.unit}", True, measure.unit, scores, {first: 0}))
         elif measure.unit != "probability":
-            known = {"chance": measure.chance, "retrained": scores[RETRAINED].mean if RETRAINED in scores else None}
-            lines = {name: value for name, value in known.items() if value is not None}
+            lines = {"chance": measure.chance, "retrained": scores[RETRAINED].mean if RETRAINED in scores else None}
             head = f"{data}\n{what} (n {measure.values.shape[1]})"
-            panels.append((head, "right answers, %", MEAN, measure.unit, scores, lines))
+            panels.append((head, "right answers, %", False, measure.unit, scores, lines))
     return panels_of_rows(panels, title)
 
 
 def panels_of_rows(panels: list[tuple], title: str):
     """Figure: panels side by side; for each row a line with a marker, its 95% interval, and its number at the right.
-    Draws of a control are dots on one line, beside their mean. A panel is its title; x label; MEAN or CHANGE; unit;
-    {row: Score}; {name: x of a vertical line}, drawn where the rows come near it. Panels in % share their x."""
+    Draws of a control are dots on one line, beside their mean. A panel is its title; x label; if changes are shown;
+    unit; {row: Score}; {name: x of a line or None}, drawn where rows come near it. Panels in % share their x."""
     draws = draws_of(dict.fromkeys(row for panel in panels for row in panel[4]))
     figure, all_axes = plt.subplots(1, len(panels), figsize=(2.4 + 2.4 * len(panels), 1.4 + 0.3 * len(draws)),
                                     sharey=True, squeeze=False, layout="constrained")  # fmt: skip
-    known = [{row: ends(score, of) for row, score in scores.items()} for _, _, of, _, scores, _ in panels]
-    for axes, (head, label, of, unit, _, lines), values in zip(all_axes[0], panels, known):
+    known = [{row: ends(score, change) for row, score in scores.items()} for _, _, change, _, scores, _ in panels]
+    for axes, (head, label, change, unit, _, lines), values in zip(all_axes[0], panels, known):
         shared = [all_of for all_of, panel in zip(known, panels) if all_of is values or panel[3] == unit == "%"]
         spread, scale = [end for all_of in shared for end in all_of.values()], 100 if unit == "%" else 1
         low, high = np.nanmin(spread), np.nanmax(spread)
-        near = {name: x for name, x in lines.items() if 2 * low - high <= x <= 2 * high - low}
+        near = {name: x for name, x in lines.items() if x is not None and 2 * low - high <= x <= 2 * high - low}
         for y, (name, rows) in enumerate(draws.items()):
             if drawn := [scale * values[row] for row in rows if row in values]:
-                mean, *bars = np.array(drawn).T
-                bar = {"mfc": "none"} if len(rows) > 1 else {"xerr": np.nan_to_num(np.abs(np.subtract(bars, mean)))}
+                mean, a, b = np.array(drawn).T
+                bar = {"mfc": "none"} if len(rows) > 1 else {"xerr": np.nan_to_num([mean - a, b - mean]).clip(0)}
                 axes.errorbar(mean, [y] * len(drawn), fmt="o", ms=5, color=colour(name), **bar)
-                axes.text(1.03, y, number(mean.mean() / scale, unit, "+" * (of is CHANGE)), va="center", size=9,
+                axes.text(1.03, y, number(mean.mean() / scale, unit, "+" * change), va="center", size=9,
                           transform=axes.get_yaxis_transform())  # fmt: skip
-        for k, (name, x) in enumerate(sorted(near.items(), key=operator.itemgetter(1))):
+        for k, (x, name) in enumerate(sorted((x, name) for name, x in near.items())):
             axes.axvline(scale * x, color="0.3", ls=":" if name == "retrained" else "--", lw=1, zorder=1)
             axes.annotate(plain(name), (scale * x, 1), (4 * k - 2, 2), ("data", "axes fraction"), "offset points",
                           ha="left" if k else "right", size=8)  # fmt: skip
@@ -201,7 +197,7 @@ def group_figure(measure, title: str):
     """Figure: a panel for each ablation but controls, a line for each group (subject): its change in accuracy."""
     groups = {group.replace("_", " "): scores for group, scores in measure.by_group().items()}
     rows = [row for row in measure.rows[1:] if row != RETRAINED and not row.startswith(("SAE", "random"))]
-    panels = [(row, "change in accuracy, points", CHANGE, "%", {group: of[row] for group, of in groups.items()},
+    panels = [(row, "change in accuracy, points", True, "%", {group: of[row] for group, of in groups.items()},
                {measure.rows[0]: 0}) for row in rows]  # fmt: skip
     return panels_of_rows(panels, title)
 

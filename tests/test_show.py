@@ -157,7 +157,7 @@ def test_a_subject_that_changed_has_a_star(capsys):
 
 def test_groups_are_drawn_for_edits_alone():
     figure = show.group_figure(quiz(groups=tuple("ab"[k % 2] for k in range(40))), "title")
-    assert [axes.get_title() for axes in figure.axes] == list(ROWS[2:5])
+    assert [axes.get_title() for axes in figure.axes] == list(ROWS[2:4])
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "b"]
     assert marks(figure.axes[1]) == {0: [-60.0], 1: [-60.0]} and numbers(figure.axes[1]) == ["-60.0", "-60.0"]
 
