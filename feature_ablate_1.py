@@ -205,6 +205,7 @@ rows = {
     clamped: ablation(sae, features, clamp),
 }
 rows |= random_features(sae, stats.rates, features, clamp, args.controls, args.seed)
+print(*rows, sep=", ")
 
 # %%
 if retrained := load_retrained(args.model, wmdp, args.device, args.dtype):
@@ -231,9 +232,9 @@ figures["subjects"] = show.group_figure(letters, f"{mmlu.title}: {title}")
 record = run.write(rows, [letters, *sure], figures, quality=stats.quality)
 
 # %% [markdown]
-# ## Exercises
-# **1.** How many features does it take? Guess how sure the model is of the right letter with the first 1, 5 and 20 of
-# the 50 clamped.
+# ## Two exercises
+# **Exercise 1.** How many features does it take? Guess how sure the model is of the right letter with the first 1, 5
+# and 20 of the 50 clamped.
 #
 # <details><summary>Answer</summary>
 #
@@ -252,7 +253,7 @@ record = run.write(rows, [letters, *sure], figures, quality=stats.quality)
 # <!-- some[20], some[50] -->
 
 # %% [markdown]
-# **2.** Ask a question of your own on another subject, unablated and clamped.
+# **Exercise 2.** Ask a question of your own on another subject, unablated and clamped.
 #
 # <details><summary>Answer</summary>
 #

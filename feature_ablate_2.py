@@ -141,11 +141,12 @@ if run.dtype != "float32":
 # %% [markdown]
 # The clamp takes accuracy from **98.0** to **64.7**%, which is further than random features take it. So it matters
 # which features are clamped. No forgetting is better than that of the retrained model: **22.5**%, which is chance.
-# <!-- 100 * letters["unablated"].mean, 100 * letters[clamped].mean, 100 * letters[show.RETRAINED].mean -->
+#
 # ## Forgotten, or only silent?
 # A model that has lost the facts gives a wrong letter; one that has lost the form gives none. So look at the
-# probability of all four letters together, **1.00** under the clamp, and ask without options. <!--
-# sure[0][clamped].mean -->
+# probability of all four letters together, **1.00** under the clamp, and ask without options. <!-- 100 *
+# letters["unablated"].mean, 100 * letters[clamped].mean, 100 * letters[show.RETRAINED].mean, sure[0][clamped].mean
+# -->
 
 # %%
 words = evaluation.words(model, bio, rows, batch_size=args.batch_size)
@@ -193,17 +194,17 @@ asked = [data.encode(model.tokenizer, text) for text in asked]
 figures |= show.contexts_figures(model, sae, [strongest], asked, n=6)
 
 # %% [markdown]
-# On the colon at the end: there the model is about to answer, and a push of the vector changes what it says next. In
-# the quiz it is not active on the last token. So the words are lost where they are spoken, and a good part of the
-# damage says little about where the facts are kept.
+# On the colon at the end, each time. There the model is about to answer, and a push of the vector changes what it
+# says next. In the quiz this feature is hardly ever active on the last token. So these words are lost where they are
+# spoken, and that says little about where the facts are kept.
 
 # %%
 measures = [letters, *sure, words, mmlu_letters, *mmlu_sure]
 record = run.write(rows, measures, figures, quality=stats.quality, rounding=rounding)
 
 # %% [markdown]
-# ## Exercises
-# **1.** Leave the two features out. How much of the damage remains, in letters and in words?
+# ## Two exercises
+# **Exercise 1.** Leave the two features out. How much of the damage remains, in letters and in words?
 #
 # <details><summary>Answer</summary>
 #
@@ -220,7 +221,7 @@ record = run.write(rows, measures, figures, quality=stats.quality, rounding=roun
 # <!-- -100 * rest[0]["without the two"].change, -100 * rest[1]["without the two"].change -->
 
 # %% [markdown]
-# **2.** Clamp features of two layers at once.
+# **Exercise 2.** Clamp features of two layers at once.
 #
 # <details><summary>Answer</summary>
 #
@@ -235,10 +236,12 @@ record = run.write(rows, measures, figures, quality=stats.quality, rounding=roun
 # show.table(both)
 # ```
 #
-# Twenty features of each layer leave **0.0**% in letters and **0.0**% in words.
+# In letters layer 3 alone leaves **89.2**%, layer 7 **72.1**%, both **65.2**%; in words **85.3**, **83.3** and
+# **77.5**%.
 #
 # </details>
-# <!-- 100 * both[0]["both"].mean, 100 * both[1]["both"].mean -->
+# <!-- 100 * both[0]["layer 3"].mean, 100 * both[0]["layer 7"].mean, 100 * both[0]["both"].mean, 100 * both[1]["layer
+# 3"].mean, 100 * both[1]["layer 7"].mean, 100 * both[1]["both"].mean -->
 
 # %% [markdown]
 # What next? `args.layer, args.n_features, args.clamp = 9, 20, -80.0`: **57.8**% in letters, but **85.8**% in words,

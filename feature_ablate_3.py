@@ -88,6 +88,7 @@ rows = {
     clamped: ablation(sae, features, clamp),
 }
 rows |= random_features(sae, stats.rates, features, clamp, args.controls, args.seed)
+print(*rows, sep=", ")
 
 # %%
 if retrained := load_retrained(args.model, wmdp, args.device, args.dtype):
@@ -179,8 +180,8 @@ print(f"the sum of all alone is {total:+.4f}, all together cost {loss[clamped].c
 record = run.write(rows, [loss, subject], figures, quality=stats.quality)
 
 # %% [markdown]
-# ## Exercises
-# **1.** Leave these three out. What do ordinary text and the subject's text cost then?
+# ## Two exercises
+# **Exercise 1.** Leave these three out. What do ordinary text and the subject's text cost then?
 #
 # <details><summary>Answer</summary>
 #
@@ -191,13 +192,14 @@ record = run.write(rows, [loss, subject], figures, quality=stats.quality)
 # show.table(both)
 # ```
 #
-# Ordinary text costs **0.007** in place of 0.015, the subject's **0.79** in place of 0.79.
+# Ordinary text costs **0.007** nats in place of 0.015, the subject's text **0.56** in place of 0.79: half of the
+# price for two thirds of the effect.
 #
 # </details>
 # <!-- both[0]["without the three"].change, both[1]["without the three"].change -->
 
 # %% [markdown]
-# **2.** A text of your own: what does the clamp cost on a sentence about disease?
+# **Exercise 2.** A text of your own: what does the clamp cost on a sentence about disease?
 #
 # <details><summary>Answer</summary>
 #

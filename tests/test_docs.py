@@ -9,6 +9,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from statistics import mean
 
 import jupytext
 import pytest
@@ -25,24 +26,30 @@ MAIN = "--layer 7 --n-features 50"
 HEAD = ["row", "WMDP-Bio stand-in, %", "change, points", "in words, %", "MMLU stand-in, %", "change, points"]
 
 
-def cells(score: dict) -> list[str]:
+def cells(scores: list[dict]) -> list[str]:
     """Accuracy and change, in per cent and points: the first row's with the interval of the accuracy, others with that
-    of the change."""
-    score = evaluation.Score(**score)
+    of the change; of several draws of a control the mean, and the range of the change."""
+    score = evaluation.Score(**scores[0])
     if score.change is None:
         return [show.mean_text(score, "%"), ""]
-    return [
-        show.number(score.mean, "%"),
-        show.interval_text(score.change, score.change_low, score.change_high, "%", "+"),
-    ]
+    if len(scores) == 1:
+        change = show.interval_text(score.change, score.change_low, score.change_high, "%", "+")
+        return [show.number(score.mean, "%"), change]
+    changes = [of([score["change"] for score in scores]) for of in (mean, min, max)]
+    texts = [show.number(change, "%", "+") for change in changes]
+    return [show.number(mean(score["mean"] for score in scores), "%"), f"{texts[0]} ({texts[1]} to {texts[2]})"]
 
 
 def table_of(record: dict) -> str:
     """Lesson 2's record as README and docs/results.md show it."""
     rows = []
-    for name, row in record["rows"].items():
-        in_letters, in_words, mmlu = (row["scores"][m] for m in ("wmdp_bio/letters", "wmdp_bio/words", "mmlu/letters"))
-        rows.append([name, *cells(in_letters), show.number(in_words["mean"], "%"), *cells(mmlu)])
+    for name, draws in show.draws_of(record["rows"]).items():
+        scores = [record["rows"][row]["scores"] for row in draws]
+        measures = ("wmdp_bio/letters", "wmdp_bio/words", "mmlu/letters")
+        in_letters, in_words, mmlu = ([of[measure] for of in scores] for measure in measures)
+        name = f"{name}, {len(draws)} draws" if len(draws) > 1 else name
+        words = show.number(mean(score["mean"] for score in in_words), "%")
+        rows.append([name, *cells(in_letters), words, *cells(mmlu)])
     return show.markdown(HEAD, rows)
 
 
@@ -63,22 +70,31 @@ def marked(script: str) -> dict[str, list[tuple[str, str]]]:
     pairs = {}
     for cell in jupytext.read(ROOT / script).cells:
         numbers = re.findall(r"\*\*([+-]?\d[\d.]*)\*\*", cell.source if cell.cell_type == "markdown" else "")
-        comments = re.findall(r"<!-- (.*?) -->", cell.source, re.DOTALL)
+        comments = re.findall(r"<!--\s(.*?)\s-->", cell.source, re.DOTALL)
         assert len(comments) == bool(numbers), cell.source
         for comment in comments:
             flags, text = re.fullmatch(r"(?:(--.*?): )?(.*)", " ".join(comment.split())).groups()
-            expressions = map(ast.unparse, ast.parse(f"({text},)", mode="eval").body.elts)
+            expressions = [*map(ast.unparse, ast.parse(f"({text},)", mode="eval").body.elts)]
+            assert len(numbers) == len(expressions), cell.source
             pairs.setdefault(flags or MAIN, []).extend(zip(numbers, expressions, strict=True))
     return pairs
 
 
+def answers(script: str) -> str:
+    """The code of a lesson's folded answers."""
+    cells = [cell.source for cell in jupytext.read(ROOT / script).cells if cell.cell_type == "markdown"]
+    return "\n".join(re.findall(r"```python\n(.*?)```", "\n".join(cells), re.DOTALL))
+
+
 @cache
 def run_of(script: str, flags: str) -> tuple[dict, list[float]]:
-    """A lesson's record, and the values of what is marked in it, from a process of its own."""
+    """A lesson's record, and the values of what is marked in it, from a process of its own; in the main setting its
+    exercises' answers are run, too."""
     expressions = [expression for _, expression in marked(script).get(flags, [])]
     with tempfile.TemporaryDirectory() as folder:
         sys_argv = [script, *shlex.split(flags), "--out", f"{folder}/r.json"]
         code = f"import json, runpy, sys; sys.argv = {sys_argv}; names = runpy.run_path({script!r})\n" \
+               f"exec({answers(script) if flags == MAIN else ''!r}, names)\n" \
                f"values = [float(eval(text, names)) for text in {expressions}]\n" \
                f"open({folder!r} + '/values.json', 'w').write(json.dumps(values))"  # fmt: skip
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
@@ -94,6 +110,24 @@ def test_numbers_of_a_lessons_prose_are_those_of_its_run(script, flags):
         answers = re.search(r"\b(letters|words|mmlu_letters|first)\b.*\.(mean|change)$", expression)
         unit = 10.0 ** -len(quoted.partition(".")[2])
         assert value == pytest.approx(float(quoted), abs=1.0 if answers else 0.6 * unit), expression
+
+
+@pytest.mark.slow
+def test_what_is_said_of_random_features_holds_for_most_of_eight_draws():
+    """Lessons and README: a clamp costs more than random features in letters, in words, and on MMLU; on ordinary text
+    less, and on the subject's text more."""
+
+    def draws_below(record, measure):
+        """Of how many draws the score is below the clamp's."""
+        scores = {row: about["scores"][measure]["mean"] for row, about in record["rows"].items()}
+        draws = [score for row, score in scores.items() if row.startswith("random")]
+        assert len(draws) == 8
+        return sum(score < scores["clamp -40"] for score in draws), sum(score > scores["clamp -40"] for score in draws)
+
+    quizzes, text = (run_of(script, f"{MAIN} --controls 8")[0] for script in LESSONS[1:])
+    for measure in ("wmdp_bio/letters", "wmdp_bio/words", "mmlu/letters"):
+        assert draws_below(quizzes, measure)[1] >= 6, measure
+    assert draws_below(text, "openwebtext/loss")[1] >= 6 and draws_below(text, "wmdp_bio_prose/loss")[0] >= 6
 
 
 def test_there_are_tables_and_marked_numbers():

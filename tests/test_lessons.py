@@ -2,6 +2,8 @@
 
 import ast
 import re
+import runpy
+from pathlib import Path
 
 import jupytext
 import nbclient
@@ -70,17 +72,19 @@ def test_a_mistake_is_one_line_in_a_notebook(tmp_path, monkeypatch):
     assert len(out.traceback) == 1 and out.traceback[0].startswith("error: ") and "no-such-model" in out.traceback[0]
 
 
-def test_a_lesson_is_short_imports_little_and_hands_no_settings_on():
+def test_a_lesson_has_short_cells_imports_little_and_hands_no_settings_on():
     for script in LESSONS:
         source = (ROOT / script).read_text()
-        assert 120 <= len(source.splitlines()) <= 190 and not re.search(r"^def run|^if __name__", source, re.MULTILINE)
+        assert not re.search(r"^def run|^if __name__", source, re.MULTILINE)
+        code = [cell.source for cell in jupytext.read(ROOT / script).cells if cell.cell_type == "code"]
+        lines = [[line for line in cell.splitlines() if line.strip()] for cell in code]
+        assert max(map(len, lines)) <= 10 and max(len(line) for cell in lines for line in cell) <= 100, script
+        assert sum(map(len, lines)) <= 100 and source.count("<details>") == 2, script
         nodes, ours = list(ast.walk(ast.parse(source))), {path.stem for path in ROOT.glob("*.py")}
-        modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-        froms = {
-            node.module: [alias.name for alias in node.names] for node in nodes if isinstance(node, ast.ImportFrom)
-        }
-        assert len(modules) + sum(map(len, froms.values())) <= 16, script
-        assert len(ours & {*modules, *froms}) <= 5, script
+        modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names} & ours
+        froms = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module in ours]
+        assert len(modules) + sum(len(node.names) for node in froms) <= 16, script
+        assert len(modules | {node.module for node in froms}) <= 5, script
         handed = [
             name
             for node in nodes
@@ -89,6 +93,25 @@ def test_a_lesson_is_short_imports_little_and_hands_no_settings_on():
             if getattr(getattr(name, "value", name), "id", None) == "args" and ast.unparse(node.func) != "Run"
         ]
         assert not [name for name in handed if not isinstance(name, ast.Attribute)], script
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", LESSONS)
+def test_the_executed_notebook_is_what_the_lesson_gives_today(script):
+    """Its code and text are the lesson's, and so are its numbers, but for answers so close that a CPU decides them."""
+    path = ROOT / "docs/lessons" / f"{Path(script).stem}.ipynb"
+    shipped, today = nbformat.read(path, 4), runpy.run_path(str(ROOT / "docs/lessons/make.py"))["execute"](path.stem)
+    assert path.stat().st_size < 1.5e6
+    assert [cell.source for cell in shipped.cells] == [cell.source for cell in jupytext.read(ROOT / script).cells]
+    number = re.compile(r"[+-]?\d+(?:\.\d+)?(?:e[+-]\d+)?")
+    for theirs, ours in zip(shipped.cells, today.cells, strict=True):
+        if theirs.cell_type == "code":
+            texts = [shown(cell, "stdout") for cell in (theirs, ours)]
+            assert number.sub("#", texts[0]) == number.sub("#", texts[1])
+            for a, b in zip(*map(number.findall, texts), strict=True):
+                assert float(a) == pytest.approx(float(b), rel=0.02, abs=1.0), texts
+            for kind in ("image/png", "text/html"):
+                assert len(shown(theirs, kind)) == len(shown(ours, kind))
 
 
 def test_the_hook_of_lesson_1_is_common_ablates(tmp_path, capsys, monkeypatch):
