@@ -189,3 +189,11 @@ def test_what_is_written_right_is_quoted():
     right = [100 * exact[row].mean for row in ("unablated", "clamp")]
     assert right == pytest.approx([float(share) for share in shares], abs=1.0) and exact["retrained"].mean == 0
     assert [nats[row].mean for row in rows] == pytest.approx([float(cost) for cost in costs], abs=0.006)
+
+
+def test_what_the_readme_ablates_by_hand_is_what_it_says(capsys):
+    text = (ROOT / "README.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "with ablate" in block)
+    exec(code, {})
+    said = re.findall(r"Answer in words: (.+)", capsys.readouterr().out)
+    assert re.search(r'answers "(.+)" first, and "(.+)" with feature 449 clamped', text).groups() == tuple(said)
