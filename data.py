@@ -261,9 +261,10 @@ def check_folder(folder: str) -> str:
         flat, stem = (re.sub("[^a-z0-9]", "", part.lower()) for part in (name, name.split(".")[0]))
         near = sorted((known for known in KNOWN if known.replace("_", "") in flat), key=len, reverse=True)
         near += [known for known in KNOWN if len(stem) > 3 and re.search(f"^{stem}|{stem}$", known)]
+        near += ["openwebtext"] * stem.startswith("owt")
         near += difflib.get_close_matches(name.split(".")[0].lower(), KNOWN, 1, 0.85)
         record = all((Path(folder) / name).with_suffix(suffix).is_file() for suffix in (".json", ".csv"))  # a run's
-        meant = f"{near[0]}.jsonl" if near and not record and not name.endswith((".md", ".png", ".py")) else ""
+        meant = f"{near[0]}.jsonl" if near and not record and not name.lower().endswith((".md", ".png", ".py")) else ""
         if meant and meant not in files:
             path = Path(folder) / name
             what = ", a folder," if path.is_dir() else "" if path.exists() else ", a broken link,"
@@ -542,7 +543,8 @@ def encode_prompts(tokenizer, texts: list[str], style: str = "plain") -> tuple[l
     gaps = {"plain": [" "], "chat": [""], "saebench": ["", " "]}[style]
     forms = [ids for gap in gaps if (ids := letter_ids(tokenizer, texts, rows, gap))]
     if not forms:
-        raise UserError("this tokenizer does not write each answer letter as one token, so letters cannot be scored")
+        raise UserError("this tokenizer does not write each answer letter as one token, so letters cannot be scored"
+                        if rows else "no prompt is given")  # fmt: skip
     return rows, list(zip(*forms)) if style == "saebench" else forms[0]
 
 
@@ -575,10 +577,17 @@ def encode_answer(tokenizer, asked: str, answer: str) -> tuple[list[int], int]:
     return ids, next((i for i, (x, y) in enumerate(zip(ids, alone)) if x != y), len(alone))
 
 
+def opening(tokenizer) -> list[int]:
+    """The ids that the tokenizer puts in front of every text: BOS, none, or others ([gMASK] <sop>)."""
+    whole, bare = (tokenizer("a", add_special_tokens=more)["input_ids"] for more in (True, False))
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
+
+
 def encode(tokenizer, text: str) -> list[int]:
     """The ids of a prompt, as lm-eval makes them: with the tokenizer's own BOS, unless a template has written one."""
     written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return known(tokenizer, tokenizer(text, add_special_tokens=not written, verbose=False)["input_ids"])
+    ids, n = tokenizer(text, add_special_tokens=not written, verbose=False)["input_ids"], len(opening(tokenizer))
+    return known(tokenizer, ids[n:] if not written and ids[:n] == ids[n : 2 * n] else ids)
 
 
 def known(tokenizer, ids: list[int]) -> list[int]:
@@ -603,19 +612,20 @@ def letter_ids(tokenizer, texts: list[str], rows: list[list[int]], gap: str) -> 
 
 def check_ends(tokenizer, rows: list[list[int]]) -> None:
     """Raises UserError for a row that begins with two BOS tokens, or with none where the tokenizer puts one before
-    plain text: models trained with a BOS are far off then. Later BOS tokens are fine: some chat templates open every
-    turn with one (SmolLM2). Also for a row that ends with EOS, or with a token that the tokenizer puts behind every
-    text: what follows there is no answer."""
-    bos, plain = tokenizer.bos_token_id, [tokenizer(letter)["input_ids"] for letter in "AB"]
-    added, last = bos is not None and plain[0][:1] == [bos], {ids[-1] for ids in plain}
-    ends = {tokenizer.eos_token_id} - {bos} | (last if len(last) == 1 else set())
+    plain text: models trained with a BOS are far off then. So for whatever it puts there. Later BOS tokens are fine:
+    some chat templates open every turn with one (SmolLM2). Also for a row that ends with EOS, or with a token that the
+    tokenizer puts behind every text: what follows there is no answer."""
+    last, front = {tokenizer(letter)["input_ids"][-1] for letter in "AB"}, opening(tokenizer)
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ends = {tokenizer.eos_token_id} - {*bos} | (last if len(last) == 1 else set())
     for row in rows:
         if row[-1] in ends and len(row) > 1:  # lm-eval asks without a prompt after EOS alone
             token, end = tokenizer.decode(row[-1:]), tokenizer.decode(row[-12:])
             raise UserError(f"a prompt ends with {token!r}, after which no answer comes: take it out of the "
                             f"tokenizer's post_processor or chat template: ... {end!r}")  # fmt: skip
-        if bos is not None and (row[:2] == [bos, bos] or (added and row[:1] != [bos])):
-            wrong = "begins with more than one BOS token" if row[:1] == [bos] else "does not begin with the BOS token"
+        begun = [ids for ids in (front, bos) if ids and row[: len(ids)] == ids]
+        if (front and not begun) or any(row[len(ids) : 2 * len(ids)] == ids for ids in begun):
+            wrong = "begins with more than one BOS token" if begun else "does not begin with the BOS token"
             raise UserError(f"a prompt {wrong}: {tokenizer.decode(row[:20])!r} ...")
 
 
@@ -717,8 +727,8 @@ def token_windows(tokenizer, texts: list[str], context=128, max_tokens=None, bos
     tokens predict nothing and are left out. Returns the windows (lists of ids), and for each the index of its text.
     Raises UserError for a context that has no room for two tokens.
     """
-    start_with = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    start_with = start_with if bos or tokenizer("a")["input_ids"][:1] == start_with else []
+    has_bos = bos and tokenizer.bos_token_id is not None
+    start_with = opening(tokenizer) or ([tokenizer.bos_token_id] if has_bos else [])
     if (step := min(context, tokenizer.model_max_length) - len(start_with)) < 2:
         raise UserError(f"a context of {context} tokens is too short: {len(start_with) + 2} are the fewest")
     windows, text_of, left = [], [], max_tokens or sys.maxsize

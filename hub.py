@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from data import HERE, UserError, check_ends, first_line, note_once
+from data import HERE, UserError, check_ends, first_line, note_once, opening
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,24 @@ def load_weights(auto_class, path: str, **options):
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(f"{path} has adapter_config.json beside weights, so transformers adds the adapter to them, a "
                         "second time if they are merged: move the adapter's files or the weights away")  # fmt: skip
+    if not getattr(model.config, "quantization_config", None):
+        refuse_packed(path, **options)
     refuse_keys(path, **{kind: info[f"{kind}_keys"] for kind in ("missing", "mismatched", "unexpected")})
     return model
+
+
+def refuse_packed(path: str, revision=None, subfolder: str = "", **other) -> None:
+    """Raises UserError for weights that are whole numbers: without a quantization_config none knows their scale."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    config = cached_file(path, "config.json", revision=revision, subfolder=subfolder or "")
+    for file in Path(config).parent.glob("model*.safetensors"):
+        with safe_open(file, "pt") as content:
+            for name in content.keys():  # noqa: SIM118 (not a dict)
+                if name.endswith(("weight", "_proj")) and content.get_slice(name).get_dtype()[0] in "IU":
+                    raise UserError(f"{path}: {name} holds whole numbers, and config.json has no quantization_config: "
+                                    "give the model that it was made from")  # fmt: skip
 
 
 def refuse_keys(path: str, missing=(), mismatched=(), unexpected=()) -> None:
@@ -164,20 +180,25 @@ PROBE = "Don't  we've  SHE'LL 1234567 3.14\n\n\t  na\u00efve caf\u00e9\u2019s \u
 
 def as_its_file(tokenizer, path: str, revision=None, subfolder: str = ""):
     """The tokenizer at `path`, as its tokenizer.json has it: the class that tokenizer_config.json names may cut texts
-    up otherwise than the model was trained with."""
+    up otherwise than the model was trained with. Says where that file's add_bos_token is not what happens."""
     from transformers import PreTrainedTokenizerFast as Plain  # the class that reads the file and changes nothing
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
     from transformers.utils import cached_file
 
-    where, name = {"revision": revision, "subfolder": subfolder}, type(tokenizer).__name__
-    has_file = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **where)
-    if type(tokenizer) is Plain or not has_file:
+    where, name, same = {"revision": revision, "subfolder": subfolder}, type(tokenizer).__name__, False
+    if not cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **where):
         return tokenizer
-    plain = Plain.from_pretrained(path, **where)
+    plain = tokenizer if type(tokenizer) is Plain else Plain.from_pretrained(path, **where)
     with suppress(Exception):  # tokenizers raises no other, as where a class's unknown token is no token here
-        if tokenizer(PROBE)["input_ids"] == plain(PROBE)["input_ids"]:
-            return tokenizer
-    note_once(f"note: {path}: {name} of tokenizer_config.json encodes otherwise than tokenizer.json, which is used")
-    return plain
+        same = tokenizer(PROBE)["input_ids"] == plain(PROBE)["input_ids"]
+    if not same:
+        note_once(f"note: {path}: transformers' {name} encodes otherwise than tokenizer.json, which is used")
+    tokenizer, begins = tokenizer if same else plain, plain.bos_token_id in opening(plain)
+    said = get_tokenizer_config(path, **where).get("add_bos_token", begins)  # transformers 5 leaves it unread
+    if said == (not begins) and plain.bos_token:
+        note_once(f"note: {path}: add_bos_token is {said} in tokenizer_config.json, but tokenizer.json, which is used, "
+                  f"puts {plain.bos_token if begins else 'no BOS token'} in front of a text")  # fmt: skip
+    return tokenizer
 
 
 def load_tokenizer(path: str, edit_special: str = "never"):

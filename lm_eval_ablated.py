@@ -61,6 +61,7 @@ import hashlib
 import inspect
 import json
 import random
+import re
 from dataclasses import replace
 from functools import partial, partialmethod
 from importlib.metadata import version
@@ -134,7 +135,12 @@ class AblatedLM(HFLM):
     def _create_model(self, *args, **kwargs):
         loader = SimpleNamespace(from_pretrained=partial(hub.load_weights, self.AUTO_MODEL_CLASS))
         with patch.object(self, "AUTO_MODEL_CLASS", loader):
-            super()._create_model(*args, **kwargs)
+            try:
+                super()._create_model(*args, **kwargs)
+            except RuntimeError as error:  # as of an adapter of another rank than its adapter_config.json says
+                if found := re.search("size mismatch.*", str(error)):
+                    raise UserError(f"{kwargs.get('peft') or args[0]}: {found[0].rstrip('.')}") from error
+                raise
         if adapter := kwargs.get("peft"):  # read once more, as peft only now says what it found
             found = self.model.load_adapter(adapter, "default", revision=kwargs["revision"])
             hub.refuse_keys(adapter, found.missing_keys, (), found.unexpected_keys)

@@ -43,6 +43,14 @@ def test_a_bad_question_is_refused_with_its_line(tmp_path, changes):
         data.load("mmlu", "other/model", str(tmp_path))
 
 
+@pytest.mark.parametrize("given", ["7", "[1]", '"text"', "null"])
+def test_a_line_of_json_that_is_no_object_is_refused(tmp_path, given):
+    for name in ("mmlu", "wikitext"):
+        (tmp_path / f"{name}.jsonl").write_text(given)
+        with pytest.raises(UserError, match=rf"{name}.jsonl, line 1: is no JSON object"):
+            data.load(name, "other/model", str(tmp_path))
+
+
 def test_a_line_nested_too_deeply_is_refused(tmp_path):
     (tmp_path / "mmlu.jsonl").write_text(line() + "\n" + "[" * 99999 + "]" * 99999)
     with pytest.raises(UserError, match=r"mmlu.jsonl, line 2: maximum recursion depth"):
@@ -315,6 +323,28 @@ def test_a_template_without_bos_gets_one_and_a_marker_that_is_the_bos_may_open_e
         data.encode_prompts(chat, ["The sea"], "chat")
 
 
+@pytest.mark.parametrize("front", [[EOS], [PAD, MARKER]])
+def test_what_a_tokenizer_puts_in_front_may_be_another_token_than_its_bos(front):
+    """GLM-4's puts two tokens there and has no BOS."""
+    chat = train_tokenizer()
+    chat.add_special_tokens({"additional_special_tokens": [MARKER]})
+    ids = chat.convert_tokens_to_ids(front)
+    chat._tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*front, "$A"], special_tokens=list(zip(front, ids)))  # fmt: skip
+    assert data.opening(chat) == ids and data.encode(chat, "The sea")[: len(ids) + 1].count(ids[0]) == 1
+    for bos in (True, False):
+        (window,), _ = token_windows(chat, ["The cat sat on the sea"], bos=bos)
+        assert window == [*ids, *chat("The cat sat on the sea", add_special_tokens=False)["input_ids"]]
+    chat.chat_template = "".join(front) + "{% for m in messages %}{{ m.content }}\n{% endfor %}" + opening("A:\n")
+    (row,), _ = encode_prompts(chat, ["The sea"], "chat")
+    assert row[: len(ids)] == ids and row[len(ids) : 2 * len(ids)] != ids
+    for wrong, said in ((ids * 2, "more than one BOS"), ([], "does not begin")):
+        with pytest.raises(UserError, match=said):
+            data.check_ends(chat, [[*wrong, 300, 301]])
+    chat.chat_template = chat.chat_template.replace("".join(front), BOS)  # as the model was trained
+    assert encode_prompts(chat, ["The sea"], "chat")[0][0][0] == chat.bos_token_id
+
+
 @pytest.mark.parametrize("end", ["<think>", "<think>\n"])
 def test_a_template_that_opens_a_thought_is_refused(end):
     chat = train_tokenizer()
@@ -534,6 +564,18 @@ def test_a_file_that_would_be_passed_over_is_refused(tmp_path, name, said):
     (tmp_path / name).mkdir()  # of a data set that was saved as a folder, say
     with pytest.raises(UserError, match=said):
         data.load("openwebtext", "tiny", str(tmp_path))
+
+
+def test_owt_is_openwebtext_and_pictures_and_pages_are_let_be(tmp_path, capsys):
+    where = Path(folder_of(tmp_path, mmlu=[{**QUESTION, "subject": "law"}]))
+    for name in ("mmlu_results.PNG", "MMLU.MD", "growth.jsonl"):
+        (where / name).touch()
+    assert data.check_folder(str(where)) and "not read are MMLU.MD, growth.jsonl, mmlu" in capsys.readouterr().err
+    for name in ("owt.jsonl", "OWT10k.JSONL"):
+        (where / name).touch()
+        with pytest.raises(UserError, match=rf"{name} is not read: give openwebtext\.jsonl"):
+            data.check_folder(str(where))
+        (where / name).unlink()
 
 
 def test_a_folder_or_a_broken_link_of_a_known_name_is_refused(tmp_path):
@@ -936,6 +978,11 @@ def test_tokenizer_that_splits_letters_is_refused():
     split = train_tokenizer(vocab_size=259)
     with pytest.raises(UserError, match="one token"):
         encode_prompts(split, ["Answer:"])
+
+
+def test_no_prompts_have_no_letters(tokenizer):
+    with pytest.raises(UserError, match="no prompt is given"):
+        encode_prompts(tokenizer, [])
 
 
 def test_doubled_bos_is_refused(tokenizer):
