@@ -558,6 +558,9 @@ NOT_ITS_FILES = {
     "whole numbers without a scale": (rewritten(lambda weights: {
         **weights, "model.layers.1.mlp.up_proj.weight": torch.ones(64, D_MODEL, dtype=torch.int8)}),
         r"model\.layers\.1\.mlp\.up_proj\.weight holds whole numbers, and config.json has no quantization_config"),
+    "whole numbers and a config that is null": (lambda folder: (
+        NOT_ITS_FILES["whole numbers without a scale"][0](folder), with_config(quantization_config=None)(folder)),
+        "holds whole numbers"),
     "an old file beside newer shards": (shards_beside_an_old_file, r"model\.safetensors and model\.safetensors\.index"),
     "merged weights beside their adapter": (merged_beside_its_adapter, "adapter_config.json beside weights"),
 }  # fmt: skip

@@ -469,7 +469,7 @@ def test_a_full_disk_after_scoring_prints_the_record(tmp_path, capsys, monkeypat
             "an earlier pareto.py wrote it .form 2, now 3.; run its command again",
         ),
         ("[1]", "is no record"),
-        ("{}", "is no record: 'script'"),
+        ("{}", "is no record: has no 'script'"),
         ("no JSON", "is no record"),
         ("[" * 99999, "is no record: maximum recursion depth"),
         (None, "is no record: .*No such file"),
@@ -553,5 +553,5 @@ def test_a_model_that_is_not_the_loaded_one_is_refused(gemma_sae, model_folder, 
     assert gemma_sae.loaded_for == (folder, "torch.float32")
     run_of(tmp_path, saes=[gemma_sae], model=folder, layer=1)
     for change, said in (({"model": "gpt2"}, "gpt2 in float32"), ({"dtype": "bfloat16"}, f"{folder} in bfloat16")):
-        with pytest.raises(UserError, match=f"settings say {said}, and {folder} in torch.float32 is loaded"):
+        with pytest.raises(UserError, match=f"settings say {said}, loaded is {folder} in torch.float32: load again"):
             run_of(tmp_path, saes=[gemma_sae], layer=1, **{"model": folder, **change})
