@@ -333,7 +333,7 @@ FLAWED = 0.05  # share of questions with a flaw up to which a user's file is ask
 LABELLED = "have options with labels of their own, beside A. to D."
 MAY_BE = "have options that begin with letters or numbers in a row, as labels do, beside A. to D."
 # A label: what is before it, a bracket, itself, its punctuation, a blank, the option
-LABEL = re.compile(r"[ \u2022-]*((?:[ #*\"'`]|(?:option|choice|answer)[ _]*)*)([(\[{])?([^\W\d_]|\d\d?|[ivx]{2,4})"
+LABEL = re.compile(r"[ \u2022-]*((?:[ _#*\"'`]|option|choice|answer)*)([(\[{])?([^\W\d_]|\d\d?|[ivx]{2,4})"
                    r"(?![^\W_])((?(2)[)\]}]|(?: ?[).,:;|/>*\"'`\]}\u2013\u2014-]+)?))( ?)(\S.*)")  # fmt: skip
 LISTED = re.compile(r"(\W|\b([^\W\d_]|[ivx]{2,4}|and|or)\b)+$"), re.compile(r"\W*\d")  # as B in "A, B", 2 in "1-2 days"
 ROMAN = ["", "i", "ii", "iii", "iv", "v", "vi", "vii", "viii"]

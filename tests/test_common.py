@@ -597,6 +597,15 @@ def test_model_that_cannot_be_used_is_refused_in_a_line(model_folder, tmp_path, 
             common.load_hf(str(tmp_path / "llama"), "cpu")
 
 
+def test_whole_numbers_on_the_hub_are_refused(model_folder, stand_in):
+    for name in ("good", "bad"):
+        shutil.copytree(model_folder("llama"), stand_in.root / "models/some" / name)
+    NOT_ITS_FILES["whole numbers without a scale"][0](stand_in.root / "models/some/bad")
+    common.load_hf("some/good", "cpu")
+    with pytest.raises(UserError, match=r"some--bad.*up_proj\.weight holds whole numbers"):
+        common.load_hf("some/bad", "cpu")
+
+
 def test_what_families_leave_out_or_keep_from_old_versions_is_no_fault(model_folder, tmp_path):
     """A tied head; masks and rotary tables that older versions of transformers saved; a part for images."""
 

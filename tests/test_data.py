@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shutil
+import time
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import datasets
 import jinja2
 import pytest
+import torch
 import yaml
 from conftest import BOS, EOS, MARKER, PAD, QUESTIONS, train_tokenizer
 from tokenizers import Regex, Tokenizer, models, normalizers, processors
@@ -41,6 +43,19 @@ def test_a_bad_question_is_refused_with_its_line(tmp_path, changes):
     path.write_text("\n".join([line(), line(**changes)]))
     with pytest.raises(UserError, match=r"mmlu.jsonl, line 2"):
         data.load("mmlu", "other/model", str(tmp_path))
+
+
+def test_what_is_raised_becomes_a_line_but_for_want_of_memory():
+    heading = RuntimeError("Error(s) in loading X:\n\tsize mismatch.\nmore")
+    lines = {KeyError("text"): "cannot: has no 'text'; help", UserError("known"): "known",
+             heading: "cannot: Error(s) in loading X: size mismatch; help",
+             ValueError(): "cannot: ValueError; help"}  # fmt: skip
+    for error, said in lines.items():
+        with pytest.raises(UserError) as caught, data.in_a_line("cannot", "; help"):
+            raise error
+        assert str(caught.value) == said
+    with pytest.raises(torch.OutOfMemoryError), data.in_a_line("cannot"):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 @pytest.mark.parametrize("given", ["7", "[1]", '"text"', "null"])
@@ -693,12 +708,22 @@ def test_options_that_only_look_labelled_or_alike_are_no_flaw(choices):
 def test_labels_are_seen_whatever_the_options_are(form):
     for choices in (["A. Vibrio", "b", "5 mg", "(x)"], ["lung", "a heart", "1 day", "-3"]):
         assert data.flaw_of({**QUESTION, "choices": with_labels(form, choices)}) == data.LABELLED, choices
-    for form, choices in (
-        ("{A}. {}", ["12", "1.5", "7", "100"]),
-        ("{n}) {}", ["12", "1.5", "7", "9"]),
-        ("({A}) {}", [*"BADC"]),
-    ):
-        assert data.flaw_of({**QUESTION, "choices": with_labels(form, choices)}) == data.LABELLED
+    numbers = ["12", "1.5", "7", "100"]
+    for form in ("{A}. {}", "{n}) {}", "Option {n} {}"):
+        assert data.flaw_of({**QUESTION, "choices": with_labels(form, numbers)}) == data.LABELLED
+    assert data.flaw_of({**QUESTION, "choices": with_labels("({A}) {}", "BADC")}) == data.LABELLED
+
+
+@pytest.mark.parametrize("choices", [
+    ["A major", "B minor", "C sharp", "D flat"], ["A* search", "B* tree", "C* algebra", "D* lite"],
+    ["1 day", "2 weeks", "3 months", "4 years"], ["1-butene", "2-hexene", "3-octene", "4-decene"],
+])  # fmt: skip
+def test_of_one_question_alone_a_letter_or_number_may_be_the_options_own(tmp_path, capsys, choices):
+    data.note_once.cache_clear()
+    row = {**QUESTION, "choices": choices}
+    assert data.flaw_of(row) == data.MAY_BE
+    where = folder_of(tmp_path, wmdp_bio=[*ROWS[:10], *[row] * 10])
+    assert len(data.load("wmdp_bio", "some/model", where)) == 20 and "in a row" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fourth", ["None of the above", "A and B"])
@@ -718,6 +743,13 @@ def test_labels_without_punctuation_are_seen_in_a_whole_file(tmp_path, capsys, f
     write_rows(tmp_path, "wmdp_bio", flawed(form, 21))
     with pytest.raises(UserError, match="21 of 40 questions have options that begin with letters or numbers in a row"):
         data.load("wmdp_bio", "some/model", str(tmp_path))
+
+
+@pytest.mark.parametrize("piece", ["option ", "# ", "- ", "a) ", "A. ", "(", "i ", "and ", "'", "1 "])
+def test_long_options_are_looked_at_in_no_time(piece):
+    started = time.perf_counter()
+    data.flaw_of({**QUESTION, "choices": [piece * 5000 + end for end in "w!y?"]})
+    assert time.perf_counter() - started < 1
 
 
 def test_the_embedded_questions_have_no_flaw():
