@@ -22,14 +22,13 @@ from unittest.mock import patch
 
 import torch
 from sae_lens import SAE
-from safetensors import SafetensorError
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils.logging import _get_default_logging_level, set_verbosity
 
 import edits
 import hub
-from data import HERE, Dataset, UserError, first_line, n_processes, process_device, total_of_processes
+from data import HERE, Dataset, UserError, first_line, in_a_line, n_processes, process_device, total_of_processes
 from edits import NONE, Latents, ablation, layer_of, patched, reconstruction  # noqa: F401 (lessons have them from here)
 
 gc.freeze()
@@ -65,15 +64,14 @@ def load_hf(name: str, device=None, dtype=None, device_map=None, edit_special="n
     except UserError:
         raise
     except Exception as error:  # transformers raises what it meets in the files
-        reason = first_line(error)
+        said, more = f"cannot load {path}", hub.gated_hint(path)
         if "device_map" in str(error):
-            raise UserError(f"device_map {device_map}: {reason}") from error
-        if isinstance(error, ImportError):
-            raise UserError(f"cannot load {path} here: {reason}. Its weights are packed or quantised: give the model "
-                            "that it was made from") from error  # fmt: skip
-        if Path(path).is_dir():
-            raise UserError(f"{path} is not a model folder that transformers can read: {reason}") from error
-        raise UserError(f"cannot load {path}: {reason}{hub.gated_hint(path)}") from error
+            said, more = f"device_map {device_map}", ""
+        elif isinstance(error, ImportError):
+            more = ". Its weights are packed or quantised: give the model that it was made from"
+        elif not more:
+            said = f"{path} is not a model folder that transformers can read"
+        raise UserError(f"{said}: {first_line(error)}{more}") from error
     hub.refuse_not_finite(path, model.named_parameters())
     model.generation_config = bare_generation(model)
     if not device_map:
@@ -99,12 +97,10 @@ def as_bridge(hf, tokenizer, name: str) -> TransformerBridge:
     its probabilities are not those that the model gave before."""
     log_probs = partial(edits.log_probs, hf, edits.random_ids(hf))
     before, path = log_probs(), hub.model_source(name)
-    try:
-        # where an image processor fails to load, TransformerLens would pip install torchvision and a new torch
-        with patch("subprocess.check_call", side_effect=OSError("nothing is installed from here")):
-            model = TransformerBridge.boot_transformers(path, hf_model=hf, dtype=hf.dtype, device=str(hf.device))
-    except (OSError, ValueError) as error:
-        raise UserError(f"TransformerLens cannot run {name}: {first_line(error)}") from error
+    # where an image processor fails to load, TransformerLens would pip install torchvision and a new torch
+    no_pip = patch("subprocess.check_call", side_effect=OSError("nothing is installed from here"))
+    with in_a_line(f"TransformerLens cannot run {name}"), no_pip:
+        model = TransformerBridge.boot_transformers(path, hf_model=hf, dtype=hf.dtype, device=str(hf.device))
     model.loaded_as = name, str(hf.dtype)
     model._tokenizer = tokenizer  # the bridge's own adds a BOS where the model's, which lm-eval uses, does not
     ends = tokenizer("a")["input_ids"]
@@ -118,8 +114,7 @@ def as_bridge(hf, tokenizer, name: str) -> TransformerBridge:
 
 
 def load_retrained(name: str, forget_set: Dataset, device=None, dtype=None) -> TransformerBridge | None:
-    """The model of the preset `name` trained from scratch without the forget set; None if it has none, or if the
-    questions are others than those that it was not taught."""
+    """The preset's model trained from scratch without the forget set; None if it has none, or for other questions."""
     retrained = hub.preset(name).retrained if forget_set.stand_in else None
     return load_model(retrained, device, dtype) if retrained else None
 
@@ -145,7 +140,7 @@ def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str
         raise UserError(f"layer {layer}: the model has layers 0 to {model.cfg.n_layers - 1}")
     spec = hub.sae_source(spec, layer, preset)
     folder = Path(spec)
-    try:
+    with in_a_line(f"cannot load the SAE {spec}"):
         if folder.is_dir():
             hub.refuse_damaged(spec)
             if (folder / "sae.safetensors").is_file() and not (folder / "sae_weights.safetensors").exists():
@@ -159,8 +154,6 @@ def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str
             others = sorted(p.name for p in folder.parent.glob("*") if p.is_dir())
             raise UserError(f"no SAE folder {spec}; there are: {', '.join(others) or 'none'}")
         sae.cfg.metadata.l0 = float(str(sae.cfg.metadata.l0 or 0))  # which may be a number's text
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load the SAE {spec}: {first_line(error)}") from error
     sae.eval().requires_grad_(False).layer = layer
     sae.source = os.path.relpath(spec, HERE) if folder.is_dir() and HERE in folder.parents else spec
     sae.identity, sae.loaded_for = hub.identity(spec), getattr(model, "loaded_as", None)
@@ -188,8 +181,7 @@ class Rates:
 
 
 def summed(x: torch.Tensor) -> torch.Tensor:
-    """x (n, ...) summed over n in fp32, as fp64 on the CPU: Apple's GPUs have no fp64, and a CPU takes ten times as
-    long to sum a batch in it."""
+    """x (n, ...) summed over n in fp32, as fp64 on the CPU: Apple's GPUs have none, and a CPU sums it slowly."""
     return x.sum(0, dtype=torch.float32).cpu().double()
 
 
@@ -210,8 +202,7 @@ def firing_rates(model, sae, windows, batch_size: int = 16, desc: str | None = N
 
 
 def largest(rates: list[Rates]) -> Rates:
-    """Of several retain sets the larger rate of each feature, as counts on as many tokens as the largest set has: a
-    picked one must be rare in all of them."""
+    """The larger of several retain sets' rates, as counts on the largest set: a picked feature must be rare in all."""
     n = max(part.n_tokens for part in rates)
     fires = [(part.fires * (n / part.n_tokens)).ceil().long() for part in rates]
     totals = [part.total * (n / part.n_tokens) for part in rates]
@@ -223,9 +214,8 @@ def activation_ratio(forget: Rates, retain: Rates) -> torch.Tensor:
     return ((forget.fires + 1) / (forget.n_tokens + 1)) / ((retain.fires + 1) / (retain.n_tokens + 1))
 
 
-def pick_features(
-    forget: Rates, retain: Rates, n: int, rule: str = "ratio", tau: float = 0.01, score: torch.Tensor | None = None
-) -> list[int]:
+def pick_features(forget: Rates, retain: Rates, n: int, rule: str = "ratio", tau: float = 0.01,
+                  score: torch.Tensor | None = None) -> list[int]:  # fmt: skip
     """The n features to ablate, best first, ties by index; features that never fire on the forget set are left out.
 
     ratio: highest `activation_ratio`, at least 1; any-ratio: or less. retain-threshold: retain rate below tau, then

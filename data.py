@@ -7,6 +7,7 @@ import os
 import random
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
@@ -30,7 +31,9 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lines = lines[: 1 + lines[0].endswith(":")]  # a heading alone says little
+    return " ".join(map(str.strip, lines)).rstrip(".")
 
 
 def as_list(values, what: str, kind=None) -> list:
@@ -48,6 +51,17 @@ def ran_out(error: BaseException) -> bool:
     from accelerate.utils.memory import should_reduce_batch_size
 
     return type(error).__name__ == "OutOfMemoryError" or should_reduce_batch_size(error)
+
+
+@contextmanager
+def in_a_line(said: str, more: str = ""):
+    """What is raised within this context, but for want of memory, as a UserError: the reason between the two texts."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or ran_out(error):
+            raise
+        raise UserError(f"{said}: {reason_of(error)}{more}") from error
 
 
 @cache
@@ -76,8 +90,7 @@ HUB = {
     "mmlu_dev": [("cais/mmlu", "all", "dev", None)],
     "wikitext": [("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None)],
     "openwebtext": [(name, None, "train", revision) for name in ("Skylion007/openwebtext", "stas/openwebtext-10k")
-                    for revision in (None, PARQUET)],
-}  # fmt: skip
+                    for revision in (None, PARQUET)]}  # fmt: skip
 KNOWN = [*HUB, "wmdp_bio_reworded", "forget_corpus"]  # what files of a data folder may be called, with .jsonl
 # Questions of the released sets, none with a subject: a user's own has others
 RELEASED = {"wmdp_bio": 1273, "wmdp_bio_robust": 868, "wmdp_bio_cloze": 1076, "wmdp_bio_reworded": 1273}
@@ -205,9 +218,8 @@ def half_of(row: dict, seed: int) -> str:
     return "held-out" if first_byte % 2 else "tuning"
 
 
-def load(
-    name: str, model="tiny", folder: str | None = None, *, variant="all", seed=0, pick_on="half", topic=None
-) -> Dataset:
+def load(name: str, model="tiny", folder: str | None = None, *, variant="all", seed=0, pick_on="half",
+         topic=None) -> Dataset:  # fmt: skip
     """A data set: NAME.jsonl in the folder, else in tiny/data (for the embedded models), else from the hub.
 
     variant: "robust" or "cloze" replaces "wmdp_bio" by that set, for feature selection too, so that no question is in
@@ -261,9 +273,10 @@ def check_folder(folder: str) -> str:
         flat, stem = (re.sub("[^a-z0-9]", "", part.lower()) for part in (name, name.split(".")[0]))
         near = sorted((known for known in KNOWN if known.replace("_", "") in flat), key=len, reverse=True)
         near += [known for known in KNOWN if len(stem) > 3 and re.search(f"^{stem}|{stem}$", known)]
+        near += ["openwebtext"] * stem.startswith("owt")
         near += difflib.get_close_matches(name.split(".")[0].lower(), KNOWN, 1, 0.85)
         record = all((Path(folder) / name).with_suffix(suffix).is_file() for suffix in (".json", ".csv"))  # a run's
-        meant = f"{near[0]}.jsonl" if near and not record and not name.endswith((".md", ".png", ".py")) else ""
+        meant = f"{near[0]}.jsonl" if near and not record and not name.lower().endswith((".md", ".png", ".py")) else ""
         if meant and meant not in files:
             path = Path(folder) / name
             what = ", a folder," if path.is_dir() else "" if path.exists() else ", a broken link,"
@@ -320,7 +333,7 @@ FLAWED = 0.05  # share of questions with a flaw up to which a user's file is ask
 LABELLED = "have options with labels of their own, beside A. to D."
 MAY_BE = "have options that begin with letters or numbers in a row, as labels do, beside A. to D."
 # A label: what is before it, a bracket, itself, its punctuation, a blank, the option
-LABEL = re.compile(r"[ \u2022-]*((?:[ #*\"'`]|(?:option|choice|answer)[ _]*)*)([(\[{])?([^\W\d_]|\d\d?|[ivx]{2,4})"
+LABEL = re.compile(r"[ \u2022-]*((?:[ _#*\"'`]|option|choice|answer)*)([(\[{])?([^\W\d_]|\d\d?|[ivx]{2,4})"
                    r"(?![^\W_])((?(2)[)\]}]|(?: ?[).,:;|/>*\"'`\]}\u2013\u2014-]+)?))( ?)(\S.*)")  # fmt: skip
 LISTED = re.compile(r"(\W|\b([^\W\d_]|[ivx]{2,4}|and|or)\b)+$"), re.compile(r"\W*\d")  # as B in "A, B", 2 in "1-2 days"
 ROMAN = ["", "i", "ii", "iii", "iv", "v", "vi", "vii", "viii"]
@@ -332,15 +345,15 @@ def label_flaw(options: list[str]) -> str | None:
     found = [match.groups("") for match in map(LABEL.fullmatch, map(str.lower, options)) if match]
     forms = [(lead + bracket + mark).replace(" ", "") for lead, bracket, _, mark, *_ in found]
     alike = [one for one, form in zip(found, forms) if form == forms[0]]
-    if len(alike) < 3 or len({rest for *_, rest in alike}) < len(alike):
+    if len(alike) < 3:  # of three the fourth option is "None of the above"
         return None
     (lead, *_), _, labels, (mark, *_), gaps, rests = zip(*alike)
     number, roman, spaced = labels[0].isdigit(), {*labels} <= {*ROMAN}, all(gaps)
     places = [ROMAN.index(x) if roman else int(x) if x.isdigit() else ord(x[0]) - ord("a") + 1 for x in labels]
-    if sorted(places) != list(range(min(places), min(places) + 4)) and places != [1, 2, 3]:  # and "None of the above"
-        return None
+    in_row = places == [1, 2, 3] or sorted(places) == list(range(min(places), min(places) + 4))
     firm, listed = re.search(r"[)\]}.:;|]", mark), all(map(LISTED[number].match, rests))
-    if listed and not (number and lead) and (not firm or not spaced or (number and ":" in mark)):
+    listed &= not (number and lead) and (not firm or not spaced or (number and ":" in mark))
+    if listed or not in_row or len({*rests}) < len(rests):
         return None
     return LABELLED if firm or lead.strip() or (spaced and mark.strip(" *\"'`")) else MAY_BE
 
@@ -395,8 +408,7 @@ def from_hub(name: str) -> tuple[list[dict], str]:
 
 
 def read_hub(dataset: str, config, split: str, revision: str | None = None, first: int | None = None) -> list[dict]:
-    """All rows of a data set on the hub, or the `first` in order; the cache keeps either for later runs offline.
-    config: a name, several, or None."""
+    """All rows of a data set on the hub, or the `first` ones, kept in the cache. config: a name, several, or None."""
     from datasets import Dataset, load_dataset  # takes seconds to import, and tiny does not need it
 
     if first is None:
@@ -415,19 +427,16 @@ def stream(dataset: str, config: str | None, split: str, revision: str | None, f
 
 def load_corpus(given: str | None = None, model: str = "tiny", folder: str | None = None) -> Dataset:
     """The user's forget corpus: its first CORPUS_DOCUMENTS, the first CORPUS_CHARACTERS of each. given: a JSONL file
-    with a text in each line, or a hub id; None: forget_corpus.jsonl of the folder, without which there are no rows.
-    Raises UserError for what cannot be read."""
+    with a text in each line, or a hub id; None: forget_corpus.jsonl of the folder, if any. Raises UserError."""
     if given is None:
         corpus = load("forget_corpus", model, folder)
         rows, source = corpus.rows, corpus.source
     elif Path(given).is_file():
         rows, source = read_jsonl(Path(given), "forget_corpus", CORPUS_DOCUMENTS), given
     elif given.count("/") == 1 and not Path(given).suffix:
-        try:
+        with in_a_line(f"cannot load the forget corpus {given}", f". {REQUEST}"):
             rows = [checked(row, "forget_corpus") for row in read_hub(given, None, "train", first=CORPUS_DOCUMENTS)]
-            source = f"{given} train"
-        except Exception as error:  # as in from_hub
-            raise UserError(f"cannot load the forget corpus {given}: {reason_of(error)}. {REQUEST}") from error
+        source = f"{given} train"
     else:
         raise UserError(f"forget corpus {given}: no such file. {REQUEST}")
     rows = [{"text": row["text"][:CORPUS_CHARACTERS]} for row in rows[:CORPUS_DOCUMENTS]]
@@ -440,9 +449,8 @@ def utility_subset(mmlu: Dataset, subjects: str | None = None) -> Dataset:
     return mmlu.of(SUBJECTS if subjects is None and has_saebench else subjects)
 
 
-def picking_texts(
-    wmdp_tuning: Dataset, corpus: Dataset, wikitext: Dataset, mmlu_dev: Dataset, pick_text: str = "prompt"
-) -> tuple[list[str], list[list[str]]]:
+def picking_texts(wmdp_tuning: Dataset, corpus: Dataset, wikitext: Dataset, mmlu_dev: Dataset,
+                  pick_text: str = "prompt") -> tuple[list[str], list[list[str]]]:  # fmt: skip
     """The forget texts and the retain sets on which firing rates are counted.
 
     Forget: the user's corpus if it has rows, else WMDP's tuning half. Retain: Wikitext. pick_text "prompt": questions
@@ -486,10 +494,9 @@ def load_benchmark(
     limit: questions in each half, and documents of OpenWebText. tokenizer: the model's; questions longer than its
     positions are left out (skip_long) or refused. Raises UserError for a half without questions.
     """
-    wmdp, mmlu, web, wikitext, mmlu_dev = (
-        load(name, model, folder, variant=variant, seed=seed, pick_on=pick_on, topic=topic)
-        for name in ("wmdp_bio", "mmlu", "openwebtext", "wikitext", "mmlu_dev")
-    )
+    given = {"variant": variant, "seed": seed, "pick_on": pick_on, "topic": topic}
+    names = ("wmdp_bio", "mmlu", "openwebtext", "wikitext", "mmlu_dev")
+    wmdp, mmlu, web, wikitext, mmlu_dev = (load(name, model, folder, **given) for name in names)
     mmlu, documents, quizzes = utility_subset(mmlu, subjects), load_corpus(corpus, model, folder), {}
     for quiz in (wmdp, mmlu):
         for name, half in ((quiz.name, quiz.held_out), (f"{quiz.name}/tuning", quiz.tuning)):
@@ -527,8 +534,7 @@ def encode_prompts(tokenizer, texts: list[str], style: str = "plain") -> tuple[l
 
     style: "plain" (" A" follows), "chat" (a user's turn by the tokenizer's own template; "A" follows) or "saebench"
     (the model's turn begins with "Answer: (", and the likelier of "A" and " A" counts: two ids a letter where the
-    tokenizer has both). Raises UserError if a letter is not one token after every prompt, and as as_chat and check_ends
-    do.
+    tokenizer has both). Raises UserError for a letter that is not one token behind all of them, and as as_chat does.
     """
     texts = as_list(texts, "prompts")
     if style != "plain":
@@ -542,7 +548,8 @@ def encode_prompts(tokenizer, texts: list[str], style: str = "plain") -> tuple[l
     gaps = {"plain": [" "], "chat": [""], "saebench": ["", " "]}[style]
     forms = [ids for gap in gaps if (ids := letter_ids(tokenizer, texts, rows, gap))]
     if not forms:
-        raise UserError("this tokenizer does not write each answer letter as one token, so letters cannot be scored")
+        raise UserError("this tokenizer does not write each answer letter as one token, so letters cannot be scored"
+                        if rows else "no prompt is given")  # fmt: skip
     return rows, list(zip(*forms)) if style == "saebench" else forms[0]
 
 
@@ -575,10 +582,17 @@ def encode_answer(tokenizer, asked: str, answer: str) -> tuple[list[int], int]:
     return ids, next((i for i, (x, y) in enumerate(zip(ids, alone)) if x != y), len(alone))
 
 
+def opening(tokenizer) -> list[int]:
+    """The ids that the tokenizer puts in front of every text: BOS, none, or others ([gMASK] <sop>)."""
+    whole, bare = (tokenizer("a", add_special_tokens=more)["input_ids"] for more in (True, False))
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
+
+
 def encode(tokenizer, text: str) -> list[int]:
     """The ids of a prompt, as lm-eval makes them: with the tokenizer's own BOS, unless a template has written one."""
     written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return known(tokenizer, tokenizer(text, add_special_tokens=not written, verbose=False)["input_ids"])
+    ids, n = tokenizer(text, add_special_tokens=not written, verbose=False)["input_ids"], len(opening(tokenizer))
+    return known(tokenizer, ids[n:] if not written and ids[:n] == ids[n : 2 * n] else ids)
 
 
 def known(tokenizer, ids: list[int]) -> list[int]:
@@ -603,19 +617,20 @@ def letter_ids(tokenizer, texts: list[str], rows: list[list[int]], gap: str) -> 
 
 def check_ends(tokenizer, rows: list[list[int]]) -> None:
     """Raises UserError for a row that begins with two BOS tokens, or with none where the tokenizer puts one before
-    plain text: models trained with a BOS are far off then. Later BOS tokens are fine: some chat templates open every
-    turn with one (SmolLM2). Also for a row that ends with EOS, or with a token that the tokenizer puts behind every
-    text: what follows there is no answer."""
-    bos, plain = tokenizer.bos_token_id, [tokenizer(letter)["input_ids"] for letter in "AB"]
-    added, last = bos is not None and plain[0][:1] == [bos], {ids[-1] for ids in plain}
-    ends = {tokenizer.eos_token_id} - {bos} | (last if len(last) == 1 else set())
+    plain text: models trained with a BOS are far off then. So for whatever it puts there. Later BOS tokens are fine:
+    some chat templates open every turn with one (SmolLM2). Also for a row that ends with EOS, or with a token that the
+    tokenizer puts behind every text: what follows there is no answer."""
+    last, front = {tokenizer(letter)["input_ids"][-1] for letter in "AB"}, opening(tokenizer)
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ends = {tokenizer.eos_token_id} - {*bos} | (last if len(last) == 1 else set())
     for row in rows:
         if row[-1] in ends and len(row) > 1:  # lm-eval asks without a prompt after EOS alone
             token, end = tokenizer.decode(row[-1:]), tokenizer.decode(row[-12:])
             raise UserError(f"a prompt ends with {token!r}, after which no answer comes: take it out of the "
                             f"tokenizer's post_processor or chat template: ... {end!r}")  # fmt: skip
-        if bos is not None and (row[:2] == [bos, bos] or (added and row[:1] != [bos])):
-            wrong = "begins with more than one BOS token" if row[:1] == [bos] else "does not begin with the BOS token"
+        begun = [ids for ids in (front, bos) if ids and row[: len(ids)] == ids]
+        if (front and not begun) or any(row[len(ids) : 2 * len(ids)] == ids for ids in begun):
+            wrong = "begins with more than one BOS token" if begun else "does not begin with the BOS token"
             raise UserError(f"a prompt {wrong}: {tokenizer.decode(row[:20])!r} ...")
 
 
@@ -677,8 +692,7 @@ def excerpt(tokenizer, ids: list[int]) -> str:
 
 
 def refuse_long(tokenizer, rows: list[list[int]]) -> None:
-    """Raises UserError naming the first row of ids that is longer than the model's positions, which hub.load_tokenizer
-    puts into the tokenizer."""
+    """Raises UserError naming the first row of ids that is longer than the model's positions (hub.load_tokenizer)."""
     for number, row in enumerate(as_list(rows, "rows of ids")):
         if len(as_list(row, "token ids")) > tokenizer.model_max_length:
             raise UserError(f"text {number} ({excerpt(tokenizer, row)}) has {len(row)} tokens, the model "
@@ -687,8 +701,7 @@ def refuse_long(tokenizer, rows: list[list[int]]) -> None:
 
 def drop_too_long(tokenizer, quiz: Dataset, style: str = "plain", skip: bool = False) -> Dataset:
     """The questions whose prompts fit into the model's positions, with a digest of what is asked (the cloze form, else
-    with letters); prints how many do not. A cloze question must fit with its longest answer. Raises UserError for a
-    longer question unless `skip`."""
+    with letters); prints how many do not, or raises UserError unless `skip`. A cloze must fit with any answer."""
     if quiz.is_cloze:
         asked = [encode_words(tokenizer, [row], CLOZE)[0] for row in quiz.rows]
     else:
@@ -717,8 +730,7 @@ def token_windows(tokenizer, texts: list[str], context=128, max_tokens=None, bos
     tokens predict nothing and are left out. Returns the windows (lists of ids), and for each the index of its text.
     Raises UserError for a context that has no room for two tokens.
     """
-    start_with = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    start_with = start_with if bos or tokenizer("a")["input_ids"][:1] == start_with else []
+    start_with = opening(tokenizer) or [i for i in (tokenizer.bos_token_id,) if bos and i is not None]
     if (step := min(context, tokenizer.model_max_length) - len(start_with)) < 2:
         raise UserError(f"a context of {context} tokens is too short: {len(start_with) + 2} are the fewest")
     windows, text_of, left = [], [], max_tokens or sys.maxsize
@@ -783,8 +795,7 @@ def process_state():
 
 
 def forget_ranks() -> None:
-    """Take out of the environment the ranks that no launcher has given to this process, but a shell or a batch job: it
-    would wait for other processes that never come."""
+    """Take out of the environment ranks that no launcher has given, but a shell or a batch job: others never come."""
     rank = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|(\w*MPI|MV2|PMI)_\w*(RANK|RANKID|RANKS|SIZE)")
     said = sorted(filter(rank.fullmatch, os.environ))
     if said and not {"TORCHELASTIC_RUN_ID", "FORK_LAUNCHED"} & set(os.environ):

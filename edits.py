@@ -6,8 +6,7 @@ mask of tokens to be edited. It returns h', in h's shape and dtype. With a = SAE
 
     h' = h + sum over i in F of (a'_i - a_i) * W_dec[i]
 
-on these tokens, so the SAE's error term is kept. The methods differ in a'_i. All are differentiable: a model can be
-fine-tuned under its edit.
+on these tokens, so the SAE's error term is kept. The methods differ in a'_i. All are differentiable, for fine-tuning.
 """
 
 import inspect
@@ -26,7 +25,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from data import UserError, as_list, batches, first_line, pad_id, special_ids
+from data import UserError, as_list, batches, in_a_line, pad_id, special_ids
 
 
 # ------------------------------------------------------------------------------------- layers and tokens
@@ -76,8 +75,7 @@ def token_mask(model: torch.nn.Module, tokenizer):
 
 
 def idle_wrappers(model) -> list[tuple]:
-    """(parent module, name, wrapper) of TransformerLens's wrappers inside blocks that have no hooks and only call the
-    wrapped module. model: a TransformerBridge."""
+    """(parent module, name, wrapper) of a bridge's wrappers inside blocks that have no hooks and only call a module."""
     # TransformerLens itself hooks norms, but uses what it captures only where a block's input is forked
     forks = any(getattr(model.cfg, name, False) for name in ("use_attn_in", "use_split_qkv_input", "use_hook_mlp_in"))
     handles = [] if forks else [h for block in model.blocks for h in getattr(block, "_capture_hook_handles", [])]
@@ -158,14 +156,9 @@ def random_ids(model, shape: tuple = (2, 12)) -> torch.Tensor:
 
 @torch.inference_mode()
 def log_probs(model, ids: torch.Tensor) -> torch.Tensor:
-    """(batch, pos, d_vocab) in fp32 on the CPU, from a plain pass of a Hugging Face model. Raises UserError if they are
-    NaN, or the model does not run."""
-    try:
+    """(batch, pos, d_vocab), fp32 on the CPU, from a plain pass of a Hugging Face model. Raises UserError for NaN."""
+    with in_a_line(f"{type(model).__name__} does not run here"):
         found = model(ids, use_cache=False).logits.float().log_softmax(-1).cpu()
-    except torch.OutOfMemoryError:
-        raise
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{type(model).__name__} does not run here: {first_line(error)}") from error
     if found.isnan().any():
         raise UserError(f"{type(model).__name__} gives log-probabilities that are no numbers (NaN)")
     return found
@@ -201,8 +194,7 @@ AT_ONCE = 2**25  # most activations of all features at a time; an SAE's pass hol
 
 
 def chunks(sae: SAE, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """h (..., d_model) in parts (n, d_model), of each of which the SAE makes at most AT_ONCE activations: a batch's
-    (batch, pos, d_sae) may take more memory than the model."""
+    """h (..., d_model) in parts (n, d_model) of AT_ONCE activations at most: a batch's may outgrow the model."""
     return h.flatten(0, -2).split(max(1, AT_ONCE // sae.cfg.d_sae))
 
 
@@ -242,8 +234,7 @@ class Latents:
         return self.rows / self.rows.norm(dim=-1, keepdim=True) if rescaled else self.rows
 
     def encode(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """h: (..., d_model), any dtype. Returns activations (..., n) in fp32, and the scale (..., 1) by which what they
-        add is multiplied."""
+        """h (..., d_model), any dtype -> activations (..., n) in fp32, and the scale (..., 1) of what they add."""
         if self.rows.device != h.device:  # a large model's layers are spread over devices
             self.sae.to(h.device)
             self.copy_weights()
@@ -360,10 +351,8 @@ def make(method: str, saes, layers: list[int] | None = None, **settings) -> Edit
         raise UserError(f"{method}: features are of one layer's SAE; put edits of several layers together")
     if "features" in settings:
         settings["features"] = as_list(settings["features"], "feature ids", operator.index)
-    try:
+    with in_a_line(method):
         inspect.signature(kind.edit).bind(None, **settings)
-    except TypeError as error:
-        raise UserError(f"{method}: {error}") from error
     return Edit(method, {**settings, "layers": layers}, {at: kind.edit(saes.get(at), **settings) for at in layers})
 
 
@@ -425,8 +414,7 @@ def applied(model, tokenizer, edit: Edit):
 class SetFeatures:
     """An edit that sets features (ids, (n,)): target(acts, mask) -> a', both (batch, pos, n), where the mask is on.
 
-    needs_whole_prompt: it looks at a whole prompt before it edits the first token. always: it is run even on prompts
-    on which it changes nothing.
+    needs_whole_prompt: it looks at a whole prompt before it edits the first token. always: it is run on any prompt.
     """
 
     def __init__(self, sae, features: list[int], target: Callable, needs_whole_prompt=False, always=False):
@@ -592,8 +580,7 @@ METHODS = {
         sae, features, lambda acts, mask: acts, always=True)),
     # h' = SAE(h), the error term thrown away: what the SAE alone costs
     "sae-reconstruction": Method("SAE reconstruction, no error term", edit=lambda sae: lambda h, mask: torch.where(
-        mask[..., None], run_sae(sae, h)[1].to(h.dtype), h)),
-}  # fmt: skip
+        mask[..., None], run_sae(sae, h)[1].to(h.dtype), h))}  # fmt: skip
 
 
 def ablation(sae, features: list[int], clamp: float = 0.0, method: str | None = None) -> Edit:

@@ -112,8 +112,7 @@ class Measure:
 
 
 def joined(measures: list[Measure]) -> Measure:
-    """One Measure of all the rows, from Measures of the same items (one per model). Raises ValueError where the items
-    differ or two rows have the same name."""
+    """One Measure of all rows, from Measures of the same items. Raises ValueError where items differ or names recur."""
     first, rows = measures[0], tuple(row for measure in measures for row in measure.rows)
     for other in measures[1:]:
         same = (other.name, other.groups, other.values.shape[1]) == (first.name, first.groups, first.values.shape[1])
@@ -126,8 +125,7 @@ def joined(measures: list[Measure]) -> Measure:
 
 
 def share(right: np.ndarray, before: np.ndarray | None = None) -> Score:
-    """The share of (n,) bool that is right, with Wilson's interval; its paired change against `before`, with Newcombe's
-    interval and McNemar's exact p."""
+    """The share of (n,) bool that is right, by Wilson; its change against `before`, by Newcombe and McNemar (exact)."""
     n = len(right)
     score = right.mean().item(), *wilson(int(right.sum()), n), n
     if before is None:
@@ -172,8 +170,7 @@ def each_row(model, rows: dict, score) -> torch.Tensor:
 
 
 def measure_of(dataset: Dataset, what: str, title: str, unit: str, rows: dict, values, **more) -> Measure:
-    """The Measure DATASET/what, or DATASET/tuning/what on the tuning half. more: its other fields; groups are by
-    default the subjects of the questions, if all have one."""
+    """The Measure DATASET/what, of the tuning half DATASET/tuning/what. more: fields; groups: by default subjects."""
     tuning = dataset.half == "tuning"
     name, title = f"{dataset.name}/{'tuning/' * tuning}{what}", f"{dataset.title}{', tuning half' * tuning}, {title}"
     subjects = tuple(row.get("subject") for row in dataset.rows)
@@ -188,9 +185,8 @@ def right_answers(quiz: Dataset, what: str, title: str, rows: dict, values) -> M
     return measure_of(quiz, what, title, "%", rows, chosen == right, chance=CHANCE, answers=answers)
 
 
-def letters(
-    model, quiz: Dataset, rows: dict, *, style: str = "plain", prompts: list[str] | None = None, batch_size: int = 16
-) -> tuple[Measure, ...]:
+def letters(model, quiz: Dataset, rows: dict, *, style: str = "plain", prompts: list[str] | None = None,
+            batch_size: int = 16) -> tuple[Measure, ...]:  # fmt: skip
     """Three Measures: whether the right letter is the likeliest; P(a letter), the four letters' probability together
     (if it is low the model does not answer with a letter at all); and P(right letter).
 
@@ -209,23 +205,20 @@ def letters(
     log_probs = each_row(model, rows, score)
     p, right = np.exp(log_probs.double().numpy()), [row["answer"] for row in quiz.rows]
     probabilities = {"P(a letter)": p.sum(-1), "P(right letter)": p[:, np.arange(len(right)), right]}
-    return right_answers(quiz, "letters", "in letters", rows, log_probs), *(
-        measure_of(quiz, what, what, "probability", rows, values) for what, values in probabilities.items()
-    )
+    sure = [measure_of(quiz, what, what, "probability", rows, values) for what, values in probabilities.items()]
+    return right_answers(quiz, "letters", "in letters", rows, log_probs), *sure
 
 
 def words(model, quiz: Dataset, rows: dict, *, batch_size: int = 16, cloze: bool = False) -> Measure:
-    """Whether the right option is the likeliest answer in words, per character. cloze: asked in the form data.CLOZE,
-    not data.IN_WORDS. rows, errors: as for `letters`."""
+    """Whether the right option is the likeliest in words, per character. cloze: by data.CLOZE. Else as `letters`."""
     what, title, form = ("cloze", "as a cloze", data.CLOZE) if cloze else ("words", "in words", data.IN_WORDS)
     values = each_row(model, rows, lambda model, edits: score_words(model, quiz.rows, edits, batch_size,
                                                                     f"{quiz.title} {title}", form))  # fmt: skip
     return right_answers(quiz, what, title, rows, values)
 
 
-def window_losses(
-    model, texts: Dataset, rows: dict, *, batch_size: int = 16, limit: int | None = None
-) -> tuple[torch.Tensor, list[list[int]], list[int], torch.Tensor]:
+def window_losses(model, texts: Dataset, rows: dict, *, batch_size: int = 16, limit: int | None = None
+                  ) -> tuple[torch.Tensor, list[list[int]], list[int], torch.Tensor]:  # fmt: skip
     """The texts' first SCORED_TOKENS tokens in windows. Returns the next-token loss in nats summed over each window,
     (n_rows, n_windows); the windows; the index of each window's document; and how many targets each window has.
 
@@ -241,8 +234,7 @@ def window_losses(
 
 
 def loss(model, texts: Dataset, rows: dict, *, batch_size: int = 16, limit: int | None = None) -> Measure:
-    """Nats per token, an item per document. Arguments, errors: as for `window_losses`; and UserError for a document
-    without a token to predict."""
+    """Nats per token, an item per document. Arguments, errors: as for `window_losses`; UserError for an empty one."""
     nats, _, documents, targets = window_losses(model, texts, rows, batch_size=batch_size, limit=limit)
     member = np.unique(documents, return_inverse=True)[1]
     tokens, values = np.bincount(member, targets), np.stack([np.bincount(member, row) for row in nats])
@@ -349,8 +341,7 @@ def score_letters(model, prompts, letter_ids, edits, batch_size=16, desc=None) -
 
 
 def target_masks(tokenizer, windows: list[list[int]], first: list[int] | None = None) -> list[torch.Tensor]:
-    """For each window a mask (pos,) of the tokens that count in its loss: not special, and from index `first` on, by
-    default from 1, since nothing predicts the first token."""
+    """For each window a mask (pos,) of the tokens that count in its loss: not special, from index `first` (1) on."""
     special = torch.tensor(special_ids(tokenizer))
     return [~torch.isin(torch.tensor(ids), special) & (torch.arange(len(ids)) >= max(1, begin))
             for ids, begin in zip(windows, first or [1] * len(windows))]  # fmt: skip
@@ -419,15 +410,13 @@ def written_answers(model, questions: list[dict], edits, room: int, batch_size=1
 
 
 def normalised(text: str) -> str:
-    """In lower case, without punctuation and articles, as SQuAD grades an answer (its evaluate-v1.1.py; Rajpurkar et
-    al., arXiv 1606.05250)."""
+    """In lower case, without punctuation and articles, as SQuAD's evaluate-v1.1.py has it (arXiv 1606.05250)."""
     text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def bootstrap(statistic, *samples, seed: int = 0) -> tuple[float | None, float | None]:
-    """95% percentile bootstrap interval of statistic(*samples), (None, None) for a single entry. Entries of the samples
-    are drawn together."""
+    """95% percentile bootstrap interval of statistic(*samples), drawn together; (None, None) for a single entry."""
     if len(samples[0]) < 2:
         return None, None
     result = stats.bootstrap(samples, statistic, n_resamples=2000, paired=True, vectorized=True, method="percentile",
@@ -564,8 +553,7 @@ class FeatureStats:
         return output_scores(self.model, self.sae)
 
     def features(self, n: int, rule: str | None = None) -> list[int]:
-        """The n best features by a rule of common.pick_features (None: self.rule), best first. Says how many of them
-        are no more frequent on the forget set."""
+        """The n best features by a rule of common.pick_features (None: self.rule), best first, with a note on them."""
         rule = rule or self.rule
         by_score = {"attribution": "attribution", "output-score": "output_scores"}
         picked = pick_features(*self.rates, n, rule, score=getattr(self, by_score[rule]) if rule in by_score else None)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from data import HERE, UserError, check_ends, first_line, note_once
+from data import HERE, UserError, check_ends, first_line, in_a_line, note_once, opening
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ PRESETS = {
     "gemma-3-4b-it": Preset("google/gemma-3-4b-it", "gemma-scope-2-4b-it-res-all:layer_{layer}_width_16k_l0_small",
                             range(34), "16k", "10 to 20", dtype="bfloat16"),
     "gpt2": Preset("openai-community/gpt2", "gpt2-small-res-jb:blocks.{layer}.hook_resid_pre", range(12), "24k",
-                   "10 to 70", -10.0),
-}  # fmt: skip
+                   "10 to 70", -10.0)}  # fmt: skip
 
 
 def preset(model: str) -> Preset:
@@ -130,6 +129,8 @@ FORMS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin
 def load_weights(auto_class, path: str, **options):
     """auto_class.from_pretrained(path, **options), a class of transformers, without its progress bar. Raises UserError
     naming the weights that the files lack, have in another shape or beyond the model's, and for files of two models."""
+    from transformers.utils import cached_file
+
     forms = [name for name in FORMS if (Path(path) / (options.get("subfolder") or "") / name).is_file()]
     if set(forms) >= {*FORMS[:2]} or set(forms) >= {*FORMS[2:]}:
         raise UserError(f"{path} holds two models, {' and '.join(forms)}: move the old one away")
@@ -143,6 +144,8 @@ def load_weights(auto_class, path: str, **options):
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(f"{path} has adapter_config.json beside weights, so transformers adds the adapter to them, a "
                         "second time if they are merged: move the adapter's files or the weights away")  # fmt: skip
+    where = {name: options[name] for name in ("revision", "subfolder") if options.get(name)}
+    refuse_damaged(Path(cached_file(path, "config.json", **where)).parent)  # of the hub, too
     refuse_keys(path, **{kind: info[f"{kind}_keys"] for kind in ("missing", "mismatched", "unexpected")})
     return model
 
@@ -164,20 +167,25 @@ PROBE = "Don't  we've  SHE'LL 1234567 3.14\n\n\t  na\u00efve caf\u00e9\u2019s \u
 
 def as_its_file(tokenizer, path: str, revision=None, subfolder: str = ""):
     """The tokenizer at `path`, as its tokenizer.json has it: the class that tokenizer_config.json names may cut texts
-    up otherwise than the model was trained with."""
+    up otherwise than the model was trained with. Says where that file's add_bos_token is not what happens."""
     from transformers import PreTrainedTokenizerFast as Plain  # the class that reads the file and changes nothing
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
     from transformers.utils import cached_file
 
-    where, name = {"revision": revision, "subfolder": subfolder}, type(tokenizer).__name__
-    has_file = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **where)
-    if type(tokenizer) is Plain or not has_file:
+    where, name, same = {"revision": revision, "subfolder": subfolder}, type(tokenizer).__name__, False
+    if not cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **where):
         return tokenizer
-    plain = Plain.from_pretrained(path, **where)
+    plain = tokenizer if type(tokenizer) is Plain else Plain.from_pretrained(path, **where)
     with suppress(Exception):  # tokenizers raises no other, as where a class's unknown token is no token here
-        if tokenizer(PROBE)["input_ids"] == plain(PROBE)["input_ids"]:
-            return tokenizer
-    note_once(f"note: {path}: {name} of tokenizer_config.json encodes otherwise than tokenizer.json, which is used")
-    return plain
+        same = tokenizer(PROBE)["input_ids"] == plain(PROBE)["input_ids"]
+    if not same:
+        note_once(f"note: {path}: transformers' {name} encodes otherwise than tokenizer.json, which is used")
+    tokenizer, begins = tokenizer if same else plain, plain.bos_token_id in opening(plain)
+    said = get_tokenizer_config(path, **where).get("add_bos_token", begins)  # transformers 5 leaves it unread
+    if said == (not begins) and plain.bos_token:
+        note_once(f"note: {path}: add_bos_token is {said} in tokenizer_config.json, but tokenizer.json, which is used, "
+                  f"puts {plain.bos_token if begins else 'no BOS token'} in front of a text")  # fmt: skip
+    return tokenizer
 
 
 def load_tokenizer(path: str, edit_special: str = "never"):
@@ -207,10 +215,10 @@ def load_tokenizer(path: str, edit_special: str = "never"):
     return tokenizer
 
 
-def refuse_damaged(folder: str) -> None:
-    """Raises UserError for a git-LFS pointer, a folder or a broken link in a file's place, and for a safetensors file
-    that is cut short."""
-    from safetensors import SafetensorError, safe_open
+def refuse_damaged(folder) -> None:
+    """Raises UserError for a git-LFS pointer, a folder or a broken link in a file's place, a safetensors file that is
+    cut short, and weights in whole numbers where config.json has nothing about their scale."""
+    from safetensors import safe_open
 
     kinds = (".safetensors", ".json", ".model", ".bin")
     for file in sorted(file for file in Path(folder).iterdir() if file.suffix in kinds):
@@ -220,10 +228,13 @@ def refuse_damaged(folder: str) -> None:
             if content.read(24) == b"version https://git-lfs.":
                 raise UserError(f"{file} is a git-LFS pointer, not the file itself: run `git lfs pull` in its folder")
         if file.suffix == ".safetensors":
-            try:
-                safe_open(file, "pt")
-            except SafetensorError as error:
-                raise UserError(f"{file} is damaged or cut short ({first_line(error)}): download it again") from error
+            with in_a_line(f"{file} is damaged or cut short, download it again"):
+                content = safe_open(file, "pt")
+            whole = [name for name in content.keys() if name.endswith(("weight", "_proj"))  # noqa: SIM118 (not a dict)
+                     and content.get_slice(name).get_dtype()[0] in "IU"]  # fmt: skip
+            if whole and not re.search(rb'"quantization_config"\s*:\s*{', (Path(folder) / "config.json").read_bytes()):
+                raise UserError(f"{file}: {whole[0]} holds whole numbers, and config.json has no quantization_config: "
+                                "give the model that it was made from")  # fmt: skip
 
 
 def refuse_not_finite(name: str, tensors) -> None:
@@ -236,8 +247,7 @@ def refuse_not_finite(name: str, tensors) -> None:
 
 
 def tensor_shapes(repo_id: str, filename: str) -> dict[str, list[int]]:
-    """Shapes in a safetensors file on the hub, from the cache: SAELens's get_safetensors_tensor_shapes, which this
-    replaces, needs the network at every load."""
+    """Shapes in a safetensors file on the hub, from the cache: SAELens's own function needs the network every time."""
     from huggingface_hub import hf_hub_download
     from safetensors import safe_open
 
@@ -246,9 +256,9 @@ def tensor_shapes(repo_id: str, filename: str) -> dict[str, list[int]]:
 
 
 # TransformerLens's names of the residual stream at a block, and the block's own names in transformers
-RESIDUAL = re.compile(r"(?:blocks|(?:(?:model|language_model|text_model|transformer|gpt_neox|decoder|backbone)\.)*"
-                      r"(?:layers|h))\.(\d+)(?:\.(?:(hook_resid_pre|hook_in|input)|hook_resid_post|hook_out|output))?"
-                      )  # fmt: skip
+RESIDUAL = re.compile(
+    r"(?:blocks|(?:(?:model|language_model|text_model|transformer|gpt_neox|decoder|backbone)\.)*(?:layers|h))\.(\d+)"
+    r"(?:\.(?:(hook_resid_pre|hook_in|input)|hook_resid_post|hook_out|output))?")  # fmt: skip
 
 
 def check_sae(sae, model, layer: int, source: str) -> str:

@@ -83,7 +83,7 @@ import data
 import hub
 import show
 from common import bare_generation, load_sae, usable_device
-from data import HERE, LETTERS, Dataset, UserError, first_line
+from data import HERE, LETTERS, Dataset, UserError
 from edits import METHODS, NONE, Edit, applied, decoder_layers, from_grid, label, layer_of, make, together
 from evaluation import FeatureStats, Measure, check_sae_quality, measure_of
 
@@ -133,9 +133,11 @@ class AblatedLM(HFLM):
 
     def _create_model(self, *args, **kwargs):
         loader = SimpleNamespace(from_pretrained=partial(hub.load_weights, self.AUTO_MODEL_CLASS))
-        with patch.object(self, "AUTO_MODEL_CLASS", loader):
+        path, adapter = kwargs["pretrained"], kwargs.get("peft")
+        with (data.in_a_line(f"cannot load {adapter or path}", hub.gated_hint(path)),
+              patch.object(self, "AUTO_MODEL_CLASS", loader)):  # fmt: skip
             super()._create_model(*args, **kwargs)
-        if adapter := kwargs.get("peft"):  # read once more, as peft only now says what it found
+        if adapter:  # read once more, as peft only now says what it found
             found = self.model.load_adapter(adapter, "default", revision=kwargs["revision"])
             hub.refuse_keys(adapter, found.missing_keys, (), found.unexpected_keys)
 
@@ -248,8 +250,7 @@ if "sae-ablated" not in model_registry:  # lm-eval refuses a name twice, but a n
 
 class DataParallelLM(AblatedLM):
     """A view of an AblatedLM that shares requests out over the processes; every process gets all answers, in order.
-    inner: the model, or a cache in front of it. lm-eval itself shares out documents, and fails where a task has fewer
-    of them than there are processes."""
+    inner: the model, or a cache in front of it. lm-eval itself shares out documents, and fails for very few."""
 
     def __init__(self, lm: AblatedLM, inner):
         vars(self).update(vars(lm), inner=inner)
@@ -277,13 +278,9 @@ def load_ablated(args) -> AblatedLM:
     if args.device_map and torch.cuda.is_available():
         more |= {"parallelize": True, "device_map": args.device_map}
     path, dtype = hub.resolve_model(args.model), args.dtype or hub.preset(args.model).dtype
-    try:
+    with data.in_a_line(f"cannot load {path}", hub.gated_hint(path)):
         lm = AblatedLM(args.model, device=args.device, dtype=dtype, edit_special=args.edit_special, **more,
                        batch_size=args.batch_size)  # fmt: skip
-    except UserError:
-        raise
-    except Exception as error:  # transformers raises what it meets in the files
-        raise UserError(f"cannot load {path}: {first_line(error)}{hub.gated_hint(path)}") from error
     hub.refuse_not_finite(path, lm.model.named_parameters())
     lm._rank, lm._world_size = 0, 1
     return lm
@@ -302,10 +299,8 @@ class BridgeView:
 
 
 def read_json(path: str):
-    try:
+    with data.in_a_line(f"cannot read {path}"):
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}") from error
 
 
 def edit_of_features(lm, path: str, layer: int, method: str | None, sae: str | None, model: str, numbers: dict):
@@ -314,20 +309,16 @@ def edit_of_features(lm, path: str, layer: int, method: str | None, sae: str | N
     UserError for another file, for a layer without ids (the model would be scored as it is), for features that an SAE
     lacks, and as load_sae and make do."""
     content = read_json(path)
-    try:
+    with data.in_a_line(f"{path}: give a JSON list of feature ids, or {{layer: ids}} (records: --record)"):
         features = {int(k): [*ids] for k, ids in (content if isinstance(content, dict) else {layer: content}).items()}
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: give a JSON list of feature ids, or {{layer: ids}} (records: --record)") from error
     if not features or not all(ids and all(type(i) is int for i in ids) for ids in features.values()):
         raise UserError(f"{path}: a layer has no features, as a list of ids")
     method = method or ("clamp" if numbers.get("clamp") else "zero-ablation")
     saes, parts = [], []
     for layer, ids in features.items():
         saes.append(load_sae(sae and sae.replace("{layer}", str(layer)), layer, BridgeView(lm), model))
-        try:
+        with data.in_a_line(f"layer {layer}"):
             parts.append(make(method, saes[-1], features=ids, **numbers))
-        except ValueError as error:
-            raise UserError(f"layer {layer}: {error}") from error
     return parts[0] if len(parts) == 1 else together(*parts), saes
 
 
@@ -347,8 +338,7 @@ def chosen_row(record: dict, row: str | None = None, method: str | None = None) 
 
 
 def edit_of_row(lm: AblatedLM, record: dict, row: str, sae: str | None, model: str):
-    """(Edit, its SAEs): that row's edit, made again. sae: where its SAE is now, if elsewhere. Raises UserError if the
-    model or an SAE is not what it was for the record."""
+    """(Edit, its SAEs): that row's edit, made again. sae: where its SAE is now. Raises UserError for others."""
     entry = record["rows"][row]
     if record["identity"]["model"] != lm.identity["model"]:
         raise UserError(f"the record is of {record['model']} as it was then, not of what {model} holds now")
@@ -404,14 +394,11 @@ def find_tasks(names: list[str], include_path: str | None = None, folder=None, t
         manager = TaskManager(include_path=folders, metadata=given)
     tasks = {}
     for name in names:
-        try:  # lm-eval has advice for those who write a task with data of its own; users of these tasks need none
-            with hub.without_lines("lm_eval.api.task", "Custom kwargs can be passed"):
-                loaded = manager.load([name])
-        except UserError:
-            raise
-        except Exception as error:  # as in data.from_hub, anything from OSError to RuntimeError
-            raise UserError(f"cannot load task {name}: {first_line(error)}. Its data may be gated or out of reach; for "
-                            "names see --tasks list, or lm-eval ls tasks") from error  # fmt: skip
+        more = ". Its data may be gated or out of reach; for names see --tasks list, or lm-eval ls tasks"
+        # lm-eval has advice for those who write a task with data of its own; users of these tasks need none
+        with (data.in_a_line(f"cannot load task {name}", more),
+              hub.without_lines("lm_eval.api.task", "Custom kwargs can be passed")):  # fmt: skip
+            loaded = manager.load([name])
         tasks[name] = (loaded["groups"].get(name), [loaded["tasks"][key] for key in sorted(loaded["tasks"])])
     return tasks
 
@@ -454,8 +441,7 @@ def choose(tasks, held_out: bool, seed: int, subjects=None, samples: dict = (), 
 
 
 def ask(lm: AblatedLM, tasks: dict[str, tuple], chosen: dict[str, list[int]], args, folder: str | None = None):
-    """lm-eval's results of one run, with its samples; None in all processes but the first. folder: below --output_path,
-    for lm-eval's own files; None: they are not written."""
+    """lm-eval's results of one run, with its samples; None in all processes but the first. folder: of --output_path."""
     inner = lm
     if args.use_cache:  # every process caches what it was asked, every edit has a cache of its own
         file = f"{lm.fingerprint()}_process{data.process_state().process_index}.db"
@@ -469,8 +455,7 @@ def ask(lm: AblatedLM, tasks: dict[str, tuple], chosen: dict[str, list[int]], ar
         DataParallelLM(lm, inner), tasks=items, samples=chosen, num_fewshot=args.num_fewshot,
         batch_size=args.batch_size, apply_chat_template=args.apply_chat_template, gen_kwargs=args.gen_kwargs,
         system_instruction=args.system_instruction, evaluation_tracker=tracker, bootstrap_iters=1000,
-        task_manager=TaskManager(include_defaults=False),
-    )  # fmt: skip
+        task_manager=TaskManager(include_defaults=False))  # fmt: skip
     if results and output:
         samples = copy.deepcopy(results["samples"]) if args.log_samples else None  # numbers become text
         tracker.save_results_aggregated({k: v for k, v in results.items() if k != "samples"}, samples)
@@ -527,8 +512,7 @@ def data_set(task_name: str, taken: set[str], parts: list, chosen: dict, folder,
 
 # %% Scores, of what lm-eval has logged for each document
 def logged(results: dict, tasks: list) -> list[dict]:
-    """The logged documents of several tasks in one list, by task and document, each once; where a task asks for a
-    choice with its "choices"."""
+    """The logged documents of several tasks in one list, by task and document, each once; with "choices" if any."""
     out = []
     for task in tasks:
         rows = results["samples"].get(task.task_name, [])
@@ -596,8 +580,7 @@ def measures_of(asked: Dataset, logs: dict[str, list[dict]], count_tokens=len, s
 
 # %% The run
 def edit_to_score(lm: AblatedLM, args, record: dict | None, row: str | None, clamp: float, numbers: dict) -> tuple:
-    """(Edit, its SAEs, {layer: what the SAE check found}, data sets): the record's row, of --features, or picked.
-    numbers: of --setting."""
+    """(Edit, its SAEs, {layer: SAE check}, data sets): a record's row, of --features, or picked. numbers: --setting."""
     if record:
         edit, saes = edit_of_row(lm, record, row, args.sae, args.model)
     elif args.features:

@@ -76,16 +76,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message.removeprefix('argument ')} (see --help)")
 
-    def __deepcopy__(self, memo):  # copies of settings share their flags
-        return self
+    __deepcopy__ = lambda self, memo: self  # noqa: E731 (copies of settings share their flags)
 
     def __reduce__(self):
         raise UserError("settings cannot be pickled, as flags hold functions: pickle vars(args)")
 
 
 def parser(doc: str, *, quiz: bool = False, controls: int = 0, without: tuple[str, ...] = ()) -> Parser:
-    """The flags that scripts share, except those `without`; a script adds its own, or one in place of ours. quiz: also
-    those that say which questions are asked, and how. controls: the default of --controls; 0 leaves it out."""
+    """The flags that scripts share, except those `without`; scripts add and replace some. quiz: also how it asks.
+    controls: the default of --controls; 0 leaves it out."""
     title = doc.strip().removeprefix("# ")  # a notebook's heading
     group = p = Parser(description=title, usage="%(prog)s [flags]", conflict_handler="resolve", add_help=False)
 
@@ -278,8 +277,7 @@ class Run:
         self.cache = self.path.with_suffix(".cache") / self.key[:16]
         refuse_unwritable(self.path)
         for loaded in {getattr(sae, "loaded_for", None) for sae in saes} - {None, (self.model, f"torch.{self.dtype}")}:
-            raise UserError(f"the settings say {self.model} in {self.dtype}, and {' in '.join(loaded)} is loaded: "
-                            "load it again, and the SAE")  # fmt: skip
+            raise UserError(f"settings say {self.model} in {self.dtype}, loaded is {' in '.join(loaded)}: load again")
         layers, said = [sae.layer for sae in saes], self.settings.get("layer")
         if len(layers) == 1 and isinstance(said, int) and said != layers[0]:
             raise UserError(f"the setting layer is {said}, and the SAE is layer {layers[0]}'s: load it again")
@@ -311,8 +309,7 @@ class Run:
         return json.loads(text, object_hook=from_json)
 
     def record(self, rows: dict, measures, **more) -> dict:
-        """What `write` writes (docs/records.md). rows: {name: an Edit, a model, or {"method", "settings"}}; more: more
-        entries."""
+        """What `write` writes (docs/records.md). rows: {name: Edit, model or {"method", "settings"}}; more: entries."""
         groups = {m.name: (m.by_group(), m.q_values()) for m in measures if m.groups and m.answers}
 
         def known(score, **more):
@@ -338,8 +335,7 @@ class Run:
             "data": self.about(),
             "measures": {m.name: {"title": m.title, "unit": m.unit, "chance": m.chance} for m in measures},
             "rows": {name: of_row(name, row) for name, row in rows.items()},
-            **more,
-        }  # fmt: skip
+            **more}  # fmt: skip
 
     def write(self, rows: dict, measures, figures: dict | None = None, table="", **more) -> dict:
         """Write `record` as JSON and CSV, a table in Markdown, then figures as `draw_all` does, and print the record's
@@ -395,11 +391,9 @@ def draw_all(beside: Path, figures: dict) -> None:
 
 def read_record(path) -> dict:
     """A record that Run.write wrote. Raises UserError for another file, and for a record of an earlier version."""
-    try:
+    with data.in_a_line(f"{path} is no record"):
         record = json.loads(Path(path).read_text(encoding="utf-8"))
         script, form = record["script"], record.get("form", 2)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is no record: {first_line(error)}") from error
     if form != FORM:
         raise UserError(f"{path}: an earlier {script} wrote it (form {form}, now {FORM}); run its command again")
     return record
@@ -494,8 +488,7 @@ Scores with 95% intervals (of a stand-in for a data set nothing follows about ha
 
 
 def peak_gb() -> float | None:
-    """Most memory that this process has had: of the GPUs where it has used some, else of the process as a whole. None
-    on Windows, which does not say without another package."""
+    """Most memory that this process has had: of the GPUs where it has used some, else as a whole. None on Windows."""
     import torch
 
     most = sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))

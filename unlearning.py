@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 import data
 from common import Rates
-from data import LETTERS, Dataset, UserError, encode_answer, padded, prompt, special_ids, token_windows
+from data import LETTERS, Dataset, UserError, encode_answer, opening, padded, prompt, special_ids, token_windows
 from edits import Latents, Method, decoder_layers, grid, residual_stream, token_mask
 
 METHODS: dict[str, Method] = {}  # filled below, beside each method
@@ -64,7 +64,8 @@ def answer_window(tokenizer, question: str, answer: str) -> Window:
     """A question and its answer, the target, cut at the front to QUESTION_TOKENS: open-unlearning cuts at the end,
     where the answer is. No EOS follows: a prompt is not a turn of a chat here."""
     ids, start = encode_answer(tokenizer, question, answer)
-    bos = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+    front = opening(tokenizer) or [tokenizer.bos_token_id]
+    bos = front if ids[: len(front)] == front else []
     dropped = max(0, len(ids) - QUESTION_TOKENS)
     return bos + ids[dropped + len(bos) :], start - dropped
 

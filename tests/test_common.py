@@ -555,6 +555,12 @@ NOT_ITS_FILES = {
     "another width": (with_config(intermediate_size=48), r"shape .*down_proj\.weight \(32, 64\) for \(32, 48\)"),
     "biases that the config denies": (rewritten(lambda weights: {
         **weights, "model.layers.0.self_attn.o_proj.bias": torch.ones(D_MODEL)}), r"beyond the model's .*o_proj\.bias"),
+    "whole numbers without a scale": (rewritten(lambda weights: {
+        **weights, "model.layers.1.mlp.up_proj.weight": torch.ones(64, D_MODEL, dtype=torch.int8)}),
+        r"model\.layers\.1\.mlp\.up_proj\.weight holds whole numbers, and config.json has no quantization_config"),
+    "whole numbers and a config that is null": (lambda folder: (
+        NOT_ITS_FILES["whole numbers without a scale"][0](folder), with_config(quantization_config=None)(folder)),
+        "holds whole numbers"),
     "an old file beside newer shards": (shards_beside_an_old_file, r"model\.safetensors and model\.safetensors\.index"),
     "merged weights beside their adapter": (merged_beside_its_adapter, "adapter_config.json beside weights"),
 }  # fmt: skip
@@ -562,6 +568,8 @@ BAD_MODELS = NOT_ITS_FILES | {
     "text for the token that ends": (with_generation(eos_token_id="1"), "eos_token_id of its gen.* number: '1'"),
     "text among such tokens": (with_generation(eos_token_id=[1, "2"]), "eos_token_id of its gen"),
     "nothing that opens": (with_generation(bos_token_id={}), "bos_token_id of its generation config"),
+    "a broken link to weights": (
+        lambda folder: (folder / "extra.bin").symlink_to("nowhere"), "extra.bin is a folder or a broken link"),
     "a broken link": (lambda folder: (folder / "extra.json").symlink_to("nowhere"), "extra.json is a folder or a brok"),
     "a folder of that name": (lambda folder: (folder / "a.safetensors").mkdir(), "a.safetensors is a folder or a"),
     "an unknown activation": (with_config(hidden_act="no such"), "not a model folder that transformers can read"),
@@ -587,6 +595,15 @@ def test_model_that_cannot_be_used_is_refused_in_a_line(model_folder, tmp_path, 
     if case.startswith("a NaN"):
         with pytest.raises(UserError, match=told):
             common.load_hf(str(tmp_path / "llama"), "cpu")
+
+
+def test_whole_numbers_on_the_hub_are_refused(model_folder, stand_in):
+    for name in ("good", "bad"):
+        shutil.copytree(model_folder("llama"), stand_in.root / "models/some" / name)
+    NOT_ITS_FILES["whole numbers without a scale"][0](stand_in.root / "models/some/bad")
+    common.load_hf("some/good", "cpu")
+    with pytest.raises(UserError, match=r"some--bad.*up_proj\.weight holds whole numbers"):
+        common.load_hf("some/bad", "cpu")
 
 
 def test_what_families_leave_out_or_keep_from_old_versions_is_no_fault(model_folder, tmp_path):

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shutil
+import time
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import datasets
 import jinja2
 import pytest
+import torch
 import yaml
 from conftest import BOS, EOS, MARKER, PAD, QUESTIONS, train_tokenizer
 from tokenizers import Regex, Tokenizer, models, normalizers, processors
@@ -41,6 +43,27 @@ def test_a_bad_question_is_refused_with_its_line(tmp_path, changes):
     path.write_text("\n".join([line(), line(**changes)]))
     with pytest.raises(UserError, match=r"mmlu.jsonl, line 2"):
         data.load("mmlu", "other/model", str(tmp_path))
+
+
+def test_what_is_raised_becomes_a_line_but_for_want_of_memory():
+    heading = RuntimeError("Error(s) in loading X:\n\tsize mismatch.\nmore")
+    lines = {KeyError("text"): "cannot: has no 'text'; help", UserError("known"): "known",
+             heading: "cannot: Error(s) in loading X: size mismatch; help",
+             ValueError(): "cannot: ValueError; help"}  # fmt: skip
+    for error, said in lines.items():
+        with pytest.raises(UserError) as caught, data.in_a_line("cannot", "; help"):
+            raise error
+        assert str(caught.value) == said
+    with pytest.raises(torch.OutOfMemoryError), data.in_a_line("cannot"):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("given", ["7", "[1]", '"text"', "null"])
+def test_a_line_of_json_that_is_no_object_is_refused(tmp_path, given):
+    for name in ("mmlu", "wikitext"):
+        (tmp_path / f"{name}.jsonl").write_text(given)
+        with pytest.raises(UserError, match=rf"{name}.jsonl, line 1: is no JSON object"):
+            data.load(name, "other/model", str(tmp_path))
 
 
 def test_a_line_nested_too_deeply_is_refused(tmp_path):
@@ -315,6 +338,28 @@ def test_a_template_without_bos_gets_one_and_a_marker_that_is_the_bos_may_open_e
         data.encode_prompts(chat, ["The sea"], "chat")
 
 
+@pytest.mark.parametrize("front", [[EOS], [PAD, MARKER]])
+def test_what_a_tokenizer_puts_in_front_may_be_another_token_than_its_bos(front):
+    """GLM-4's puts two tokens there and has no BOS."""
+    chat = train_tokenizer()
+    chat.add_special_tokens({"additional_special_tokens": [MARKER]})
+    ids = chat.convert_tokens_to_ids(front)
+    chat._tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*front, "$A"], special_tokens=list(zip(front, ids)))  # fmt: skip
+    assert data.opening(chat) == ids and data.encode(chat, "The sea")[: len(ids) + 1].count(ids[0]) == 1
+    for bos in (True, False):
+        (window,), _ = token_windows(chat, ["The cat sat on the sea"], bos=bos)
+        assert window == [*ids, *chat("The cat sat on the sea", add_special_tokens=False)["input_ids"]]
+    chat.chat_template = "".join(front) + "{% for m in messages %}{{ m.content }}\n{% endfor %}" + opening("A:\n")
+    (row,), _ = encode_prompts(chat, ["The sea"], "chat")
+    assert row[: len(ids)] == ids and row[len(ids) : 2 * len(ids)] != ids
+    for wrong, said in ((ids * 2, "more than one BOS"), ([], "does not begin")):
+        with pytest.raises(UserError, match=said):
+            data.check_ends(chat, [[*wrong, 300, 301]])
+    chat.chat_template = chat.chat_template.replace("".join(front), BOS)  # as the model was trained
+    assert encode_prompts(chat, ["The sea"], "chat")[0][0][0] == chat.bos_token_id
+
+
 @pytest.mark.parametrize("end", ["<think>", "<think>\n"])
 def test_a_template_that_opens_a_thought_is_refused(end):
     chat = train_tokenizer()
@@ -536,6 +581,18 @@ def test_a_file_that_would_be_passed_over_is_refused(tmp_path, name, said):
         data.load("openwebtext", "tiny", str(tmp_path))
 
 
+def test_owt_is_openwebtext_and_pictures_and_pages_are_let_be(tmp_path, capsys):
+    where = Path(folder_of(tmp_path, mmlu=[{**QUESTION, "subject": "law"}]))
+    for name in ("mmlu_results.PNG", "MMLU.MD", "growth.jsonl"):
+        (where / name).touch()
+    assert data.check_folder(str(where)) and "not read are MMLU.MD, growth.jsonl, mmlu" in capsys.readouterr().err
+    for name in ("owt.jsonl", "OWT10k.JSONL"):
+        (where / name).touch()
+        with pytest.raises(UserError, match=rf"{name} is not read: give openwebtext\.jsonl"):
+            data.check_folder(str(where))
+        (where / name).unlink()
+
+
 def test_a_folder_or_a_broken_link_of_a_known_name_is_refused(tmp_path):
     where = Path(folder_of(tmp_path, mmlu=[{**QUESTION, "subject": "law"}]))
     said = r"wmdp_bio\.jsonl, a {}, is not read: give wmdp_bio\.jsonl"
@@ -651,12 +708,22 @@ def test_options_that_only_look_labelled_or_alike_are_no_flaw(choices):
 def test_labels_are_seen_whatever_the_options_are(form):
     for choices in (["A. Vibrio", "b", "5 mg", "(x)"], ["lung", "a heart", "1 day", "-3"]):
         assert data.flaw_of({**QUESTION, "choices": with_labels(form, choices)}) == data.LABELLED, choices
-    for form, choices in (
-        ("{A}. {}", ["12", "1.5", "7", "100"]),
-        ("{n}) {}", ["12", "1.5", "7", "9"]),
-        ("({A}) {}", [*"BADC"]),
-    ):
-        assert data.flaw_of({**QUESTION, "choices": with_labels(form, choices)}) == data.LABELLED
+    numbers = ["12", "1.5", "7", "100"]
+    for form in ("{A}. {}", "{n}) {}", "Option {n} {}"):
+        assert data.flaw_of({**QUESTION, "choices": with_labels(form, numbers)}) == data.LABELLED
+    assert data.flaw_of({**QUESTION, "choices": with_labels("({A}) {}", "BADC")}) == data.LABELLED
+
+
+@pytest.mark.parametrize("choices", [
+    ["A major", "B minor", "C sharp", "D flat"], ["A* search", "B* tree", "C* algebra", "D* lite"],
+    ["1 day", "2 weeks", "3 months", "4 years"], ["1-butene", "2-hexene", "3-octene", "4-decene"],
+])  # fmt: skip
+def test_of_one_question_alone_a_letter_or_number_may_be_the_options_own(tmp_path, capsys, choices):
+    data.note_once.cache_clear()
+    row = {**QUESTION, "choices": choices}
+    assert data.flaw_of(row) == data.MAY_BE
+    where = folder_of(tmp_path, wmdp_bio=[*ROWS[:10], *[row] * 10])
+    assert len(data.load("wmdp_bio", "some/model", where)) == 20 and "in a row" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fourth", ["None of the above", "A and B"])
@@ -676,6 +743,13 @@ def test_labels_without_punctuation_are_seen_in_a_whole_file(tmp_path, capsys, f
     write_rows(tmp_path, "wmdp_bio", flawed(form, 21))
     with pytest.raises(UserError, match="21 of 40 questions have options that begin with letters or numbers in a row"):
         data.load("wmdp_bio", "some/model", str(tmp_path))
+
+
+@pytest.mark.parametrize("piece", ["option ", "# ", "- ", "a) ", "A. ", "(", "i ", "and ", "'", "1 "])
+def test_long_options_are_looked_at_in_no_time(piece):
+    started = time.perf_counter()
+    data.flaw_of({**QUESTION, "choices": [piece * 5000 + end for end in "w!y?"]})
+    assert time.perf_counter() - started < 1
 
 
 def test_the_embedded_questions_have_no_flaw():
@@ -936,6 +1010,11 @@ def test_tokenizer_that_splits_letters_is_refused():
     split = train_tokenizer(vocab_size=259)
     with pytest.raises(UserError, match="one token"):
         encode_prompts(split, ["Answer:"])
+
+
+def test_no_prompts_have_no_letters(tokenizer):
+    with pytest.raises(UserError, match="no prompt is given"):
+        encode_prompts(tokenizer, [])
 
 
 def test_doubled_bos_is_refused(tokenizer):

@@ -64,6 +64,14 @@ def test_cloze_questions_need_no_letters_and_are_as_long_as_their_longest_answer
     assert found.name == "wmdp_bio/cloze" and found.answers == ("".join("ABCD"[k] for k in values.argmax(-1).tolist()),)
 
 
+def test_a_measure_of_the_tuning_half_says_so():
+    quiz = Dataset("mmlu", QUESTIONS, whole=True)
+    for half, name, title in (("tuning", "mmlu/tuning/letters", "MMLU, tuning half, in letters"),
+                              ("held_out", "mmlu/letters", "MMLU, in letters")):  # fmt: skip
+        found = evaluation.measure_of(getattr(quiz, half), "letters", "in letters", "%", {"unablated": NONE}, None)
+        assert (found.name, found.title) == (name, title)
+
+
 # -------------------------------------------------------------------------------------------- rounding
 
 

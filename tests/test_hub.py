@@ -175,6 +175,36 @@ def test_a_class_that_cannot_read_the_tokenizers_file_is_refused_in_a_line(tmp_p
         hub.load_tokenizer(str(tmp_path / "model"))
 
 
+def changed(file, **entries) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+
+
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
+@pytest.mark.parametrize("add, puts, told", [
+    (True, False, "add_bos_token is True in tokenizer_config.json, but tokenizer.json, which is used, puts no BOS"),
+    (False, True, "add_bos_token is False in tokenizer_config.json, but tokenizer.json, which is used, puts <bos>"),
+    (True, True, None), (False, False, None), (None, True, None), (None, False, None),
+])  # fmt: skip
+def test_a_bos_that_the_two_files_do_not_agree_on_is_said(tmp_path, capsys, name, add, puts, told):
+    """transformers 5 leaves add_bos_token unread where there is a tokenizer.json."""
+    tokenizer_of(name, tmp_path / "model")
+    changed(tmp_path / "model/tokenizer_config.json", add_bos_token=add)
+    if not puts:
+        changed(tmp_path / "model/tokenizer.json", post_processor=None)
+    tokenizer = hub.load_tokenizer(str(tmp_path / "model"))
+    assert (tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id) == puts
+    said = capsys.readouterr().err
+    assert told in said if told else "add_bos_token" not in said
+
+
+def test_a_class_that_no_tokenizer_config_names_is_not_said_to_be_named_there(tmp_path, capsys):
+    tokenizer_of("", tmp_path / "model")
+    (tmp_path / "model/tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="no padding, EOS or BOS token"):
+        hub.load_tokenizer(str(tmp_path / "model"))
+    assert "transformers' GemmaTokenizer encodes otherwise than tokenizer.json" in capsys.readouterr().err
+
+
 def test_a_tokenizer_on_the_hub_encodes_as_its_file(stand_in):
     tokenizer_of("GemmaTokenizerFast", stand_in.root / "models/some/model")
     plain = Tokenizer.from_file(str(HERE / "tiny/model/tokenizer.json"))

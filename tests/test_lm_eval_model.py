@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_common import NOT_ITS_FILES, spoiled
+from test_common import NOT_ITS_FILES, rewritten, spoiled
 from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM
 
@@ -524,6 +524,25 @@ def test_an_adapter_of_another_model_is_refused(model_folder, tmp_path, change, 
     save_file({change(name): value for name, value in load_file(file).items()}, file)
     with pytest.raises(UserError, match=told):
         AblatedLM(str(model_folder("llama")), peft=str(folder), device="cpu", dtype="float32")
+
+
+def test_a_model_in_a_subfolder_is_known_by_what_is_there(model_folder, tmp_path):
+    for name in ("first", "second"):
+        shutil.copytree(model_folder("llama"), tmp_path / name)
+    spoil = rewritten(lambda weights: {**weights, "lm_head.weight": weights["lm_head.weight"].neg()})
+    spoil(tmp_path / "second")
+    of = [AblatedLM(str(tmp_path), subfolder=name, device="cpu", dtype="float32") for name in ("first", "second")]
+    assert [lm.identity["model"] for lm in of] == [identity(str(tmp_path / name)) for name in ("first", "second")]
+    assert of[0].identity != of[1].identity
+
+
+def test_an_adapter_of_another_rank_is_refused(model_folder, tmp_path):
+    folder = adapter(model_folder("llama"), tmp_path / "adapter", 0)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "r": 8}))
+    with pytest.raises(UserError, match=r"adapter: .* size mismatch for .*lora_A.*\[4, 32\].*\[8, 32\]") as caught:
+        AblatedLM(str(model_folder("llama")), peft=str(folder), device="cpu", dtype="float32")
+    assert "\n" not in str(caught.value)
 
 
 def test_tokens_beyond_the_embedding_and_a_tokenizer_that_is_not_its_file(model_folder, tmp_path):

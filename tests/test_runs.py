@@ -257,9 +257,12 @@ HELP = """import sys; sys.argv[1:] = ['--help']; import runs
 runs.help_before_imports(runs.parser('long ' * 9999), __name__)"""
 
 
-@pytest.mark.parametrize("shell", ["| head -1", "2>&1 | head -1", ">&-", ">&- 2>&-"])
+FULL = [">/dev/full", "&>/dev/full"] * Path("/dev/full").exists()  # a disk without room, where there is one
+
+
+@pytest.mark.parametrize("shell", ["| head -1", "2>&1 | head -1", ">&-", ">&- 2>&-", *FULL])
 def test_a_closed_pipe_loses_no_record(tmp_path, shell):
-    """The reader is gone before the run has said all, or there is none."""
+    """The reader is gone before the run has said all, or there is none, or a log has no room."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TALK": TALK, "HELP": HELP, "PYTHON": sys.executable}
     done = subprocess.run(["bash", "-o", "pipefail", "-c", f'"$PYTHON" -c "$TALK" {shell}'], cwd=tmp_path, text=True,
                           env=environment, capture_output=True, timeout=60)  # fmt: skip
@@ -319,6 +322,11 @@ def test_the_name_of_a_run_without_some_flags(tmp_path, monkeypatch):
     p = parser("", without=("--model", "--layer", "--n-features", "--clamp", "--dtype"))
     run = Run("robust.py", settings(p, {}), model="tiny", dtype="bfloat16")
     assert run.path == Path(f"results/robust_tiny_{run.key[:6]}.json") and run.dtype == "bfloat16"
+    p = parser("")
+    p.add_argument("--method")
+    p.add_argument("--all", action="store_true")
+    assert Run("s.py", settings(p, {"method": "dsg"})).path.name.startswith("s_dsg_tiny_L7_n50_")
+    assert Run("s.py", settings(p, {"method": "dsg", "all": True})).path.name.startswith("s_tiny_L7_n50_")
     p = parser("")
     p.add_argument("--layer", nargs="+", type=runs.natural_int)
     assert "_L3-5_n50_" in Run("s.py", settings(p, {"layer": [3, 5]})).path.name
@@ -461,7 +469,7 @@ def test_a_full_disk_after_scoring_prints_the_record(tmp_path, capsys, monkeypat
             "an earlier pareto.py wrote it .form 2, now 3.; run its command again",
         ),
         ("[1]", "is no record"),
-        ("{}", "is no record: 'script'"),
+        ("{}", "is no record: has no 'script'"),
         ("no JSON", "is no record"),
         ("[" * 99999, "is no record: maximum recursion depth"),
         (None, "is no record: .*No such file"),
@@ -545,5 +553,5 @@ def test_a_model_that_is_not_the_loaded_one_is_refused(gemma_sae, model_folder, 
     assert gemma_sae.loaded_for == (folder, "torch.float32")
     run_of(tmp_path, saes=[gemma_sae], model=folder, layer=1)
     for change, said in (({"model": "gpt2"}, "gpt2 in float32"), ({"dtype": "bfloat16"}, f"{folder} in bfloat16")):
-        with pytest.raises(UserError, match=f"settings say {said}, and {folder} in torch.float32 is loaded"):
+        with pytest.raises(UserError, match=f"settings say {said}, loaded is {folder} in torch.float32: load again"):
             run_of(tmp_path, saes=[gemma_sae], layer=1, **{"model": folder, **change})

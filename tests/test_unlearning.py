@@ -506,6 +506,10 @@ def test_of_a_question_only_the_answer_is_a_target_or_all_of_it():
     ids, start = unlearning.answer_window(tokenizer, text, "This one")
     assert len(ids) == QUESTION_TOKENS and ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(ids[start:]) == " This one" and tokenizer.decode(ids[:start]).endswith("Which?")
+    other = deepcopy(tokenizer)  # which puts another token in front than its BOS
+    other.bos_token = None
+    cut, start = unlearning.answer_window(other, text, "This one")
+    assert cut == ids and other.decode(cut[start:]) == " This one"
 
 
 def test_a_forget_corpus_counts_whole(tmp_path):
