@@ -326,8 +326,8 @@ def test_a_method_from_outside_is_examined_and_a_stopped_run_goes_on(monkeypatch
             raise KeyboardInterrupt
         return robustness.in_stage(exam.ask(subject, subject.load()), "4 bits")
 
-    labels, dodged = [], robustness.show.dodged
-    monkeypatch.setattr(robustness.show, "dodged", lambda *of, **more: labels.append(of[3]) or dodged(*of, **more))
+    labels, shaded = [], robustness.show.shaded
+    monkeypatch.setattr(robustness.show, "shaded", lambda *of: labels.append(of[3]) or shaded(*of))
     monkeypatch.setattr(robustness.Exam, "rounded", rounded)
     with pytest.raises(KeyboardInterrupt, match="4 finished parts are kept"):
         robustness.run(records=[path], out=out)
@@ -335,7 +335,8 @@ def test_a_method_from_outside_is_examined_and_a_stopped_run_goes_on(monkeypatch
     monkeypatch.setattr(robustness.Exam, "as_it_is", None)  # kept
     record = robustness.run(records=[path], out=out)
     assert list(record["rows"]) == ["unablated", "mine"] and record["model"] == "tiny"
-    assert labels == ["share forgotten: 0 like the unablated model, 1 like chance"]  # no retrained model is there
+    (label,) = labels
+    assert label.endswith("share forgotten, %: 0 like the unablated model, 100 like chance")  # no retrained model there
     assert record["rows"]["mine"]["settings"] == {"strength": 0.5, "layers": [3]}
     assert set(record["survives"]) == {"mine"} and "retain text" not in record["survives"]["mine"]
     assert {name.split("/", 1)[1] for name in record["measures"] if name.startswith("wmdp_bio")} >= {

@@ -144,19 +144,18 @@ def test_a_record_says_what_was_scored(monkeypatch, tmp_path):
     found = record(monkeypatch, "feature_ablate_2.py", tmp_path / "r.json", "--limit", 30)
     assert {name: row["method"] for name, row in found["rows"].items()} == {
         "unablated": "none",
-        "SAE patched, nothing ablated": "sae-patched",
-        "SAE reconstruction, no error term": "sae-reconstruction",
         "zero ablation": "zero-ablation",
         "clamp -40": "clamp",
         "random features, clamp -40": "random-features",
+        "random features 2, clamp -40": "random-features",
+        "random features 3, clamp -40": "random-features",
+        "random features 4, clamp -40": "random-features",
     }
     questions = [json.loads(line) for line in (ROOT / "tiny/data/wmdp_bio.jsonl").open()]
     for row in found["rows"].values():
         answers = ["ABCD"[questions[i]["answer"]] for i in found["data"]["wmdp_bio"]["asked"]]
         right = sum(a == b for a, b in zip(row["answers"]["wmdp_bio/letters"], answers, strict=True))
         assert row["scores"]["wmdp_bio/letters"]["mean"] == pytest.approx(right / 30)
-    unablated, patched, *_ = found["rows"].values()
-    assert unablated["answers"] == patched["answers"]
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".png"}
 
 
@@ -165,7 +164,7 @@ def test_the_retrained_model_has_a_row(script, twin, tmp_path, capsys):
     assert hub.preset("tiny").retrained == "tiny-retrained" and hub.preset("gpt2").retrained is None
     found = lesson(script, limit=8, n_features=3, layer=3, seed=1, out=tmp_path / "r.json")["record"]
     last = found["rows"][show.RETRAINED]
-    assert last["method"] == "retrained" and list(found["rows"])[-1] == show.RETRAINED and len(found["rows"]) == 7
+    assert last["method"] == "retrained" and list(found["rows"])[-1] == show.RETRAINED
     assert f"\n  {show.RETRAINED}" in capsys.readouterr().out
     for name, score in last["scores"].items():
         kind = name.split("/")
@@ -199,7 +198,7 @@ def test_a_topic_of_ones_own_is_called_so_and_has_no_retrained_model(script, twi
     left = lesson(script, limit=6, n_features=3, layer=3, data=where, out=tmp_path / "r.json")
     found, said = left["record"], "".join(capsys.readouterr())
     titles = {measure["title"].rpartition(", ")[0] for measure in found["measures"].values()}
-    assert len(found["rows"]) == 6 and show.RETRAINED not in found["rows"] and show.RETRAINED not in said
+    assert show.RETRAINED not in found["rows"] and show.RETRAINED not in said
     assert "WMDP-Bio" not in said + json.dumps(found["measures"]) and "on astronomy" in said
     assert {about["topic"] for name, about in found["data"].items() if "wmdp" in name} == {"astronomy"}
     assert script == LESSONS[0] or any("astronomy" in title and title in said for title in titles)
