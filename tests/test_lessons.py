@@ -29,6 +29,11 @@ def shown(cell, kind):
     return "".join(out["text"] for out in cell.outputs if out.get("name") == kind)
 
 
+def figures(cell):
+    """A cell's figures: images, and tokens as text."""
+    return [*shown(cell, "image/png"), *shown(cell, "text/html")]
+
+
 def only_names(source: str) -> bool:
     """Flags and imports: the cell that defines names and need show nothing."""
     return "args = parse(" in source
@@ -47,7 +52,7 @@ def test_every_cell_shows_something(script, tmp_path, monkeypatch):
     for cell in cells:
         assert cell.outputs or only_names(cell.source), cell.source
         assert "arning" not in shown(cell, "stderr"), cell.source
-    assert sum(len(shown(cell, "image/png")) for cell in cells) >= 4
+    assert sum(len(figures(cell)) for cell in cells) >= 4
     assert re.search(r"a number \d+", shown(cells[-1], "stdout"))
     assert list((tmp_path / "results").glob("*.json"))
 
@@ -58,7 +63,7 @@ def test_percent_run_leaves_its_names(tmp_path, monkeypatch):
     lines = [f"%run {ROOT}/feature_ablate_2.py --layer 3 --n-features 5 --limit 8", "args.layer, len(features)"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(line) for line in lines])
     first, last = execute(notebook, tmp_path)
-    assert len(shown(first, "image/png")) >= 4 and "record: " in shown(first, "stdout")
+    assert len(figures(first)) >= 4 and "record: " in shown(first, "stdout")
     assert last.outputs[0]["data"]["text/plain"] == "(3, 5)"
 
 
