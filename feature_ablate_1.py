@@ -6,9 +6,9 @@
     python feature_ablate_1.py --model gemma-2-2b-it --layer 7 --n-features 50
 
 A language model hands each token from layer to layer as one vector, the residual stream. A sparse
-autoencoder (SAE) writes that vector as a sum of a few out of thousands of fixed directions, its
-features. We look at some, find those of biology, write the hook that removes them, and see what
-other subjects lose.
+autoencoder (SAE) writes that vector, up to an error, as a sum of a few out of thousands of fixed
+directions, its features. Each is multiplied by a number, its activation. We look at some features,
+find those of biology, write the hook that removes them, and see what other subjects lose.
 """
 
 # %% [markdown]
@@ -32,9 +32,10 @@ from common import patched, random_features, reconstruction
 
 # %% [markdown]
 # ## The model speaks
-# WMDP-Bio is the forget set: what a model should not know any more. The embedded model has a harmless stand-in,
-# textbook microbiology. MMLU, quizzes on other subjects, should stay as it is. One half of each quiz is kept apart
-# ("held out"): nothing is chosen on it, and all is reported on it.
+# WMDP-Bio is the forget set: questions that a model should no longer be able to answer. MMLU, questions on other
+# subjects, should stay as it is. The model in this folder, `tiny`, has harmless stand-ins; that of WMDP-Bio is
+# textbook microbiology. Each quiz has two halves: features are picked on a tuning half, scores come from a held-out
+# half.
 
 # %%
 model = load_model(args.model, args.device, args.dtype, args.device_map, args.edit_special)
@@ -65,7 +66,7 @@ for row in (question, other):
     print(row["question"], say(row))
 
 # %% [markdown]
-# In a quiz it answers with one token, the letter of an option:
+# With options it answers in one token, the letter:
 
 # %%
 print(data.prompt(question, style=args.prompt))
@@ -83,16 +84,16 @@ print("  ".join(f"{letter} {p:.2f}" for letter, p in zip("ABCD", probabilities(q
 
 # %% [markdown]
 # ## One token, and its features
-# Behind the SAE's layer each token is a vector `h`. The SAE's `encode` says how active each feature is on it: most
-# are at 0. Its `decode` adds up activation times direction again. Look at the token before the question mark. A
-# feature "promotes" the tokens that its direction makes likelier as the next one.
+# The SAE belongs to one layer, after which each token is a vector `h`. Its `encode` gives every feature's activation
+# on the token. Most are 0; above 0 a feature is active, it "fires". `decode` adds up activation times direction. Look
+# at the token before the question mark. A feature "promotes" the tokens that its direction makes likelier next.
 
 # %%
 sae = load_sae(args.sae, args.layer, model, args.model)
 ids, _ = data.encode_question(model, question, args.prompt)
 tokens = [model.tokenizer.decode(token) for token in ids[0]]
 h = model.run_with_cache(ids, names_filter=sae.hook_point)[1][sae.hook_point].float()
-a = sae.encode(h)  # h is (1, pos, d_model), a is (1, pos, d_sae)
+a = sae.encode(h)  # h is (1, pos, d_model), a is (1, pos, d_sae), a number per feature
 at = next((place for place, token in enumerate(tokens) if "?" in token), len(tokens)) - 1
 active, five = a[0, at] > 0, a[0, at].topk(5).indices.tolist()
 print(f"token {tokens[at]!r}: {active.sum()} of {len(active)} features are active; five strongest:")
@@ -100,8 +101,9 @@ for feature, promoted in zip(five, show.promoted_tokens(model, sae, five)):
     print(f"  {feature:5}, activation {a[0, at, feature]:4.1f}, promotes {promoted}")
 
 # %% [markdown]
-# How many features are active on a token, on average? This number is the SAE's L0. And how much of what sets one
-# token apart from another do they explain?
+# Few of these lists have one clear meaning. How many features are active on a token, on average? This number is the
+# SAE's L0. And which share of the variance of `h` between tokens do they explain? The first token, BOS (beginning of
+# sequence), is left out.
 
 # %%
 l0 = (a[0, 1:] > 0).sum(-1).float().mean()
@@ -109,14 +111,16 @@ missed = (h - sae.decode(a))[0, 1:].pow(2).sum() / (h - h[0, 1:].mean(0))[0, 1:]
 print(f"on this question: L0 {l0:.0f}, variance explained {1 - missed:.2f}")
 
 # %% [markdown]
-# **36** features explain **97**%. (The check below says **48** and **94**%: it is made on Wikitext, which is less
-# uniform than a question.) <!-- l0, 100 * (1 - missed), stats.quality["l0"], 100 *
+# On this question **36** features a token explain **97**% of the variance. The next cell measures both on Wikitext:
+# **48**, where the SAE promises 40, and **94**%. <!-- l0, 100 * (1 - missed), stats.quality["l0"], 100 *
 # stats.quality["variance_explained"] -->
 # ## Which features are about biology?
-# For each, take the share of tokens on which it fires (a) in the tuning half of WMDP-Bio, (b) in Wikitext, (c) in
-# quizzes on other subjects. Rank by a / max(b, c), with one token added to each count:
+# A feature's firing rate is the share of tokens on which it fires. The forget rate is that on WMDP-Bio's tuning half,
+# the retain rate that on Wikitext or on quizzes on other subjects, whichever is larger. Rank by their ratio:
 #
 #     ratio = ((fires on forget + 1) / (tokens + 1)) / ((fires on retain + 1) / (tokens + 1))
+#
+# The + 1 keeps a feature that fires once or twice, by chance, from ranking first.
 
 # %%
 texts = data.picking_texts(wmdp.tuning, corpus, wikitext, mmlu_dev, args.pick_text)
@@ -130,8 +134,8 @@ forget, retain = stats.rates
 features = stats.features(args.n_features)
 
 # %% [markdown]
-# Each dot is a feature. The picked ones lie far above the dotted line: they fire on biology, and hardly anywhere
-# else. Guess: what will the first one be, the name of a microbe?
+# In the figure each dot is a feature, and on the dotted line both rates are equal. The picked ones, in red, lie far
+# above it: they fire on biology, and hardly on the retain text. Guess: what will the first one be, a microbe's name?
 
 # %%
 show.print_features(stats, features, most=8)
@@ -139,23 +143,24 @@ title = f"{run.name}, layer {args.layer}, {args.n_features} features"
 figures = {"features": show.scatter(features, forget, retain, title)}
 
 # %% [markdown]
-# Here are the texts on which it is most active, and the same for the second one and for the one that fires most
-# often, the diamond on the right.
+# No: it fires most on the token "C". Pieces of names, "illus" and "acterium", come later. Here are the texts on which
+# it is most active; then those of the second feature, and of the one that fires most often, the diamond on the right.
 
 # %%
 frequent = max(features, key=lambda feature: forget.rate[feature])
 figures |= show.contexts_figures(model, sae, [*features[:2], frequent], stats.forget)
 
 # %% [markdown]
-# Feature 624 is the letter C before an option, in quizzes on biology only. A high ratio tells what is particular to
-# the forget set, and that may be its form. 1902 is the word "disease", and promotes it and "vaccine". 449 fires on
-# **5.8**% of the forget tokens, on small words and dots, but most in one kind of question: what job a part of a
-# microbe does. Lesson 2 finds out what it is good for. <!-- 100 * forget.rate[frequent] -->
+# Feature 624 fires on the letter C before an option, in quizzes on biology only. So a high ratio can come from the
+# form of the forget set, not from its content. 1902 fires most on "disease", and promotes it and "vaccine". 449 fires
+# on **5.8**% of the forget tokens, on small words, letters and dots, and most strongly in one kind of question: what
+# job a part of a microbe does. Lesson 2 shows what clamping it does. <!-- 100 * forget.rate[frequent] -->
 # ## The hook
-# To ablate is to replace activations and leave all else: `h` gets only the difference that this makes. So what the
-# SAE cannot explain stays, and so do special tokens such as BOS. Clamp 0 takes features away (zero ablation); a
-# negative one pushes the other way (Farrell et al., arXiv 2410.19278). SAEs that rescale `h` take two lines more
-# (`edits.py`).
+# A hook is a function that the model calls with `h` after the SAE's layer; what it returns takes the place of `h`. To
+# ablate features is to give them a new activation, the clamp, where they are active. Our hook adds only the change,
+# (new - old activation) times direction. So the part of `h` that the SAE cannot explain stays. Special tokens such as
+# BOS are not edited. A clamp of 0 removes features (zero ablation); a negative one pushes `h` against them (Farrell
+# et al., arXiv 2410.19278). SAEs that rescale `h` take two lines more (`edits.py`).
 
 # %%
 special = torch.tensor(model.tokenizer.all_special_ids, device=ids.device)
@@ -172,8 +177,8 @@ def edit(h, hook=None, clamp=0.0):
 print(f"zeroing changes {(edit(h) != h).any(-1).sum()} of {h.shape[1]} tokens")
 
 # %% [markdown]
-# Guess first: with the features gone from every token, which letter comes, and how surely? And pushed below zero?
-# `common.ablate` is that hook, for any SAE; it encodes the picked features alone.
+# Guess first: with the features zeroed, which letter comes, and how surely? And clamped to -40? That default was
+# chosen on the tuning half. `common.ablate` is the same hook for any SAE; it encodes the picked features alone.
 
 # %%
 tried, clamp = {"unablated": probabilities(question)}, run.settings["clamp"]
@@ -187,13 +192,14 @@ for value, name in ((0.0, "zero ablation"), (clamp, "clamp")):
 figures["letters"] = show.letter_figure(tried, right, f"layer {args.layer}, one question")
 
 # %% [markdown]
-# Zeroed, they leave the right letter at **1.00**; pushed below zero, at **0.78**. In words the answer is gone: what
-# comes now is no microbe at all. The moon still has its planet. <!-- tried["zero ablation"][right],
-# tried["clamp"][right] -->
+# Zeroed, the features leave the right letter at **1.00**; clamped, at **0.78**. In words the clamped model no longer
+# names a microbe. The moon still has its planet. <!-- tried["zero ablation"][right], tried["clamp"][right] -->
 # ## MMLU: what else is harmed?
-# Now every question of MMLU's held-out half. Controls: "patched" changes nothing and must equal the unablated model;
-# "reconstruction" shows what the SAE's own error costs; random features, drawn several times among those that fire as
-# often on ordinary text, show what any would cost. The last row is the same model, trained again without the facts.
+# Now all held-out questions of MMLU, with controls. "Patched" runs the hook with no change, and must equal the
+# unablated model. "Reconstruction" puts `decode(encode(h))` in the place of `h`: the cost of the SAE's error. Random
+# features, drawn several times among those that fire as often on retain text, show what any would cost. "Retrained"
+# is the same model, trained again without WMDP-Bio's facts. Brackets are 95% intervals; the second number is the
+# change from the first row, with McNemar's p. P(a letter) is the probability of all four letters together.
 
 # %%
 clamped = f"clamp {clamp:g}"
@@ -215,8 +221,8 @@ show.table([letters, *sure])
 figures["accuracy"] = show.intervals([letters], title)
 
 # %% [markdown]
-# Of **98.8**% the clamp takes **2.4** points. Most draws of random features take less. Guess by subject: are the
-# neighbours of microbiology, zoology and human anatomy, hit first? <!-- 100 * letters["unablated"].mean, -100 *
+# Of **98.8**% the clamp takes **2.4** points. Most draws of random features take less. Guess by subject: do zoology
+# and human anatomy, the neighbours of microbiology, lose most? <!-- 100 * letters["unablated"].mean, -100 *
 # letters[clamped].change -->
 
 # %%
@@ -224,8 +230,8 @@ show.group_table(letters)
 figures["subjects"] = show.group_figure(letters, f"{mmlu.title}: {title}")
 
 # %% [markdown]
-# No: world history loses most, **8.9** points, anatomy and zoology an answer each; without a star none of it is
-# certain. The record keeps all of the above, to compare with other runs. <!-- -100 *
+# No: world history loses most, **8.9** points; anatomy and zoology lose one answer each. No change has a star, so all
+# of them may be chance. The record, a file, keeps all of the above, to compare with other runs. <!-- -100 *
 # letters.by_group()["world_history"][clamped].change -->
 
 # %%
@@ -246,14 +252,14 @@ record = run.write(rows, [letters, *sure], figures, quality=stats.quality)
 #     print(f"the first {n}: right letter {some[n]:.2f}")
 # ```
 #
-# The first 20 leave **0.12**, all 50 leave **0.78**: more features do less harm here. Pushes add up in one vector,
-# and some cancel others; effects of single features do not add up.
+# The first 20 leave **0.12**, all 50 leave **0.78**: here 30 more features undo harm. All pushes act on one residual
+# stream, where they can offset each other. So the effects of single features do not simply add up.
 #
 # </details>
 # <!-- some[20], some[50] -->
 
 # %% [markdown]
-# **Exercise 2.** Ask a question of your own on another subject, unablated and clamped.
+# **Exercise 2.** Ask a question of your own on another subject, unablated and clamped. `question` shows its form.
 #
 # <details><summary>Answer</summary>
 #
@@ -266,11 +272,11 @@ record = run.write(rows, [letters, *sure], figures, quality=stats.quality)
 # print(f"heart: {before[1]:.2f} unablated, {after[1]:.2f} clamped")
 # ```
 #
-# From **1.00** to **1.00**. Try one on microbes, too.
+# From **1.00** to **1.00**: the clamp does not touch it. Try one on microbes, too.
 #
 # </details>
 # <!-- before[1], after[1] -->
 
 # %% [markdown]
-# What next: `args.layer = 9`, where the clamp leaves MMLU at **96.7**%; fewer features; lesson 2. <!-- --layer 9: 100
-# * letters[clamped].mean -->
+# What next? Try `args.layer = 9`, where the clamp leaves MMLU at **96.7**%, or fewer features. Then read lesson 2.
+# <!-- --layer 9: 100 * letters[clamped].mean -->

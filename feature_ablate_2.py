@@ -6,10 +6,10 @@
     python feature_ablate_2.py --layer 9 --n-features 20 --clamp -80
     python feature_ablate_2.py --model gemma-2-2b-it --layer 7 --n-features 50
 
-Features of a sparse autoencoder (SAE; lesson 1 shows what they are) that fire on WMDP-Bio and not on
-ordinary text are ablated, and the other half of WMDP-Bio is asked, with MMLU beside it. Then the same
-facts are asked for in words: has the model lost them, or only the letters A to D? Last: which of the
-features do it?
+We pick features of a sparse autoencoder (SAE; lesson 1 shows what they are) that fire on one half
+of WMDP-Bio, the forget set, and not on ordinary text. We ablate them, and ask the other half, and
+MMLU. Then we ask for the same facts in words: has the model lost them, or only the letters A to D?
+Last: which of the features do it?
 """
 
 # %% [markdown]
@@ -30,8 +30,8 @@ from common import NONE, ablate, ablation, load_model, load_retrained, load_sae,
 
 # %% [markdown]
 # ## A model, an SAE, two quizzes
-# Each quiz has two halves. Features are picked on one of WMDP-Bio's, and scores are those of the other halves, which
-# are "held out". The embedded model's WMDP-Bio is a harmless stand-in on microbiology.
+# Each quiz has two halves. Features are picked on the tuning half of WMDP-Bio. Scores come from the held-out halves.
+# The model in this folder, `tiny`, has a harmless stand-in for WMDP-Bio, on microbiology.
 
 # %%
 model = load_model(args.model, args.device, args.dtype, args.device_map, args.edit_special)
@@ -51,8 +51,8 @@ print(f"{bio.title}: {len(bio)} questions held out; {other.title}: {len(other)}"
 
 # %% [markdown]
 # ## Pick
-# By the ratio of how often a feature fires on the tuning half of WMDP-Bio to how often it does on Wikitext and on
-# MMLU's development questions (lesson 1 counts it out).
+# Features are ranked by a ratio of firing rates: that on the tuning half of WMDP-Bio, over that on Wikitext or on
+# MMLU's development questions, whichever is larger (lesson 1 has the formula).
 
 # %%
 texts = data.picking_texts(wmdp.tuning, corpus, wikitext, mmlu_dev, args.pick_text)
@@ -71,9 +71,9 @@ figures = {"features": show.scatter(features, *stats.rates, title)}
 
 # %% [markdown]
 # ## The model speaks
-# A question of each quiz, answered in words: by the model as it is, with the features set to zero where they are
-# active (zero ablation), and with a negative value in place of zero (a clamp). Guess first: which of the six answers
-# will be wrong?
+# The model answers a question of each quiz in words, three times: unablated; with the picked features set to zero
+# where they are active (zero ablation); and with them set to a negative value there (clamp). Guess first: which of
+# the six answers will be wrong?
 
 # %%
 clamp = run.settings["clamp"]
@@ -88,15 +88,16 @@ for row in (question, other.rows[0]):
         print(f"    {name:10}", said[len(asked) :].split("\n")[0])
 
 # %% [markdown]
-# Zeroed, it says what it always says. Clamped, it says a metal in place of a microbe, and to other questions "which
-# which which": that is broken, not only forgetful. The moon keeps its planet. On how many tokens of the question is
-# any of the features active? And how far does each push a token's vector?
+# Zeroed, it answers as before. Clamped, it names a metal in place of a microbe. (Lesson 1's question got "which which
+# which": that is broken, not only forgetful.) The moon keeps its planet. On how many tokens of the question, BOS left
+# out, is a picked feature active? And how far do zero ablation and clamp move the vectors of these tokens?
 
 # %%
 ids, _ = data.encode_question(model, question, args.prompt)
 h = model.run_with_cache(ids, names_filter=sae.hook_point)[1][sae.hook_point].float()
 a = sae.encode(h)[0, :, features]  # h is (1, pos, d_model), a is (pos, n)
-print(f"active on {(a[1:] > 0).any(-1).sum()} of {len(a) - 1} tokens")
+fires = (a[1:] > 0).any(-1)
+print(f"a picked feature is active on {fires.sum()} of {len(fires)} tokens")
 picture = "all picked features", "activation"
 figures["question"] = show.token_figure(model, ids.tolist(), [a.sum(-1)], *picture)
 
@@ -104,15 +105,16 @@ figures["question"] = show.token_figure(model, ids.tolist(), [a.sum(-1)], *pictu
 shares = {}
 for value in (0.0, clamp):
     moved = torch.where(a > 0, value - a, 0) @ sae.W_dec[features]  # (pos, d_model)
-    shares[value] = 100 * (moved.norm(dim=-1) / h[0].norm(dim=-1))[1:].mean()
-    print(f"clamp {value:g} moves a token by {shares[value]:.0f}% of its length on average")
+    shares[value] = 100 * (moved.norm(dim=-1) / h[0].norm(dim=-1))[1:][fires].mean()
+    print(f"clamp {value:g} moves these vectors by {shares[value]:.0f}% of their length on average")
 
 # %% [markdown]
 # ## The quiz
-# A clamp of -40 moves a token's vector by **26**% of its length; zeroing moves it by **2**%. Now count, with a name
-# for each row. The control: random features, drawn several times among those that fire as often on ordinary text, and
-# pushed equally far. And what no real model has: the same model, trained again without the facts. Guess: how many
-# questions will the model still get right with the features at zero? <!-- shares[clamp], shares[0.0] -->
+# On these tokens a clamp of -40 moves the vector by **139**% of its length; zeroing moves it by **9**%. Now ask all
+# held-out questions, with a row of the table for each ablation. The control is random features that fire as often on
+# retain text, drawn several times and clamped to the same value. The last row, which no real model has, is the same
+# model, trained again without the facts. Guess: how many questions will the model still get right with the features
+# at zero? <!-- shares[clamp], shares[0.0] -->
 
 # %%
 clamped = f"clamp {clamp:g}"
@@ -125,9 +127,9 @@ letters, *sure = evaluation.letters(model, bio, rows, **ask)
 show.table([letters], ["unablated", "zero ablation"])
 
 # %% [markdown]
-# Nothing happens: **98.0**% before, **98.0**% after. On real models it is next to nothing (20 features a layer moved
-# gemma-2-2b-it from 63.6 to 62.5%: Farrell et al.'s published notebooks). The features are there when biology is, but
-# the answer does not hang on them. And the clamp? <!-- 100 * letters["unablated"].mean, 100 * letters["zero
+# Nothing happens: **98.0**% before, **98.0**% after. On real models it is next to nothing (20 features at every layer
+# moved gemma-2-2b-it from 63.6 to 62.5%: Farrell et al.'s published notebooks). The features fire on biology, but the
+# answers do not depend on their firing. And the clamp? <!-- 100 * letters["unablated"].mean, 100 * letters["zero
 # ablation"].mean -->
 
 # %%
@@ -140,21 +142,22 @@ if run.dtype != "float32":
 
 # %% [markdown]
 # The clamp takes accuracy from **98.0** to **64.7**%, which is further than random features take it. So it matters
-# which features are clamped. No forgetting is better than that of the retrained model: **22.5**%, which is chance.
+# which features are clamped. The retrained model shows what full forgetting looks like: **22.5**%, which is chance.
 #
 # ## Forgotten, or only silent?
-# A model that has lost the facts gives a wrong letter; one that has lost the form gives none. So look at the
-# probability of all four letters together, **1.00** under the clamp, and ask without options. <!-- 100 *
-# letters["unablated"].mean, 100 * letters[clamped].mean, 100 * letters[show.RETRAINED].mean, sure[0][clamped].mean
-# -->
+# A model that has lost a fact still gives a letter, often a wrong one. A broken model gives none. The clamped model
+# gives one: P(a letter), the probability of all four together, is **1.00**. But it may have lost only the use of the
+# letters. So ask in words, without showing options or letters. The answer is the option whose text is likeliest per
+# character, so chance is 25% again. <!-- 100 * letters["unablated"].mean, 100 * letters[clamped].mean, 100 *
+# letters[show.RETRAINED].mean, sure[0][clamped].mean -->
 
 # %%
 words = evaluation.words(model, bio, rows, batch_size=args.batch_size)
 show.table([words])
 
 # %% [markdown]
-# In words it falls from **97.5** to **56.4**%, again further than under random features. So the model has lost facts,
-# not only the quiz's form; about half of them remain. MMLU, the quiz on all else, should stay as it is. <!-- 100 *
+# In words it falls from **97.5** to **56.4**%, again further than under random features. So more is lost than the use
+# of letters. The last section asks whether that is facts. First MMLU, which should stay as it is. <!-- 100 *
 # words["unablated"].mean, 100 * words[clamped].mean -->
 
 # %%
@@ -163,40 +166,41 @@ show.table([mmlu_letters, *mmlu_sure])
 figures["accuracy"] = show.intervals([letters, words, mmlu_letters], title)
 
 # %% [markdown]
-# Under the clamp it loses **2.4** points; most draws of random features cost less. <!-- -100 *
+# Under the clamp MMLU loses **2.4** points; most draws of random features cost less. <!-- -100 *
 # mmlu_letters[clamped].change -->
 
 # %% [markdown]
 # ## Which of the features do it?
-# Clamp each of them alone, and ask every third question, in letters and in words. Guess: are the same features behind
-# both?
+# Clamp each of them alone, and ask every third question, in letters and in words. Printed, in points: the three
+# largest losses of each kind, then both changes of the first. Guess: are the same features behind both?
 
 # %%
 third = bio.only(range(0, len(bio), 3))
-alone = {f"{feature}": ablation(sae, [feature], clamp) for feature in features}
-alone = {"unablated": NONE} | alone
+alone = {"unablated": NONE} | {f"{one}": ablation(sae, [one], clamp) for one in features}
 in_letters = evaluation.letters(model, third, alone, **ask)[0]
 in_words = evaluation.words(model, third, alone, batch_size=args.batch_size)
 for measure in (in_letters, in_words):
     effects = sorted((100 * measure[name].change, name) for name in alone if name != "unablated")
     print(measure.title, *(f"{name}: {change:+.1f}" for change, name in effects[:3]), sep="   ")
-strongest = int(effects[0][1])
+    strongest = effects[0][1]
+    print(f"    {strongest}: letters {100 * in_letters[strongest].change:+.1f}", end=", ")
+    print(f"words {100 * in_words[strongest].change:+.1f}")
 
 # %% [markdown]
-# One feature takes **17.6** points in letters and nothing in words: 624, the letter C before an option (lesson 1). It
-# is the form that is lost there, no fact. Another takes **23.5** points in words and nothing in letters: 449, which
-# is most active in questions on the parts of a microbe (lesson 1). Where is it active when a question is asked in
-# words? <!-- -100 * in_letters["624"].change, -100 * in_words["449"].change -->
+# Feature 624 takes **17.6** points in letters and nothing in words. It fires on the letter C before an option (lesson
+# 1), so it is the use of letters that suffers, no fact. Feature 449 takes **23.5** points in words and nothing in
+# letters. It is most active in questions on the parts of a microbe (lesson 1). Where is it active when a question is
+# asked in words? <!-- -100 * in_letters["624"].change, -100 * in_words["449"].change -->
 
 # %%
 asked = [data.IN_WORDS.format(row["question"].strip()) for row in third.rows]
 asked = [data.encode(model.tokenizer, text) for text in asked]
-figures |= show.contexts_figures(model, sae, [strongest], asked, n=6)
+figures |= show.contexts_figures(model, sae, [int(strongest)], asked, n=6)
 
 # %% [markdown]
-# On the colon at the end, each time. There the model is about to answer, and a push of the vector changes what it
-# says next. In the quiz this feature is hardly ever active on the last token. So these words are lost where they are
-# spoken, and that says little about where the facts are kept.
+# On small words, and in all six on the colon at the end. There the model is about to answer, and a push of the vector
+# changes what it says next. In the quiz, too, 449 fires on small words, but not on the last token (lesson 1's texts),
+# and there it costs no answer. So it seems to act where the answer is spoken, which is little evidence of lost facts.
 
 # %%
 measures = [letters, *sure, words, mmlu_letters, *mmlu_sure]
@@ -204,7 +208,7 @@ record = run.write(rows, measures, figures, quality=stats.quality, rounding=roun
 
 # %% [markdown]
 # ## Two exercises
-# **Exercise 1.** Leave the two features out. How much of the damage remains, in letters and in words?
+# **Exercise 1.** Leave 624 and 449 out and clamp the others. How much of the damage remains, in letters and in words?
 #
 # <details><summary>Answer</summary>
 #
@@ -215,13 +219,14 @@ record = run.write(rows, measures, figures, quality=stats.quality, rounding=roun
 # show.table(rest)
 # ```
 #
-# **22.5** of 33 points in letters and **28.9** of 41 in words: single effects do not add up to the whole.
+# **22.5** of 33 points remain in letters, **28.9** of 41 in words. If single effects added up, it would be about 16
+# and 18.
 #
 # </details>
 # <!-- -100 * rest[0]["without the two"].change, -100 * rest[1]["without the two"].change -->
 
 # %% [markdown]
-# **Exercise 2.** Clamp features of two layers at once.
+# **Exercise 2.** Clamp 20 features of layer 3 and 20 of layer 7, alone and at once (`edits.together`).
 #
 # <details><summary>Answer</summary>
 #
@@ -237,7 +242,7 @@ record = run.write(rows, measures, figures, quality=stats.quality, rounding=roun
 # ```
 #
 # In letters layer 3 alone leaves **89.2**%, layer 7 **72.1**%, both **65.2**%; in words **85.3**, **83.3** and
-# **77.5**%.
+# **77.5**%. Two layers take more than either alone.
 #
 # </details>
 # <!-- 100 * both[0]["layer 3"].mean, 100 * both[0]["layer 7"].mean, 100 * both[0]["both"].mean, 100 * both[1]["layer
@@ -245,9 +250,10 @@ record = run.write(rows, measures, figures, quality=stats.quality, rounding=roun
 
 # %% [markdown]
 # What next? `args.layer, args.n_features, args.clamp = 9, 20, -80.0`: **57.8**% in letters, but **85.8**% in words,
-# so there it is the quiz that suffers. <!-- --layer 9 --n-features 20 --clamp -80: 100 * letters[clamped].mean, 100 *
-# words[clamped].mean -->
+# so there it is mostly the letters that suffer. <!-- --layer 9 --n-features 20 --clamp -80: 100 *
+# letters[clamped].mean, 100 * words[clamped].mean -->
 
 # %% [markdown]
-# Another rule, `args.pick = "dsg"`: **51.0**% in letters and **51.0**% in words, but MMLU falls to **92.3**%. <!--
-# --pick dsg: 100 * letters[clamped].mean, 100 * words[clamped].mean, 100 * mmlu_letters[clamped].mean -->
+# Another rule to pick features, `args.pick = "dsg"` (Muhamed et al., arXiv 2504.08192): **51.0**% in letters and
+# **51.0**% in words, but MMLU falls to **92.3**%. <!-- --pick dsg: 100 * letters[clamped].mean, 100 *
+# words[clamped].mean, 100 * mmlu_letters[clamped].mean -->

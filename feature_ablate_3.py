@@ -6,11 +6,11 @@
     python feature_ablate_3.py --layer 9 --n-features 20 --clamp -80
     python feature_ablate_3.py --model gpt2 --layer 7 --n-features 50
 
-Quizzes are a narrow view of a model. What it does all day is to predict the next token, so the price of
-an ablation is how much worse it predicts text that has nothing to do with what was to be forgotten: the
-loss added on OpenWebText, in nats per token. We add it up, look at the passage that suffers most, token
-by token, and then ask which features it comes from. What a feature of a sparse autoencoder (SAE) is,
-lesson 1 shows.
+Quizzes are a narrow view of a model. What it does all day is to predict the next token. So the price
+of an ablation is the loss that it adds on text that has nothing to do with the forget set. The text
+is OpenWebText, the unit is nats (natural logarithm) per token. We measure this loss, look at the
+passage that suffers most, token by token, and then ask which features it comes from. Lesson 1 shows
+what a feature of a sparse autoencoder (SAE) is.
 """
 
 # %% [markdown]
@@ -32,7 +32,8 @@ from common import patched, random_features, reconstruction
 
 # %% [markdown]
 # ## A model, an SAE, and features
-# Picked on one half of WMDP-Bio against ordinary text (lesson 1 counts it out).
+# The features are picked as in lesson 1, on the tuning half of WMDP-Bio. `tiny`, the model in this folder, has a
+# harmless stand-in for WMDP-Bio, and Sherlock Holmes stories for OpenWebText.
 
 # %%
 model = load_model(args.model, args.device, args.dtype, args.device_map, args.edit_special)
@@ -60,7 +61,7 @@ figures = {"features": show.scatter(features, *stats.rates, title)}
 
 # %% [markdown]
 # ## The model speaks
-# It continues the beginning of a document, and that of a question on biology: first as it is, then with the features
+# It continues the beginning of a document, and that of a question on biology: first unablated, then with the features
 # clamped. Guess: which of the two will go on as before?
 
 # %%
@@ -74,9 +75,9 @@ for text in (web.rows[min(1, len(web) - 1)]["text"], bio.rows[0]["question"]):
 
 # %% [markdown]
 # ## The loss, in all
-# Every document is cut into windows of 128 tokens, and each window is read once, for all rows of the table. The loss
-# is -log of the probability of the token that really comes next. Guess: these features fire on biology and hardly on
-# Wikitext. What will clamping them cost on detective stories?
+# The first documents, 20,000 tokens of them, are cut into windows of 128 tokens. The loss of a token is -log of the
+# probability that the model gives to it, from the tokens before it. The rows are those of lesson 1. Guess: these
+# features fire on biology and hardly on Wikitext. What will clamping them cost on detective stories?
 
 # %%
 clamped = f"clamp {clamp:g}"
@@ -97,10 +98,9 @@ loss = evaluation.loss(model, web, rows, batch_size=args.batch_size, limit=args.
 show.table([loss])
 
 # %% [markdown]
-# Little: **+0.015** nats per token. The right next token is exp(-0.015) = 98.5% as likely as before, on (geometric)
-# average; the model is as unsure as if it chose among 1.5% more tokens. Most draws of random features cost more. Now
-# the subject itself, the questions with their answers as prose: here a high loss is what was wanted. <!--
-# loss[clamped].change -->
+# Little: **+0.015** nats per token. The right next token is exp(-0.015) = 98.5% as likely as before, as a geometric
+# mean. Most draws of random features cost more. Now the subject itself: WMDP-Bio's held-out questions with their
+# answers, as prose. Here a high loss is what was wanted. <!-- loss[clamped].change -->
 
 # %%
 prose = [{"text": data.as_prose(row)} for row in bio.rows]
@@ -111,11 +111,11 @@ show.table([subject])
 figures["loss"] = show.intervals([loss, subject], title)
 
 # %% [markdown]
-# **+0.79**: the right token is less than half as likely. A model that was never trained on these facts has **+5.14**,
-# where it is 170 times less likely: the clamp is far from that. <!-- subject[clamped].change,
+# **+0.79**: the right token is less than half as likely as before. The model retrained without the facts has
+# **+5.14**: 170 times less likely. The clamp is far from that. <!-- subject[clamped].change,
 # subject[show.RETRAINED].change -->
 # ## By document
-# Is it all of them, or a few?
+# Back to ordinary text. Do all documents lose, or only a few?
 
 # %%
 pair = {"unablated": NONE, clamped: rows[clamped]}
@@ -126,7 +126,8 @@ figures["documents"] = show.documents_figure(added, windows, documents, f"{web.t
 
 # %% [markdown]
 # ## Token by token
-# The window that suffers most. Guess: where in it? On the words of biology that it happens to have?
+# Most documents lose a little. Now look at the window that loses most. Guess: on which tokens? On words of biology
+# that it happens to have?
 
 # %%
 worst = torch.tensor([windows[added.argmax()]], device=model.cfg.device)
@@ -144,19 +145,22 @@ with ablate(model, sae, features, clamp):
 figures["tokens"] = show.token_figure(model, worst.tolist(), [rise], "loss added", "nats")
 
 # %% [markdown]
-# What was clamped there? The same window, by how strongly the picked features are active.
+# What was clamped there? The same window, by how strongly the picked features are active (BOS is left out):
 
 # %%
 h = model.run_with_cache(worst, names_filter=sae.hook_point)[1][sae.hook_point].float()
 a = sae.encode(h)[0, :, features]  # h is (1, pos, d_model), a is (pos, n)
+print(f"a picked feature is active on {(a[1:] > 0).any(-1).sum()} of {len(a) - 1} tokens")
 picture = "all picked features", "activation"
 figures["active"] = show.token_figure(model, worst.tolist(), [a.sum(-1)], *picture)
 
 # %% [markdown]
-# The loss rises on the token after one where a feature fires, and then on all that follow a little, by attention. No
-# biology in sight: what is rare on Wikitext fires on other text, too.
+# A token's vector serves to predict the next token. So where a feature fires, the loss rises on the token after it.
+# Later tokens change a little, up or down, because they attend to the changed one. The activations are only about 1,
+# but the clamp sets them to -40 all the same. No biology in sight: a feature that is rare on Wikitext can fire on
+# other text, too.
 # ## Which features does it come from?
-# Clamp each alone. Guess: is it all of them a little, or a few?
+# Clamp each feature alone, on all windows. Guess: is it all of them a little, or a few?
 
 # %%
 alone = {f"{feature}": ablation(sae, [feature], clamp) for feature in features}
@@ -172,16 +176,16 @@ print(f"the sum of all alone is {total:+.4f}, all together cost {loss[clamped].c
 
 # %% [markdown]
 # A few: three of fifty cost half of it. And the parts add up to the whole, **0.015** and **0.015**. On ordinary text
-# the picked features are rare, and almost never two of them are active on one token, so each does its own damage. In
-# a quiz on biology several are, and there the parts do not add up (lesson 2). So the price on ordinary text can be
-# lowered feature by feature. <!-- total, loss[clamped].change -->
+# the picked features fire seldom and far apart, even in the window above on only 3 tokens. So each does its damage
+# alone, and the price can be lowered feature by feature. In lesson 2's question they fire on 11 of 60 tokens, and in
+# that quiz the parts do not add up. <!-- total, loss[clamped].change -->
 
 # %%
 record = run.write(rows, [loss, subject], figures, quality=stats.quality)
 
 # %% [markdown]
 # ## Two exercises
-# **Exercise 1.** Leave these three out. What do ordinary text and the subject's text cost then?
+# **Exercise 1.** Leave these three out and clamp the others. What do ordinary text and the subject's text cost then?
 #
 # <details><summary>Answer</summary>
 #
@@ -193,7 +197,7 @@ record = run.write(rows, [loss, subject], figures, quality=stats.quality)
 # ```
 #
 # Ordinary text costs **0.007** nats in place of 0.015, the subject's text **0.56** in place of 0.79: half of the
-# price for two thirds of the effect.
+# price, and 70% of the effect. But the three were chosen on the text that is scored here.
 #
 # </details>
 # <!-- both[0]["without the three"].change, both[1]["without the three"].change -->
@@ -209,13 +213,13 @@ record = run.write(rows, [loss, subject], figures, quality=stats.quality)
 # show.table([own])
 # ```
 #
-# It becomes cheaper, by **0.23** nats per token. A sentence is a dozen tokens, and on this one the model is at a loss
-# before anything is clamped, with **6.2** nats: where a model knows nothing, a push may as well help. So the table
-# above is of many texts, with an interval.
+# The loss falls, by **0.23** nats per token. The sentence has a dozen tokens, and the unablated model predicts it
+# badly already, with **6.2** nats. There a push can help by chance. So the tables above are over many texts, with an
+# interval.
 #
 # </details>
 # <!-- -own["clamp"].change, own["unablated"].mean -->
 
 # %% [markdown]
-# What next? `args.layer, args.n_features, args.clamp = 9, 20, -80.0`: **+0.016** nats on the same text. <!-- --layer
-# 9 --n-features 20 --clamp -80: loss[clamped].change -->
+# What next? `args.layer, args.n_features, args.clamp = 9, 20, -80.0`: **+0.016** nats on the same text, about as much
+# as here. <!-- --layer 9 --n-features 20 --clamp -80: loss[clamped].change -->
