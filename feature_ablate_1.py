@@ -12,8 +12,14 @@ find those of biology, write the hook that removes them, and see what other subj
 """
 
 # %% [markdown]
-# Start a notebook in this folder, beside the helper files. To change a setting, add a line such as `args.layer = 3`
-# to the next cell and run everything below it. Numbers in **bold** are what the first command above gives.
+# After this you can read off which features are active on a token, find those of a subject, write the hook that
+# ablates them, and tell its damage from that of random features. You need Python, PyTorch, and what a language model
+# is.
+#
+# Start a notebook in this folder, beside the helper files. What begins with `args.` is a flag, explained by `--help`;
+# skip it at first reading. To change a setting, add a line such as `args.layer = 3` to the next cell and run
+# everything below it. Where it says guess, guess before you read on. Point at a coloured token to see its value.
+# Numbers in **bold** are what the first command above gives.
 
 # %%
 from runs import Run, parse, parser
@@ -280,3 +286,8 @@ record = run.write(rows, [letters, *sure], figures, quality=stats.quality)
 # %% [markdown]
 # What next? Try `args.layer = 9`, where the clamp leaves MMLU at **96.7**%, or fewer features. Then read lesson 2.
 # <!-- --layer 9: 100 * letters[clamped].mean -->
+#
+# Read on: [Towards Monosemanticity](https://transformer-circuits.pub/2023/monosemantic-features/index.html), on what
+# a feature is; [Farrell et al.](https://arxiv.org/abs/2410.19278), whose experiment lessons 1 and 2 are; the quizzes
+# [WMDP](https://arxiv.org/abs/2403.03218) and [MMLU](https://arxiv.org/abs/2009.03300); SAEs of a real model, [Gemma
+# Scope](https://arxiv.org/abs/2408.05147), each feature shown at [Neuronpedia](https://www.neuronpedia.org).

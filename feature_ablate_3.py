@@ -123,11 +123,14 @@ how = {"batch_size": args.batch_size, "limit": args.limit}
 nats, windows, documents, _ = evaluation.window_losses(model, web, pair, **how)
 added = nats[1] - nats[0]  # (windows,), what the clamp adds, summed over a window's tokens
 figures["documents"] = show.documents_figure(added, windows, documents, f"{web.title}: {title}")
+per = torch.zeros(max(documents) + 1).index_add_(0, torch.tensor(documents), added.float())
+dearer, same = (per > 0).sum(), (added.abs() < 1e-4).sum()
+print(f"{dearer} of {len(set(documents))} documents lose, {same} of {len(added)} windows nothing")
 
 # %% [markdown]
 # ## Token by token
-# Most documents lose a little. Now look at the window that loses most. Guess: on which tokens? On words of biology
-# that it happens to have?
+# Most documents lose, **30** of 36, but at few places: **92** of 174 windows do not change. Look at the window that
+# loses most. <!-- dearer, same --> Guess: on which tokens? On words of biology that it happens to have?
 
 # %%
 worst = torch.tensor([windows[added.argmax()]], device=model.cfg.device)
@@ -150,15 +153,16 @@ figures["tokens"] = show.token_figure(model, worst.tolist(), [rise], "loss added
 # %%
 h = model.run_with_cache(worst, names_filter=sae.hook_point)[1][sae.hook_point].float()
 a = sae.encode(h)[0, :, features]  # h is (1, pos, d_model), a is (pos, n)
-print(f"a picked feature is active on {(a[1:] > 0).any(-1).sum()} of {len(a) - 1} tokens")
+after = (a[1:-1] > 0).any(-1).cpu()  # tokens that follow one on which a feature is active
+print(f"{rise[2:][after].sum():.1f} of {rise.sum():.1f} nats on {after.sum()} tokens")
 picture = "all picked features", "activation"
 figures["active"] = show.token_figure(model, worst.tolist(), [a.sum(-1)], *picture)
 
 # %% [markdown]
-# A token's vector serves to predict the next token. So where a feature fires, the loss rises on the token after it.
-# Later tokens change a little, up or down, because they attend to the changed one. The activations are only about 1,
-# but the clamp sets them to -40 all the same. No biology in sight: a feature that is rare on Wikitext can fire on
-# other text, too.
+# A token's vector serves to predict the next token. So where a feature fires, the loss rises on the token after it:
+# three such tokens carry **11.1** of **12.3** nats. Later tokens change a little, up or down, because they attend to
+# the changed one. The activations are only about 1, but the clamp sets them to -40 all the same. No biology in sight:
+# a feature that is rare on Wikitext can fire on other text, too. <!-- rise[2:][after].sum(), rise.sum() -->
 # ## Which features does it come from?
 # Clamp each feature alone, on all windows. Guess: is it all of them a little, or a few?
 
@@ -223,3 +227,7 @@ record = run.write(rows, [loss, subject], figures, quality=stats.quality)
 # %% [markdown]
 # What next? `args.layer, args.n_features, args.clamp = 9, 20, -80.0`: **+0.016** nats on the same text, about as much
 # as here. <!-- --layer 9 --n-features 20 --clamp -80: loss[clamped].change -->
+
+# %% [markdown]
+# **In short.** On ordinary text the clamp costs less than most draws of random features, and most of the text nothing
+# at all. What it costs comes from a few features that fire where they were not expected, and from each of them alone.
