@@ -167,10 +167,16 @@ class Dataset:
             return self
         return self.only(sorted(random.Random(self.seed if seed is None else seed).sample(range(len(self)), n)))
 
-    def of(self, subjects: str | None) -> "Dataset":
-        """The questions on comma-separated subjects; None or "all": on all. Raises UserError for an unknown subject."""
+    def of(self, subjects: str | None, but: str | None = None) -> "Dataset":
+        """The questions on comma-separated subjects; "all": on all; None: on all but the subject `but`, if others are
+        left. Raises UserError for an unknown subject."""
         if subjects in (None, "all"):
-            return self
+            name = but.replace(" ", "_") if but and not subjects else None
+            kept = [i for i, row in enumerate(self.rows) if not name or row["subject"] != name]
+            if not 0 < len(kept) < len(self.rows):
+                return self
+            note_once(f"{self.title}: left out {len(self.rows) - len(kept)} questions on {but}, the topic")
+            return self.only(kept)
         known, chosen = {row["subject"] for row in self.rows}, {name.strip() for name in subjects.split(",")}
         if unknown := ", ".join(sorted(chosen - known)):
             raise UserError(f"{self.title} has no subject {unknown}; it has {', '.join(sorted(known))}")
@@ -379,6 +385,8 @@ def check_questions(rows: list[dict], source: str, refuse: bool) -> None:
         if refuse and ("blank" in flaw or len(numbers) > FLAWED * len(rows)):
             raise UserError(said)
         note_once(f"note: {said}")
+    if refuse and len(flaws) >= 12 and not any(row["answer"] == 0 for row in rows):
+        note_once(f"note: {source}: no right answer is the first option; answers count from 0")
 
 
 def reason_of(error: Exception) -> str:
@@ -443,10 +451,11 @@ def load_corpus(given: str | None = None, model: str = "tiny", folder: str | Non
     return Dataset("forget_corpus", rows, source)
 
 
-def utility_subset(mmlu: Dataset, subjects: str | None = None) -> Dataset:
-    """The questions on `subjects`, as mmlu.of gives them; by default on SAEBench's four if the data have them."""
+def utility_subset(mmlu: Dataset, subjects: str | None = None, but: str | None = None) -> Dataset:
+    """The questions on `subjects`, as mmlu.of gives them; by default on SAEBench's four if the data have them, else on
+    all but the topic `but`."""
     has_saebench = set(SUBJECTS.split(",")) <= {row["subject"] for row in mmlu.rows}
-    return mmlu.of(SUBJECTS if subjects is None and has_saebench else subjects)
+    return mmlu.of(SUBJECTS if subjects is None and has_saebench else subjects, but)
 
 
 def picking_texts(wmdp_tuning: Dataset, corpus: Dataset, wikitext: Dataset, mmlu_dev: Dataset,
@@ -497,7 +506,7 @@ def load_benchmark(
     given = {"variant": variant, "seed": seed, "pick_on": pick_on, "topic": topic}
     names = ("wmdp_bio", "mmlu", "openwebtext", "wikitext", "mmlu_dev")
     wmdp, mmlu, web, wikitext, mmlu_dev = (load(name, model, folder, **given) for name in names)
-    mmlu, documents, quizzes = utility_subset(mmlu, subjects), load_corpus(corpus, model, folder), {}
+    mmlu, documents, quizzes = utility_subset(mmlu, subjects, wmdp.topic), load_corpus(corpus, model, folder), {}
     for quiz in (wmdp, mmlu):
         for name, half in ((quiz.name, quiz.held_out), (f"{quiz.name}/tuning", quiz.tuning)):
             half = half.sample(limit)

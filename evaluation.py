@@ -539,7 +539,8 @@ class FeatureStats:
         counts, fewest = [part.n_tokens for part in (forget, *retain)], LEAST_TOKENS if self.insist else 1
         print(f"rates on {counts[0]:,} forget tokens and on {' and '.join(f'{n:,}' for n in counts[1:])} retain tokens")
         if min(counts) < fewest:
-            raise UserError(f"too few tokens to pick features by (see the line above): give {fewest}, or no_sanity")
+            raise UserError(f"too few tokens to pick features by ({counts[0]:,} forget, {min(counts[1:]):,} retain): "
+                            f"give {fewest} of each, or no_sanity")  # fmt: skip
         return forget, largest(retain)
 
     @cached_property

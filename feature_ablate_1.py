@@ -47,7 +47,7 @@ from common import patched, random_features, reconstruction
 model = load_model(args.model, args.device, args.dtype, args.device_map, args.edit_special)
 halves = {"seed": args.seed, "pick_on": args.pick_on}
 wmdp = data.load("wmdp_bio", args.model, args.data, variant=args.wmdp, topic=args.topic, **halves)
-mmlu = data.load("mmlu", args.model, args.data, **halves).of(args.subjects)
+mmlu = data.load("mmlu", args.model, args.data, **halves).of(args.subjects, wmdp.topic)
 ask = {"style": args.prompt, "batch_size": args.batch_size}
 which = args.limit, args.prompt, args.skip_long, args.robust
 mmlu = evaluation.questions(model, mmlu.held_out, *which)

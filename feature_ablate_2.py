@@ -43,7 +43,8 @@ print(f"{model.cfg.n_layers} layers; {sae.cfg.d_sae} features of {sae.hook_point
 # %%
 halves = {"seed": args.seed, "pick_on": args.pick_on}
 wmdp = data.load("wmdp_bio", args.model, args.data, variant=args.wmdp, topic=args.topic, **halves)
-mmlu = data.utility_subset(data.load("mmlu", args.model, args.data, **halves), args.subjects)
+mmlu = data.load("mmlu", args.model, args.data, **halves)
+mmlu = data.utility_subset(mmlu, args.subjects, wmdp.topic)
 ask = {"style": args.prompt, "batch_size": args.batch_size}
 wikitext, mmlu_dev = (data.load(name, args.model, args.data) for name in ("wikitext", "mmlu_dev"))
 corpus = data.load_corpus(args.forget_corpus, args.model, args.data)
@@ -184,7 +185,7 @@ in_words = evaluation.words(model, third, alone, batch_size=args.batch_size)
 strongest = []  # in letters, in words
 for measure in (in_letters, in_words):
     effects = sorted((100 * measure[name].change, name) for name in alone if name != "unablated")
-    print(measure.title, *(f"{name}: {change:+.1f}" for change, name in effects[:3]), sep="   ")
+    print(measure.title, "each alone:", *(f" {name} {change:+.1f}" for change, name in effects[:3]))
     strongest.append(effects[0][1])
 show.table([in_letters, in_words], ["unablated", *strongest])
 

@@ -262,7 +262,7 @@ def print_features(stats, features: list[int], most: int = 20) -> None:
     print(f"\n  {'feature':>8}{'forget rate':>13}{'retain rate':>13}{'ratio':>9}   {'most active on':36}promotes")
     for feature, words, promoted in zip(shown, active, promoted_tokens(stats.model, sae, shown)):
         rates = "".join(f"{100 * part.rate[feature]:12.3f}%" for part in (forget, retain))
-        tokens = f"{' '.join(map(repr, words)):36}{' '.join(map(repr, promoted))}".rstrip()
+        tokens = f"{' '.join(map(repr, words)):34}  {' '.join(map(repr, promoted))}".rstrip()
         print(f"  {feature:8}{rates}{ratio[feature]:9.1f}   {tokens}")
     if len(features) > most:
         print(f"  ... and {len(features) - most} more, all in the record")

@@ -1129,3 +1129,22 @@ def test_a_record_in_the_data_folder_is_no_data_file(tmp_path):
     (tmp_path / "cloze.json").unlink()
     with pytest.raises(UserError, match=r"cloze\.csv is not read: give wmdp_bio_cloze.jsonl"):
         data.load("mmlu", "tiny", where)
+
+
+def test_the_topic_is_no_subject_of_what_should_stay(tmp_path, capsys):
+    rows = [{**QUESTION, "question": f"Q{k}?", "subject": ["human_anatomy", "law"][k % 2]} for k in range(6)]
+    quiz = Dataset("mmlu", rows)
+    assert data.utility_subset(quiz, None, "human anatomy").indices == [1, 3, 5]
+    assert "MMLU: left out 3 questions on human anatomy, the topic" in capsys.readouterr().err
+    for subjects, topic in (("all", "law"), ("law", "law"), (None, "music"), (None, None)):
+        assert len(data.utility_subset(quiz, subjects, topic)) == (3 if subjects == "law" else 6)
+    assert data.utility_subset(quiz.only([1, 3]), None, "law").indices == [1, 3]  # all else would be nothing
+
+
+def test_answers_that_count_from_1_are_said(tmp_path, capsys):
+    rows = [{**QUESTION, "question": f"Q{k}?", "answer": 1 + k % 3} for k in range(12)]
+    data.load("wmdp_bio", "tiny", folder_of(tmp_path, wmdp_bio=rows))
+    assert "no right answer is the first option; answers count from 0" in capsys.readouterr().err
+    rows[0]["answer"] = 0
+    data.load("wmdp_bio", "tiny", folder_of(tmp_path, wmdp_bio=rows))
+    assert "answers count from 0" not in capsys.readouterr().err

@@ -57,7 +57,7 @@ def test_how_many_tokens_stand_behind_a_rate_is_said_and_too_few_are_refused(sma
         again = FeatureStats(stats.model, stats.sae, 1, stats.forget, stats.retain, insist=insist)
         again.quality = {}
         if insist:
-            with pytest.raises(UserError, match=f"too few tokens to pick .*: give {min(retain) + 1}, or no_sanity"):
+            with pytest.raises(UserError, match=f"too few tokens to pick .*: give {min(retain) + 1} of each"):
                 _ = again.rates
         else:
             assert again.rates[0].n_tokens == forget
