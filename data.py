@@ -171,8 +171,8 @@ class Dataset:
         """The questions on comma-separated subjects; "all": on all; None: on all but the subject `but`, if others are
         left. Raises UserError for an unknown subject."""
         if subjects in (None, "all"):
-            name = but.replace(" ", "_") if but and not subjects else None
-            kept = [i for i, row in enumerate(self.rows) if not name or row["subject"] != name]
+            name = subject_of(but) if but and not subjects else None
+            kept = [i for i, row in enumerate(self.rows) if not name or subject_of(row["subject"]) != name]
             if not 0 < len(kept) < len(self.rows):
                 return self
             note_once(f"{self.title}: left out {len(self.rows) - len(kept)} questions on {but}, the topic")
@@ -211,6 +211,11 @@ class Dataset:
         """The entry of a record: n_rows counts the source's rows, `asked` are indices into them (None: all)."""
         names = ("source", "sha256", "stand_in", "half", "variant", "topic", "skipped_long", "published", "prompts")
         return {name: getattr(self, name) for name in names} | {"n_rows": self.n_source, "asked": self.indices}
+
+
+def subject_of(topic: str) -> str:
+    """The topic's or subject's name as MMLU writes it."""
+    return topic.strip().lower().replace(" ", "_")
 
 
 def digest_of(content) -> str:
@@ -469,8 +474,8 @@ def picking_texts(wmdp_tuning: Dataset, corpus: Dataset, wikitext: Dataset, mmlu
     """
     if pick_text == "prose":
         return corpus.texts or [as_prose(row) for row in wmdp_tuning.rows], [wikitext.texts]
-    forget, topic = corpus.texts or [prompt(row) for row in wmdp_tuning.rows], wmdp_tuning.topic
-    return forget, [wikitext.texts, [prompt(row) for row in mmlu_dev.rows if not topic or row["subject"] != topic]]
+    forget = corpus.texts or [prompt(row) for row in wmdp_tuning.rows]
+    return forget, [wikitext.texts, [prompt(row) for row in mmlu_dev.of(None, wmdp_tuning.topic).rows]]
 
 
 @dataclass(frozen=True)

@@ -106,8 +106,10 @@ figures["question"] = show.token_figure(model, ids.tolist(), [a.sum(-1)], *pictu
 
 # %%
 shares = {}
+everywhere = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
 for value in (0.0, clamp):
-    moved = torch.where(a > 0, value - a, 0) @ sae.W_dec[features]  # (pos, d_model)
+    (edit,) = ablation(sae, features, value).at.values()  # lesson 1's hook
+    moved = (edit(h, everywhere) - h)[0]  # (pos, d_model)
     shares[value] = 100 * (moved.norm(dim=-1) / h[0].norm(dim=-1))[1:][fires].mean()
     print(f"clamp {value:g} moves these vectors by {shares[value]:.0f}% of their length on average")
 
@@ -208,9 +210,9 @@ figures |= show.contexts_figures(model, sae, [int(strongest[1])], asked, n=6)
 
 # %%
 def push(h, hook, spot):
-    a, h = sae.encode(h[:, spot].float())[..., [int(strongest[1])]], h.clone()
-    h[:, spot] += (torch.where(a > 0, clamp - a, 0) @ sae.W_dec[[int(strongest[1])]]).to(h.dtype)
-    return h
+    there = torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device)
+    there[:, spot] = True  # (batch, pos), the tokens that are edited
+    return next(iter(alone[strongest[1]].at.values()))(h, there)  # the clamp of `alone`
 
 
 begun, spots = {}, {"nowhere": slice(0, 0), "last token": slice(-1, None), "others": slice(1, -1)}

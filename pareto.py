@@ -227,10 +227,11 @@ def pareto_figure(records: list[dict], title: str):
                           va="bottom" if k else "top", transform=axes.get_yaxis_transform())  # fmt: skip
             panel(axes, method, settings, chosen[method], few) if settings else None
             axes.set_title(show.plain(method), size=9)
-        all_axes[axes.get_subplotspec().rowspan.start][columns // 2].set_xlabel(said)
+        middle = all_axes[axes.get_subplotspec().rowspan.start][(columns - 1) // 2]
+        middle.set_xlabel(said, x=0.5 if columns % 2 else 1.05)
     for axes in panels:
         axes.axis("off")
-    figure.supylabel(f"{titles['wmdp_bio']} accuracy, %", size=10)
+    figure.supylabel(f"{show.plain(titles['wmdp_bio'])} accuracy, %", size=10)
     said = "ring: chosen on the tuning half; grey: what a setting beats; bars: 95% intervals; star: unablated"
     said += "\nL: layer, n: number of features, c: clamp" * few
     figure.suptitle(f"{show.plain(title)}; better: down and left\n{said}", size=9)

@@ -30,6 +30,7 @@ COLOURS = {"unablated": "0.2", RETRAINED: "#1e8449", "SAE patched": "0.45", "SAE
            "random": "#2471a3"}  # by the beginning of a row's name; of all other rows ABLATED  # fmt: skip
 TABLE_WIDTH = 150  # characters of a line; columns that do not fit are printed below
 TOKENS_WIDTH = 88  # characters of a line of token_figure
+ARROWS = {ord("\n"): "\u21b5", ord("\t"): "\u2192"}  # how it draws a line's end and a tab
 LONGEST_ADDRESS = 8000  # characters; many servers take no more
 
 
@@ -231,11 +232,12 @@ def top_tokens(model, sae, features: list[int], windows: list[list[int]], k: int
 
 
 def promoted_tokens(model, sae, features: list[int], k: int = 5) -> list[list[str]]:
-    """For each feature the k tokens whose logits its decoder direction raises most (edits.logit_lens); none where the
-    model's final norm cannot be told."""
+    """For each feature the k tokens whose logits its decoder direction raises most (edits.logit_lens, less the biases
+    that all directions share); none where the model's final norm cannot be told."""
     features = as_list(features, "features")
     try:
-        ids = logit_lens(model, Latents(sae, features).W_dec).topk(k).indices.tolist()
+        vectors = Latents(sae, features).W_dec
+        ids = (logit_lens(model, vectors) - logit_lens(model, 0 * vectors)).topk(k).indices.tolist()
     except UserError as error:
         note_once(f"note: no promoted tokens: {error}")
         ids = [[]] * len(features)
@@ -298,7 +300,7 @@ def token_figure(model, windows: list[list[int]], values: list[torch.Tensor], ti
     """Figure: the windows' tokens in reading order, on a ground as dark as their values, (pos,) for each window: red,
     and blue below 0, if there are any; 0 is white. A window's first token, usually BOS, is left out. A notebook shows
     it as text, with each value as a tooltip."""
-    shown = torch.cat([value[1:] for value in values]).tolist()
+    shown = [strength for value in values for strength in value[1:].tolist()]
     most = max(map(abs, shown), default=0) or 1
     tones = ["#1f618d"] * (min(shown, default=0) < 0) + ["#ffffff", ABLATED]
     low = -most if len(tones) > 2 else 0
@@ -307,7 +309,7 @@ def token_figure(model, windows: list[list[int]], values: list[torch.Tensor], ti
     for ids, value in zip(windows, values):
         for token, strength in zip(ids[1:], value[1:].tolist()):
             text = model.tokenizer.decode(token)
-            drawn, ground = text.replace("\n", "\u21b5"), to_hex(shades.to_rgba(strength))
+            drawn, ground = re.sub(r"[\x00-\x1f]", "\ufffd", text.translate(ARROWS)), to_hex(shades.to_rgba(strength))
             ink = "black" if np.dot(to_rgb(ground), (0.3, 0.6, 0.1)) > 0.5 else "white"
             if x and x + len(drawn) > TOKENS_WIDTH:
                 x, y = 0, y + 1
@@ -323,7 +325,7 @@ def token_figure(model, windows: list[list[int]], values: list[torch.Tensor], ti
     for x, row, text, ground, ink in cells:
         if ground != "#ffffff":
             axes.add_patch(plt.Rectangle((x, row - 0.5), len(text), 1, color=ground, lw=0))
-        axes.text(x, row, plain(text), family="monospace", size=size, va="center", c=ink)
+        axes.text(x, row, plain(text), family="monospace", size=size, va="center", c=ink, clip_on=True)
     axes.set(xlim=(0, TOKENS_WIDTH), ylim=(y - 0.5, -0.5))
     axes.axis("off")
     figure.colorbar(shades, ax=axes, location="bottom", aspect=60, shrink=0.5, label=plain(unit))
@@ -346,7 +348,7 @@ def contexts_figures(model, sae, features: list[int], windows: list[list[int]], 
         acts, _ = latents.encode(residual_stream(model.original_model, ids, layer_of(sae)))  # (batch, pos, n_features)
         found |= {i: acts[k, : len(windows[i])].cpu() for k, i in enumerate(indices)}
     for k, feature in enumerate(features):
-        best = sorted(found, key=lambda i: (-found[i][1:, k].max().item(), i))[:n]
+        best = sorted(found, key=lambda i: (-max(found[i][1:, k].tolist(), default=0), i))[:n]
         title = f"feature {feature}, where it is most active"
         tokens, values = [windows[i] for i in best], [found[i][:, k] for i in best]
         figures[f"feature_{feature}"] = token_figure(model, tokens, values, title, "activation")

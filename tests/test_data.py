@@ -212,8 +212,10 @@ def test_picking_texts_are_prompts_on_both_sides_or_prose():
     forget, retain = data.picking_texts(wmdp, corpus, wikitext, mmlu_dev)
     assert forget == [prompt(wmdp.rows[0])] and retain == [wikitext.texts, [prompt(row) for row in mmlu_dev.rows]]
     assert data.picking_texts(wmdp, Dataset("forget_corpus", [{"text": "a"}]), wikitext, mmlu_dev) == (["a"], retain)
-    _, (_, fewer) = data.picking_texts(dataclasses.replace(wmdp, topic="astronomy"), corpus, wikitext, mmlu_dev)
-    assert 0 < len(fewer) < len(retain[1]) and not any("about astronomy." in text for text in fewer)
+    for topic in ("astronomy", "human_anatomy", "Human anatomy "):
+        _, (_, fewer) = data.picking_texts(dataclasses.replace(wmdp, topic=topic), corpus, wikitext, mmlu_dev)
+        subject = topic.replace("_", " ").lower().strip()
+        assert 0 < len(fewer) < len(retain[1]) and not any(f"about {subject}." in text for text in fewer)
 
 
 # --------------------------------------------------------------------------------- the choice of questions
@@ -1134,7 +1136,8 @@ def test_a_record_in_the_data_folder_is_no_data_file(tmp_path):
 def test_the_topic_is_no_subject_of_what_should_stay(tmp_path, capsys):
     rows = [{**QUESTION, "question": f"Q{k}?", "subject": ["human_anatomy", "law"][k % 2]} for k in range(6)]
     quiz = Dataset("mmlu", rows)
-    assert data.utility_subset(quiz, None, "human anatomy").indices == [1, 3, 5]
+    for topic in ("human anatomy", "human_anatomy", "Human Anatomy "):
+        assert data.utility_subset(quiz, None, topic).indices == [1, 3, 5]
     assert "MMLU: left out 3 questions on human anatomy, the topic" in capsys.readouterr().err
     for subjects, topic in (("all", "law"), ("law", "law"), (None, "music"), (None, None)):
         assert len(data.utility_subset(quiz, subjects, topic)) == (3 if subjects == "law" else 6)

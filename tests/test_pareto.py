@@ -340,6 +340,23 @@ def test_axes_are_called_by_the_data_sets_of_the_held_out_half(undisturbed):
     plt.close(figure)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_what_is_said_below_and_beside_the_panels_is_whole(undisturbed, n):
+    """In the middle of any number of panels, and with the dollars of a topic's name."""
+    record = runs.read_record(undisturbed)
+    first, other, *_ = record["rows"].values()
+    rows = {"unablated": first, **{f"row {k}": {**other, "method": f"method {k}"} for k in range(n)}}
+    measures = {name: {**about, "title": about["title"].replace("WMDP-Bio stand-in", "5$ and x_1$")}
+                for name, about in record["measures"].items()}  # fmt: skip
+    figure = pareto.pareto_figure([{**record, "rows": rows, "measures": measures}], "title")
+    figure.canvas.draw()
+    for label in (axes.xaxis.label for axes in figure.axes if axes.get_xlabel()):
+        box = label.get_window_extent()
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+    assert figure.get_supylabel() == r"5\$ and x_1\$ accuracy, %"
+    plt.close(figure)
+
+
 @pytest.mark.parametrize("n", [2, 12])
 def test_a_method_has_a_panel_and_few_methods_one_of_the_loss_too(undisturbed, n):
     record = runs.read_record(undisturbed)

@@ -254,6 +254,20 @@ def test_what_is_below_0_is_blue_and_0_is_white():
     assert len(tokens([0.0] * 7).axes[0].patches) == 0
 
 
+def test_any_token_leaves_the_figure_whole(tmp_path, recwarn):
+    """One that is longer than a line, and control characters, which the font lacks; and no token at all."""
+    texts = ["", "-" * 120, "a\tb\r\n", "\x00\x1b", " the"]
+    model = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda token: texts[token]))
+    figure = show.token_figure(model, [[0, 1, 2, 3, 4]], [torch.ones(5)], "title", "nats")
+    figure.savefig(tmp_path / "tokens.png", format="png", dpi=150)
+    assert not [str(warned.message) for warned in recwarn]
+    axes = figure.axes[0]
+    assert axes.get_position().width > 0.95
+    assert [text.get_text() for text in axes.texts][1:] == ["a\u2192b\ufffd\u21b5", "\ufffd\ufffd", " the"]
+    for windows in ([], [[]], [[0]]):
+        show.token_figure(model, windows, [torch.ones(len(ids)) for ids in windows], "title", "nats")
+
+
 def test_a_notebook_shows_tokens_as_text_with_tooltips(monkeypatch):
     import IPython
     import IPython.display
@@ -296,6 +310,25 @@ def test_promoted_tokens_are_those_of_the_final_norm_and_the_unembedding(tiny):
     tokens = [[model.tokenizer.decode(i) for i in ids] for ids in best.indices.tolist()]
     assert show.promoted_tokens(model, sae, FEATURES) == tokens
     assert show.promoted_tokens(model, sae, FEATURES[:1], k=2) == [tokens[0][:2]]
+
+
+def test_a_bias_that_all_features_share_promotes_nothing(get_model, make_sae):
+    """GPT-2's final norm has one."""
+    model = get_model("gpt2")
+    sae, norm, head = make_sae(model), model.original_model.transformer.ln_f, model.original_model.lm_head
+    before = show.promoted_tokens(model, sae, [1, 5, 9])
+    with torch.no_grad():
+        norm.bias.add_(100 * head.weight[7])
+    try:
+        assert show.promoted_tokens(model, sae, [1, 5, 9]) == before
+    finally:
+        with torch.no_grad():
+            norm.bias.zero_()
+
+
+def test_contexts_may_be_of_one_token(tiny):
+    model, sae = tiny
+    assert list(show.contexts_figures(model, sae, [624], [[2], [2, 5, 6]])) == ["feature_624"]
 
 
 def test_a_final_norm_that_cannot_be_told_promotes_nothing(tiny, monkeypatch):
