@@ -147,7 +147,7 @@ def test_the_hook_of_lesson_1_is_common_ablates(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("kind, norm", [("jumprelu", "none"), ("standard", "layer_norm"), ("topk_rescaled", "none")])
 def test_lesson_2_pushes_as_the_ablation_does_whatever_the_sae_rescales(model_folder, make_sae, get_model, tmp_path,
                                                                         kind, norm):  # fmt: skip
-    """The push that it writes out for some tokens, and how far the vectors move, are those of `ablation`."""
+    """The push of some tokens, and how far the vectors move, are those of `ablation`."""
     flags = dict(model=model_folder("gpt2"), sae=make_sae(get_model("gpt2"), kind, norm).source, layer=1, clamp=-5.0)
     flags |= dict(n_features=4, controls=1, limit=6, skip_long=True, no_sanity=True, pick="any-ratio")
     flags["data"] = ROOT / "tiny/data"
@@ -159,9 +159,10 @@ def test_lesson_2_pushes_as_the_ablation_does_whatever_the_sae_rescales(model_fo
         return edits.ablation(sae, features, clamp).at[1](h, everywhere) - h
 
     for spot in (slice(0, 0), slice(-1, None), slice(1, -1)):
-        wanted = h.clone()
+        mask, wanted = torch.zeros_like(everywhere), h.clone()
+        mask[:, spot] = True
         wanted[:, spot] += moved([strongest], -5.0)[:, spot]
-        assert torch.allclose(names["push"](h, None, spot), wanted, atol=1e-5)
+        assert torch.allclose(names["push"](h, None, spot=mask), wanted, atol=1e-5)
     for clamp in (0.0, -5.0):
         far = (moved(names["features"], clamp)[0].norm(dim=-1) / h[0].norm(dim=-1))[1:][names["fires"]].mean()
         assert names["shares"][clamp].item() == pytest.approx(100 * far.item(), rel=1e-4)
