@@ -232,6 +232,7 @@ record = run.write(rows, measures, figures, quality=stats.quality, rounding=roun
 # %% [markdown]
 # ## Two exercises
 # **Exercise 1.** Leave 624 and 449 out and clamp the others. How much of the damage remains, in letters and in words?
+# Then ask a question of your own.
 #
 # <details><summary>Answer</summary>
 #
@@ -240,6 +241,11 @@ record = run.write(rows, measures, figures, quality=stats.quality, rounding=roun
 #     sae, [feature for feature in features if f"{feature}" not in strongest], clamp)}
 # rest = [evaluation.letters(model, bio, others)[0], evaluation.words(model, bio, others)]
 # show.table(rest)
+#
+# choices = ["Plasmodium", "Giardia", "Vibrio", "Candida"]
+# mine = {"question": "Which organism causes malaria?", "choices": choices, "answer": 0}
+# own = data.Dataset("own", [mine])
+# show.table([*evaluation.letters(model, own, others)[1:], evaluation.words(model, own, others)])
 # ```
 #
 # **22.5** of 33 points remain in letters, **28.9** of 41 in words. If single effects added up, it would be about 16
