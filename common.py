@@ -267,7 +267,8 @@ def matched_random(forget: Rates, retain: Rates, features: list[int], seed: int,
 
 
 def random_features(sae: SAE, rates: tuple[Rates, Rates], features: list[int], clamp: float, draws: int, seed: int = 0):
-    """{name: Edit}, the control rows: `draws` times as many random features, clamped. rates: forget, retain."""
+    """{row: Edit}, the controls: `draws` times as many random features, clamped. rates: on the forget set, on the
+    retain set. Raises UserError as matched_random does."""
     controls = [matched_random(*rates, features, seed + draw) for draw in range(draws)]
     return {f"random features{f' {k}' * (k > 1)}, clamp {clamp:g}": ablation(sae, control, clamp, "random-features")
             for k, control in enumerate(controls, 1)}  # fmt: skip

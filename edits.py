@@ -136,9 +136,10 @@ ROUNDINGS = 4.0  # otherwise root mean squares may differ by this many times wha
 
 @torch.inference_mode()
 def logit_lens(model, vectors: torch.Tensor) -> torch.Tensor:
-    """(n, d_vocab) logits of directions (n, d_model) in the residual stream: W_U @ norm(vector), with a bridge's final
-    norm and unembedding. The norm sees the direction alone, not the stream that it is added to, so only the order of
-    the tokens counts. Softcaps are left out: they keep it. Raises UserError where the final norm cannot be told."""
+    """(n, d_vocab) logits of directions (n, d_model) in the residual stream, by the logit lens (nostalgebraist, 2020):
+    W_U @ norm(vector), with a bridge's final norm and unembedding. Differs in that the norm sees the direction alone,
+    not the stream it is added to: only the order of the tokens counts. Softcaps are left out, as they keep the order.
+    Raises UserError where the final norm cannot be told."""
     hf = model.original_model
     norms = [part for part in hf.get_decoder().children() if {p.ndim for p in part.parameters()} == {1}]
     if len(norms) != 1:

@@ -125,7 +125,8 @@ def joined(measures: list[Measure]) -> Measure:
 
 
 def share(right: np.ndarray, before: np.ndarray | None = None) -> Score:
-    """The share of (n,) bool that is right, by Wilson; its change against `before`, by Newcombe and McNemar (exact)."""
+    """The share of (n,) bool that is right, with Wilson's interval; its paired change against `before`, with Newcombe's
+    interval and McNemar's exact p."""
     n = len(right)
     score = right.mean().item(), *wilson(int(right.sum()), n), n
     if before is None:
@@ -170,7 +171,8 @@ def each_row(model, rows: dict, score) -> torch.Tensor:
 
 
 def measure_of(dataset: Dataset, what: str, title: str, unit: str, rows: dict, values, **more) -> Measure:
-    """The Measure DATASET/what, of the tuning half DATASET/tuning/what. more: fields; groups: by default subjects."""
+    """The Measure DATASET/what, or DATASET/tuning/what on the tuning half. more: its other fields; groups are by
+    default the subjects of the questions, if all have one."""
     tuning = dataset.half == "tuning"
     name, title = f"{dataset.name}/{'tuning/' * tuning}{what}", f"{dataset.title}{', tuning half' * tuning}, {title}"
     subjects = tuple(row.get("subject") for row in dataset.rows)
@@ -234,7 +236,8 @@ def window_losses(model, texts: Dataset, rows: dict, *, batch_size: int = 16, li
 
 
 def loss(model, texts: Dataset, rows: dict, *, batch_size: int = 16, limit: int | None = None) -> Measure:
-    """Nats per token, an item per document. Arguments, errors: as for `window_losses`; UserError for an empty one."""
+    """Nats per token, an item per document. Arguments, errors: as for `window_losses`; and UserError for a document
+    without a token to predict."""
     nats, _, documents, targets = window_losses(model, texts, rows, batch_size=batch_size, limit=limit)
     member = np.unique(documents, return_inverse=True)[1]
     tokens, values = np.bincount(member, targets), np.stack([np.bincount(member, row) for row in nats])
@@ -341,7 +344,8 @@ def score_letters(model, prompts, letter_ids, edits, batch_size=16, desc=None) -
 
 
 def target_masks(tokenizer, windows: list[list[int]], first: list[int] | None = None) -> list[torch.Tensor]:
-    """For each window a mask (pos,) of the tokens that count in its loss: not special, from index `first` (1) on."""
+    """For each window a mask (pos,) of the tokens that count in its loss: not special, and from index `first` on, by
+    default from 1, since nothing predicts the first token."""
     special = torch.tensor(special_ids(tokenizer))
     return [~torch.isin(torch.tensor(ids), special) & (torch.arange(len(ids)) >= max(1, begin))
             for ids, begin in zip(windows, first or [1] * len(windows))]  # fmt: skip
@@ -410,7 +414,7 @@ def written_answers(model, questions: list[dict], edits, room: int, batch_size=1
 
 
 def normalised(text: str) -> str:
-    """In lower case, without punctuation and articles, as SQuAD's evaluate-v1.1.py has it (arXiv 1606.05250)."""
+    """In lower case, without punctuation and articles, as SQuAD's evaluate-v1.1.py grades (arXiv 1606.05250)."""
     text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
