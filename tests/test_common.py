@@ -287,6 +287,16 @@ def test_unknown_rule_is_refused():
         common.pick_features(FORGET, RETAIN, 1, "nonsense")
 
 
+def test_draws_of_random_features_have_seeds_in_a_row(gemma, gemma_sae):
+    sae, picked = gemma_sae, [3, 5, 8]
+    rates = Rates(torch.arange(sae.cfg.d_sae) + 1, torch.ones(sae.cfg.d_sae), 1000)
+    rows = common.random_features(sae, (rates, rates), picked, -2.5, 3, seed=4)
+    assert list(rows) == [f"random features{k}, clamp -2.5" for k in ("", " 2", " 3")]
+    drawn = [edit.settings["features"] for edit in rows.values()]
+    assert drawn == [matched_random(rates, rates, picked, seed) for seed in (4, 5, 6)] and drawn[0] != drawn[1]
+    assert {(edit.method, edit.settings["clamp"]) for edit in rows.values()} == {("random-features", -2.5)}
+
+
 def test_matched_random():
     values = rates([3 * (i % 50) for i in range(200)], 1000)
     picked = [5, 40, 120, 7]
