@@ -7,8 +7,8 @@ Tune every method on one half of the quizzes, and say what its chosen setting is
     python baselines.py --method rmu --setting layer=7 multiple=4 alpha=300
     python baselines.py --all                     # every method, and all their frontiers on one figure
 
-Edits, which work while the model runs (edits.py): zero-ablation, clamp, random-features, conditional-clamp,
-refusal-clamp, mean-ablation, dsg, diff-in-means.
+Edits, which work while the model runs (edits.py): zero-ablation, clamp, measured-clamp, random-features,
+conditional-clamp, refusal-clamp, mean-ablation, dsg, diff-in-means.
 
 Training that unlearns (unlearning.py): gradient-ascent, grad-diff, npo, simnpo, npo-sam, mudman, circuit-breakers,
 crisp, undo, rmu, adaptive-rmu. The trained model is saved as a folder that every script loads with --model.
@@ -78,6 +78,11 @@ def grid_of(method: Method, args) -> list[dict]:
         for problem, names in (("has no", said - known), ("needs", known - usual - said)):
             if names:
                 raise UserError(f"--setting: {method.title} {problem} {', '.join(names)}: {', '.join(sorted(known))}")
+    if args.features:  # of which there may be fewer than the grid has
+        most = len(args.features if isinstance(args.features, list) else args.features.get(args.layer, ()))
+        grid = [{name: min(value, most) if name == "n_features" else value for name, value in setting.items()}
+                for setting in grid]  # fmt: skip
+        grid = [setting for k, setting in enumerate(grid) if setting not in grid[:k]]
     if not method.train:
         return grid
     said = {"loss_on": args.loss_on} if "loss_on" in method.usual else {}
@@ -100,8 +105,9 @@ def prepare(model, benchmark: Benchmark, saes: dict, args) -> unlearning.Trainin
 
     @cache
     def stats(layer: int) -> FeatureStats:
-        return FeatureStats(model, saes.get(layer), layer, *picking, rule=args.pick, questions=benchmark.wmdp.tuning,
-                            style=args.prompt, seed=args.seed, batch_size=args.batch_size, insist=not args.no_sanity,
+        return FeatureStats(model, saes.get(layer), layer, *picking, rule=args.pick, own=args.features,
+                            questions=benchmark.wmdp.tuning, utility=benchmark.mmlu.tuning, style=args.prompt,
+                            seed=args.seed, batch_size=args.batch_size, insist=not args.no_sanity,
                             clamp=args.clamp or hub.preset(args.model).clamp, refusal_latent=args.refusal_latent,
                             refusal_value=args.refusal_value)  # fmt: skip
 

@@ -164,7 +164,7 @@ def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str
     return sae if device.type == "meta" else sae.to(device)  # offloaded weights have no device: edits follow h
 
 
-PICKING_RULES = ("ratio", "any-ratio", "retain-threshold", "dsg", "attribution", "output-score")
+PICKING_RULES = ("ratio", "any-ratio", "retain-threshold", "dsg", "attribution", "output-score", "measured")
 
 
 @dataclass
@@ -223,7 +223,7 @@ def pick_features(forget: Rates, retain: Rates, n: int, rule: str = "ratio", tau
     its forget/retain ratio in the top 5 per cent and itself above the lowest 5, then highest on the forget set (Muhamed
     et al., arXiv 2504.08192). attribution, output-score: by `score`, (d_sae,), of evaluation.py: the highest of those
     above 0; and highest `activation_ratio` among the quarter of highest score (Arad et al., arXiv 2505.20063, drop
-    features of low score). Raises UserError if the rule leaves fewer than n.
+    features of low score). "measured" is evaluation.FeatureStats.measured. Raises UserError if fewer than n are left.
     """
     allowed = forget.fires > 0
     if rule in ("ratio", "any-ratio"):

@@ -45,6 +45,14 @@ def decoder_layers(model) -> torch.nn.ModuleList:
     return lists[0]
 
 
+def final_norm(model) -> torch.nn.Module:
+    """The norm after the last block of a Hugging Face language model. Raises UserError if it cannot be told."""
+    norms = [part for part in model.get_decoder().children() if {p.ndim for p in part.parameters()} == {1}]
+    if len(norms) != 1:
+        raise UserError(f"cannot tell which module of {type(model).__name__} is its final norm")
+    return norms[0]
+
+
 @contextmanager
 def token_mask(model: torch.nn.Module, tokenizer):
     """Yields an object with two (batch, pos) masks of a Hugging Face model's current forward pass. counted: neither
@@ -139,13 +147,9 @@ def logit_lens(model, vectors: torch.Tensor) -> torch.Tensor:
     """(n, d_vocab) logits of directions (n, d_model) in the residual stream, by the logit lens (nostalgebraist, 2020):
     W_U @ norm(vector), with a bridge's final norm and unembedding. Differs in that the norm sees the direction alone,
     not the stream it is added to: only the order of the tokens counts. Softcaps are left out, as they keep the order.
-    Raises UserError where the final norm cannot be told."""
-    hf = model.original_model
-    norms = [part for part in hf.get_decoder().children() if {p.ndim for p in part.parameters()} == {1}]
-    if len(norms) != 1:
-        raise UserError(f"cannot tell which module of {type(hf).__name__} is its final norm")
-    head = hf.get_output_embeddings()
-    return head(norms[0](vectors.to(next(head.parameters()))[:, None]))[:, 0]
+    Raises UserError as final_norm does."""
+    head = model.original_model.get_output_embeddings()
+    return head(final_norm(model.original_model)(vectors.to(next(head.parameters()))[:, None]))[:, 0]
 
 
 def random_ids(model, shape: tuple = (2, 12)) -> torch.Tensor:
@@ -335,7 +339,7 @@ def make(method: str, saes, layers: list[int] | None = None, **settings) -> Edit
     saes: an SAE, None, or {layer whose output it reads: SAE}; layers: after which the edit goes (default: those of the
     SAEs); settings: those of the method's function, as features and clamp. Raises UserError for an unknown method, a
     setting that it does not take or lacks, a layer that no SAE reads, features of several layers, and ids that are no
-    whole numbers; ValueError for features that the SAE lacks, one named twice, a clamp that is positive or not finite.
+    whole numbers; ValueError for features that the SAE lacks, one named twice, a clamp that is not finite.
     """
     if method == "none":
         return NONE
@@ -433,19 +437,25 @@ class SetFeatures:
 
 def clamp(sae, features: list[int], clamp: float = 0.0, threshold: float = 0.0) -> SetFeatures:
     """a'_i = clamp where a_i > threshold: 0 ablates, a negative clamp overshoots (Farrell et al., arXiv 2410.19278;
-    SAEBench, arXiv 2503.09532). A positive threshold is the conditional clamp of Khoriaty et al., arXiv 2503.11127.
+    SAEBench, arXiv 2503.09532), a positive one steers where the feature is active. A positive threshold is the
+    conditional clamp of Khoriaty et al., arXiv 2503.11127.
 
     features: ids, (n,); clamp and threshold in units of the SAE's activations. Raises ValueError for a clamp that is
-    positive or not finite. Differs from the releases: SAEBench edits all tokens but the first (token_mask's
+    not finite. Differs from the releases: SAEBench edits all tokens but the first (token_mask's
     "all-but-bos"), and Khoriaty et al.'s threshold is one number, here in a grid a share of the mean activation.
     """
-    if not -math.inf < clamp <= 0:
-        raise ValueError(f"clamp must be 0 (zero ablation) or negative, not {clamp}")
+    if not math.isfinite(clamp):
+        raise ValueError(f"clamp must be a finite number, not {clamp}")
     return SetFeatures(sae, features, lambda acts, mask: torch.where(acts > threshold, clamp, acts))
 
 
 def resolve_clamp(stats, n_features: int, clamp: float = 0.0) -> dict:
     return {"features": stats.features(n_features), "clamp": clamp * stats.clamp if clamp else 0.0}
+
+
+def resolve_measured(stats, n_features: int, clamp: float) -> dict:
+    value = clamp * stats.clamp
+    return {"features": stats.features(n_features, "measured", value), "clamp": value}
 
 
 def resolve_random(stats, n_features: int, clamp: float) -> dict:
@@ -457,7 +467,7 @@ def resolve_random(stats, n_features: int, clamp: float) -> dict:
 def resolve_conditional(stats, n_features: int, clamp: float, threshold: float) -> dict:
     """threshold: a share of the features' mean activation on the forget tokens on which they are active."""
     settings, forget = resolve_clamp(stats, n_features, clamp), stats.rates[0]
-    mean = (forget.total / forget.fires)[settings["features"]].mean().item()
+    mean = (forget.total / forget.fires.clamp(min=1))[settings["features"]].mean().item()
     return {**settings, "threshold": threshold * mean}
 
 
@@ -560,6 +570,7 @@ def grid(**axes) -> tuple[dict, ...]:
 
 MANY = grid(n_features=(5, 10, 20, 50, 100, 200, 300, 400))
 CLAMPS = grid(n_features=(10, 20), clamp=(0.25, 0.5, 1, 2))  # SAEBench: clamps of -25 to -200
+MEASURED = grid(n_features=(2, 5, 10, 20), clamp=(1, 2))
 THRESHOLDS = grid(n_features=(10, 20), clamp=(1, 2), threshold=(0.25, 0.5))
 REFUSALS = grid(n_features=(10, 20), refusal=(0.2, 0.5, 1, 2))
 GATED = grid(n_features=(20, 50), clamp=(0.0625, 0.125, 0.25, 1))  # DSG's release: 20 to 200 features at -500
@@ -570,6 +581,7 @@ METHODS = {
     "mean-ablation": Method("mean ablation", MANY, mean_ablation, resolve_mean),
     "clamp": Method("clamp", CLAMPS, clamp, resolve_clamp, usual={"clamp": 1}),
     "random-features": Method("random features", CLAMPS, clamp, resolve_random, usual={"clamp": 1}),
+    "measured-clamp": Method("clamp of measured features", MEASURED, clamp, resolve_measured, usual={"clamp": 1}),
     "conditional-clamp": Method("conditional clamp", THRESHOLDS, clamp, resolve_conditional,
                                 usual={"clamp": 1, "threshold": 0.25}),
     "refusal-clamp": Method("refusal clamp", REFUSALS, refusal_clamp, resolve_refusal, usual={"refusal": 1}),

@@ -3,6 +3,7 @@ Measure what edits do to letters, answers in words, loss and open answers, with 
 retain texts what edits are made of: firing rates, feature scores, directions.
 """
 
+import itertools
 import math
 import re
 import string
@@ -28,6 +29,7 @@ from engine import check_engine, each_edit, head
 CHANCE = 0.25
 KEEP = 0.99  # SAEBench: the share of the unablated MMLU accuracy that a setting must keep
 LEAST_TOKENS = 1000  # behind a firing rate: with as many of Wikitext's 29 of tiny's 50 picks stay, with half as many 22
+CANDIDATES, TRIED = 100, 8  # of measured_order: features of highest ratio, and how many are tried for each place
 SCORED_TOKENS = 20_000  # of OpenWebText, documents in order: enough for +-0.001 nats on a small change
 
 
@@ -94,6 +96,20 @@ class Measure:
         groups = self.by_group()
         q = {row: stats.false_discovery_control([group[row].p for group in groups.values()]) for row in self.rows[1:]}
         return {group: {row: float(q[row][k]) for row in q} for k, group in enumerate(groups)}
+
+    def q_of_rows(self) -> dict[str, float]:
+        """{row: q} for every row but the first, as `q_values` over many rows: a feature each, say. p of values that are
+        not right or wrong is that of Student's paired test."""
+        before, of = self.values[0], [self[row].p for row in self.rows[1:]]
+        p = (
+            of
+            if self.values.dtype == bool
+            else [
+                stats.ttest_rel(values, before).pvalue if (values != before).any() else 1.0
+                for values in self.values[1:]
+            ]
+        )
+        return dict(zip(self.rows[1:], stats.false_discovery_control(p).tolist()))  # fmt: skip
 
     def select(self, rows) -> "Measure":
         """These rows alone, in this order: the others are compared with the first of them."""
@@ -213,10 +229,25 @@ def letters(model, quiz: Dataset, rows: dict, *, style: str = "plain", prompts: 
 
 def words(model, quiz: Dataset, rows: dict, *, batch_size: int = 16, cloze: bool = False) -> Measure:
     """Whether the right option is the likeliest in words, per character. cloze: by data.CLOZE. Else as `letters`."""
+    return words_and_nats(model, quiz, rows, batch_size=batch_size, cloze=cloze)[0]
+
+
+def words_and_nats(model, quiz: Dataset, rows: dict, *, batch_size: int = 16, cloze: bool = False) -> tuple:
+    """As `words`, and a Measure of the loss on the right option, in nats per character."""
     what, title, form = ("cloze", "as a cloze", data.CLOZE) if cloze else ("words", "in words", data.IN_WORDS)
     values = each_row(model, rows, lambda model, edits: score_words(model, quiz.rows, edits, batch_size,
                                                                     f"{quiz.title} {title}", form))  # fmt: skip
-    return right_answers(quiz, what, title, rows, values)
+    right = [row["answer"] for row in quiz.rows]
+    nats = -values.numpy()[:, np.arange(len(right)), right]
+    return (right_answers(quiz, what, title, rows, values),
+            measure_of(quiz, f"{what}/nats", f"right answer {title}", "nats per character", rows, nats))  # fmt: skip
+
+
+def nats_of(probability: Measure) -> Measure:
+    """-log of the P(right letter) of `letters`: it tells 0.01 from 0.0001, where accuracy sees two wrong answers."""
+    title = probability.title.replace("P(right letter)", "right letter")
+    return replace(probability, name=f"{probability.name}/nats", title=title, unit="nats",
+                   values=-np.log(probability.values))  # fmt: skip
 
 
 def window_losses(model, texts: Dataset, rows: dict, *, batch_size: int = 16, limit: int | None = None
@@ -503,8 +534,9 @@ class FeatureStats:
 
     model: a TransformerBridge; sae: None for methods that need none; layer: the SAE's; forget: windows (lists of ids);
     retain: several sets of windows, in each of which a picked feature must be rare; rule: the default of `features`;
-    questions, style: for the rule "attribution"; insist: as for check_sae_quality; clamp, refusal_value: what the grids
-    of edits.METHODS multiply; refusal_latent: for refusal-clamp.
+    own: ids, or {layer: ids}, in place of what any rule picks; questions, style: for the rules "attribution" and
+    "measured", which also needs `utility`, questions that should stay right; insist: as for check_sae_quality; clamp,
+    refusal_value: what the grids of edits.METHODS multiply; refusal_latent: for refusal-clamp.
     """
 
     model: object
@@ -514,7 +546,9 @@ class FeatureStats:
     retain: list[list]
     _: KW_ONLY
     rule: str = "ratio"
+    own: list[int] | dict[int, list[int]] | None = None
     questions: Dataset | None = None
+    utility: Dataset | None = None
     style: str = "plain"
     seed: int = 0
     batch_size: int = 16
@@ -523,6 +557,7 @@ class FeatureStats:
     refusal_latent: int | None = None
     refusal_value: float = -500.0
     gates: dict = field(default_factory=dict, init=False)
+    orders: dict = field(default_factory=dict, init=False)
 
     @property
     def edited_layer(self) -> int:
@@ -557,9 +592,34 @@ class FeatureStats:
     def output_scores(self) -> torch.Tensor:
         return output_scores(self.model, self.sae)
 
-    def features(self, n: int, rule: str | None = None) -> list[int]:
-        """The n best features by a rule of common.pick_features (None: self.rule), best first, with a note on them."""
+    def measured(self, n: int, clamp: float) -> list[int]:
+        """The first n features of `measured_order` at this clamp. Raises UserError where there are fewer."""
+        if not (self.questions and self.utility):
+            raise UserError("the rule 'measured' needs questions to forget and questions to keep")
+        if clamp not in self.orders:
+            most = int(((self.rates[0].fires > 0) & (activation_ratio(*self.rates) >= 1)).sum())
+            among = pick_features(*self.rates, min(CANDIDATES, most))
+            self.orders[clamp] = [], measured_order(self.model, self.sae, among, clamp, self.questions, self.utility,
+                                                    self.style, self.batch_size)  # fmt: skip
+        found, order = self.orders[clamp]
+        found += itertools.islice(order, max(0, n - len(found)))
+        if n > len(found):
+            raise UserError(f"no {n} features: with {len(found)} picked by their measured effect none is left that "
+                            f"keeps {KEEP:.0%} of {self.utility.title}")  # fmt: skip
+        return found[:n]
+
+    def features(self, n: int | None, rule: str | None = None, clamp: float | None = None) -> list[int]:
+        """The n best features by a rule of common.pick_features or "measured" (None: self.rule), best first, with a
+        note on them; of one's own the first n, or all. clamp: the one to measure at (None: self.clamp)."""
+        if self.own is not None:
+            ids = self.own.get(self.layer, []) if isinstance(self.own, dict) else self.own
+            if not ids:
+                raise UserError(f"no features of layer {self.layer} are given, only of {', '.join(map(str, self.own))}")
+            with data.in_a_line(f"features {str(ids)[:40]}"):
+                return Latents(self.sae, ids).features.tolist()[:n]
         rule = rule or self.rule
+        if rule == "measured":
+            return self.measured(n, self.clamp if clamp is None else clamp)
         by_score = {"attribution": "attribution", "output-score": "output_scores"}
         picked = pick_features(*self.rates, n, rule, score=getattr(self, by_score[rule]) if rule in by_score else None)
         if common := int((activation_ratio(*self.rates)[picked] <= 1).sum()):
@@ -594,6 +654,40 @@ class FeatureStats:
                         shares.append(edits.gate_of(latents.encode(h)[0], mask.edited.to(h.device)).cpu())
             self.gates[n] = torch.cat(shares).quantile(0.95).item()
         return self.gates[n]
+
+
+def measured_order(model, sae, features: list[int], clamp: float, questions: Dataset, utility: Dataset,
+                   style: str = "plain", batch_size: int = 16):  # fmt: skip
+    """Yield the features in the order in which they are worth clamping together: next comes the one that, clamped with
+    all before it, leaves fewest of the questions right, in letters and in words; never one with which less than KEEP of
+    the accuracy on `utility` is left.
+
+    Greedy and lazy (Minoux, Optimization Techniques 234, 1978): a feature's promise is what it took when it was last
+    measured, first alone, then beside those chosen since; only the TRIED most promising are measured for each place. It
+    asks len(features) + TRIED * n edits for n features, where trying all would ask n * len(features).
+    """
+
+    def ask(lists):
+        rows = {"unablated": NONE} | {f"{ids}": edits.ablation(sae, ids, clamp) for ids in lists}
+        forget = letters(model, questions, rows, style=style, batch_size=batch_size)[0]
+        forget = forget, words(model, questions, rows, batch_size=batch_size)
+        keep = letters(model, utility, rows, style=style, batch_size=batch_size)[0]
+        return [(sum(measure[row].mean for measure in forget), keep[row].mean) for row in rows]
+
+    chosen, ((now, keeps), *alone) = [], ask([[feature] for feature in features])
+    promise = {feature: now - right for feature, (right, _) in zip(features, alone)}
+    while promise:
+        tried = sorted(promise, key=promise.get, reverse=True)[:TRIED]
+        found = dict(zip(tried, ask([[*chosen, feature] for feature in tried])[1:]))
+        for feature, (right, kept) in found.items():
+            promise[feature] = now - right
+            if kept < KEEP * keeps - 1e-12:
+                del promise[feature]
+        if good := [feature for feature in tried if feature in promise]:
+            best = max(good, key=lambda feature: (promise[feature], found[feature][1]))
+            now -= promise.pop(best)
+            chosen.append(best)
+            yield best
 
 
 def attribution(model, sae, questions: Dataset, style: str = "plain", batch_size: int = 16) -> torch.Tensor:

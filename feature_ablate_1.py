@@ -50,7 +50,7 @@ wmdp = data.load("wmdp_bio", args.model, args.data, variant=args.wmdp, topic=arg
 mmlu = data.load("mmlu", args.model, args.data, **halves).of(args.subjects, wmdp.topic)
 ask = {"style": args.prompt, "batch_size": args.batch_size}
 which = args.limit, args.prompt, args.skip_long, args.robust
-mmlu = evaluation.questions(model, mmlu.held_out, *which)
+mmlu, mmlu_tuning = evaluation.questions(model, mmlu.held_out, *which), mmlu.tuning
 wikitext, mmlu_dev = (data.load(name, args.model, args.data) for name in ("wikitext", "mmlu_dev"))
 corpus = data.load_corpus(args.forget_corpus, args.model, args.data)
 print(f"{wmdp.title}: {len(wmdp.held_out)} questions held out; {mmlu.title}: {len(mmlu)}")
@@ -133,11 +133,11 @@ texts = data.picking_texts(wmdp.tuning, corpus, wikitext, mmlu_dev, args.pick_te
 run = Run("feature_ablate_1.py", args, [wmdp.tuning, mmlu, corpus, wikitext, mmlu_dev], [sae])
 stats = evaluation.FeatureStats(
     model, sae, args.layer, *data.picking_windows(model.tokenizer, *texts, args.context),
-    rule=args.pick, questions=wmdp.tuning, seed=args.seed, style=args.prompt,
-    batch_size=args.batch_size, insist=not args.no_sanity,
+    rule=args.pick, own=args.features, questions=wmdp.tuning, utility=mmlu_tuning, seed=args.seed,
+    clamp=run.settings["clamp"], insist=not args.no_sanity, **ask,
 )  # fmt: skip
 forget, retain = stats.rates
-features = stats.features(args.n_features)
+features = stats.features(run.settings["n_features"])
 
 # %% [markdown]
 # In the figure each dot is a feature, and on the dotted line both rates are equal. The picked ones, in red, lie far
@@ -145,7 +145,7 @@ features = stats.features(args.n_features)
 
 # %%
 show.print_features(stats, features, most=8)
-title = f"{run.name}, layer {args.layer}, {args.n_features} features"
+title = f"{run.name}, layer {args.layer}, {len(features)} features"
 figures = {"features": show.scatter(features, forget, retain, title)}
 
 # %% [markdown]

@@ -62,14 +62,14 @@ texts = data.picking_texts(wmdp.tuning, corpus, wikitext, mmlu_dev, args.pick_te
 run = Run("feature_ablate_2.py", args, [wmdp.tuning, bio, other, corpus, wikitext, mmlu_dev], [sae])
 stats = evaluation.FeatureStats(
     model, sae, args.layer, *data.picking_windows(model.tokenizer, *texts, args.context),
-    rule=args.pick, questions=wmdp.tuning, seed=args.seed, style=args.prompt,
-    batch_size=args.batch_size, insist=not args.no_sanity,
+    rule=args.pick, own=args.features, questions=wmdp.tuning, utility=mmlu.tuning, seed=args.seed,
+    clamp=run.settings["clamp"], insist=not args.no_sanity, **ask,
 )  # fmt: skip
-features = stats.features(args.n_features)
+features = stats.features(run.settings["n_features"])
 show.print_features(stats, features, most=8)
 
 # %%
-title = f"{run.name}, layer {args.layer}, {args.n_features} features"
+title = f"{run.name}, layer {args.layer}, {len(features)} features"
 figures = {"features": show.scatter(features, *stats.rates, title)}
 
 # %% [markdown]

@@ -42,6 +42,7 @@ halves = {"seed": args.seed, "pick_on": args.pick_on}
 wmdp = data.load("wmdp_bio", args.model, args.data, topic=args.topic, **halves)
 web = data.load("openwebtext", args.model, args.data, seed=args.seed)
 wikitext, mmlu_dev = (data.load(name, args.model, args.data) for name in ("wikitext", "mmlu_dev"))
+mmlu = data.utility_subset(data.load("mmlu", args.model, args.data, **halves), but=wmdp.topic)
 corpus = data.load_corpus(args.forget_corpus, args.model, args.data)
 texts = data.picking_texts(wmdp.tuning, corpus, wikitext, mmlu_dev, args.pick_text)
 bio = wmdp.held_out.only(range(len(wmdp.held_out))[: args.limit])
@@ -51,12 +52,12 @@ print(f"{web.title}: {len(web)} documents; {wmdp.title}: {len(bio)} questions he
 run = Run("feature_ablate_3.py", args, [wmdp.tuning, bio, web, corpus, wikitext, mmlu_dev], [sae])
 stats = evaluation.FeatureStats(
     model, sae, args.layer, *data.picking_windows(model.tokenizer, *texts, args.context),
-    rule=args.pick, questions=wmdp.tuning, seed=args.seed, batch_size=args.batch_size,
-    insist=not args.no_sanity,
+    rule=args.pick, own=args.features, questions=wmdp.tuning, utility=mmlu.tuning, seed=args.seed,
+    clamp=run.settings["clamp"], insist=not args.no_sanity, batch_size=args.batch_size,
 )  # fmt: skip
-features, clamp = stats.features(args.n_features), run.settings["clamp"]
+features, clamp = stats.features(run.settings["n_features"]), run.settings["clamp"]
 show.print_features(stats, features, most=8)
-title = f"{run.name}, layer {args.layer}, {args.n_features} features"
+title = f"{run.name}, layer {args.layer}, {len(features)} features"
 figures = {"features": show.scatter(features, *stats.rates, title)}
 
 # %% [markdown]

@@ -22,6 +22,7 @@ class Preset:
     width: str = ""  # number of features
     l0: str = ""  # features active on a token, by layer: lowest to highest
     clamp: float = -100.0
+    n_features: int = 50
     dtype: str = "float32"
     retrained: str | None = None  # preset of the same model trained from scratch without the forget set
 

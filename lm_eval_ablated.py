@@ -10,9 +10,9 @@ lm-eval with an edit in every forward pass: any of its tasks, any method, severa
     accelerate launch --num_processes 8 lm_eval_ablated.py --model gemma-2-2b-it --layer 7 --n-features 50 \
         --tasks wmdp_bio,mmlu --unablated --batch_size auto
 
-Features are picked as in the lessons and clamped, or edited by another --method; or they are read with --features, a
-JSON list of ids of --layer's SAE or {layer: ids}, whose SAEs are the preset's or --sae with {layer} in the layer's
-place; or the edit is a row of a --record, made again as it was. With --unablated the model is scored without the edit
+Features are picked as in the lessons and clamped, or edited by another --method; or they are given with --features, as
+ids of --layer's SAE or {layer: ids}, whose SAEs are the preset's or --sae with {layer} in the layer's place; or the
+edit is a row of a --record, made again as it was. With --unablated the model is scored without the edit
 too and the two are compared question by question, which lm-eval itself does not do. Questions that features were picked
 on are left out. Tasks are lm-eval's and those of lm_eval_tasks/; options with underscores are lm-eval's own.
 
@@ -24,10 +24,10 @@ import runs
 
 flags = runs.parser(__doc__, without=("--skip-long",))
 
-flags.add_argument("--clamp", type=runs.number(float, "0 or negative", lambda x: x <= 0),
-                   help="value that active features are set to, 0 or negative (default: the preset's)")  # fmt: skip
+flags.add_argument("--clamp", type=runs.finite_float,
+                   help="value that active features are set to, 0 or negative (default: the preset's); of --features "
+                   "also a positive one, which amplifies them where they are active")  # fmt: skip
 group = flags.add_argument_group("edit")
-group.add_argument("--features", metavar="FILE", help="JSON list of ids, or {layer: ids} (default: pick them)")
 group.add_argument("--record", metavar="FILE", help="take the edit of a row of this record, as it is")
 group.add_argument("--row", help="which row (default: the one that the record calls chosen, else its clamp)")
 group.add_argument("--method", help="dsg, mean-ablation, ... (default: clamp); of a record the row of that method")
@@ -84,7 +84,7 @@ import hub
 import show
 from common import bare_generation, load_sae, usable_device
 from data import HERE, LETTERS, Dataset, UserError
-from edits import METHODS, NONE, Edit, applied, decoder_layers, from_grid, label, layer_of, make, together
+from edits import METHODS, NONE, Edit, applied, decoder_layers, final_norm, from_grid, label, layer_of, make, together
 from evaluation import FeatureStats, Measure, check_sae_quality, measure_of
 
 TASKS = HERE / "lm_eval_tasks"
@@ -146,7 +146,7 @@ class AblatedLM(HFLM):
 
     def refuse_not_finite(self, module, args, logits):
         """A hook on the unembedding: an argmax over NaN would be an answer like any other, and go into the caches."""
-        if not all(torch.isfinite(end) for end in logits.aminmax()):
+        if logits.numel() and not all(torch.isfinite(end) for end in logits.aminmax()):
             how = f"under {self.edit.method}" if self.edit.at else "as it is"
             raise UserError(f"{self.pretrained} {how} has logits that are not finite (NaN or infinity): look for such "
                             "values in its weights, its adapter and its SAE, or take another dtype")  # fmt: skip
@@ -241,7 +241,8 @@ class CommandLineLM(AblatedLM):
         if record:
             self.set_edit(*edit_of_row(self, record, chosen_row(record, row, method), sae, pretrained))
         else:
-            self.set_edit(*edit_of_features(self, features, layer, method, sae, pretrained, numbers))
+            ids = runs.own_features(str(features))
+            self.set_edit(*edit_of_features(self, ids, layer, method, sae, pretrained, numbers))
 
 
 if "sae-ablated" not in model_registry:  # lm-eval refuses a name twice, but a notebook's cell is run again
@@ -288,7 +289,7 @@ def load_ablated(args) -> AblatedLM:
 
 # %% The edit: of features from a file, of a record's row, or of features picked here
 class BridgeView:
-    """lm-eval's model with as much of a TransformerBridge as SAEs are loaded, checked and picked with."""
+    """lm-eval's model with as much of a TransformerBridge as SAEs are loaded, checked, picked and measured with."""
 
     def __init__(self, lm: AblatedLM):
         config, layers = lm.model.config.get_text_config(), decoder_layers(lm.model)
@@ -296,6 +297,12 @@ class BridgeView:
         self.cfg = SimpleNamespace(n_layers=len(layers), d_model=config.hidden_size, d_vocab=config.vocab_size,
                                    model_name=lm.pretrained, device=lm.device)  # fmt: skip
         self.hook_dict = {f"blocks.{i}.hook_resid_post": layer for i, layer in enumerate(layers)}
+        self.unembed = lm.model.get_output_embeddings()
+
+    ln_final = property(lambda self: final_norm(self.original_model))
+
+    def __call__(self, *inputs, **options):
+        return self.original_model(*inputs, **options)
 
 
 def read_json(path: str):
@@ -303,21 +310,15 @@ def read_json(path: str):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def edit_of_features(lm, path: str, layer: int, method: str | None, sae: str | None, model: str, numbers: dict):
-    """(Edit, its SAEs): the method, or a clamp, of a JSON file's features, {layer: ids} or a list of this layer's.
-    numbers: of the method ({"clamp": -40}); sae: RELEASE:ID or folder, with {layer} in the layer's place. Raises
-    UserError for another file, for a layer without ids (the model would be scored as it is), for features that an SAE
-    lacks, and as load_sae and make do."""
-    content = read_json(path)
-    with data.in_a_line(f"{path}: give a JSON list of feature ids, or {{layer: ids}} (records: --record)"):
-        features = {int(k): [*ids] for k, ids in (content if isinstance(content, dict) else {layer: content}).items()}
-    if not features or not all(ids and all(type(i) is int for i in ids) for ids in features.values()):
-        raise UserError(f"{path}: a layer has no features, as a list of ids")
+def edit_of_features(lm, features, layer: int, method: str | None, sae: str | None, model: str, numbers: dict):
+    """(Edit, its SAEs): the method, or a clamp, of features, {layer: ids} or a list of this layer's. numbers: of the
+    method ({"clamp": -40}); sae: RELEASE:ID or folder, with {layer} in the layer's place. Raises UserError for features
+    that an SAE lacks, and as load_sae and make do."""
     method = method or ("clamp" if numbers.get("clamp") else "zero-ablation")
     saes, parts = [], []
-    for layer, ids in features.items():
-        saes.append(load_sae(sae and sae.replace("{layer}", str(layer)), layer, BridgeView(lm), model))
-        with data.in_a_line(f"layer {layer}"):
+    for at, ids in (features if isinstance(features, dict) else {layer: features}).items():
+        saes.append(load_sae(sae and sae.replace("{layer}", str(at)), at, BridgeView(lm), model))
+        with data.in_a_line(f"layer {at}"):
             parts.append(make(method, saes[-1], features=ids, **numbers))
     return parts[0] if len(parts) == 1 else together(*parts), saes
 
@@ -363,17 +364,20 @@ def picked(lm: AblatedLM, args, clamp: float, numbers: dict):
     if METHODS[method].resolve is None:
         raise UserError(f"--method {method}: no features are picked for it; give --features or --record")
     takes = set(inspect.signature(METHODS[method].resolve).parameters) - {"stats"}
-    setting = {name: args.n_features for name in takes & {"n_features"}} | numbers
+    n_features = args.n_features or hub.preset(args.model).n_features
+    setting = {name: n_features for name in takes & {"n_features"}} | numbers
     if strange := set(setting) - takes:
         raise UserError(f"--setting {min(strange)}: {method} takes {', '.join(sorted(takes))}")
-    wmdp = data.load("wmdp_bio", args.model, args.data, seed=args.seed, pick_on=args.pick_on, topic=args.topic).tuning
+    halves = {"seed": args.seed, "pick_on": args.pick_on, "topic": args.topic}
+    wmdp, mmlu = (data.load(name, args.model, args.data, **halves).tuning for name in ("wmdp_bio", "mmlu"))
     wikitext, mmlu_dev = (data.load(name, args.model, args.data) for name in ("wikitext", "mmlu_dev"))
     corpus, view = data.load_corpus(args.forget_corpus, args.model, args.data), BridgeView(lm)
     forget, retain = data.picking_texts(wmdp, corpus, wikitext, mmlu_dev, args.pick_text)
     sae = load_sae(args.sae, args.layer, view, args.model) if METHODS[method].needs_sae else None
     stats = FeatureStats(
         view, sae, args.layer, *data.picking_windows(lm.tokenizer, forget, retain, args.context), rule=args.pick,
-        questions=wmdp, seed=args.seed, batch_size=args.batch_size if isinstance(args.batch_size, int) else 16,
+        questions=wmdp, utility=data.utility_subset(mmlu, but=wmdp.topic), seed=args.seed,
+        batch_size=args.batch_size if isinstance(args.batch_size, int) else 16,
         insist=not args.no_sanity, clamp=clamp, refusal_latent=args.refusal_latent, refusal_value=args.refusal_value,
     )  # fmt: skip
     edit, datasets = from_grid(method, setting, stats), [wmdp, *filter(len, (wikitext, mmlu_dev, corpus))]

@@ -21,7 +21,7 @@ flags.add_argument("--layer", "--layers", type=runs.natural_int, nargs="+", defa
                    help="layers whose output the SAEs read (default: 7)")  # fmt: skip
 flags.add_argument("--n-features", type=runs.positive_int, nargs="+", default=[1, 2, 5, 10, 20, 50, 100, 200],
                    help="numbers of features (default: 1 2 5 10 20 50 100 200)")  # fmt: skip
-flags.add_argument("--clamp", type=runs.number(float, "0 or negative", lambda x: x <= 0), nargs="+",
+flags.add_argument("--clamp", type=runs.finite_float, nargs="+",
                    help="values to set features to (default: 0, half the preset's, and the preset's)")  # fmt: skip
 flags.add_argument("--method", nargs="+", metavar="NAME", help="sweep the grids of these methods instead, such as dsg")
 flags.add_argument("--refusal-latent", type=runs.natural_int, help="for refusal-clamp: a latent active when declining")
@@ -245,10 +245,10 @@ def rows_of(stats: FeatureStats, counts: list[int], clamps: list[float], methods
         of_grids = [edits.from_grid(name, setting, stats) for name in methods for setting in edits.METHODS[name].grid]
         return {f"{title_of(edit.method)}, layer {stats.layer}, {edits.label(edit.method, edit.settings)}": edit
                 for edit in of_grids}  # fmt: skip
-    rows, most = {}, max(counts)
+    rows, most = {}, min(max(counts), len(stats.features(max(counts))))  # of one's own there may be fewer
     for start, method, ids in (("", None, stats.features(most)),
                                ("random features, ", "random-features", stats.control(most, most))):  # fmt: skip
-        for n, clamp in itertools.product(counts, clamps):
+        for n, clamp in itertools.product(sorted({min(n, most) for n in counts}), clamps):
             row = f"{start}layer {stats.layer}, n_features {n}, clamp {clamp:g}"
             rows[row] = edits.ablation(stats.sae, ids[:n], clamp, method=method)
     return rows
@@ -304,9 +304,9 @@ def run(**changes) -> dict:
     rows = {"unablated": edits.NONE}
     for layer in layers:
         stats = FeatureStats(
-            model, saes.get(layer), layer, *windows, rule=args.pick, questions=benchmark.wmdp.tuning, seed=args.seed,
-            insist=not args.no_sanity, clamp=clamps[-1], refusal_latent=args.refusal_latent,
-            refusal_value=args.refusal_value, **how,
+            model, saes.get(layer), layer, *windows, rule=args.pick, own=args.features, seed=args.seed,
+            questions=benchmark.wmdp.tuning, utility=benchmark.mmlu.tuning, insist=not args.no_sanity,
+            clamp=max(clamps, key=abs), refusal_latent=args.refusal_latent, refusal_value=args.refusal_value, **how,
         )  # fmt: skip
         rows |= rows_of(stats, sorted(set(args.n_features)), clamps, methods)
     title = f"{Path(args.model).name}, layer {', '.join(map(str, layers))}: {len(rows) - 1} settings"

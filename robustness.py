@@ -6,6 +6,7 @@ residual stream pushed, and after fine-tuning.
     python robustness.py results/baselines_npo_tiny_L7_*.json
     python robustness.py results/baselines_*.json --relearn 100
     python robustness.py --all                    # every record of one model in results/, or in --out's folder
+    python robustness.py --features 449,624 --layer 7 --clamp -40     # your own features
 
 Of each record of baselines.py the chosen row is examined: a trained model, or an edit that stays on. Asked are
 WMDP-Bio's held-out questions: as the method was tuned; in another wording (wmdp_bio_reworded.jsonl, if it is there);
@@ -22,10 +23,9 @@ go through all of it too: what could come back at most, and at least.
 # %% Flags come first, so that --help answers at once
 from runs import finite_float, help_before_imports, main, natural_int, parser, positive_int, settings
 
-RECORDS_SAY = ("--model", "--sae", "--layer", "--n-features", "--clamp", "--pick", "--pick-on", "--pick-text", "--data",
-               "--topic", "--forget-corpus", "--device-map", "--seed", "--limit", "--no-sanity", "--context",
-               "--edit-special", "--skip-long")  # fmt: skip
-flags = parser(__doc__, without=RECORDS_SAY)
+NOT_HERE = ("--n-features", "--pick", "--pick-text", "--forget-corpus", "--device-map", "--context", "--no-sanity",
+            "--prompt", "--robust")  # fmt: skip
+flags = parser(__doc__, quiz=True, without=NOT_HERE)
 flags.add_argument("records", nargs="*", metavar="RECORD", help="of baselines.py")
 flags.add_argument("--all", action="store_true", help="every record of --out's folder, with 25 steps of --relearn")
 flags.add_argument("--relearn", type=positive_int, metavar="STEPS", help="of fine-tuning (default: 0; of --all 25)")
@@ -54,7 +54,7 @@ import show
 import unlearning
 from common import as_bridge, load_hf, load_model, load_sae
 from data import HERE, LETTERS, Benchmark, Dataset, UserError, encode_prompts, n_processes, pad_id, prompt
-from edits import METHODS, NONE, Edit, SetFeatures, applied, decoder_layers, layer_of, make
+from edits import METHODS, NONE, Edit, SetFeatures, ablation, applied, decoder_layers, layer_of, make, together
 from evaluation import Measure, bootstrap, joined, letters, open_answers, share, words
 from hub import identity, load_tokenizer, model_source, preset
 from runs import Run, forget_title, read_record
@@ -412,8 +412,26 @@ def report(measures: dict[str, Measure], shares: dict, pushes: dict[str, dict], 
 
 # %% From records to subjects and questions; the run
 # What records must agree in, and the forms asked here depend on
+OWN = ("model", "sae", "layer", "clamp", "features", "data", "topic", "seed", "limit", "wmdp", "subjects", "pick_on",
+       "skip_long", "edit_special")  # fmt: skip
 SAME = ("model", "data", "forget_corpus", "seed", "pick_on", "limit", "subjects", "skip_long", "prompt", "robust",
         "wmdp", "topic")  # fmt: skip
+
+
+def own_record(args) -> dict:
+    """What a record would say of a clamp of one's own features, on the data that the flags name."""
+    model = load_model(args.model, args.device, args.dtype, edit_special=args.edit_special)
+    of = args.features if isinstance(args.features, dict) else {args.layer: args.features}
+    saes = {layer: load_sae(args.sae, layer, model, args.model) for layer in of}
+    clamp = preset(args.model).clamp if args.clamp is None else args.clamp
+    with data.in_a_line("features"):
+        edits = [ablation(saes[layer], ids, clamp) for layer, ids in of.items()]
+    benchmark = data.load_benchmark(
+        args.model, model.tokenizer, folder=args.data, variant=args.wmdp, subjects=args.subjects, seed=args.seed,
+        pick_on=args.pick_on, limit=args.limit, skip_long=args.skip_long, topic=args.topic,
+    )  # fmt: skip
+    job = Run(__file__, args, benchmark.datasets, saes.values())
+    return {**job.record({"clamp": edits[0] if len(edits) == 1 else together(*edits)}, []), "chosen": "clamp"}
 
 
 def read_tuned(path: str) -> dict:
@@ -439,7 +457,7 @@ def shared_settings(records: list[dict]) -> dict:
     for name in SAME:
         if any(record["settings"].get(name) != same[name] for record in records):
             raise UserError(f"these records differ in {name}: compare like with like")
-    if same["prompt"] != "plain" or same["robust"] or same["wmdp"] == "cloze":
+    if same["prompt"] not in (None, "plain") or same["robust"] or same["wmdp"] == "cloze":
         raise UserError("these records were made with --prompt or --robust or --wmdp cloze; the forms asked here vary "
                         "the plain prompt")  # fmt: skip
     return same
@@ -526,9 +544,13 @@ def run(**changes) -> dict:
         raise UserError("robustness.py is one process: start it without accelerate launch")
     paths = args.records or (tuned_records(args.out) if args.all else [])
     steps = args.relearn or (STEPS if args.all else 0)
-    if not paths:
+    if not (paths or args.features):
         raise UserError("no record of baselines.py is there: run it first, and give one or several of its records")
-    records = [read_tuned(path) for path in paths]
+    for name in OWN if paths else ():
+        if getattr(args, name) != flags.get_default(name):
+            raise UserError(f"{name}: the records say it; it is of your own features, without records")
+    records = [read_tuned(path) for path in paths] or [own_record(args)]
+    paths = paths or ["these features"]
     same, dtype = shared_settings(records), args.dtype or records[0]["dtype"]
     name, lr = same["model"], args.lr or LEARNING_RATE.get(same["model"], 2e-5)
     subjects = subjects_of(paths, records, args.device, dtype)

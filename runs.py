@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import math
+import operator
 import os
 import re
 import shutil
@@ -60,6 +61,30 @@ positive_int = number(int, "an integer from 1 on", lambda x: x >= 1)
 finite_float = number(float, "a finite number")
 
 
+def own_features(given: str) -> list[int] | dict[int, list[int]]:
+    """Feature ids, or {layer: ids}: written out ("449,624"), or a file's. A file holds ids; JSON of either form; a list
+    of Neuronpedia's, of objects with `layer` ("7-gemmascope-res-16k") and `index`; or a record, of which the chosen row
+    counts, else the one of most features that are not random. Raises UserError for anything else."""
+    with data.in_a_line(f"{given}: give ids as 449,624, or a file: of ids, a record or a list of Neuronpedia's"):
+        text = Path(given).read_text(encoding="utf-8") if os.path.isfile(given) else given
+        content = re.findall(r"\d+", text) if re.fullmatch(r"[\d\s,]+", text) else json.loads(text)
+        if "rows" in content:
+            rows = {name: row["settings"] for name, row in read_record(given)["rows"].items()
+                    if "features" in row["settings"] and row["method"] != "random-features"}  # fmt: skip
+            most = max(rows, key=lambda name: len(rows[name]["features"]), default=None)
+            row = rows[content.get("chosen", most)]
+            return {layer: row["features"] for layer in row["layers"]}
+        if isinstance(content, dict):
+            content = content.get("features") or content.get("neurons") or content
+        if isinstance(content, list) and isinstance(content[0], dict):
+            layers = [int(re.match(r"\d+", str(one["layer"]))[0]) for one in content]
+            content = {at: [one["index"] for one, layer in zip(content, layers) if layer == at] for at in layers}
+        ids = partial(
+            data.as_list, what="feature ids", kind=lambda i: int(i) if isinstance(i, str) else operator.index(i)
+        )
+        return ids(content) if isinstance(content, list) else {int(at): ids(some) for at, some in content.items()}
+
+
 def place(given: str) -> str:
     """A name as it is; a file or folder by the path that leads there from wherever a record is read."""
     return os.path.abspath(given) if given not in (*hub.PRESETS, "") and Path(given).exists() else given
@@ -95,9 +120,10 @@ def parser(doc: str, *, quiz: bool = False, controls: int = 0, without: tuple[st
 
     add("--model", f"preset ({', '.join(hub.PRESETS)}), hub id or folder", type=place, default="tiny")
     add("--layer", "layer whose output the SAE reads; tiny has 3, 5, 7, 9, 15", type=natural_int, default=7)
-    add("--n-features", "how many features to ablate", type=positive_int, default=50)
-    add("--clamp", "negative value that active features are set to (default: the preset's)",
-        type=number(float, "a number below 0", lambda x: x < 0))  # fmt: skip
+    add("--n-features", "how many features to ablate (default: 50; of --features all)", type=positive_int)
+    add("--clamp", "negative value that active features are set to (default: the preset's); of --features also a "
+        "positive one, which amplifies them where they are active",
+        type=number(float, "a number other than 0", lambda x: x != 0))  # fmt: skip
     if controls:
         add("--controls", "draws of random features, to compare with", type=positive_int, default=controls)
     add("--limit", "score only so many questions (a seeded sample) or documents of a data set", type=positive_int)
@@ -111,8 +137,10 @@ def parser(doc: str, *, quiz: bool = False, controls: int = 0, without: tuple[st
     add("--no-sanity", "go on even if the SAE does not fit the model", action="store_true")
     group = p.add_argument_group("picking")
     add("--pick", "rule: ratio (of firing rates), retain-threshold (SAEBench), dsg (Dynamic SAE Guardrails), "
-        "attribution or output-score (docs/methods.md); any-ratio also takes features that are no more frequent on the "
-        "forget set, which the ratio leaves out", default="ratio")  # fmt: skip
+        "attribution, output-score or measured (docs/methods.md); any-ratio also takes features that are no more "
+        "frequent on the forget set, which the ratio leaves out", default="ratio")  # fmt: skip
+    add("--features", "your own, in place of picking: ids as 449,624; or a file of ids, {layer: ids}, a record, or a "
+        "list of Neuronpedia's", type=own_features)  # fmt: skip
     add("--pick-on", "half: pick on one half of the WMDP-Bio questions and score the other; all: pick and score on "
         "all, which flatters the scores", choices=["half", "all"], default="half")  # fmt: skip
     add("--pick-text", "prompt: questions as they are asked, against Wikitext and MMLU's development questions; prose: "
@@ -166,6 +194,7 @@ class settings(argparse.Namespace):  # called in a script's run(**changes)
             wanted = "nothing is given; leave it out, or say what" if empty else "True or False is wanted"
             raise UserError(f"{''.join(first) or name}: {wanted}")
         if flag.nargs != 0 and repr(value) != repr(flag.default):  # read as the command line would be: 7.0 is not 7
+            value = json.dumps(value) if isinstance(value, dict) else value
             items = [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
             given = [*first, *items] if flag.nargs else ["=".join([*first, ",".join(items)])]
             value = getattr(self.flags.parse_args(given), name)
@@ -257,7 +286,8 @@ class Run:
         self.script, self.saes, self.started = Path(script).name, saes, args.started
         self.data = [part for part in data if len(part)]
         self.model, self.settings = model or args.model, dict(vars(args))
-        for name in ("clamp", "dtype"):
+        own, clamps = self.settings.get("features"), self.settings.get("clamp") or 0
+        for name in ("clamp", "dtype", "n_features")[: 2 if own else 3]:
             if name in self.settings and self.settings[name] is None:
                 self.settings[name] = getattr(hub.preset(self.model), name)
         self.name, self.dtype = Path(self.model).name, dtype or self.settings["dtype"]
@@ -281,6 +311,8 @@ class Run:
         layers, said = [sae.layer for sae in saes], self.settings.get("layer")
         if len(layers) == 1 and isinstance(said, int) and said != layers[0]:
             raise UserError(f"the setting layer is {said}, and the SAE is layer {layers[0]}'s: load it again")
+        if not own and (largest := max(clamps) if isinstance(clamps, list) else clamps) > 0:
+            raise UserError(f"clamp {largest:g} amplifies features: give them by hand; picked ones are ablated")
 
     def about(self) -> dict:
         """What a record says of the data; a tuning half has a name beside that of the half that is held out."""

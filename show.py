@@ -180,6 +180,66 @@ def panels_of_rows(panels: list[tuple], title: str):
     return figure
 
 
+def changes(measures, most: int = 20) -> None:
+    """Print a line for each row but the first, `most` at most, and a column for each Measure: the change against the
+    first row, with a star where it stands out among all rows (Measure.q_of_rows below 0.05)."""
+    first, *rows = measures[0].rows
+    known, names = [measure.q_of_rows() for measure in measures], max(map(len, rows)) + 2
+    print(f"\n  change against {first!r}; * where false discoveries over {len(rows)} rows are held to 5%\n")
+    heads = [[*measure.title.split(", tuning half")[0].split(", ")[:1], measure.title.rpartition(", ")[2], measure.unit]
+             for measure in measures]  # fmt: skip
+    for line in zip(*heads):
+        print(" " * (names + 2) + "".join(f"{text:>22}" for text in line))
+    for row in rows[:most]:
+        cells = [f"{number(measure[row].change, measure.unit, '+')}{'*' if q[row] < 0.05 else ' '}"
+                 for measure, q in zip(measures, known)]  # fmt: skip
+        print(f"  {row:{names}}" + "".join(f"{cell:>22}" for cell in cells).rstrip())
+    if len(rows) > most:
+        print(f"  ... and {len(rows) - most} more, all in the record")
+
+
+def effects_figure(forget, retain, features: list[int], title: str):
+    """Figure: a panel for each Measure of the forget set: what each feature takes alone (the row "I alone"), against
+    what it takes of `retain`, in points; those that stand out are red, the strongest have their number."""
+    figure, all_axes = plt.subplots(1, len(forget), figsize=(4.6 * len(forget), 4.2), sharex=True, layout="constrained")
+    x = np.array([-100 * retain[f"{one} alone"].change for one in features])
+    for axes, measure in zip(np.atleast_1d(all_axes), forget):
+        rows = [f"{one} alone" for one in features]
+        q = measure.select([measure.rows[0], *rows]).q_of_rows()
+        y = np.array([-100 * measure[row].change for row in rows])
+        axes.scatter(x, y, s=16, c=[ABLATED if q[row] < 0.05 else "0.6" for row in rows], linewidths=0)
+        best = sorted(range(len(features)), key=lambda i: -max(y[i], x[i]))[:10]
+        names = [axes.text(x[i], y[i], f"{features[i]}", size=8) for i in best if max(y[i], x[i]) > 0]
+        axes.axhline(0, color="0.4", ls="--", lw=0.8)
+        axes.axvline(0, color="0.4", ls="--", lw=0.8)
+        lost = [f"{plain(of.title.replace(', tuning half', ''))}, points lost" for of in (retain, measure)]
+        axes.set(xlabel=lost[0], ylabel=lost[1])
+        adjust_text(names, x, y, ax=axes, arrowprops={"arrowstyle": "-", "color": "0.4", "lw": 0.5})
+    figure.suptitle(f"{plain(title)}: each alone; red: stands out among all, false discoveries 5%", size=10)
+    return figure
+
+
+def counts_figure(measures, orders, counts: list[int], title: str):
+    """Figure: a panel for each Measure, a line for each of the orders, of its rows "first N by ORDER" over N."""
+    figure, all_axes = plt.subplots(1, len(measures), figsize=(3.4 * len(measures), 3.4), sharey=True,
+                                    layout="constrained")  # fmt: skip
+    for axes, measure in zip(np.atleast_1d(all_axes), measures):
+        for name, shade in zip(orders, ("0.35", ABLATED, "#2471a3")):
+            mean, low, high = 100 * np.array([ends(measure[f"first {n} by {name}"]) for n in counts]).T
+            axes.plot(counts, mean, "o-", ms=3.5, color=shade, label=f"in the order of the {name}")
+            axes.fill_between(counts, low, high, color=shade, alpha=0.15, linewidth=0)
+        axes.axhline(100 * measure[measure.rows[0]].mean, color="0.3", ls="--", lw=0.8)
+        axes.axhline(100 * measure.chance, color="0.3", ls=":", lw=0.8)
+        axes.set(xscale="log", xlabel="features clamped", ylim=(0, 103))
+        axes.set_xticks(counts, map(str, counts))
+        axes.minorticks_off()
+        axes.set_title(plain(measure.title.replace(", ", "\n")), size=9)
+    np.atleast_1d(all_axes)[0].set_ylabel("right answers, %")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(orders), frameon=False)
+    figure.suptitle(f"{plain(title)}; dashed: unablated, dotted: chance", size=10)
+    return figure
+
+
 def group_table(measure) -> None:
     """Print a line for each group (a subject), a column for each row: per cent right, with a star where it changed."""
     groups, q = measure.by_group(), measure.q_values()
@@ -231,13 +291,14 @@ def top_tokens(model, sae, features: list[int], windows: list[list[int]], k: int
             for ids, sums in zip(best.indices.T, best.values.T)]  # fmt: skip
 
 
-def promoted_tokens(model, sae, features: list[int], k: int = 5) -> list[list[str]]:
-    """For each feature the k tokens whose logits its decoder direction raises most (edits.logit_lens, less the biases
-    that all directions share); none where the model's final norm cannot be told."""
+def promoted_tokens(model, sae, features: list[int], k: int = 5, suppressed: bool = False) -> list[list[str]]:
+    """For each feature the k tokens whose logits its decoder direction raises most, or lowers (edits.logit_lens, less
+    the biases that all directions share); none where the model's final norm cannot be told."""
     features = as_list(features, "features")
     try:
         vectors = Latents(sae, features).W_dec
-        ids = (logit_lens(model, vectors) - logit_lens(model, 0 * vectors)).topk(k).indices.tolist()
+        raised = logit_lens(model, vectors) - logit_lens(model, 0 * vectors)
+        ids = raised.topk(k, largest=not suppressed).indices.tolist()
     except UserError as error:
         note_once(f"note: no promoted tokens: {error}")
         ids = [[]] * len(features)
@@ -337,6 +398,27 @@ def token_figure(model, windows: list[list[int]], values: list[torch.Tensor], ti
         page = f'<pre style="white-space:pre-wrap;background:#fff">{"".join(spans)}</pre>'
         display(HTML(f"<p>{escape(title)}: {low:.3g} {bar} {most:.3g} {escape(unit)}</p>{page}"))
     return figure
+
+
+@torch.inference_mode()
+def print_contexts(model, sae, features: list[int], windows: list[list[int]], n: int = 3, reach: int = 8) -> None:
+    """Print what features are: the nearest other one by the cosine of their decoder directions, what they suppress, and
+    of the n windows in which each is most active its strongest token, in brackets, with `reach` tokens around it."""
+    latents, found = Latents(sae, features), {}
+    for indices, ids in batches(windows, 16, model.tokenizer, model.cfg.device, shared=False):
+        acts, _ = latents.encode(residual_stream(model.original_model, ids, layer_of(sae)))
+        acts[:, 0] = 0  # its first token is never edited
+        found |= {i: acts[k, : len(windows[i])].cpu().max(0) for k, i in enumerate(indices)}
+    vectors = torch.nn.functional.normalize(latents.W_dec, dim=-1)
+    cosines = (vectors @ vectors.T).fill_diagonal_(-torch.inf)
+    for k, (feature, low) in enumerate(zip(features, promoted_tokens(model, sae, features, suppressed=True))):
+        near = f"nearest {features[cosines[k].argmax()]} (cosine {cosines[k].max():.2f}); " if len(features) > 1 else ""
+        print(f"\n  {feature}: {near}suppresses {' '.join(map(repr, low))}")
+        for i in sorted(found, key=lambda i: (-found[i].values[k], i))[:n]:
+            at, decode = int(found[i].indices[k]), model.tokenizer.decode
+            before, after = windows[i][max(0, at - reach) : at], windows[i][at + 1 : at + 1 + reach]
+            text = f"{decode(before)}[{decode(windows[i][at])}]{decode(after)}"
+            print(f"    {found[i].values[k]:6.1f}  {text.translate(ARROWS)}")
 
 
 @torch.inference_mode()

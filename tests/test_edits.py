@@ -175,6 +175,7 @@ SETTINGS = {
     "sae-reconstruction": {},
     "zero-ablation": dict(features=[3, 1]),
     "clamp": dict(features=[1, 2], clamp=-0.1),
+    "measured-clamp": dict(features=[1, 4], clamp=-3.0),
     "random-features": dict(features=[4], clamp=-3.0),
     "conditional-clamp": dict(features=[1, 2], clamp=-3.0, threshold=0.3),
     "refusal-clamp": dict(features=[1, 2], threshold=0.05, refusal=7, refusal_value=-50.0),
@@ -187,6 +188,7 @@ LABELS = {
     "sae-reconstruction": "",
     "zero-ablation": "n_features 2",
     "clamp": "n_features 2, clamp -0.1",
+    "measured-clamp": "n_features 2, clamp -3",
     "random-features": "n_features 1, clamp -3",
     "conditional-clamp": "n_features 2, clamp -3, threshold 0.3",
     "refusal-clamp": "n_features 2, threshold 0.05, refusal 7, refusal_value -50",
@@ -543,7 +545,7 @@ def test_zeroing_the_hook_point_changes_the_logits(model):
 
 
 @pytest.mark.parametrize(
-    "bad", [dict(clamp=0.5), dict(clamp=math.nan), dict(clamp=-math.inf), dict(features=[D_SAE]), dict(features=[-1])]
+    "bad", [dict(clamp=math.inf), dict(clamp=math.nan), dict(features=[D_SAE]), dict(features=[-1])]
 )
 def test_bad_arguments_raise(gemma, gemma_sae, bad):
     with pytest.raises(ValueError), ablate(gemma, gemma_sae, **{"features": [1], **bad}):

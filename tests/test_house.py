@@ -6,8 +6,8 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"feature_ablate_1", "feature_ablate_2", "feature_ablate_3", "pareto", "baselines", "robustness",
-           "lm_eval_ablated", "train_sae"}  # fmt: skip
+SCRIPTS = {"feature_ablate_1", "feature_ablate_2", "feature_ablate_3", "feature_importance", "pareto", "baselines",
+           "robustness", "lm_eval_ablated", "train_sae"}  # fmt: skip
 MODULES = {path.stem: path for path in ROOT.glob("*.py")}
 # Where a tokenizer, an SAE or a model is loaded or made, the one place that may set an attribute of it
 LOADERS = {"load_hf", "load_tokenizer", "load_sae", "as_bridge", "new_sae", "__init__"}
@@ -41,7 +41,7 @@ def floor(name: str) -> int:
 def test_files_lines_and_floors():
     """Lines of code and its comments; of the lessons those of their code cells, not their prose and exercises."""
     texts = {name: path.read_text(encoding="utf-8") for name, path in MODULES.items()}
-    for name in filter(re.compile("feature_ablate_").match, texts):
+    for name in filter(re.compile("feature_").match, texts):
         texts[name] = "\n".join(re.split(r"^# %% \[markdown\](?:.|\n)*?(?=^# %%$|\Z)", texts[name], flags=re.MULTILINE))
     lines = {name: len(text.splitlines()) for name, text in texts.items()}
     assert len(MODULES) <= 19 and sum(lines.values()) <= 7000, (len(MODULES), sum(lines.values()))

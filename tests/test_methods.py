@@ -120,7 +120,7 @@ def test_controls_of_few_features_are_the_first_of_those_of_many(small):
 
 def test_every_point_of_every_grid_is_an_edit_with_a_label_of_its_own(small):
     stats, _ = small
-    stats.features = lambda n, rule=None: list(range(10, 10 + n))  # the rule "dsg" leaves four
+    stats.features = lambda n, rule=None, clamp=None: list(range(10, 10 + n))  # the rule "dsg" leaves four
     for method, about in edits.METHODS.items():
         points = [setting for setting in about.grid if setting.get("n_features", 0) <= 50]
         made = [edits.from_grid(method, setting, stats) for setting in points]

@@ -53,7 +53,7 @@ def run_of(folder, data=(QUIZ,), saes=(), also=(), **changes) -> Run:
 @pytest.mark.parametrize(
     "name, value, said",
     [
-        ("clamp", math.nan, "--clamp: nan is not a number below 0"),
+        ("clamp", math.nan, "--clamp: nan is not a number other than 0"),
         ("clamp", -math.inf, "--clamp"),
         ("clamp", 0.0, "--clamp"),
         ("seed", -1, "--seed: -1 is not an integer from 0 to"),
@@ -88,7 +88,7 @@ def test_a_value_that_a_flag_does_not_take_is_refused_however_it_is_given(monkey
         ("n_features", True, "--n-features: True is not an integer"),
         ("robust", "no", "--robust: True or False is wanted"),
         ("robust", 1, "--robust: True or False is wanted"),
-        ("clamp", 40, "--clamp: 40 is not a number below 0"),
+        ("clamp", 0, "--clamp: 0 is not a number other than 0"),
         ("limit", 0, "--limit: 0 is not an integer from 1 on"),
     ],
 )
@@ -110,7 +110,7 @@ def test_a_negative_number_may_have_an_exponent(monkeypatch, text, value):
     assert p.parse_args(["--clamp", text]).clamp == value
     assert p.parse_args(["--many", "0", text, "-3"]).many == [0, value, -3]
     for strange in ("-inf", "-nan"):
-        with pytest.raises(UserError, match=f"--clamp: {strange} is not a number below 0"):
+        with pytest.raises(UserError, match=f"--clamp: {strange} is not a number other than 0"):
             p.parse_args(["--clamp", strange])
     with pytest.raises(UserError, match="--clamp: expected one argument"):
         p.parse_args(["--clamp", "--layer", "3"])
