@@ -57,7 +57,7 @@ def sae_source(spec: str | None, layer: int, model: str) -> str:
     """`spec`, a folder or RELEASE:ID; by default that of the model's preset. Raises UserError if both are None."""
     if not (spec or preset(model).sae):
         raise UserError(f"no SAE is known for {model}: give one, RELEASE:ID or a folder")
-    return spec or preset(model).sae.replace("{layer}", str(layer))
+    return spec or str(layer).join(preset(model).sae.rsplit("{layer}", 1))  # a folder above may be called so
 
 
 def listed() -> str:

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import sys
+from contextlib import suppress
 from html import escape
 from urllib.parse import quote
 
@@ -352,7 +353,8 @@ def scatter(features: list[int], forget: Rates, retain: Rates, title: str):
         shares = [10.0**k for k in range(-6, 1) if 10.0**k > 2 * least]
         axis.set_ticks([least, *shares], ["never", *(f"{100 * share:g}%" for share in shares)])
         axis.set_minor_locator(plt.NullLocator())
-    adjust_text(names, x[features], y[features], ax=axes, arrowprops={"arrowstyle": "-", "color": "0.4", "lw": 0.5})
+    with suppress(RuntimeError):  # of a LaTeX that is set and missing: the figure is told of, and costs no result
+        adjust_text(names, x[features], y[features], ax=axes, arrowprops={"arrowstyle": "-", "color": "0.4", "lw": 0.5})
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 

@@ -27,9 +27,9 @@ from hub import identity
 
 
 def test_the_project_may_lie_in_a_folder_with_braces(monkeypatch):
-    preset = replace(hub.PRESETS["tiny"], sae="/home/me/{my} pro{ject/tiny/sae/layer_{layer}")
+    preset = replace(hub.PRESETS["tiny"], sae="/home/me/{my} {layer} pro{ject/tiny/sae/layer_{layer}")
     monkeypatch.setitem(hub.PRESETS, "tiny", preset)
-    assert hub.sae_source(None, 7, "tiny") == "/home/me/{my} pro{ject/tiny/sae/layer_7"
+    assert hub.sae_source(None, 7, "tiny") == "/home/me/{my} {layer} pro{ject/tiny/sae/layer_7"
 
 
 def test_presets_name_their_saes_layers_widths_and_l0s():

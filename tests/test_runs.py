@@ -295,6 +295,19 @@ def test_whatever_decides_about_results_is_in_the_name(tmp_path, monkeypatch):
     assert len({first.path, *(run.path for run in other)}) == 1 + len(other)
 
 
+def test_a_model_that_is_set_below_the_flags_has_its_own_dtype_and_clamp(tmp_path):
+    args = settings(parser("a script"), {"out": str(tmp_path)})
+    for model, dtype, clamp in (
+        ("tiny", "float32", -40),
+        ("gemma-2-2b-it", "bfloat16", -100),
+        ("gpt2", "float32", -10),
+    ):
+        args.model = model
+        run = Run("a_script.py", args)
+        assert (run.dtype, run.settings["dtype"], run.settings["clamp"]) == (dtype, dtype, clamp)
+    assert args.dtype is args.clamp is None
+
+
 def test_models_saes_and_data_of_one_name_have_records_of_their_own(tmp_path):
     """`--model runs1/ckpt`, then `runs2/ckpt`: what they are decides, not the last part of the path."""
     text, taken = Dataset("mmlu", QUIZ.rows[:2]), set()

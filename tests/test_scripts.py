@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib
 import pytest
 from conftest import LAYERS, command, lesson
 
@@ -204,6 +205,16 @@ def test_a_topic_of_ones_own_is_called_so_and_has_no_retrained_model(script, twi
     assert script == LESSONS[0] or any("astronomy" in title and title in said for title in titles)
     named = lesson(script, limit=6, n_features=3, layer=3, data=where, topic="stars", out=tmp_path / "s.json")["record"]
     assert {about["topic"] for name, about in named["data"].items() if "wmdp" in name} == {"stars"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", LESSONS)
+def test_figures_that_lack_their_latex_cost_no_record(script, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", "")
+    with matplotlib.rc_context({"text.usetex": True}):
+        found = lesson(script, limit=6, n_features=3, layer=3, out=tmp_path / "r.json")["record"]
+    assert json.loads((tmp_path / "r.json").read_text())["rows"].keys() == found["rows"].keys()
+    assert "note: no figure features: RuntimeError: Failed to process string with tex" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -353,6 +353,15 @@ def test_a_feature_that_never_fires_lies_at_never_and_the_first_five_have_their_
     assert "ablated" not in axes.get_xlabel() + axes.get_ylabel()
 
 
+def test_the_scatter_is_made_without_the_latex_that_is_set_and_missing(monkeypatch):
+    """Placing its labels measures text; a lesson makes it before it has scored anything."""
+    monkeypatch.setenv("PATH", "")  # where there is none
+    fires = torch.tensor([0, 10, 500, 30, 5, 6, 7, 8])
+    with plt.rc_context({"text.usetex": True}):
+        figure = show.scatter([1, 3, 4, 5, 6, 7], Rates(fires.flip(0), fires, 1000), Rates(fires, fires, 1000), "title")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1", "3", "4", "5", "6"]
+
+
 def test_shares_are_a_table_shaded_by_size():
     figure = show.shaded(["a$b$", "b"], ["as tuned", 25], [[0.999, None], [-0.001, 0.5]], "title")
     (axes,) = figure.axes
