@@ -32,16 +32,12 @@ COLOURS = {"unablated": "0.2", RETRAINED: "#1e8449", "SAE patched": "0.45", "SAE
 TABLE_WIDTH = 150  # characters of a line; columns that do not fit are printed below
 TOKENS_WIDTH = 88  # characters of a line of token_figure
 ARROWS = {ord("\n"): "\u21b5", ord("\t"): "\u2192"}  # how it draws a line's end and a tab
-LONGEST_ADDRESS = 8000  # characters; many servers take no more
+ON_A_PAGE = 50  # features whose Neuronpedia page has an address of at most 8000 characters: many servers take no more
 
 
 def plain(text: str) -> str:
     """The text, escaped for a figure: matplotlib would take what stands between two $ for mathematics."""
     return text.replace("$", r"\$")
-
-
-def colour(row: str) -> str:
-    return next((value for start, value in COLOURS.items() if row.startswith(start)), ABLATED)
 
 
 def draws_of(rows) -> dict[str, list[str]]:
@@ -162,8 +158,9 @@ def panels_of_rows(panels: list[tuple], title: str):
         for y, (name, rows) in enumerate(draws.items()):
             if drawn := [scale * values[row] for row in rows if row in values]:
                 mean, a, b = np.array(drawn).T
+                colour = next((value for start, value in COLOURS.items() if name.startswith(start)), ABLATED)
                 bar = {"mfc": "none"} if len(rows) > 1 else {"xerr": np.nan_to_num([mean - a, b - mean]).clip(0)}
-                axes.errorbar(mean, [y] * len(drawn), fmt="o", ms=5, color=colour(name), **bar)
+                axes.errorbar(mean, [y] * len(drawn), fmt="o", ms=5, color=colour, **bar)
                 axes.text(1.03, y, number(mean.mean() / scale, unit, "+" * change), va="center", size=9,
                           transform=axes.get_yaxis_transform())  # fmt: skip
         for k, (x, name) in enumerate(sorted((x, name) for name, x in near.items())):
@@ -306,18 +303,6 @@ def promoted_tokens(model, sae, features: list[int], k: int = 5, suppressed: boo
     return [[*map(model.tokenizer.decode, best)] for best in ids]
 
 
-def quick_list(source: str, features: list[int]) -> tuple[str, int]:
-    """The address of a Neuronpedia page of the first n features, and n: as many as an address has room for. source:
-    MODEL/SAE, as Neuronpedia names them. SAELens has such a function too, but it opens a browser."""
-    model, sae = source.split("/")
-    rows = [{"modelId": model, "layer": sae, "index": str(feature)} for feature in as_list(features, "features")]
-    for n in range(len(rows), 0, -1):
-        asked = quote(json.dumps(rows[:n], separators=(",", ":")), safe=":,")
-        address = f"https://neuronpedia.org/quick-list/?name=picked%20features&features={asked}"
-        if len(address) <= LONGEST_ADDRESS:
-            return address, n
-
-
 def print_features(stats, features: list[int], most: int = 20) -> None:
     """Print features' firing rates, their ratio, the tokens on which they are most active and those that they promote,
     and Neuronpedia's page of them. stats: a FeatureStats; most: lines."""
@@ -331,8 +316,12 @@ def print_features(stats, features: list[int], most: int = 20) -> None:
     if len(features) > most:
         print(f"  ... and {len(features) - most} more, all in the record")
     if isinstance(source := sae.cfg.metadata.neuronpedia_id, str) and source.count("/") == 1:
-        address, n = quick_list(source, features)
-        print(f"\nNeuronpedia, {'all' if n == len(features) else f'the first {n}'} of these features: {address}")
+        at = dict(zip(("modelId", "layer"), source.split("/")))  # SAELens has such a function, which opens a browser
+        rows = [{**at, "index": str(feature)} for feature in features[:ON_A_PAGE]]
+        asked = quote(json.dumps(rows, separators=(",", ":")), safe=":,")
+        which = "all" if len(rows) == len(features) else f"the first {ON_A_PAGE}"
+        address = f"https://neuronpedia.org/quick-list/?name=picked%20features&features={asked}"
+        print(f"\nNeuronpedia, {which} of these features: {address}")
 
 
 def scatter(features: list[int], forget: Rates, retain: Rates, title: str):

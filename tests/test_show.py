@@ -392,7 +392,7 @@ def test_letters_are_bars_and_the_right_one_is_marked():
 
 
 def test_one_neuronpedia_page_has_the_picked_features(monkeypatch, capsys):
-    rates, picked = Rates(torch.ones(64), torch.ones(64), 100), list(range(60, 0, -1))
+    rates, picked = Rates(torch.ones(64), torch.ones(64), 100), list(range(50, 0, -1))
     about = SimpleNamespace(neuronpedia_id=None, model_name="gemma-2-2b")
     sae = SimpleNamespace(cfg=SimpleNamespace(metadata=about))
     stats = SimpleNamespace(rates=(rates, rates), model=None, sae=sae, forget=[])
@@ -407,11 +407,11 @@ def test_one_neuronpedia_page_has_the_picked_features(monkeypatch, capsys):
     theirs, ours = urlparse(get_neuronpedia_quick_list(sae, picked)), urlparse(said.split()[-1])
     assert said.startswith("Neuronpedia, all of these features: ") and ours[:3] == theirs[:3]
     theirs, ours = (json.loads(parse_qs(address.query)["features"][0]) for address in (theirs, ours))
-    assert ours == theirs and len(ours) == 60
+    assert ours == theirs and len(ours) == 50
 
-
-def test_an_address_has_no_more_features_than_there_is_room_for():
-    address, n = show.quick_list("gemma-2-2b/12-gemmascope-res-16k", list(range(16000, 16384)))
-    assert 50 < n < 384 and len(address) <= 8000
-    rows = json.loads(parse_qs(urlparse(address).query)["features"][0])
-    assert [row["index"] for row in rows] == [str(16000 + i) for i in range(n)]
+    about.neuronpedia_id = "deepseek-r1-distill-llama-8b/15-llamascope-slimpj-res-32k"  # a long name
+    show.print_features(stats, [31000 + i for i in range(384)], most=0)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("Neuronpedia, the first 50 of these features: ") and len(said.split()[-1]) <= 8000
+    rows = json.loads(parse_qs(urlparse(said).query)["features"][0])
+    assert [row["index"] for row in rows] == [str(31000 + i) for i in range(50)]
