@@ -35,12 +35,9 @@ Window = tuple[list[int], int]
 # ------------------------------------------------------------------------------------------ what is trained on
 @dataclass
 class Training:
-    """What a method trains on, and where it gets the model from.
-
-    load: () -> the Hugging Face model, loaded anew, without gradients. forget, retain: of `training_windows`. picking:
-    (forget, retain sets) of ids alone, the windows that features are picked on. stats: layer -> FeatureStats, for
-    methods that need SAEs.
-    """
+    """What a method trains on. load: () -> the Hugging Face model, loaded anew, without gradients. forget, retain: of
+    `training_windows`. picking: (forget, retain sets) of ids alone, the windows that features are picked on. stats:
+    layer -> FeatureStats, for methods that need SAEs."""
 
     load: Callable
     tokenizer: object
@@ -80,22 +77,19 @@ def training_windows(tokenizer, forget: Dataset, wikitext: Dataset, mmlu_dev: Da
     def of_texts(dataset, max_tokens=None):
         return [(ids, 1) for ids in token_windows(tokenizer, dataset.texts, max_tokens=max_tokens)[0]]
 
-    def of_questions(quiz, question_and_answer):
-        return [answer_window(tokenizer, *question_and_answer(row)) for row in quiz.rows]
+    def with_letter(quiz):
+        return [answer_window(tokenizer, prompt(row), LETTERS[row["answer"]]) for row in quiz.rows]
 
-    with_letter = lambda row: (prompt(row), LETTERS[row["answer"]])  # noqa: E731
-    in_words = lambda row: (row["question"].strip(), row["choices"][row["answer"]])  # noqa: E731
-    retain = [of_texts(wikitext, data.RETAIN_TOKENS), of_questions(mmlu_dev, with_letter)]
+    retain = [of_texts(wikitext, data.RETAIN_TOKENS), with_letter(mmlu_dev)]
     if forget.rows and "text" in forget.rows[0]:
         return of_texts(forget), retain
-    return of_questions(forget, with_letter) + of_questions(forget, in_words), retain
+    in_words = [answer_window(tokenizer, row["question"].strip(), row["choices"][row["answer"]]) for row in forget.rows]
+    return with_letter(forget) + in_words, retain
 
 
 def endless_batches(texts: list, n: int, rng: random.Random) -> Iterator[list]:
-    """Batches of n texts without end: pass after pass in a new random order, each text at most once a pass.
-
-    A remainder too short for a batch is left out of its pass; fewer than n texts are one batch.
-    """
+    """Batches of n texts without end, pass after pass in a new random order; what is too few for a batch is left out of
+    its pass. Fewer than n texts are one batch."""
     n = min(n, len(texts))
     while True:
         order = rng.sample(texts, len(texts))
@@ -189,15 +183,13 @@ class Fp32AdamW:
         self.schedule.step()
         with torch.no_grad():
             for copy, parameter in zip(self.copies, self.parameters):
-                if copy is not parameter:
-                    parameter.copy_(copy)
+                parameter.copy_(copy)
         self.optimizer.zero_grad()
 
 
 @contextmanager
 def replaced(parameters, values):
-    """Within this context the parameters have other values: not in place, since a graph made before may still be
-    waiting for its backward pass."""
+    """Within this context the parameters have other values: not in place, as a graph may await its backward pass."""
     before = [p.data for p in parameters]
     try:
         for p, value in zip(parameters, values):
@@ -233,12 +225,6 @@ def simnpo(forget: Nll, before: torch.Tensor, beta: float, delta: float, gamma: 
     return gamma * (-2 / beta * F.logsigmoid(beta * (forget.nats / forget.n - delta)).mean())
 
 
-def ascended(parameters: list[torch.nn.Parameter], rho: float) -> list[torch.Tensor]:
-    """w + rho g / ||g||, ||g|| over all parameters: where sharpness-aware minimisation takes its gradient."""
-    norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
-    return [p.data if p.grad is None else p.data + p.grad * (rho / norm) for p in parameters]
-
-
 def train_by_nll(objective, training: Training, *, steps, lr, loss_on="answer", alpha=0.0, rho=0.0, **weights) -> tuple:
     """Train all parameters on an objective + alpha NLL_r; weights: the objective's. As open-unlearning's trainer: AdamW
     without weight decay, gradients clipped to norm 1, a rate that falls to 0.
@@ -264,7 +250,8 @@ def train_by_nll(objective, training: Training, *, steps, lr, loss_on="answer", 
         forget_part, retain_part = objective(away, nats_before, **weights), alpha * back.mean
         if rho:
             finite(forget_part).backward()
-            ahead = ascended(adam.parameters, rho)
+            norm = torch.stack([p.grad.norm() for p in adam.parameters if p.grad is not None]).norm()
+            ahead = [p.data if p.grad is None else p.data + p.grad * (rho / norm) for p in adam.parameters]
             model.zero_grad()
             with replaced(adam.parameters, ahead):
                 finite(objective(nll_of(windows), nats_before, **weights)).backward()
@@ -509,21 +496,13 @@ def corrupt(model, alpha: float, beta: float, seed: int) -> None:
         parameter.copy_((1 - alpha) * parameter + alpha * beta * noise)
 
 
-def forward_kl(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> Nll:
-    """KL(teacher || student) in nats, of what their logits (batch, pos, d_vocab) say of each target, (batch, pos) bool,
-    summed over a text."""
-    taught, said = (wide(logits[:, :-1]).log_softmax(-1) for logits in (teacher, student))
-    losses = (taught.exp() * (taught - said)).sum(-1)
-    return Nll((losses * targets[:, 1:]).sum(1), targets[:, 1:].sum(1))
-
-
 def train_undo(training: Training, *, layers: list[int], alpha: float, beta: float, steps: int, lr: float) -> tuple:
     """UNDO, Unlearn-Noise-Distill-on-Outputs (Lee et al., arXiv 2506.06278; github.com/AddieFoote/
     distillation-robustify-unlearning): a copy of an unlearned model, the teacher, is `corrupt`ed and trained to say
-    what the teacher says, by forward_kl per token of forget and retain text. The teacher is CRISP's, as usual, with the
-    SAEs of `layers`. Differs from the release (alpha 0.25, beta 0 on WMDP, 0.1 to 0.7 and 0.1 on languages): the rate
-    falls linearly to 0, not by a cosine to a tenth after 50 steps of warm-up; BOS is no target; and half of a step's
-    texts are forget texts, where its WMDP runs have general text.
+    what the teacher says, by KL(teacher || student) per token of forget and retain text. The teacher is CRISP's, as
+    usual, with the SAEs of `layers`. Differs from the release (alpha 0.25, beta 0 on WMDP, 0.1 to 0.7 and 0.1 on
+    languages): the rate falls linearly to 0, not by a cosine to a tenth after 50 steps of warm-up; BOS is no target;
+    and half of a step's texts are forget texts, where its WMDP runs have general text.
     """
     if (key := ("UNDO's teacher", *layers)) not in training.cache:
         setting = settings_of(METHODS["crisp"], {"layers": layers}, training.model_name)
@@ -535,11 +514,12 @@ def train_undo(training: Training, *, layers: list[int], alpha: float, beta: flo
     for forget_texts, retain_texts in training.batches(steps, "UNDO", [training.forget], training.retain):
         ids, targets = target_mask(forget_texts + retain_texts, training.tokenizer, teacher.device, "text")
         with torch.no_grad():
-            taught = teacher(ids, use_cache=False).logits
-        kl = forward_kl(taught, student(ids, use_cache=False).logits, targets)
-        adam.step(kl.mean)
-        n = len(forget_texts)
-        log.append([Nll(kl.nats[texts], kl.n[texts]).mean.item() for texts in (slice(n), slice(n, None))])
+            taught = wide(teacher(ids, use_cache=False).logits[:, :-1]).log_softmax(-1)
+        said = wide(student(ids, use_cache=False).logits[:, :-1]).log_softmax(-1)
+        losses = F.kl_div(said, taught, reduction="none", log_target=True).sum(-1)
+        targets, n = targets[:, 1:], len(forget_texts)
+        adam.step(losses[targets].mean())
+        log.append([losses[texts][targets[texts]].mean().item() for texts in (slice(n), slice(n, None))])
     return student, log
 
 
@@ -564,8 +544,7 @@ def rmu_loss(forget, target, retain, frozen, forget_mask, retain_mask, alpha: fl
 
 
 def down_projections(model, layer: int) -> dict[str, torch.nn.Parameter]:
-    """{name: matrix} of the layer and the two before it. Raises UserError for a family without a known one, and for a
-    layer that the model lacks."""
+    """{name: matrix} of the layer and the two before it. Raises UserError for an unknown family or layer."""
     blocks, numbers = decoder_layers(model), range(max(0, layer - 2), layer + 1)
     if not 0 <= layer < len(blocks):
         raise UserError(f"layer {layer}: the model has layers 0 to {len(blocks) - 1}")
