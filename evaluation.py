@@ -8,7 +8,7 @@ import math
 import re
 import string
 from dataclasses import KW_ONLY, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -80,10 +80,12 @@ class Measure:
         return self._score(self.rows.index(row))
 
     def _score(self, k: int, only=slice(None)) -> Score:
-        values, before = self.values[k, only], self.values[0, only] if k else None
-        if self.weights is not None:
-            return average(values, before, partial(per_token, tokens=self.weights[only], seed=self.seed))
-        return share(values, before) if self.values.dtype == bool else average(values, before)
+        values, first = self.values[k, only], self.values[0, only]
+        if values.dtype == bool and self.weights is None:
+            return share(values, first if k else None)
+        tokens = None if self.weights is None else self.weights[only]
+        change = average(values - first, tokens, self.seed) if k else ()
+        return Score(*average(values, tokens, self.seed), len(values), *change)
 
     def by_group(self) -> dict[str, dict[str, Score]]:
         """{group: {row: Score}}; {} where items have no group."""
@@ -141,8 +143,7 @@ def joined(measures: list[Measure]) -> Measure:
 
 
 def share(right: np.ndarray, before: np.ndarray | None = None) -> Score:
-    """The share of (n,) bool that is right, with Wilson's interval; its paired change against `before`, with Newcombe's
-    interval and McNemar's exact p."""
+    """The share of (n,) bool that is right, by Wilson; its change against `before`, by Newcombe; McNemar's exact p."""
     n = len(right)
     score = right.mean().item(), *wilson(int(right.sum()), n), n
     if before is None:
@@ -152,27 +153,20 @@ def share(right: np.ndarray, before: np.ndarray | None = None) -> Score:
     return Score(*score, (won - lost) / n, *paired_interval(both, won, lost, n - both - won - lost), p)
 
 
-def student(values: np.ndarray) -> tuple[float, float | None, float | None]:
-    """The mean of (n,) values with Student's 95% interval, which a single value does not have."""
+def average(values: np.ndarray, tokens: np.ndarray | None, seed: int) -> tuple[float, float | None, float | None]:
+    """The mean of (n,) values with Student's 95% interval; of sums over (n,) tokens that per token, with a bootstrap
+    interval over the n items. A single value has none."""
+
+    def ratio(sums, tokens, axis=-1):
+        return sums.sum(axis) / tokens.sum(axis)
+
+    if tokens is not None:
+        return float(ratio(values, tokens)), *bootstrap(ratio, values, tokens, seed=seed)
     mean, n = values.mean().item(), len(values)
     if n == 1:
         return mean, None, None
     reach = float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5)
     return mean, mean - reach, mean + reach
-
-
-def per_token(sums: np.ndarray, tokens: np.ndarray, seed: int) -> tuple[float, float | None, float | None]:
-    """The sum of (n,) sums over that of (n,) tokens, with its bootstrap interval over the n items."""
-
-    def ratio(sums, tokens, axis=-1):
-        return sums.sum(axis) / tokens.sum(axis)
-
-    return float(ratio(sums, tokens)), *bootstrap(ratio, sums, tokens, seed=seed)
-
-
-def average(values: np.ndarray, before: np.ndarray | None = None, interval=student) -> Score:
-    """The mean of (n,) values and its paired change; interval(values) -> (mean, low, high)."""
-    return Score(*interval(values), len(values), *(() if before is None else interval(values - before)))
 
 
 def each_row(model, rows: dict, score) -> torch.Tensor:
@@ -255,8 +249,7 @@ def window_losses(model, texts: Dataset, rows: dict, *, batch_size: int = 16, li
     """The texts' first SCORED_TOKENS tokens in windows. Returns the next-token loss in nats summed over each window,
     (n_rows, n_windows); the windows; the index of each window's document; and how many targets each window has.
 
-    rows: as for `letters`; limit: of documents. Raises ValueError for a row whose tokenizer is not the model's, and as
-    `letters` does.
+    rows, errors: as for `letters`, and ValueError for a row of another tokenizer; limit: of documents.
     """
     others = [row.tokenizer for row in rows.values() if not isinstance(row, Edit)]
     if any(tokenizer.get_vocab() != model.tokenizer.get_vocab() for tokenizer in others):
@@ -267,8 +260,7 @@ def window_losses(model, texts: Dataset, rows: dict, *, batch_size: int = 16, li
 
 
 def loss(model, texts: Dataset, rows: dict, *, batch_size: int = 16, limit: int | None = None) -> Measure:
-    """Nats per token, an item per document. Arguments, errors: as for `window_losses`; and UserError for a document
-    without a token to predict."""
+    """Nats per token, an item per document. As `window_losses`; UserError for a document without a token to predict."""
     nats, _, documents, targets = window_losses(model, texts, rows, batch_size=batch_size, limit=limit)
     member = np.unique(documents, return_inverse=True)[1]
     tokens, values = np.bincount(member, targets), np.stack([np.bincount(member, row) for row in nats])
@@ -418,6 +410,14 @@ def score_words(model, questions: list[dict], edits, batch_size=16, desc=None, f
     return -nats.reshape(len(edits), -1, 4) / lengths
 
 
+def left_padded(rows: list[list[int]], tokenizer, device) -> dict:
+    """ids, attention mask and positions, (batch, pos), padded in front, so that every prompt ends at the last place."""
+    width, pad = max(map(len, rows)), data.pad_id(tokenizer)
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
 @torch.inference_mode()
 def written_answers(model, questions: list[dict], edits, room: int, batch_size=16, desc=None) -> list[list[str]]:
     """The first line of what the model writes, greedily, as an answer in words: a text per edit and question.
@@ -428,14 +428,12 @@ def written_answers(model, questions: list[dict], edits, room: int, batch_size=1
     rows = [data.encode(model.tokenizer, data.IN_WORDS.format(row["question"].strip())) for row in questions]
     pad, found = data.pad_id(model.tokenizer), []
     refuse_long(model.tokenizer, [row + [pad] * room for row in rows])
-    backwards = [row[::-1] for row in rows]  # `batches` pads on the right; turned again, that is the left
-    for picked, ids in batches(backwards, batch_size, model.tokenizer, model.cfg.device, desc):
-        ids, lengths = ids.flip(1), torch.tensor([len(rows[i]) for i in picked], device=ids.device)
-        mask = torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - lengths[:, None]
+    for picked, _ in batches(rows, batch_size, model.tokenizer, model.cfg.device, desc):
+        ids, mask, _ = left_padded([rows[i] for i in picked], model.tokenizer, model.cfg.device).values()
         for k, edit in enumerate(edits):
             with applied(model, model.tokenizer, edit):
                 written = model.original_model.generate(
-                    ids, attention_mask=mask.long(), do_sample=False, temperature=None, top_p=None, top_k=None,
+                    ids, attention_mask=mask, do_sample=False, temperature=None, top_p=None, top_k=None,
                     max_new_tokens=room, use_cache=not edit.needs_whole_prompt, pad_token_id=pad,
                 )[:, ids.shape[1] :]  # fmt: skip
             texts = model.tokenizer.batch_decode(written, skip_special_tokens=True)
@@ -556,8 +554,7 @@ class FeatureStats:
     clamp: float = -100.0
     refusal_latent: int | None = None
     refusal_value: float = -500.0
-    gates: dict = field(default_factory=dict, init=False)
-    orders: dict = field(default_factory=dict, init=False)
+    known: dict = field(default_factory=dict, init=False)  # scores by rule, orders by clamp, gates by number
 
     @property
     def edited_layer(self) -> int:
@@ -582,26 +579,17 @@ class FeatureStats:
                             f"give {fewest} of each, or no_sanity")  # fmt: skip
         return forget, largest(retain)
 
-    @cached_property
-    def attribution(self) -> torch.Tensor:
-        if self.questions is None:
-            raise UserError("the rule 'attribution' needs questions")
-        return attribution(self.model, self.sae, self.questions, self.style, self.batch_size)
-
-    @cached_property
-    def output_scores(self) -> torch.Tensor:
-        return output_scores(self.model, self.sae)
-
     def measured(self, n: int, clamp: float) -> list[int]:
         """The first n features of `measured_order` at this clamp. Raises UserError where there are fewer."""
         if not (self.questions and self.utility):
             raise UserError("the rule 'measured' needs questions to forget and questions to keep")
-        if clamp not in self.orders:
+        key = "measured", clamp
+        if key not in self.known:
             most = int(((self.rates[0].fires > 0) & (activation_ratio(*self.rates) >= 1)).sum())
             among = pick_features(*self.rates, min(CANDIDATES, most))
-            self.orders[clamp] = [], measured_order(self.model, self.sae, among, clamp, self.questions, self.utility,
+            self.known[key] = [], measured_order(self.model, self.sae, among, clamp, self.questions, self.utility,
                                                     self.style, self.batch_size)  # fmt: skip
-        found, order = self.orders[clamp]
+        found, order = self.known[key]
         found += itertools.islice(order, max(0, n - len(found)))
         if n > len(found):
             raise UserError(f"no {n} features: with {len(found)} picked by their measured effect none is left that "
@@ -620,8 +608,13 @@ class FeatureStats:
         rule = rule or self.rule
         if rule == "measured":
             return self.measured(n, self.clamp if clamp is None else clamp)
-        by_score = {"attribution": "attribution", "output-score": "output_scores"}
-        picked = pick_features(*self.rates, n, rule, score=getattr(self, by_score[rule]) if rule in by_score else None)
+        if rule == "attribution" and rule not in self.known:
+            if self.questions is None:
+                raise UserError("the rule 'attribution' needs questions")
+            self.known[rule] = attribution(self.model, self.sae, self.questions, self.style, self.batch_size)
+        elif rule == "output-score" and rule not in self.known:
+            self.known[rule] = output_scores(self.model, self.sae)
+        picked = pick_features(*self.rates, n, rule, score=self.known.get(rule))
         if common := int((activation_ratio(*self.rates)[picked] <= 1).sum()):
             data.note_once(f"note: {common} of {n} features picked by {rule} are no more frequent on forget tokens")
         return picked
@@ -645,15 +638,15 @@ class FeatureStats:
     @torch.inference_mode()
     def gate(self, n: int) -> float:
         """DSG's gate for its n features: the 95% quantile of rho (see edits.gate_of) over the retain windows."""
-        if n not in self.gates:
+        if n not in self.known:
             latents, shares, model = Latents(self.sae, self.features(n, "dsg")), [], self.model
             with edits.token_mask(model.original_model, model.tokenizer) as mask:
                 for part in self.retain:
                     for _, ids in batches(part, self.batch_size, model.tokenizer, model.cfg.device, "gate"):
                         h = residual_stream(model.original_model, ids, self.edited_layer)
                         shares.append(edits.gate_of(latents.encode(h)[0], mask.edited.to(h.device)).cpu())
-            self.gates[n] = torch.cat(shares).quantile(0.95).item()
-        return self.gates[n]
+            self.known[n] = torch.cat(shares).quantile(0.95).item()
+        return self.known[n]
 
 
 def measured_order(model, sae, features: list[int], clamp: float, questions: Dataset, utility: Dataset,

@@ -53,9 +53,9 @@ import data
 import show
 import unlearning
 from common import as_bridge, load_hf, load_model, load_sae
-from data import HERE, LETTERS, Benchmark, Dataset, UserError, encode_prompts, n_processes, pad_id, prompt
+from data import HERE, LETTERS, Benchmark, Dataset, UserError, encode_prompts, n_processes, prompt
 from edits import METHODS, NONE, Edit, SetFeatures, ablation, applied, decoder_layers, layer_of, make, together
-from evaluation import Measure, bootstrap, joined, letters, open_answers, share, words
+from evaluation import Measure, bootstrap, joined, left_padded, letters, open_answers, share, words
 from hub import identity, load_tokenizer, model_source, preset
 from runs import Run, forget_title, read_record
 
@@ -68,23 +68,18 @@ PUSH_STEPS, PUSH_RATE = 150, 0.192  # the release's: its rate 0.08 * sqrt(2304) 
 
 
 # %% The questions in other forms
-def headless(row: dict) -> str:
-    """The prompt without the line that names the subject."""
-    return prompt(row).split("\n\n", 1)[1]
-
-
-def few_shot(row: dict, solved: list[dict]) -> str:
-    """The prompt behind solved questions, with one header for all."""
-    header = prompt(row).split("\n\n", 1)[0]
-    return "\n\n".join([header, *(f"{headless(other)} {LETTERS[other['answer']]}" for other in solved), headless(row)])
-
-
 def forms(quiz: Dataset, reworded: list[dict], solved: list[dict]) -> dict[str, tuple[Dataset, list[str]]]:
-    """{form: the questions, their prompts}. reworded: the same questions in other words, [] if there are none."""
+    """{form: the questions, their prompts}. reworded: the same questions in other words, [] if there are none; solved:
+    questions that stand, with their answers, behind one header and before the question."""
+
+    def parts(row):  # the line that names the subject, and the rest
+        return prompt(row).split("\n\n", 1)
+
+    shown = [f"{parts(row)[1]} {LETTERS[row['answer']]}" for row in solved]
     asked = {"as tuned": (quiz, prompt), "other wording": (replace(quiz, rows=reworded), prompt)}
     asked["options reversed"] = replace(quiz, rows=[data.reordered(row, (3, 2, 1, 0)) for row in quiz.rows]), prompt
-    asked["no header"] = quiz, headless
-    asked[f"{len(solved)} solved before"] = quiz, partial(few_shot, solved=solved)
+    asked["no header"] = quiz, lambda row: parts(row)[1]
+    asked[f"{len(solved)} solved before"] = quiz, lambda row: "\n\n".join([parts(row)[0], *shown, parts(row)[1]])
     return {form: (part, [write(row) for row in part.rows]) for form, (part, write) in asked.items() if part.rows}
 
 
@@ -149,14 +144,6 @@ def directions(edit: Edit, layer: int) -> torch.Tensor | None:
         return None
     u, sizes, _ = torch.linalg.svd(columns, full_matrices=False)
     return u[:, sizes > 1e-9 * sizes[0]]
-
-
-def left_padded(rows: list[list[int]], tokenizer, device) -> dict:
-    """ids, attention mask and positions, (batch, pos), padded in front, so that every prompt ends at the last place."""
-    width, pad = max(map(len, rows)), pad_id(tokenizer)
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
 class LastToken:
