@@ -303,18 +303,12 @@ def read_jsonl(path: Path, name: str, most: int | None = None) -> list[dict]:
     """The rows of a file, or of its first `most` lines; of Wikitext and OpenWebText, which are used from the start, the
     first TEXT_CHARACTERS. Raises UserError for what cannot be read, naming the line that is no row of `name`."""
     rows, left = [], TEXT_CHARACTERS if name in ("wikitext", "openwebtext") else sys.maxsize
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(islice(file, most), 1):  # noqa: B007 (the message below names it)
+    with in_a_line(f"{path} cannot be read as UTF-8 text"), path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(islice(file, most), 1):
+            with in_a_line(f"{path}, line {number}"):
                 rows += [checked(json.loads(line), name)] if line.strip() else []
-                if (left := left - len(line)) < 0:
-                    break
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {first_line(error)}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}, line {number}: {reason_of(error)}") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+            if (left := left - len(line)) < 0:
+                break
     if not rows:
         raise UserError(f"{path} is empty")
     return rows

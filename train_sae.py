@@ -14,7 +14,7 @@ takes. To publish SAEs: `hf upload ORG/NAME OUT`.
 """
 
 # %%
-from data import HERE, UserError, as_list, batches, first_line, n_processes, read_jsonl, stream, token_windows
+from data import HERE, UserError, as_list, batches, in_a_line, n_processes, read_jsonl, stream, token_windows
 from runs import Parser, help_before_imports, main, natural_int, number, positive_int, seed_int, settings
 
 flags = Parser(description=__doc__)
@@ -69,16 +69,12 @@ def read_texts(source: str, most: int = 200_000) -> list[str]:
     if path.suffix == ".jsonl" and path.is_file():
         return [row["text"] for row in read_jsonl(path, "text")]
     if path.is_file() and path.suffix in ("", ".txt", ".md"):
-        try:
+        with in_a_line(f"{path} cannot be read as UTF-8 text"):
             return [part for part in path.read_text(encoding="utf-8-sig").split("\n\n") if part.strip()]
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text: {first_line(error)}") from error
     if path.is_file() or source.count("/") != 1 or path.suffix in (".jsonl", ".txt"):
         raise UserError(f"--text {source}: neither a file of text or JSONL nor a hub id ORG/NAME")
-    try:
+    with in_a_line(f"cannot load {source} from the hub"):
         return [row["text"] for row in stream(source, None, "train", None, most)]
-    except Exception as error:  # the hub's libraries raise anything from OSError to RuntimeError
-        raise UserError(f"cannot load {source} from the hub: {first_line(error)}") from error
 
 
 def drawn_windows(tokenizer, texts: list[str], context: int, tokens: int, seed: int) -> list[list[int]]:

@@ -82,7 +82,7 @@ def test_empty_and_binary_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="is empty"):
         data.load("mmlu", "other/model", str(tmp_path))
     (tmp_path / "mmlu.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not UTF-8"):
+    with pytest.raises(UserError, match="cannot be read as UTF-8 text: "):
         data.load("mmlu", "other/model", str(tmp_path))
 
 
@@ -605,7 +605,7 @@ def test_a_folder_or_a_broken_link_of_a_known_name_is_refused(tmp_path):
     (where / "wmdp_bio.jsonl").mkdir()
     with pytest.raises(UserError, match=said.format("folder")):
         data.load("mmlu", "tiny", str(where))
-    with pytest.raises(UserError, match=r"wmdp_bio\.jsonl cannot be read: Is a directory"):
+    with pytest.raises(UserError, match=r"wmdp_bio\.jsonl cannot be read as UTF-8 text: .*Is a directory"):
         data.read_jsonl(where / "wmdp_bio.jsonl", "wmdp_bio")
 
 

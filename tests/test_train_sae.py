@@ -68,7 +68,7 @@ def test_a_text_is_tokenised_no_further_than_is_needed(small, monkeypatch):
 @pytest.mark.parametrize("name", ["text.txt", "text.jsonl"])
 def test_a_text_in_another_encoding_is_refused(small, tmp_path, name):
     (tmp_path / name).write_bytes('{"text": "Le caf\xe9 est l\xe0."}\n'.encode("latin-1"))
-    with pytest.raises(UserError, match=rf"{name} is not UTF-8 text: 'utf-8' codec can't decode byte 0xe9"):
+    with pytest.raises(UserError, match=rf"{name} cannot be read as UTF-8 text: 'utf-8' codec can't decode byte 0xe9"):
         train_sae.run(**small | {"text": str(tmp_path / name)})
 
 
