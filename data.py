@@ -171,8 +171,9 @@ class Dataset:
         """The questions on comma-separated subjects; "all": on all; None: on all but the subject `but`, if others are
         left. Raises UserError for an unknown subject."""
         if subjects in (None, "all"):
-            name = subject_of(but) if but and not subjects else None
-            kept = [i for i, row in enumerate(self.rows) if not name or subject_of(row["subject"]) != name]
+            names = [str(row.get("subject")).strip().lower().replace(" ", "_") for row in self.rows]
+            left_out = but.strip().lower().replace(" ", "_") if but and not subjects else None
+            kept = [i for i, name in enumerate(names) if name != left_out]
             if not 0 < len(kept) < len(self.rows):
                 return self
             note_once(f"{self.title}: left out {len(self.rows) - len(kept)} questions on {but}, the topic")
@@ -211,11 +212,6 @@ class Dataset:
         """The entry of a record: n_rows counts the source's rows, `asked` are indices into them (None: all)."""
         names = ("source", "sha256", "stand_in", "half", "variant", "topic", "skipped_long", "published", "prompts")
         return {name: getattr(self, name) for name in names} | {"n_rows": self.n_source, "asked": self.indices}
-
-
-def subject_of(topic: str) -> str:
-    """The topic's or subject's name as MMLU writes it."""
-    return topic.strip().lower().replace(" ", "_")
 
 
 def digest_of(content) -> str:
@@ -279,23 +275,23 @@ def check_folder(folder: str) -> str:
         raise UserError(f"data folder {folder}: no such folder")
     folder = os.path.abspath(folder)
     files = {f"{name}.jsonl" for name in KNOWN if (Path(folder) / f"{name}.jsonl").is_file()}
-    others = sorted(path.name for path in Path(folder).iterdir() if path.name not in files and path.name[0] != ".")
-    for name in others:
-        flat, stem = (re.sub("[^a-z0-9]", "", part.lower()) for part in (name, name.split(".")[0]))
+    others = sorted(path for path in Path(folder).iterdir() if path.name not in files and path.name[0] != ".")
+    for path in others:
+        name, first = path.name.lower(), path.name.split(".")[0].lower()
+        flat, stem = (re.sub("[^a-z0-9]", "", part) for part in (name, first))
         near = sorted((known for known in KNOWN if known.replace("_", "") in flat), key=len, reverse=True)
         near += [known for known in KNOWN if len(stem) > 3 and re.search(f"^{stem}|{stem}$", known)]
         near += ["openwebtext"] * stem.startswith("owt")
-        near += difflib.get_close_matches(name.split(".")[0].lower(), KNOWN, 1, 0.85)
-        record = all((Path(folder) / name).with_suffix(suffix).is_file() for suffix in (".json", ".csv"))  # a run's
-        meant = f"{near[0]}.jsonl" if near and not record and not name.lower().endswith((".md", ".png", ".py")) else ""
-        if meant and meant not in files:
-            path = Path(folder) / name
-            what = ", a folder," if path.is_dir() else "" if path.exists() else ", a broken link,"
-            raise UserError(f"data folder {folder}: {name}{what} is not read: give {meant}, a file of JSON lines")
+        near += difflib.get_close_matches(first, KNOWN, 1, 0.85)
+        record = all(path.with_suffix(suffix).is_file() for suffix in (".json", ".csv"))  # a run's
+        if near and f"{near[0]}.jsonl" not in files and not record and not name.endswith((".md", ".png", ".py")):
+            what = f"{path.name}{', a folder,' * path.is_dir()}{', a broken link,' * (not path.exists())} is not read"
+            raise UserError(f"data folder {folder}: {what}: give {near[0]}.jsonl, a file of JSON lines")
     if not files:
         raise UserError(f"data folder {folder}: none of its files is called {'.jsonl, '.join(sorted(KNOWN))}.jsonl")
     if others:
-        note_once(f"data folder {folder}: not read are {', '.join(others[:9])}{' ...' * (len(others) > 9)}")
+        names = ", ".join(path.name for path in others[:9])
+        note_once(f"data folder {folder}: not read are {names}{' ...' * (len(others) > 9)}")
     return folder
 
 
@@ -451,20 +447,18 @@ def load_corpus(given: str | None = None, model: str = "tiny", folder: str | Non
 
 
 def utility_subset(mmlu: Dataset, subjects: str | None = None, but: str | None = None) -> Dataset:
-    """The questions on `subjects`, as mmlu.of gives them; by default on SAEBench's four if the data have them, else on
-    all but the topic `but`."""
+    """mmlu.of(subjects), by default of SAEBench's four if the data have them, else all but the topic `but`."""
     has_saebench = set(SUBJECTS.split(",")) <= {row["subject"] for row in mmlu.rows}
     return mmlu.of(SUBJECTS if subjects is None and has_saebench else subjects, but)
 
 
 def picking_texts(wmdp_tuning: Dataset, corpus: Dataset, wikitext: Dataset, mmlu_dev: Dataset,
                   pick_text: str = "prompt") -> tuple[list[str], list[list[str]]]:  # fmt: skip
-    """The forget texts and the retain sets on which firing rates are counted.
+    """The forget texts (the user's corpus if it has rows, else WMDP's tuning half) and the retain sets (Wikitext, ...).
 
-    Forget: the user's corpus if it has rows, else WMDP's tuning half. Retain: Wikitext. pick_text "prompt": questions
-    are written as they are asked, and MMLU's development questions are a second retain set. So the template cancels
-    out, and picked features are rare on the very text whose accuracy must stay; a topic of the user's own is left out
-    of it. "prose": question and right answer.
+    pick_text "prompt": questions are written as they are asked, and MMLU's development questions, but those on a topic
+    of the user's own, are a second retain set: so the template cancels out, and picked features are rare on the very
+    text whose accuracy must stay. "prose": question and right answer.
     """
     if pick_text == "prose":
         return corpus.texts or [as_prose(row) for row in wmdp_tuning.rows], [wikitext.texts]
