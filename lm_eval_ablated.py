@@ -533,23 +533,17 @@ def metric_of(row: dict) -> str | None:
     return "acc" if "acc" in names else next(iter(names), None)
 
 
-def answer(row: dict) -> str:
-    """The letter of the choice that the row's metric takes for the answer, as lm-eval's own process_results: the one of
-    largest log-likelihood, by acc_norm per character; "-" for other metrics, and of more than 26 choices."""
-    choices, metric = row.get("choices", []), metric_of(row)
-    if not 2 <= len(choices) <= 26 or metric not in ("acc", "acc_norm"):
-        return "-"
-    values = np.array([value for value, _ in row["filtered_resps"][: len(choices)]])
-    lengths = [len(choice) for choice in choices] if metric == "acc_norm" else 1
-    return chr(ord("A") + int((values / lengths).argmax()))
-
-
 def measures_of(asked: Dataset, logs: dict[str, list[dict]], count_tokens=len, seed: int = 0) -> list[Measure]:
     """What lm-eval logged, {row: documents as `logged` has them}, as Measures; [] where it has no number for each. An
     item is a document; a question that is asked in several orders is one, and right if it is right in all of them.
     count_tokens(text): for this folder's tasks of next-token loss."""
     first = next(iter(logs.values()))
     metric = metric_of(first[0])
+
+    def letter(row):  # of the choice that the metric takes for the answer, as lm-eval's own process_results
+        values = np.array([value for value, _ in row["filtered_resps"][: len(row["choices"])]])
+        return chr(ord("A") + int((values / ([*map(len, row["choices"])] if metric == "acc_norm" else 1)).argmax()))
+
     if "bits_per_byte" in first[0]["metrics"] and "document" in first[0]["doc"]:
         member = np.unique([row["doc"]["document"] for row in first], return_inverse=True)[1]
         tokens = np.bincount(member, [count_tokens(row["doc"]["text"]) for row in first])
@@ -570,7 +564,8 @@ def measures_of(asked: Dataset, logs: dict[str, list[dict]], count_tokens=len, s
     what, title = (("all orders", "in all orders") if in_orders else ("letters", "in letters") if in_letters else
                    ("cloze", "as a cloze") if asked.is_cloze else (metric, metric))  # fmt: skip
     choices = len(first[0].get("choices", []))
-    answers = tuple("".join(answer(log[place]) for place in places) for log in logs.values()) if choices else None
+    by_choice = choices and metric in ("acc", "acc_norm")
+    answers = tuple("".join(letter(log[place]) for place in places) for log in logs.values()) if by_choice else None
     chance = (1 / choices) ** (len(data.PERMUTATIONS) if in_orders else 1) if choices else 0.0
     measures = [measure_of(asked, what, title, "%", logs, values == 1, chance=chance, groups=groups, answers=answers)]
     if what == "letters":
