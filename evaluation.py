@@ -156,12 +156,9 @@ def share(right: np.ndarray, before: np.ndarray | None = None) -> Score:
 def average(values: np.ndarray, tokens: np.ndarray | None, seed: int) -> tuple[float, float | None, float | None]:
     """The mean of (n,) values with Student's 95% interval; of sums over (n,) tokens that per token, with a bootstrap
     interval over the n items. A single value has none."""
-
-    def ratio(sums, tokens, axis=-1):
-        return sums.sum(axis) / tokens.sum(axis)
-
     if tokens is not None:
-        return float(ratio(values, tokens)), *bootstrap(ratio, values, tokens, seed=seed)
+        ends = bootstrap(lambda sums, n, axis=-1: sums.sum(axis) / n.sum(axis), values, tokens, seed=seed)
+        return float(values.sum() / tokens.sum()), *ends
     mean, n = values.mean().item(), len(values)
     if n == 1:
         return mean, None, None
@@ -475,13 +472,10 @@ def paired_interval(both: int, won: int, lost: int, neither: int) -> tuple[float
     (low_a, high_a), (low_b, high_b) = wilson(both + won, n), wilson(both + lost, n)
     phi, margins = both * neither - won * lost, (both + won) * (lost + neither) * (both + lost) * (won + neither)
     phi = max(phi - n / 2, 0) if phi > 0 else phi
-    phi = phi / margins**0.5 if margins else 0.0
-
-    def reach(x, y):
-        return (x * x - 2 * phi * x * y + y * y) ** 0.5
-
-    change = (won - lost) / n
-    return change - reach(after - low_a, high_b - before), change + reach(high_a - after, before - low_b)
+    phi, change = phi / margins**0.5 if margins else 0.0, (won - lost) / n
+    ends = (after - low_a, high_b - before), (high_a - after, before - low_b)
+    low, high = ((x * x - 2 * phi * x * y + y * y) ** 0.5 for x, y in ends)
+    return change - low, change + high
 
 
 # -------------------------------------------------------------------------------- what edits are made of

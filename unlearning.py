@@ -234,10 +234,7 @@ def train_by_nll(objective, training: Training, *, steps, lr, loss_on="answer", 
     w. Differs from the release, which takes the sigmoid of the batch's mean loss per token, here `npo` of each text.
     """
     model = training.load()
-
-    def nll_of(windows):
-        return text_nll(model, windows, training.tokenizer, loss_on)
-
+    nll_of = partial(text_nll, model, tokenizer=training.tokenizer, loss_on=loss_on)
     with torch.no_grad():
         starts = range(0, len(training.forget), BATCH)
         before = [nats for i in starts for nats in nll_of(training.forget[i : i + BATCH]).nats.tolist()]
