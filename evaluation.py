@@ -11,6 +11,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+import pandas
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
@@ -121,8 +122,6 @@ class Measure:
 
     def table(self):
         """The Scores as a pandas DataFrame for notebooks, in the measure's unit: per cent where that is "%"."""
-        import pandas
-
         table = pandas.DataFrame({name: vars(score) for name, score in self.scores().items()}).T.astype(float)
         if self.unit == "%":
             table[[name for name in table if name not in ("n", "p")]] *= 100

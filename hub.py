@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
+from safetensors import safe_open
+
 from data import HERE, UserError, check_ends, first_line, in_a_line, note_once, opening
 
 
@@ -219,8 +221,6 @@ def load_tokenizer(path: str, edit_special: str = "never"):
 def refuse_damaged(folder) -> None:
     """Raises UserError for a git-LFS pointer, a folder or a broken link in a file's place, a safetensors file that is
     cut short, and weights in whole numbers where config.json has nothing about their scale."""
-    from safetensors import safe_open
-
     kinds = (".safetensors", ".json", ".model", ".bin")
     for file in sorted(file for file in Path(folder).iterdir() if file.suffix in kinds):
         if not file.is_file():
@@ -240,17 +240,14 @@ def refuse_damaged(folder) -> None:
 
 def refuse_not_finite(name: str, tensors) -> None:
     """Raises UserError if one of the (name, tensor) pairs holds a NaN or an infinity. A sum needs no memory."""
-    import torch
-
     for what, tensor in tensors:
-        if tensor.device.type != "meta" and not torch.isfinite(tensor.detach().sum()):
+        if tensor.device.type != "meta" and not tensor.detach().sum().isfinite():
             raise UserError(f"{name}: {what} holds values that are not finite (NaN or infinity)")
 
 
 def tensor_shapes(repo_id: str, filename: str) -> dict[str, list[int]]:
     """Shapes in a safetensors file on the hub, from the cache: SAELens's own function needs the network every time."""
     from huggingface_hub import hf_hub_download
-    from safetensors import safe_open
 
     with safe_open(hf_hub_download(repo_id, filename), "pt") as file:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
