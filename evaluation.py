@@ -131,12 +131,9 @@ class Measure:
 def joined(measures: list[Measure]) -> Measure:
     """One Measure of all rows, from Measures of the same items. Raises ValueError where items differ or names recur."""
     first, rows = measures[0], tuple(row for measure in measures for row in measure.rows)
-    for other in measures[1:]:
-        same = (other.name, other.groups, other.values.shape[1]) == (first.name, first.groups, first.values.shape[1])
-        if not same or not np.array_equal(other.weights, first.weights):
-            raise ValueError(f"{other.name} and {first.name} are not measures of the same items")
-    if len(set(rows)) < len(rows):
-        raise ValueError(f"a name comes twice among the rows {', '.join(rows)}")
+    alike = {(m.name, m.groups, m.values.shape[1], m.weights is None or tuple(m.weights)) for m in measures}
+    if len(alike) > 1 or len(set(rows)) < len(rows):
+        raise ValueError(f"not measures of the same items, or a name comes twice among the rows {', '.join(rows)}")
     answers = first.answers and tuple(row for measure in measures for row in measure.answers)
     return replace(first, rows=rows, values=np.concatenate([m.values for m in measures]), answers=answers)
 

@@ -17,7 +17,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from common import Rates, activation_ratio
-from data import UserError, as_list, batches, note_once, total_of_processes
+from data import UserError, batches, note_once, total_of_processes
 from edits import Latents, iter_residual_stream, layer_of, logit_lens, residual_stream
 
 try:  # `!python` in a notebook inherits its MPLBACKEND, which this environment may lack

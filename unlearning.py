@@ -359,25 +359,21 @@ def held(before, now, counted: torch.Tensor) -> torch.Tensor:
     return (wide(now) - wide(before)).norm(dim=-1)[:, counted].mean()
 
 
-def broken_layers(n: int) -> list[int]:
-    """Where circuit breakers look in a model of n layers: what enters layers 10 and 20 of 32, or as deep."""
-    return [round(n * layer / 32) for layer in (10, 20)]
-
-
 def train_circuit_breakers(training: Training, *, steps: int, lr: float, retain: float) -> tuple:
     """Circuit breakers by representation rerouting (Zou et al., arXiv 2406.04313; github.com/GraySwanAI/
     circuit-breakers): LoRA training on, at step t of T,
 
         10 (1 - t / 2T) rerouted(forget text) + retain 10 (t / 2T) held(retain text)
 
-    The first is read at `broken_layers`, the second at the embeddings and behind all layers up to the deeper of the
-    two, which LoRA adapts. Differs from the release, which has `retain` 1: LoRA's second matrices start a thousandth
-    from 0, where the cosine, at its peak, has no gradient (bfloat16's rounding gives it one there); BOS and padding are
-    left out of both means; four texts a step, not sixteen; no final norm follows the last layer that is read.
+    The first is read at what enters layers 10 and 20 of 32, or as deep, the second at the embeddings and behind all
+    layers up to the deeper of the two, which LoRA adapts. Differs from the release, which has `retain` 1: LoRA's second
+    matrices start a thousandth from 0, where the cosine, at its peak, has no gradient (bfloat16's rounding gives it one
+    there); BOS and padding are left out of both means; four texts a step, not sixteen; no final norm follows the last
+    layer that is read.
     """
     model, tokenizer = training.load(), training.tokenizer
     n = len(decoder_layers(model))
-    first, last = broken_layers(n)
+    first, last = (round(n * layer / 32) for layer in (10, 20))
     adapted, trained = with_lora(model, range(min(last + 1, n)), training.seed, r=16, lora_alpha=16)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:

@@ -256,7 +256,6 @@ def test_circuit_breakers_by_hand():
 
 def test_circuit_breakers_read_two_layers_and_their_weights_move_in_a_line(small64, monkeypatch):
     """Of a model of 4 layers what enters layers 1 and 2, and the retain text's embeddings and layers up to there."""
-    assert list(map(unlearning.broken_layers, (32, 20, 26))) == [[10, 20], [6, 12], [8, 16]]
     model, forget, retain = small64.load(), small64.forget, small64.retain[0]
     ids = [forget[0][0]], [[retain[0][0]]]
     with torch.no_grad():
