@@ -292,7 +292,6 @@ def top_tokens(model, sae, features: list[int], windows: list[list[int]], k: int
 def promoted_tokens(model, sae, features: list[int], k: int = 5, suppressed: bool = False) -> list[list[str]]:
     """For each feature the k tokens whose logits its decoder direction raises most, or lowers (edits.logit_lens, less
     the biases that all directions share); none where the model's final norm cannot be told."""
-    features = as_list(features, "features")
     try:
         vectors = Latents(sae, features).W_dec
         raised = logit_lens(model, vectors) - logit_lens(model, 0 * vectors)
