@@ -38,11 +38,10 @@ from common import patched, random_features, reconstruction
 # %%
 model = load_model(args.model, args.device, args.dtype, args.device_map, args.edit_special)
 sae = load_sae(args.sae, args.layer, model, args.model)
-halves = {"seed": args.seed, "pick_on": args.pick_on}
-wmdp = data.load("wmdp_bio", args.model, args.data, topic=args.topic, **halves)
+halves = {"seed": args.seed, "pick_on": args.pick_on, "topic": args.topic}
+wmdp, mmlu = (data.load(name, args.model, args.data, **halves) for name in ("wmdp_bio", "mmlu"))
 web = data.load("openwebtext", args.model, args.data, seed=args.seed)
 wikitext, mmlu_dev = (data.load(name, args.model, args.data) for name in ("wikitext", "mmlu_dev"))
-mmlu = data.utility_subset(data.load("mmlu", args.model, args.data, **halves), but=wmdp.topic)
 corpus = data.load_corpus(args.forget_corpus, args.model, args.data)
 texts = data.picking_texts(wmdp.tuning, corpus, wikitext, mmlu_dev, args.pick_text)
 bio = wmdp.held_out.only(range(len(wmdp.held_out))[: args.limit])
@@ -52,7 +51,8 @@ print(f"{web.title}: {len(web)} documents; {wmdp.title}: {len(bio)} questions he
 run = Run("feature_ablate_3.py", args, [wmdp.tuning, bio, web, corpus, wikitext, mmlu_dev], [sae])
 stats = evaluation.FeatureStats(
     model, sae, args.layer, *data.picking_windows(model.tokenizer, *texts, args.context),
-    rule=args.pick, own=args.features, questions=wmdp.tuning, utility=mmlu.tuning, seed=args.seed,
+    rule=args.pick, own=args.features, questions=wmdp.tuning, seed=args.seed,
+    utility=data.utility_subset(mmlu, but=wmdp.topic).tuning,
     clamp=run.settings["clamp"], insist=not args.no_sanity, batch_size=args.batch_size,
 )  # fmt: skip
 features, clamp = stats.features(run.settings["n_features"]), run.settings["clamp"]

@@ -76,13 +76,15 @@ def own_features(given: str) -> list[int] | dict[int, list[int]]:
             return {layer: row["features"] for layer in row["layers"]}
         if isinstance(content, dict):
             content = content.get("features") or content.get("neurons") or content
-        if isinstance(content, list) and isinstance(content[0], dict):
+        if isinstance(content, list) and content and isinstance(content[0], dict):
             layers = [int(re.match(r"\d+", str(one["layer"]))[0]) for one in content]
             content = {at: [one["index"] for one, layer in zip(content, layers) if layer == at] for at in layers}
-        ids = partial(
-            data.as_list, what="feature ids", kind=lambda i: int(i) if isinstance(i, str) else operator.index(i)
-        )
-        return ids(content) if isinstance(content, list) else {int(at): ids(some) for at, some in content.items()}
+        whole = lambda i: int(i) if isinstance(i, str) else operator.index(i)  # noqa: E731
+        ids = partial(data.as_list, what="feature ids", kind=whole)
+        found = ids(content) if isinstance(content, list) else {int(at): ids(some) for at, some in content.items()}
+    if not found or (isinstance(found, dict) and not all(found.values())):
+        raise UserError(f"{given}: no features are there, or none of a layer")
+    return found
 
 
 def place(given: str) -> str:

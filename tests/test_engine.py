@@ -310,6 +310,7 @@ def every_method(low, high, gates) -> list[Edit]:
         "sae-patched": dict(features=features),
         "sae-reconstruction": {},
         "random-features": dict(features=list(SECOND), clamp=-2.0),
+        "measured-clamp": dict(features=list(SECOND), clamp=2.0),
         "zero-ablation": dict(features=list(SECOND)),
         "clamp": dict(features=features, clamp=-3.0),
         "conditional-clamp": dict(features=features, clamp=-3.0, threshold=0.5 * low.scale),

@@ -376,7 +376,7 @@ def test_a_method_has_a_panel_and_few_methods_one_of_the_loss_too(undisturbed, n
 @pytest.mark.parametrize(
     "given, said",
     [
-        (["--clamp", "3"], ["--clamp", "3"]),
+        (["--clamp", "-9", "3"], ["clamp 3 amplifies features"]),
         (["--n-features", "0"], ["--n-features", "0"]),
         (["--n-features", "1", "999999"], ["999999"]),
         (["--layers", "3", "4"], ["layer_4"]),

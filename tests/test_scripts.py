@@ -65,7 +65,7 @@ def narrow_sae(folder):
         (["--model", "no-such-model"], ["no-such-model", "tiny"]),
         (["--model", "no-such/model"], ["no-such/model", "tiny"]),
         (["--sae", "no-such-release:x"], ["no-such-release"]),
-        (["--clamp", "3"], ["--clamp", "3 is not a number below 0"]),
+        (["--clamp", "0"], ["--clamp", "0 is not a number other than 0"]),
         (["--pick", "best"], ["best", "retain-threshold"]),
         (["--prompt", "chat"], ["chat template"]),
         (["--layers", "3"], ["--layers"]),
