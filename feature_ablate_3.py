@@ -57,6 +57,8 @@ stats = evaluation.FeatureStats(
 )  # fmt: skip
 features, clamp = stats.features(run.settings["n_features"]), run.settings["clamp"]
 show.print_features(stats, features, most=8)
+
+# %%
 title = f"{run.name}, layer {args.layer}, {len(features)} features"
 figures = {"features": show.scatter(features, *stats.rates, title)}
 
