@@ -208,7 +208,7 @@ def is_there(path: Path, method: str, grid: list[dict], job: Run) -> bool:
         return False
 
     def decides(settings, grid, data, identity):
-        settings = {name: value for name, value in settings.items() if name not in FREE}
+        settings = json.loads(json.dumps({name: value for name, value in settings.items() if name not in FREE}))
         return settings, grid, {name: part["sha256"] for name, part in data.items()}, identity["model"]
 
     then = decides(record["settings"], record.get("grid"), record["data"], record["identity"])
@@ -224,6 +224,7 @@ def run_all(args, methods: dict) -> dict:
     job, given = Run("baselines.py", args, benchmark_of(args).datasets), []
     for name, value in vars(args).items():
         if name not in ("all", "method", "out") and value != flags.get_default(name):
+            value = json.dumps(value) if isinstance(value, dict) else value
             given += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
     names = [name for name in methods if name != "refusal-clamp" or args.refusal_latent is not None]
     paths = {name: job.path.with_name(f"{job.path.stem}_{name}.json") for name in names}

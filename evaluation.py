@@ -103,16 +103,11 @@ class Measure:
     def q_of_rows(self) -> dict[str, float]:
         """{row: q} for every row but the first, as `q_values` over many rows: a feature each, say. p of values that are
         not right or wrong is that of Student's paired test."""
-        before, of = self.values[0], [self[row].p for row in self.rows[1:]]
-        p = (
-            of
-            if self.values.dtype == bool
-            else [
-                stats.ttest_rel(values, before).pvalue if (values != before).any() else 1.0
-                for values in self.values[1:]
-            ]
-        )
-        return dict(zip(self.rows[1:], stats.false_discovery_control(p).tolist()))  # fmt: skip
+        before, p = self.values[0], [self[row].p for row in self.rows[1:]]
+        if self.values.dtype != bool:  # there is no p of one item, nor of items that are all equal
+            p = [stats.ttest_rel(values, before).pvalue if (values != before).any() and len(before) > 1 else 1.0
+                 for values in self.values[1:]]  # fmt: skip
+        return dict(zip(self.rows[1:], stats.false_discovery_control(p).tolist()))
 
     def select(self, rows) -> "Measure":
         """These rows alone, in this order: the others are compared with the first of them."""
@@ -573,14 +568,14 @@ class FeatureStats:
         """The first n features of `measured_order` at this clamp. Raises UserError where there are fewer."""
         if not (self.questions and self.utility):
             raise UserError("the rule 'measured' needs questions to forget and questions to keep")
-        key = "measured", clamp
-        if key not in self.known:
-            most = int(((self.rates[0].fires > 0) & (activation_ratio(*self.rates) >= 1)).sum())
-            among = pick_features(*self.rates, min(CANDIDATES, most))
-            self.known[key] = [], measured_order(self.model, self.sae, among, clamp, self.questions, self.utility,
-                                                    self.style, self.batch_size)  # fmt: skip
-        found, order = self.known[key]
+        most = int(((self.rates[0].fires > 0) & (activation_ratio(*self.rates) >= 1)).sum())
+        among, key = pick_features(*self.rates, min(CANDIDATES, most)), ("measured", clamp)
+        if n > len(among):
+            raise UserError(f"no {n} features: the rule 'measured' chooses among the {len(among)} of highest ratio")
+        found, order = self.known.pop(key, None) or ([], measured_order(
+            self.model, self.sae, among, clamp, self.questions, self.utility, self.style, self.batch_size))  # fmt: skip
         found += itertools.islice(order, max(0, n - len(found)))
+        self.known[key] = found, order  # only now: a generator that was stopped would seem to have no more
         if n > len(found):
             raise UserError(f"no {n} features: with {len(found)} picked by their measured effect none is left that "
                             f"keeps {KEEP:.0%} of {self.utility.title}")  # fmt: skip
@@ -646,8 +641,8 @@ def measured_order(model, sae, features: list[int], clamp: float, questions: Dat
     the accuracy on `utility` is left.
 
     Greedy and lazy (Minoux, Optimization Techniques 234, 1978): a feature's promise is what it took when it was last
-    measured, first alone, then beside those chosen since; only the TRIED most promising are measured for each place. It
-    asks len(features) + TRIED * n edits for n features, where trying all would ask n * len(features).
+    measured, first alone, then beside those chosen since; only the TRIED most promising are measured for each place. n
+    features take some len(features) + TRIED * n edits, where trying all would take n * len(features).
     """
 
     def ask(lists):

@@ -13,8 +13,8 @@ WMDP-Bio? Which harm MMLU or ordinary text? Do their effects add up? Would a few
 """
 
 # %% [markdown]
-# Start a notebook in this folder, beside the helper files. To change a setting, add a line such as `args.layer = 3`
-# to the next cell and run everything below it. A run that was stopped goes on where it was when its command is given
+# Start a notebook in this folder, beside the helper files. To change a setting, add a line such as `args.layer = 3` to
+# the next cell and run everything below it. A run that was stopped goes on where it was when its command is given
 # again. Numbers in **bold** are what the first command above gives.
 
 # %%
@@ -71,8 +71,8 @@ kept, _, kept_right = run.cached("mmlu", lambda: evaluation.letters(model, mmlu,
 (loss,) = run.cached("loss", lambda: [evaluation.loss(model, benchmark.web, rows, **size)])
 
 # %% [markdown]
-# A feature's effect: how many answers it takes alone, in letters and in words together. Accuracy is coarse: it sees
-# an answer only where it tips over. The nats of the right answer see the push before that, and decide between features
+# A feature's effect: how many answers it takes alone, in letters and in words together. Accuracy is coarse: it sees an
+# answer only where it tips over. The nats of the right answer see the push before that, and decide between features
 # that take equally many. A star marks a change that stands out among these features, with false discoveries held to 5%.
 
 # %%
@@ -84,13 +84,17 @@ order = sorted(features, key=effect.get, reverse=True)
 show.changes([measure.select(["unablated", *(f"{one} alone" for one in order)]) for measure in measures])
 
 # %% [markdown]
-# 624, the letter C before an option, takes letters and no words; 449 and 1334 take words and no letters. (Lesson 2 says
-# how.) Now the other way round: what comes back when a feature is left out of the set? A line is compared with all.
+# 624, the letter C before an option, takes **25.1** points in letters and none in words. 449 and 1334 take **17.4** and
+# **18.3** in words and none in letters (lesson 2 asks where). None of the three costs MMLU an answer. Now the other way
+# round: what comes back when a feature is left out while all others are clamped? <!-- -100 * letters["624
+# alone"].change, -100 * words["449 alone"].change, -100 * words["1334 alone"].change -->
 
 # %%
 show.changes([measure.select(["all", *(f"all but {one}" for one in order)]) for measure in measures])
 
 # %% [markdown]
+# Less than it takes alone: other features take the same answers.
+#
 # ## Do the effects add up?
 # If each feature did its work by itself, the effects of single features would sum to that of all. Guess for which of
 # the measures they do.
@@ -103,6 +107,11 @@ for measure in measures:
     sums = {name: sum(mean[after] - mean[before] for after, before in some) for name, some in pairs.items()}
     text = ";  ".join(f"{name} {show.number(x, measure.unit, '+')}" for name, x in sums.items())
     print(f"{measure.title}, {measure.unit}:  {text}")
+
+# %% [markdown]
+# On ordinary text they do: **0.098** and **0.098** nats. In words they sum to twice the effect of all, as an answer can
+# be lost only once. In the figure a feature is worth clamping if it lies high and far to the left. <!--
+# loss["all"].change, sum(loss[f"{one} alone"].change for one in features) -->
 
 # %%
 title = f"{run.name}, layer {args.layer}, {len(features)} features at {clamp:g}"
@@ -122,7 +131,7 @@ show.print_contexts(model, sae, top, stats.forget)
 # %% [markdown]
 # ## A few of them
 # Add them one by one, once in the order of the picking rule, once in that of their effects, and ask the half of the
-# questions that neither has seen.
+# questions that neither has seen. Guess: how many are needed for half of what all take in words?
 
 # %%
 counts = [n for n in (1, 2, 3, 5, 10, 20, 50, 100, 200) if n < len(features)] + [len(features)]
@@ -134,6 +143,11 @@ held_out += run.cached("held-out words", lambda: [evaluation.words(model, bio_he
 held_out += run.cached("held-out mmlu", lambda: evaluation.letters(model, mmlu_held_out, few, **ask))[:1]
 show.table(held_out)
 figures["curves"] = show.counts_figure(held_out, orders, counts, title)
+
+# %% [markdown]
+# Three: in the order of their effects they take **28.4** of 56 points, and MMLU keeps **98.8**%. From the fifth on MMLU
+# suffers, as an effect on the forget set says nothing about it. <!-- -100 * held_out[1]["first 3 by effect"].change,
+# 100 * held_out[2]["first 3 by effect"].mean -->
 
 # %%
 rows["all"] = ablation(sae, order, clamp)  # in the record by their effects, for --features

@@ -65,15 +65,20 @@ def own_features(given: str) -> list[int] | dict[int, list[int]]:
     """Feature ids, or {layer: ids}: written out ("449,624"), or a file's. A file holds ids; JSON of either form; a list
     of Neuronpedia's, of objects with `layer` ("7-gemmascope-res-16k") and `index`; or a record, of which the chosen row
     counts, else the one of most features that are not random. Raises UserError for anything else."""
-    with data.in_a_line(f"{given}: give ids as 449,624, or a file: of ids, a record or a list of Neuronpedia's"):
-        text = Path(given).read_text(encoding="utf-8") if os.path.isfile(given) else given
+    is_file, shown = os.path.isfile(given), " ".join(given[:200].split())
+    if not is_file and given.endswith((".json", ".txt")):
+        raise UserError(f"{shown}: there is no such file of features")
+    with data.in_a_line(f"{shown}: give ids as 449,624, or a file: of ids, a record or a list of Neuronpedia's"):
+        text = Path(given).read_text(encoding="utf-8-sig") if is_file else given
         content = re.findall(r"\d+", text) if re.fullmatch(r"[\d\s,]+", text) else json.loads(text)
         if "rows" in content:
             rows = {name: row["settings"] for name, row in read_record(given)["rows"].items()
                     if "features" in row["settings"] and row["method"] != "random-features"}  # fmt: skip
-            most = max(rows, key=lambda name: len(rows[name]["features"]), default=None)
-            row = rows[content.get("chosen", most)]
-            return {layer: row["features"] for layer in row["layers"]}
+            most = max(rows, key=lambda name: len(rows[name]["features"]), default="no row has features")
+            if (name := content.get("chosen", most)) not in rows:
+                raise UserError(f"{given}: it has no list of one layer's features ({name})")
+            layers = {int(sae["hook_point"].split(".")[1]): sae["layer"] for sae in content.get("saes", ())}
+            return {layers.get(at, at): rows[name]["features"] for at in rows[name]["layers"]}
         if isinstance(content, dict):
             content = content.get("features") or content.get("neurons") or content
         if isinstance(content, list) and content and isinstance(content[0], dict):
@@ -83,7 +88,7 @@ def own_features(given: str) -> list[int] | dict[int, list[int]]:
         ids = partial(data.as_list, what="feature ids", kind=whole)
         found = ids(content) if isinstance(content, list) else {int(at): ids(some) for at, some in content.items()}
     if not found or (isinstance(found, dict) and not all(found.values())):
-        raise UserError(f"{given}: no features are there, or none of a layer")
+        raise UserError(f"{shown}: no features are there, or none of a layer")
     return found
 
 

@@ -17,7 +17,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from common import Rates, activation_ratio
-from data import UserError, batches, note_once, total_of_processes
+from data import UserError, batches, note_once, special_ids, total_of_processes
 from edits import Latents, iter_residual_stream, layer_of, logit_lens, residual_stream
 
 try:  # `!python` in a notebook inherits its MPLBACKEND, which this environment may lack
@@ -394,17 +394,18 @@ def token_figure(model, windows: list[list[int]], values: list[torch.Tensor], ti
 def print_contexts(model, sae, features: list[int], windows: list[list[int]], n: int = 3, reach: int = 8) -> None:
     """Print what features are: the nearest other one by the cosine of their decoder directions, what they suppress, and
     of the n windows in which each is most active its strongest token, in brackets, with `reach` tokens around it."""
-    latents, found = Latents(sae, features), {}
+    latents, found, special = Latents(sae, features), {}, torch.tensor(special_ids(model.tokenizer))
     for indices, ids in batches(windows, 16, model.tokenizer, model.cfg.device, shared=False):
         acts, _ = latents.encode(residual_stream(model.original_model, ids, layer_of(sae)))
-        acts[:, 0] = 0  # its first token is never edited
+        acts[:, 0] = acts[torch.isin(ids, special.to(ids.device))] = 0  # these are never edited
         found |= {i: acts[k, : len(windows[i])].cpu().max(0) for k, i in enumerate(indices)}
     vectors = torch.nn.functional.normalize(latents.W_dec, dim=-1)
     cosines = (vectors @ vectors.T).fill_diagonal_(-torch.inf)
     for k, (feature, low) in enumerate(zip(features, promoted_tokens(model, sae, features, suppressed=True))):
         near = f"nearest {features[cosines[k].argmax()]} (cosine {cosines[k].max():.2f}); " if len(features) > 1 else ""
         print(f"\n  {feature}: {near}suppresses {' '.join(map(repr, low))}")
-        for i in sorted(found, key=lambda i: (-found[i].values[k], i))[:n]:
+        active = [i for i in found if found[i].values[k] > 0]
+        for i in sorted(active, key=lambda i: (-found[i].values[k], i))[:n]:
             at, decode = int(found[i].indices[k]), model.tokenizer.decode
             before, after = windows[i][max(0, at - reach) : at], windows[i][at + 1 : at + 1 + reach]
             text = f"{decode(before)}[{decode(windows[i][at])}]{decode(after)}"

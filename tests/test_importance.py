@@ -101,6 +101,7 @@ def test_of_a_record_the_chosen_row_counts_else_the_one_of_most_picked_features(
 @pytest.mark.parametrize(
     "text",
     ["", " \n", ",", "C", "449;624", "449 # a", "4.5", "-4", "[4.5]", "[]", "[null]", '["x"]', "[[449]]", "[[", "null",
+     "{}", '{"7": []}', '{"7": [449], "3": []}',
      '{"features": []}', '{"a": [449]}', '{"7.5": [449]}', '{"7": 449}', '{"7": "449"}', '{"7": {"449": 1}}',
      json.dumps(LIST[0]), '[{"index": "449"}]', '[{"layer": "7-x"}]', '[{"layer": "x7", "index": "449"}]', "é"],
 )  # fmt: skip
@@ -116,7 +117,7 @@ def test_a_file_or_record_without_features_is_refused_by_name(tmp_path):
     (tmp_path / "ids.bin").write_bytes(b"\xff\xfe\x00")
     assert "ids.bin: give ids as 449,624, or a file" in refused(str(tmp_path / "ids.bin"))
     for path in (record_of(tmp_path, ["unablated"]), record_of(tmp_path, ["unablated", "random"])):
-        assert "record.json: give ids as 449,624" in refused(path)
+        assert "record.json: it has no list of one layer's features" in refused(path)
     assert "run its command again" in refused(record_of(tmp_path, form=2))
 
 
@@ -129,7 +130,7 @@ def test_a_setting_of_features_is_what_the_command_line_makes_of_it(tmp_path):
         assert args.features == settings(p, {"features": given}).features == wanted
         assert settings(p, vars(args)).features == wanted  # handed on, as to run(**settings)
     assert p.parse_args(["--features", "449,624"]).features == [449, 624] and settings(p, {}).features is None
-    for wrong in ([449.5], ["x"], [], "", {"a": [1]}, {7: 449}):
+    for wrong in ([449.5], ["x"], [], "", {}, {7: []}, {"a": [1]}, {7: 449}):
         with pytest.raises(UserError):
             settings(p, {"features": wrong})
 
@@ -527,11 +528,13 @@ def test_the_figure_of_counts_has_a_line_for_each_order():
 
 
 def test_contexts_have_the_strongest_token_in_brackets(gemma, make_sae, capsys):
-    """Of the tokens but the first, which is never edited, however strong the feature is there."""
+    """Of the tokens but the first and special ones, which are never edited, however strong the feature is there."""
     sae, windows, features, reach = make_sae(gemma), some_windows(gemma), [3, 11, 40], 2
+    special = torch.tensor(data.special_ids(gemma.tokenizer))
 
     def encoded(ids):
-        return sae.encode(residual(gemma, torch.tensor([ids])))[0]
+        acts = sae.encode(residual(gemma, torch.tensor([ids])))[0]
+        return torch.where(torch.isin(torch.tensor(ids), special)[:, None], 0, acts)
 
     strongest = 1 + int(encoded(windows[0])[1:, 40].argmax())
     windows.append([*windows[0][strongest:], *windows[0][1:strongest]])
@@ -554,6 +557,42 @@ def test_contexts_have_the_strongest_token_in_brackets(gemma, make_sae, capsys):
             assert strength > 0
     show.print_contexts(gemma, sae, [3], windows, n=1)
     assert "nearest" not in capsys.readouterr().out
+
+
+def test_measures_of_one_item_or_of_equal_ones_have_no_p():
+    one = Measure("m", "m", "nats", ("a", "b"), np.array([[1.0], [2.0]]))
+    same = Measure("m", "m", "nats", ("a", "b"), np.ones((2, 5)))
+    assert one.q_of_rows() == same.q_of_rows() == {"b": 1.0}
+
+
+def test_features_of_a_record_belong_to_their_saes_layer(tmp_path):
+    """An SAE of layer 4 that reads what layer 3 writes edits there."""
+    row = {"method": "clamp", "settings": {"features": [5, 3], "clamp": -1.0, "layers": [3]}}
+    saes = [{"layer": 4, "hook_point": "blocks.3.hook_resid_post"}]
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({"form": runs.FORM, "script": "s.py", "rows": {"clamp": row}, "saes": saes}))
+    assert own_features(str(path)) == {4: [5, 3]}
+
+
+def test_measuring_that_is_stopped_begins_again(monkeypatch):
+    rates = Rates(torch.tensor([9, 8, 7, 6]), torch.ones(4), 10), Rates(torch.zeros(4).long(), torch.zeros(4), 10)
+    quiz = Dataset("q", [{"question": "?", "choices": list("abcd"), "answer": 0}])
+    stats = FeatureStats(None, None, 7, [], [], questions=quiz, utility=quiz)
+    stats.__dict__["rates"] = rates
+    stopped = [True]
+
+    def order(*_):
+        yield 0
+        if stopped.pop() if stopped else False:
+            raise KeyboardInterrupt
+        yield from (1, 2)
+
+    monkeypatch.setattr(evaluation, "measured_order", order)
+    with pytest.raises(KeyboardInterrupt):
+        stats.measured(2, -1.0)
+    assert stats.measured(3, -1.0) == [0, 1, 2]
+    with pytest.raises(UserError, match="no 5 features: the rule 'measured' chooses among the 4 of highest ratio"):
+        stats.measured(5, -1.0)
 
 
 def test_suppressed_tokens_are_those_of_lowest_logits(tiny):
