@@ -196,6 +196,12 @@ def changes(measures, most: int = 20) -> None:
         print(f"  ... and {len(rows) - most} more, all in the record")
 
 
+def spread(names, x, y, axes) -> None:
+    """Move the names of points (texts) apart."""
+    with suppress(RuntimeError):  # of a LaTeX that is set and missing: the figure is told of, and costs no result
+        adjust_text(names, x, y, ax=axes, arrowprops={"arrowstyle": "-", "color": "0.4", "lw": 0.5})
+
+
 def effects_figure(forget, retain, features: list[int], title: str):
     """Figure: a panel for each Measure of the forget set: what each feature takes alone (the row "I alone"), against
     what it takes of `retain`, in points; those that stand out are red, the strongest have their number."""
@@ -212,7 +218,7 @@ def effects_figure(forget, retain, features: list[int], title: str):
         axes.axvline(0, color="0.4", ls="--", lw=0.8)
         lost = [f"{plain(of.title.replace(', tuning half', ''))}, points lost" for of in (retain, measure)]
         axes.set(xlabel=lost[0], ylabel=lost[1])
-        adjust_text(names, x, y, ax=axes, arrowprops={"arrowstyle": "-", "color": "0.4", "lw": 0.5})
+        spread(names, x, y, axes)
     figure.suptitle(f"{plain(title)}: each alone; red: stands out among all, false discoveries 5%", size=10)
     return figure
 
@@ -341,8 +347,7 @@ def scatter(features: list[int], forget: Rates, retain: Rates, title: str):
         shares = [10.0**k for k in range(-6, 1) if 10.0**k > 2 * least]
         axis.set_ticks([least, *shares], ["never", *(f"{100 * share:g}%" for share in shares)])
         axis.set_minor_locator(plt.NullLocator())
-    with suppress(RuntimeError):  # of a LaTeX that is set and missing: the figure is told of, and costs no result
-        adjust_text(names, x[features], y[features], ax=axes, arrowprops={"arrowstyle": "-", "color": "0.4", "lw": 0.5})
+    spread(names, x[features], y[features], axes)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
