@@ -189,7 +189,7 @@ for measure in (in_letters, in_words):
     effects = sorted((100 * measure[name].change, name) for name in alone if name != "unablated")
     print(measure.title, "each alone:", *(f" {name} {change:+.1f}" for change, name in effects[:3]))
     strongest.append(effects[0][1])
-show.table([in_letters, in_words], ["unablated", *strongest])
+show.table([in_letters, in_words], ["unablated", *dict.fromkeys(strongest)])
 
 # %% [markdown]
 # Feature 624 takes **17.6** points in letters and nothing in words. It fires on the letter C before an option (lesson

@@ -584,7 +584,10 @@ def edit_to_score(lm: AblatedLM, args, record: dict | None, row: str | None, cla
         edit, saes = edit_of_row(lm, record, row, args.sae, args.model)
     elif args.features:
         numbers = ({"clamp": clamp} if "clamp" in METHODS[args.method or "clamp"].usual else {}) | numbers
-        edit, saes = edit_of_features(lm, args.features, args.layer, args.method, args.sae, args.model, numbers)
+        of = args.features if isinstance(args.features, dict) else {args.layer: args.features}
+        of = {layer: ids[: args.n_features] for layer, ids in of.items()}
+        edit, saes = edit_of_features(lm, of, args.layer, args.method, args.sae, args.model, numbers)
+        print(*(f"features of layer {layer}: {', '.join(map(str, ids))}" for layer, ids in of.items()), sep="\n")
     else:
         return picked(lm, args, clamp, numbers)
     wikitext = data.load("wikitext", args.model, args.data)
@@ -612,8 +615,6 @@ def run(**changes) -> dict:
         args = runs.settings(flags, vars(args) | {k: v for k, v in record["settings"].items() if k in decided})
         vars(args).update(layer=None, n_features=None)  # the row's may be several
         name = chosen_row(record, args.row, args.method)
-    elif args.features:
-        args.pick_on = "all"  # who knows what a list was picked on
     clamp = hub.preset(args.model).clamp if args.clamp is None else args.clamp
     names = args.tasks or (TINY_TASKS if args.model == "tiny" or args.data else HUB_TASKS)
     tasks = find_tasks([name.strip() for name in names.split(",")], args.include_path, args.data, args.topic)
@@ -636,6 +637,8 @@ def run(**changes) -> dict:
     for task, (_, parts) in tasks.items():
         taken = {known.name for known in asked.values()}
         asked[task] = data_set(task, taken, parts, chosen, args.data, args.seed, args.topic)
+    if isinstance(args.features, dict):
+        vars(args).update(layer=None)  # it may be several
     writer = runs.Run(__file__, args, [*asked.values(), *datasets], saes,
                       also=[edit.method, edit.settings, lm.identity, lm.arguments])  # fmt: skip
 

@@ -319,7 +319,7 @@ class Run:
         if len(layers) == 1 and isinstance(said, int) and said != layers[0]:
             raise UserError(f"the setting layer is {said}, and the SAE is layer {layers[0]}'s: load it again")
         if not own and (largest := max(clamps) if isinstance(clamps, list) else clamps) > 0:
-            raise UserError(f"clamp {largest:g} amplifies features: give them by hand; picked ones are ablated")
+            raise UserError(f"clamp {largest:g} amplifies features: for that give your own (features), not picked ones")
 
     def about(self) -> dict:
         """What a record says of the data; a tuning half has a name beside that of the half that is held out."""

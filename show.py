@@ -179,8 +179,8 @@ def panels_of_rows(panels: list[tuple], title: str):
 
 
 def changes(measures, most: int = 20) -> None:
-    """Print a line for each row but the first, `most` at most, and a column for each Measure: the change against the
-    first row, with a star where it stands out among all rows (Measure.q_of_rows below 0.05)."""
+    """Print a column for each Measure: the first row's mean, and for each other row, `most` at most, the change against
+    it, with a star where it stands out among all rows (Measure.q_of_rows below 0.05)."""
     first, *rows = measures[0].rows
     known, names = [measure.q_of_rows() for measure in measures], max(map(len, rows)) + 2
     print(f"\n  change against {first!r}; * where false discoveries over {len(rows)} rows are held to 5%\n")
@@ -188,6 +188,8 @@ def changes(measures, most: int = 20) -> None:
              for measure in measures]  # fmt: skip
     for line in zip(*heads):
         print(" " * (names + 2) + "".join(f"{text:>22}" for text in line))
+    cells = [f"{number(measure[first].mean, measure.unit)} " for measure in measures]
+    print(f"  {first:{names}}" + "".join(f"{cell:>22}" for cell in cells).rstrip())
     for row in rows[:most]:
         cells = [f"{number(measure[row].change, measure.unit, '+')}{'*' if q[row] < 0.05 else ' '}"
                  for measure, q in zip(measures, known)]  # fmt: skip

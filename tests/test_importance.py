@@ -205,7 +205,7 @@ def test_a_clamp_is_finite(gemma_sae, value):
 
 
 def test_only_ones_own_features_are_amplified(tmp_path):
-    with pytest.raises(UserError, match="clamp 30 amplifies features: give them by hand"):
+    with pytest.raises(UserError, match="clamp 30 amplifies features: for that give your own"):
         run_of(tmp_path, clamp=30)
     assert run_of(tmp_path, clamp=30, features=[449]).settings["clamp"] == 30
 
@@ -470,7 +470,8 @@ def test_changes_are_printed_with_a_star_where_they_stand_out(capsys):
     heads = [line.split("  ") for line in lines[3:6]]
     assert [[cell.strip() for cell in line if cell.strip()] for line in heads] == [
         ["WMDP-Bio", "MMLU"], ["in letters", "right letter"], ["%", "nats"]]  # fmt: skip
-    assert [line.split() for line in lines[6:]] == [
+    assert lines[6].split() == ["unablated", "100.0", "0.0000"]
+    assert [line.split() for line in lines[7:]] == [
         ["5", "alone", "-75.0*", "+0.5350*"], ["9", "alone", "-2.5", "+0.1000"], ["3", "alone", "+0.0", "+0.0000"]
     ]  # fmt: skip
     show.changes([taken()], most=2)

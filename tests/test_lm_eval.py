@@ -228,8 +228,10 @@ def test_features_come_from_picking_a_list_layers_or_a_record(tmp_path):
     every = {**flags, "limit": None}
     path = listing(tmp_path, "list", features)
     of_list = lm_eval_ablated.run(**every, features=path, layer=3, out=str(tmp_path / "b.json"))
-    # nobody knows what the list was picked on, so all are asked
-    assert of_list["rows"][ROW]["scores"]["wmdp_bio/letters"]["n"] == N_QUESTIONS["wmdp_bio"]
+    # as everywhere the held-out half is asked: a list may have been picked on the other
+    assert of_list["rows"][ROW]["scores"]["wmdp_bio/letters"]["n"] == len(load("wmdp_bio").held_out)
+    fewer = lm_eval_ablated.run(**flags, features=path, n_features=3, layer=3, out=str(tmp_path / "f.json"))
+    assert fewer["rows"][ROW]["settings"]["features"] == features[:3]
     path = listing(tmp_path, "layers", {"3": features, "7": [1, 2]})
     both = lm_eval_ablated.run(**{**flags, "tasks": None}, features=path, out=str(tmp_path / "c.json"))
     parts = both["rows"][ROW]["settings"]["edits"]
@@ -497,6 +499,7 @@ def test_the_letters_are_those_that_the_accuracy_counts(tmp_path, metric):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "normed.yaml").write_text(NORMED.format(metric=metric, path=path))
     flags = dict(layer=3, features=listing(tmp_path, "f", [45]), include_path=str(tmp_path), tasks=f"normed_{metric}")
+    flags["pick_on"] = "all"
     record = lm_eval_ablated.run(**flags, out=str(tmp_path / "r.json"))
     name = f"normed_{metric}/{metric}"
     score, answers = record["rows"][ROW]["scores"][name]["mean"], record["rows"][ROW]["answers"][name]
