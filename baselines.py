@@ -54,7 +54,7 @@ import hub
 import show
 import unlearning
 from common import as_bridge, load_hf, load_model, load_retrained, load_sae
-from data import HERE, Benchmark, UserError, load_benchmark, n_processes, picking_windows
+from data import HERE, Benchmark, UserError, by_layer, load_benchmark, n_processes, picking_windows
 from edits import NONE, Edit, Method, label
 from evaluation import FeatureStats, best_row, joined, letters, loss, robust_only, words
 from runs import FREE, Run, forget_title, peak_gb, read_record, write_whole
@@ -79,7 +79,7 @@ def grid_of(method: Method, args) -> list[dict]:
             if names:
                 raise UserError(f"--setting: {method.title} {problem} {', '.join(names)}: {', '.join(sorted(known))}")
     if args.features:  # of which there may be fewer than the grid has
-        most = len(args.features if isinstance(args.features, list) else args.features.get(args.layer, ()))
+        most = len(by_layer(args.features, args.layer).get(args.layer, ()))
         grid = [{name: min(value, most) if name == "n_features" else value for name, value in setting.items()}
                 for setting in grid]  # fmt: skip
         grid = [setting for k, setting in enumerate(grid) if setting not in grid[:k]]

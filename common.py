@@ -242,7 +242,9 @@ def pick_features(forget: Rates, retain: Rates, n: int, rule: str = "ratio", tau
         allowed &= score >= score.quantile(0.75)
         score = activation_ratio(forget, retain)
     else:
-        raise UserError(f"no rule {rule!r}: the rules are {', '.join(PICKING_RULES)}")
+        known = "the rule 'measured' asks questions: evaluation.FeatureStats has it" if rule == "measured" else (
+            f"no rule {rule!r}: the rules are {', '.join(PICKING_RULES)}")  # fmt: skip
+        raise UserError(known)
     if n > int(allowed.sum()):
         raise UserError(f"no {n} features: of {len(allowed)} the rule {rule!r} leaves only {int(allowed.sum())}")
     order = torch.argsort(torch.where(allowed, score.double(), -torch.inf), descending=True, stable=True)

@@ -171,9 +171,8 @@ class Dataset:
         """The questions on comma-separated subjects; "all": on all; None: on all but the subject `but`, if others are
         left. Raises UserError for an unknown subject."""
         if subjects in (None, "all"):
-            names = [str(row.get("subject")).strip().lower().replace(" ", "_") for row in self.rows]
-            left_out = but.strip().lower().replace(" ", "_") if but and not subjects else None
-            kept = [i for i, name in enumerate(names) if name != left_out]
+            name = subject_of(but) if but and not subjects else None
+            kept = [i for i, row in enumerate(self.rows) if not name or subject_of(row["subject"]) != name]
             if not 0 < len(kept) < len(self.rows):
                 return self
             note_once(f"{self.title}: left out {len(self.rows) - len(kept)} questions on {but}, the topic")
@@ -212,6 +211,16 @@ class Dataset:
         """The entry of a record: n_rows counts the source's rows, `asked` are indices into them (None: all)."""
         names = ("source", "sha256", "stand_in", "half", "variant", "topic", "skipped_long", "published", "prompts")
         return {name: getattr(self, name) for name in names} | {"n_rows": self.n_source, "asked": self.indices}
+
+
+def subject_of(topic: str) -> str:
+    """The topic's or subject's name as MMLU writes it."""
+    return topic.strip().lower().replace(" ", "_")
+
+
+def by_layer(features: list[int] | dict[int, list[int]], layer: int) -> dict[int, list[int]]:
+    """Features of one's own, {layer: ids} or ids of the SAE of `layer`, as the former."""
+    return features if isinstance(features, dict) else {layer: features}
 
 
 def digest_of(content) -> str:
@@ -447,18 +456,20 @@ def load_corpus(given: str | None = None, model: str = "tiny", folder: str | Non
 
 
 def utility_subset(mmlu: Dataset, subjects: str | None = None, but: str | None = None) -> Dataset:
-    """mmlu.of(subjects), by default of SAEBench's four if the data have them, else all but the topic `but`."""
+    """The questions on `subjects`, as mmlu.of gives them; by default on SAEBench's four if the data have them, else on
+    all but the topic `but`."""
     has_saebench = set(SUBJECTS.split(",")) <= {row["subject"] for row in mmlu.rows}
     return mmlu.of(SUBJECTS if subjects is None and has_saebench else subjects, but)
 
 
 def picking_texts(wmdp_tuning: Dataset, corpus: Dataset, wikitext: Dataset, mmlu_dev: Dataset,
                   pick_text: str = "prompt") -> tuple[list[str], list[list[str]]]:  # fmt: skip
-    """The forget texts (the user's corpus if it has rows, else WMDP's tuning half) and the retain sets (Wikitext, ...).
+    """The forget texts and the retain sets on which firing rates are counted.
 
-    pick_text "prompt": questions are written as they are asked, and MMLU's development questions, but those on a topic
-    of the user's own, are a second retain set: so the template cancels out, and picked features are rare on the very
-    text whose accuracy must stay. "prose": question and right answer.
+    Forget: the user's corpus if it has rows, else WMDP's tuning half. Retain: Wikitext. pick_text "prompt": questions
+    are written as they are asked, and MMLU's development questions are a second retain set. So the template cancels
+    out, and picked features are rare on the very text whose accuracy must stay; a topic of the user's own is left out
+    of it. "prose": question and right answer.
     """
     if pick_text == "prose":
         return corpus.texts or [as_prose(row) for row in wmdp_tuning.rows], [wikitext.texts]

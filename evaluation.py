@@ -102,7 +102,7 @@ class Measure:
 
     def q_of_rows(self) -> dict[str, float]:
         """{row: q} for every row but the first, as `q_values` over many rows: a feature each, say. p of values that are
-        not right or wrong is that of Student's paired test."""
+        not right or wrong is that of Student's paired test over the items (of documents, over their sums)."""
         before, p = self.values[0], [self[row].p for row in self.rows[1:]]
         if self.values.dtype != bool:  # there is no p of one item, nor of items that are all equal
             p = [stats.ttest_rel(values, before).pvalue if (values != before).any() and len(before) > 1 else 1.0
@@ -585,9 +585,9 @@ class FeatureStats:
         """The n best features by a rule of common.pick_features or "measured" (None: self.rule), best first, with a
         note on them; of one's own the first n, or all. clamp: the one to measure at (None: self.clamp)."""
         if self.own is not None:
-            ids = self.own.get(self.layer, []) if isinstance(self.own, dict) else self.own
-            if not ids:
-                raise UserError(f"no features of layer {self.layer} are given, only of {', '.join(map(str, self.own))}")
+            given = data.by_layer(self.own, self.layer)
+            if not (ids := given.get(self.layer)):
+                raise UserError(f"no features of layer {self.layer} are given, only of {', '.join(map(str, given))}")
             with data.in_a_line(f"features {str(ids)[:40]}"):
                 return Latents(self.sae, ids).features.tolist()[:n]
         rule = rule or self.rule

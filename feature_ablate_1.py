@@ -133,7 +133,8 @@ texts = data.picking_texts(wmdp.tuning, corpus, wikitext, mmlu_dev, args.pick_te
 run = Run("feature_ablate_1.py", args, [wmdp.tuning, mmlu, corpus, wikitext, mmlu_dev], [sae])
 stats = evaluation.FeatureStats(
     model, sae, args.layer, *data.picking_windows(model.tokenizer, *texts, args.context),
-    rule=args.pick, own=args.features, questions=wmdp.tuning, utility=mmlu_tuning, seed=args.seed,
+    rule=args.pick, own=args.features, questions=wmdp.tuning, seed=args.seed,
+    utility=data.utility_subset(mmlu_tuning, args.subjects),
     clamp=run.settings["clamp"], insist=not args.no_sanity, **ask,
 )  # fmt: skip
 forget, retain = stats.rates

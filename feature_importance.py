@@ -36,9 +36,9 @@ from common import NONE, ablation, load_model, load_sae
 model = load_model(args.model, args.device, args.dtype, args.device_map, args.edit_special)
 sae = load_sae(args.sae, args.layer, model, args.model)
 benchmark = data.load_benchmark(
-    args.model, model.tokenizer, folder=args.data, corpus=args.forget_corpus, subjects=args.subjects,
-    seed=args.seed, pick_on=args.pick_on, pick_text=args.pick_text, limit=args.limit,
-    skip_long=args.skip_long, style=args.prompt, topic=args.topic,
+    args.model, model.tokenizer, folder=args.data, corpus=args.forget_corpus, topic=args.topic,
+    subjects=args.subjects, seed=args.seed, pick_on=args.pick_on, pick_text=args.pick_text,
+    limit=args.limit, skip_long=args.skip_long, style=args.prompt,
 )  # fmt: skip
 bio_held_out, bio, mmlu_held_out, mmlu = benchmark.quizzes.values()
 print(f"{bio.title}: {len(bio)} questions to measure on, {len(bio_held_out)} held out")
@@ -46,11 +46,12 @@ print(f"{bio.title}: {len(bio)} questions to measure on, {len(bio_held_out)} hel
 # %%
 run = Run("feature_importance.py", args, benchmark.datasets, [sae])
 clamp, size = run.settings["clamp"], {"batch_size": args.batch_size}
+ask = {"style": args.prompt, **size}
 stats = evaluation.FeatureStats(
     model, sae, args.layer,
     *data.picking_windows(model.tokenizer, benchmark.forget, benchmark.retain, args.context),
-    rule=args.pick, own=args.features, questions=bio, utility=mmlu, seed=args.seed, style=args.prompt,
-    insist=not args.no_sanity, clamp=clamp, **size,
+    rule=args.pick, own=args.features, questions=benchmark.wmdp.tuning, seed=args.seed,
+    utility=benchmark.mmlu.tuning, insist=not args.no_sanity, clamp=clamp, **ask,
 )  # fmt: skip
 features = stats.features(run.settings["n_features"])
 
@@ -64,7 +65,6 @@ rows = {"unablated": NONE, "all": ablation(sae, features, clamp)}
 rows |= {f"{one} alone": ablation(sae, [one], clamp) for one in features}
 others = {one: [feature for feature in features if feature != one] for one in features}
 rows |= {f"all but {one}": ablation(sae, others[one], clamp) for one in features}
-ask = {"style": args.prompt, **size}
 letters, _, right = run.cached("letters", lambda: evaluation.letters(model, bio, rows, **ask))
 words, word_nats = run.cached("words", lambda: evaluation.words_and_nats(model, bio, rows, **size))
 kept, _, kept_right = run.cached("mmlu", lambda: evaluation.letters(model, mmlu, rows, **ask))
@@ -79,14 +79,18 @@ kept, _, kept_right = run.cached("mmlu", lambda: evaluation.letters(model, mmlu,
 # %%
 nats = [evaluation.nats_of(right), word_nats, evaluation.nats_of(kept_right)]
 measures = [letters, nats[0], words, nats[1], kept, nats[2], loss]
-effect = {one: tuple(sum(sign * measure[f"{one} alone"].change for measure in some) for sign, some in
-                     ((-1, (letters, words)), (1, nats[:2]))) for one in features}  # fmt: skip
+taken = {one: [measure[f"{one} alone"].change for measure in measures[:4]] for one in features}
+effect = {one: (-(a + c), b + d) for one, (a, b, c, d) in taken.items()}  # answers, then nats
 order = sorted(features, key=effect.get, reverse=True)
-show.changes([measure.select(["unablated", *(f"{one} alone" for one in order)]) for measure in measures])
+alone = ["unablated", *(f"{one} alone" for one in order)]
+show.changes([measure.select(alone) for measure in measures])
+
+# %%
 for measure in (letters, words):
     change = {one: 100 * measure[f"{one} alone"].change for one in features}
-    print(f"\n{measure.title}: {sum(points < -1 for points in change.values())} features take over a point alone:",
-          *(f" {one} {change[one]:+.1f}" for one in sorted(features, key=change.get)[:5]))  # fmt: skip
+    over, most = [one for one in features if change[one] < -1], sorted(features, key=change.get)[:5]
+    print(f"\n{measure.title}: {len(over)} features take over a point alone:",
+          *(f" {one} {change[one]:+.1f}" for one in most))  # fmt: skip
 
 # %% [markdown]
 # 624, the letter C before an option, takes **25.1** points in letters and none in words. 449 and 1334 take **17.4** and
@@ -95,7 +99,8 @@ for measure in (letters, words):
 # alone"].change, -100 * words["449 alone"].change, -100 * words["1334 alone"].change -->
 
 # %%
-show.changes([measure.select(["all", *(f"all but {one}" for one in order)]) for measure in measures])
+left_out = ["all", *(f"all but {one}" for one in order)]
+show.changes([measure.select(left_out) for measure in measures])
 
 # %% [markdown]
 # The three give back less than they take alone: other features take some of the same answers.
@@ -105,13 +110,15 @@ show.changes([measure.select(["all", *(f"all but {one}" for one in order)]) for 
 # the measures they do.
 
 # %%
-pairs = {"all": [("all", "unablated")], "alone, summed": [(f"{one} alone", "unablated") for one in features]}
+pairs = {"all": [("all", "unablated")]}
+pairs["alone, summed"] = [(f"{one} alone", "unablated") for one in features]
 pairs["left out, summed"] = [("all", f"all but {one}") for one in features]
 for measure in measures:
     mean = {row: measure[row].mean for row in rows}
-    sums = {name: sum(mean[after] - mean[before] for after, before in some) for name, some in pairs.items()}
-    text = ";  ".join(f"{name} {show.number(x, measure.unit, '+')}" for name, x in sums.items())
-    print(f"{measure.title}, {measure.unit}:  {text}")
+    for name, some in pairs.items():
+        total = sum(mean[after] - mean[before] for after, before in some)
+        print(f"{name:18}{show.number(total, measure.unit, '+'):>9}", end="")
+    print(f"  {measure.title}, {measure.unit}")
 
 # %% [markdown]
 # On ordinary text they do: **0.098** and **0.098** nats, and on MMLU nearly. On the forget set they do not: the single
@@ -144,9 +151,10 @@ counts = [n for n in (1, 2, 3, 5, 10, 20, 50, 100, 200) if n < len(features)] + 
 orders = {"list" if args.features else args.pick: features, "effect": order}
 few = {"unablated": NONE} | {f"first {n} by {name}": ablation(sae, ids[:n], clamp)
                              for name, ids in orders.items() for n in counts}  # fmt: skip
-held_out = [run.cached("held-out letters", lambda: evaluation.letters(model, bio_held_out, few, **ask))[0]]
-held_out += run.cached("held-out words", lambda: [evaluation.words(model, bio_held_out, few, **size)])
-held_out += run.cached("held-out mmlu", lambda: evaluation.letters(model, mmlu_held_out, few, **ask))[:1]
+held_out = run.cached("held-out", lambda: [
+    evaluation.letters(model, bio_held_out, few, **ask)[0],
+    evaluation.words(model, bio_held_out, few, **size),
+    evaluation.letters(model, mmlu_held_out, few, **ask)[0]])  # fmt: skip
 show.table(held_out)
 figures["curves"] = show.counts_figure(held_out, orders, counts, title)
 

@@ -12,9 +12,9 @@ lm-eval with an edit in every forward pass: any of its tasks, any method, severa
 
 Features are picked as in the lessons and clamped, or edited by another --method; or they are given with --features, as
 ids of --layer's SAE or {layer: ids}, whose SAEs are the preset's or --sae with {layer} in the layer's place; or the
-edit is a row of a --record, made again as it was. With --unablated the model is scored without the edit
-too and the two are compared question by question, which lm-eval itself does not do. Questions that features were picked
-on are left out. Tasks are lm-eval's and those of lm_eval_tasks/; options with underscores are lm-eval's own.
+edit is a row of a --record, made again as it was. With --unablated the model is scored without the edit too and the two
+are compared question by question, which lm-eval itself does not do. Questions of the half that features are picked on
+are left out. Tasks are lm-eval's and those of lm_eval_tasks/; options with underscores are lm-eval's own.
 
 In lm-eval's own command line the model is called sae-ablated (docs/real_models.md).
 """
@@ -241,8 +241,8 @@ class CommandLineLM(AblatedLM):
         if record:
             self.set_edit(*edit_of_row(self, record, chosen_row(record, row, method), sae, pretrained))
         else:
-            ids = runs.own_features(str(features))
-            self.set_edit(*edit_of_features(self, ids, layer, method, sae, pretrained, numbers))
+            features = data.by_layer(runs.own_features(str(features)), layer)
+            self.set_edit(*edit_of_features(self, features, method, sae, pretrained, numbers))
 
 
 if "sae-ablated" not in model_registry:  # lm-eval refuses a name twice, but a notebook's cell is run again
@@ -310,15 +310,15 @@ def read_json(path: str):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def edit_of_features(lm, features, layer: int, method: str | None, sae: str | None, model: str, numbers: dict):
-    """(Edit, its SAEs): the method, or a clamp, of features, {layer: ids} or a list of this layer's. numbers: of the
-    method ({"clamp": -40}); sae: RELEASE:ID or folder, with {layer} in the layer's place. Raises UserError for features
-    that an SAE lacks, and as load_sae and make do."""
+def edit_of_features(lm, features: dict[int, list[int]], method: str | None, sae: str | None, model: str, numbers):
+    """(Edit, its SAEs): the method, or a clamp, of features, {layer: ids}. numbers: {name: number} of the method, as
+    {"clamp": -40}; sae: RELEASE:ID or folder, with {layer} in the layer's place. Raises UserError for features that an
+    SAE lacks, and as load_sae and make do."""
     method = method or ("clamp" if numbers.get("clamp") else "zero-ablation")
     saes, parts = [], []
-    for at, ids in (features if isinstance(features, dict) else {layer: features}).items():
-        saes.append(load_sae(sae and sae.replace("{layer}", str(at)), at, BridgeView(lm), model))
-        with data.in_a_line(f"layer {at}"):
+    for layer, ids in features.items():
+        saes.append(load_sae(sae and sae.replace("{layer}", str(layer)), layer, BridgeView(lm), model))
+        with data.in_a_line(f"layer {layer}"):
             parts.append(make(method, saes[-1], features=ids, **numbers))
     return parts[0] if len(parts) == 1 else together(*parts), saes
 
@@ -584,9 +584,8 @@ def edit_to_score(lm: AblatedLM, args, record: dict | None, row: str | None, cla
         edit, saes = edit_of_row(lm, record, row, args.sae, args.model)
     elif args.features:
         numbers = ({"clamp": clamp} if "clamp" in METHODS[args.method or "clamp"].usual else {}) | numbers
-        of = args.features if isinstance(args.features, dict) else {args.layer: args.features}
-        of = {layer: ids[: args.n_features] for layer, ids in of.items()}
-        edit, saes = edit_of_features(lm, of, args.layer, args.method, args.sae, args.model, numbers)
+        of = {layer: ids[: args.n_features] for layer, ids in data.by_layer(args.features, args.layer).items()}
+        edit, saes = edit_of_features(lm, of, args.method, args.sae, args.model, numbers)
         print(*(f"features of layer {layer}: {', '.join(map(str, ids))}" for layer, ids in of.items()), sep="\n")
     else:
         return picked(lm, args, clamp, numbers)

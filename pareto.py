@@ -245,7 +245,7 @@ def rows_of(stats: FeatureStats, counts: list[int], clamps: list[float], methods
         of_grids = [edits.from_grid(name, setting, stats) for name in methods for setting in edits.METHODS[name].grid]
         return {f"{title_of(edit.method)}, layer {stats.layer}, {edits.label(edit.method, edit.settings)}": edit
                 for edit in of_grids}  # fmt: skip
-    rows, most = {}, min(max(counts), len(stats.features(max(counts))))  # of one's own there may be fewer
+    rows, most = {}, len(stats.features(max(counts)))  # of one's own there may be fewer
     for start, method, ids in (("", None, stats.features(most)),
                                ("random features, ", "random-features", stats.control(most, most))):  # fmt: skip
         for n, clamp in itertools.product(sorted({min(n, most) for n in counts}), clamps):

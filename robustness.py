@@ -398,9 +398,10 @@ def report(measures: dict[str, Measure], shares: dict, pushes: dict[str, dict], 
 
 
 # %% From records to subjects and questions; the run
-# What records must agree in, and the forms asked here depend on
+# What is said of one's own features, and what records say themselves
 OWN = ("model", "sae", "layer", "clamp", "features", "data", "topic", "seed", "limit", "wmdp", "subjects", "pick_on",
        "skip_long", "edit_special")  # fmt: skip
+# What records must agree in, and the forms asked here depend on
 SAME = ("model", "data", "forget_corpus", "seed", "pick_on", "limit", "subjects", "skip_long", "prompt", "robust",
         "wmdp", "topic")  # fmt: skip
 
@@ -408,7 +409,7 @@ SAME = ("model", "data", "forget_corpus", "seed", "pick_on", "limit", "subjects"
 def own_record(args) -> dict:
     """What a record would say of a clamp of one's own features, on the data that the flags name."""
     model = load_model(args.model, args.device, args.dtype, edit_special=args.edit_special)
-    of = args.features if isinstance(args.features, dict) else {args.layer: args.features}
+    of = data.by_layer(args.features, args.layer)
     saes = {layer: load_sae(args.sae, layer, model, args.model) for layer in of}
     clamp = preset(args.model).clamp if args.clamp is None else args.clamp
     with data.in_a_line("features"):

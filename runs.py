@@ -127,7 +127,8 @@ def parser(doc: str, *, quiz: bool = False, controls: int = 0, without: tuple[st
 
     add("--model", f"preset ({', '.join(hub.PRESETS)}), hub id or folder", type=place, default="tiny")
     add("--layer", "layer whose output the SAE reads; tiny has 3, 5, 7, 9, 15", type=natural_int, default=7)
-    add("--n-features", "how many features to ablate (default: 50; of --features all)", type=positive_int)
+    add("--n-features", f"how many features to ablate (default: {hub.Preset.n_features}; of --features all)",
+        type=positive_int)  # fmt: skip
     add("--clamp", "negative value that active features are set to (default: the preset's); of --features also a "
         "positive one, which amplifies them where they are active",
         type=number(float, "a number other than 0", lambda x: x != 0))  # fmt: skip
@@ -294,7 +295,7 @@ class Run:
         self.data = [part for part in data if len(part)]
         self.model, self.settings = model or args.model, dict(vars(args))
         own, clamps = self.settings.get("features"), self.settings.get("clamp") or 0
-        for name in ("clamp", "dtype", "n_features")[: 2 if own else 3]:
+        for name in ("clamp", "dtype", *(() if own else ("n_features",))):  # of one's own: all
             if name in self.settings and self.settings[name] is None:
                 self.settings[name] = getattr(hub.preset(self.model), name)
         self.name, self.dtype = Path(self.model).name, dtype or self.settings["dtype"]

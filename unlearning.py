@@ -183,7 +183,8 @@ class Fp32AdamW:
         self.schedule.step()
         with torch.no_grad():
             for copy, parameter in zip(self.copies, self.parameters):
-                parameter.copy_(copy)
+                if copy is not parameter:
+                    parameter.copy_(copy)
         self.optimizer.zero_grad()
 
 

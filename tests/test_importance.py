@@ -711,8 +711,9 @@ def test_what_is_printed_is_what_was_measured(ten, tmp_path, capsys):
     alone = sum(mean[f"{one} alone"] - mean["unablated"] for one in names.features)
     left_out = sum(mean["all"] - mean[f"all but {one}"] for one in names.features)
     sums = [100 * (mean["all"] - mean["unablated"]), 100 * alone, 100 * left_out]
-    assert "WMDP-Bio stand-in, tuning half, in letters, %:  all {:+.1f};  alone, summed {:+.1f};  left out, summed " \
-           "{:+.1f}\n".format(*sums) in text  # fmt: skip
+    (line,) = [line for line in text.splitlines() if line.endswith("WMDP-Bio stand-in, tuning half, in letters, %")]
+    printed = [float(part.split()[0]) for part in (line[3:], *line.split("summed")[1:])]
+    assert printed == pytest.approx(sums, abs=0.051)
     assert again["features"] == own_features(str(path))[7]
     assert again["record"]["rows"]["all"]["answers"] == names.record["rows"]["all"]["answers"]
     contexts = [line for line in text.splitlines() if "; suppresses " in line or ": suppresses" in line]
@@ -844,3 +845,23 @@ def test_every_script_can_pick_by_measured_effect(tmp_path, monkeypatch):
     flags["pick"] = "ratio"
     by_ratio = lesson("feature_ablate_2.py", **flags, n_features=5, out=tmp_path / "r.json")["features"]
     assert {*first} <= {*by_ratio} and first != by_ratio[:2]
+
+
+def test_pick_features_says_where_measuring_is_done():
+    rates = Rates(torch.tensor([3, 2]), torch.ones(2), 10)
+    with pytest.raises(UserError, match="the rule 'measured' asks questions"):
+        evaluation.pick_features(rates, rates, 1, "measured")
+
+
+@pytest.mark.slow
+def test_all_scripts_measure_on_the_same_questions(tmp_path, monkeypatch):
+    """The four subjects of SAEBench, or those given, less the topic: whatever a script asks besides."""
+    seen = []
+    monkeypatch.setattr(evaluation, "measured_order", lambda *given: seen.append(given[4:6]) or iter([624, 449]))
+    flags = dict(pick="measured", n_features=2, limit=4)
+    for script in ("feature_ablate_1.py", "feature_ablate_2.py", "feature_ablate_3.py", "feature_importance.py"):
+        lesson(script, **flags, out=tmp_path / "r.json")
+    pareto.run(**{**flags, "n_features": [2]}, clamp=[-40.0], out=str(tmp_path / "p.json"))
+    lm_eval_ablated.run(**flags, tasks="tiny_wmdp_bio", out=str(tmp_path / "l.json"))
+    asked = {tuple(tuple(row["question"] for row in quiz.rows) for quiz in pair) for pair in seen}
+    assert len(seen) == 6 and len(asked) == 1
