@@ -117,7 +117,7 @@ for measure in measures:
     mean = {row: measure[row].mean for row in rows}
     for name, some in pairs.items():
         total = sum(mean[after] - mean[before] for after, before in some)
-        print(f"{name:18}{show.number(total, measure.unit, '+'):>9}", end="")
+        print(f"{name:>18}{show.number(total, measure.unit, '+'):>9}", end="")
     print(f"  {measure.title}, {measure.unit}")
 
 # %% [markdown]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -712,7 +713,7 @@ def test_what_is_printed_is_what_was_measured(ten, tmp_path, capsys):
     left_out = sum(mean["all"] - mean[f"all but {one}"] for one in names.features)
     sums = [100 * (mean["all"] - mean["unablated"]), 100 * alone, 100 * left_out]
     (line,) = [line for line in text.splitlines() if line.endswith("WMDP-Bio stand-in, tuning half, in letters, %")]
-    printed = [float(part.split()[0]) for part in (line[3:], *line.split("summed")[1:])]
+    printed = [float(number) for number in re.findall(r"[+-]\d+\.\d", line)]
     assert printed == pytest.approx(sums, abs=0.051)
     assert again["features"] == own_features(str(path))[7]
     assert again["record"]["rows"]["all"]["answers"] == names.record["rows"]["all"]["answers"]
