@@ -856,8 +856,9 @@ def test_pick_features_says_where_measuring_is_done():
 
 @pytest.mark.slow
 def test_all_scripts_measure_on_the_same_questions(tmp_path, monkeypatch):
-    """The four subjects of SAEBench, or those given, less the topic: whatever a script asks besides."""
+    """Those of SAEBench's subjects, where the data have them: also lesson 1, which asks all subjects."""
     seen = []
+    monkeypatch.setattr(data, "SUBJECTS", "astronomy,chemistry")
     monkeypatch.setattr(evaluation, "measured_order", lambda *given: seen.append(given[4:6]) or iter([624, 449]))
     flags = dict(pick="measured", n_features=2, limit=4)
     for script in ("feature_ablate_1.py", "feature_ablate_2.py", "feature_ablate_3.py", "feature_importance.py"):
@@ -866,3 +867,4 @@ def test_all_scripts_measure_on_the_same_questions(tmp_path, monkeypatch):
     lm_eval_ablated.run(**flags, tasks="tiny_wmdp_bio", out=str(tmp_path / "l.json"))
     asked = {tuple(tuple(row["question"] for row in quiz.rows) for quiz in pair) for pair in seen}
     assert len(seen) == 6 and len(asked) == 1
+    assert {row["subject"] for row in seen[0][1].rows} == {"astronomy", "chemistry"}
