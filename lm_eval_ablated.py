@@ -9,6 +9,8 @@ lm-eval with an edit in every forward pass: any of its tasks, any method, severa
     python lm_eval_ablated.py --tasks list
     accelerate launch --num_processes 8 lm_eval_ablated.py --model gemma-2-2b-it --layer 7 --n-features 50 \
         --tasks wmdp_bio,mmlu --unablated --batch_size auto
+    python lm_eval_ablated.py --engine vllm --model gemma-2-2b-it --layer 7 --n-features 50 --tasks gsm8k --unablated
+    python lm_eval_ablated.py --engine vllm --model gemma-2-2b-it --layer 7 --features 449,624 --serve 8000
 
 Features are picked as in the lessons and clamped, or edited by another --method; or they are given with --features, as
 ids of --layer's SAE or {layer: ids}, whose SAEs are the preset's or --sae with {layer} in the layer's place; or the
@@ -16,7 +18,10 @@ edit is a row of a --record, made again as it was. With --unablated the model is
 are compared question by question, which lm-eval itself does not do. Questions of the half that features are picked on
 are left out. Tasks are lm-eval's and those of lm_eval_tasks/; options with underscores are lm-eval's own.
 
-In lm-eval's own command line the model is called sae-ablated (docs/real_models.md).
+With --engine vllm the model runs in vLLM with the edit inside: many times as fast where answers are generated, and on
+several GPUs where one does not hold the model (requirements-vllm.txt; docs/real_models.md, "Which engine?"). --serve
+has vLLM answer at an OpenAI-compatible address instead of scoring. In lm-eval's own command line the model of Hugging
+Face's engine is called sae-ablated.
 """
 
 # %% Flags come first: --help need not wait for the other imports
@@ -35,6 +40,14 @@ group.add_argument("--setting", nargs="+", metavar="NAME=NUMBER", help="what els
                    "as in its grid (threshold=0.5 times the mean activation), of --features as it is")  # fmt: skip
 group.add_argument("--refusal-latent", type=runs.natural_int, help="of refusal-clamp: active when the model declines")
 group.add_argument("--refusal-value", type=runs.finite_float, default=-500.0, help="its value (default: %(default)s)")
+add = flags.add_argument_group("engine").add_argument
+add("--engine", choices=("hf", "vllm"), default="hf", help="what runs the model (default: %(default)s)")
+add("--tensor-parallel-size", type=runs.positive_int, default=1, help="of vllm: GPUs that share each layer")
+add("--pipeline-parallel-size", type=runs.positive_int, default=1, help="of vllm: groups of GPUs that share the layers")
+add("--no-check", action="store_true", help="of vllm: do not compare it with Hugging Face's model first; with "
+    "--features or --record that is not even loaded")  # fmt: skip
+add("--serve", type=runs.positive_int, metavar="PORT", help="of vllm: answer OpenAI's clients there, until Ctrl-C")
+add("--host", default="127.0.0.1", help="address to --serve at (default: %(default)s, which this machine alone sees)")
 add = flags.add_argument_group("lm-eval").add_argument
 add("--tasks", help="comma-separated, or list (default: wmdp_bio,sae_mmlu_saebench; of tiny its stand-ins)")
 add("--unablated", action="store_true", help="score the model without the edit too, and compare")
@@ -47,7 +60,8 @@ add("--num_fewshot", "--num-fewshot", type=runs.natural_int, help="examples in f
 add("--apply_chat_template", "--apply-chat-template", nargs="?", const=True, default=False,
     help="wrap prompts, optionally by name", type=lambda given: given == "True" or given)  # fmt: skip
 add("--system_instruction", "--system-instruction", help="text in front of every prompt")
-add("--model_args", "--model-args", help="more arguments of lm-eval's hf, as parallelize=True,max_length=2048")
+add("--model_args", "--model-args", help="more arguments of lm-eval's hf, as parallelize=True,max_length=2048; of "
+    "vLLM's engine with --engine vllm, as max_model_len=2048,gpu_memory_utilization=0.8")  # fmt: skip
 add("--gen_kwargs", "--gen-kwargs", help="for tasks that generate, as max_gen_toks=20,temperature=0")
 add("--include_path", "--include-path", help="folder with more task files")
 add("--use_cache", "--use-cache", metavar="FOLDER", help="keep answers there; every edit has a cache of its own")
@@ -57,13 +71,21 @@ runs.help_before_imports(flags, __name__)
 
 # %%
 import copy
+import gc
 import hashlib
 import inspect
+import itertools
 import json
+import math
+import os
 import random
+import socket
+import sys
+import tempfile
 from dataclasses import replace
 from functools import partial, partialmethod
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -78,10 +100,12 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table, simple_parse_args_string
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import data
 import hub
 import show
+import vllm_edit
 from common import bare_generation, load_sae, usable_device
 from data import HERE, LETTERS, Dataset, UserError
 from edits import METHODS, NONE, Edit, applied, decoder_layers, final_norm, from_grid, label, layer_of, make, together
@@ -98,7 +122,66 @@ DATA_SETS = {"tiny_wmdp_bio": ("wmdp_bio", "tiny", "all"), "tiny_mmlu": ("mmlu",
 
 
 # %% lm-eval's model with an edit
-class AblatedLM(HFLM):
+class Checked:
+    """What lm-eval's models of both engines lack: prompts as they were meant, or a UserError; caches that know whose
+    answers they hold. self.identity, self.arguments: what the answers come from; self.computed: how (attention, dtype);
+    self.positions: how many the model has, None if it does not say."""
+
+    def set_edit(self, edit: Edit, saes=()) -> None:
+        self.edit, self.saes = edit, saes
+
+    def fingerprint(self) -> str:
+        """Hash of what decides the answers: what model, adapter and SAEs are (hub.identity), arguments, the edit."""
+        decides = [self.identity, self.arguments, *self.computed]
+        if self.edit.at:
+            saes = [sae.identity for sae in self.saes]
+            decides += [self.edit.method, self.edit.settings, saes, self.tokenizer.edit_special]
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+
+    def set_cache_hook(self, cache_hook) -> None:
+        """lm-eval's cache knows a request, not the model that answered it: another model's cache is refused."""
+        known, mine = cache_hook.dbdict, self.fingerprint()
+        if len(known) and known.get("sae-ablated") != mine:
+            raise UserError("these cached answers are another model's or another edit's: give another cache")
+        known["sae-ablated"] = mine
+        super().set_cache_hook(cache_hook)
+
+    def check_requests(self, requests: list) -> None:
+        """requests: lm-eval's, ((text, answer), context ids, answer ids)."""
+        # rolling requests have no key: lm-eval cuts their windows itself, the first with two BOS tokens
+        asked = [(key, context, answer) for key, context, answer in requests if key is not None]
+        data.check_ends(self.tokenizer, [context for _, context, _ in asked])
+        for (text, _), context, answer in asked:
+            data.known(self.tokenizer, [*context, *answer])
+            data.refuse_thought(text)
+            self.refuse_long(text, len(context) + len(answer) - 1)
+
+    def chat_template(self, chat_template=False):
+        if isinstance(chat_template, str) and isinstance(self.tokenizer.chat_template, dict):
+            # lm-eval looks the name up, and then has the default template written
+            self.chat_template_args = {**self.chat_template_args, "chat_template": chat_template}
+        return str(self.tokenizer.chat_template)
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        write = partial(data.as_chat, self.tokenizer, begun=not add_generation_prompt, **self.chat_template_args)
+        try:
+            return write(chat_history)
+        except UserError:
+            if chat_history[0]["role"] != "system":
+                raise
+        text = write(chat_history[1:])
+        data.note_once(f"the chat template takes no system turn: {chat_history[0]['content'][:60]!r} ... is left out")
+        return text
+
+    def refuse_long(self, text: str, length: int, most: int | None = None) -> None:
+        """lm-eval would cut a prompt's beginning off, or ask the model about positions that it does not have."""
+        most = most or min(self.max_length, self.positions or self.max_length)
+        if length > most:
+            raise UserError(f"the prompt {text[:60]!r} ... has {length} tokens, and there is room for {most}: leave it "
+                            "out with --samples, or ask with fewer examples")  # fmt: skip
+
+
+class AblatedLM(Checked, HFLM):
     """lm-eval's `hf`, with all of its arguments, and an edit that is on in every forward pass.
 
     pretrained: preset, hub id or folder. edit_special: see edits.token_mask. Raises UserError for logits that are not
@@ -120,6 +203,8 @@ class AblatedLM(HFLM):
         if "revision" in kwargs:
             self.identity["revision"] = f"{kwargs['revision']}@{getattr(self.model.config, '_commit_hash', None)}"
         self.arguments = {name: str(kwargs[name]) for name in sorted(kwargs) if "batch_size" not in name}
+        self.computed = self.model.config._attn_implementation, str(self.model.dtype)
+        self.positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.model.generation_config = bare_generation(self.model)
         data.check_ends(self.tokenizer, [self.tok_encode("A")])
         self.model.get_output_embeddings().register_forward_hook(self.refuse_not_finite)
@@ -141,9 +226,6 @@ class AblatedLM(HFLM):
             found = self.model.load_adapter(adapter, "default", revision=kwargs["revision"])
             hub.refuse_keys(adapter, found.missing_keys, (), found.unexpected_keys)
 
-    def set_edit(self, edit: Edit, saes=()) -> None:
-        self.edit, self.saes = edit, saes
-
     def refuse_not_finite(self, module, args, logits):
         """A hook on the unembedding: an argmax over NaN would be an answer like any other, and go into the caches."""
         if logits.numel() and not all(torch.isfinite(end) for end in logits.aminmax()):
@@ -162,51 +244,12 @@ class AblatedLM(HFLM):
         with applied(self.model, self.tokenizer, self.edit):
             return super()._model_generate(*args, **kwargs)
 
-    def fingerprint(self) -> str:
-        """Hash of what decides the answers: what model, adapter and SAEs are (hub.identity), arguments, the edit."""
-        decides = [self.identity, self.arguments, self.model.config._attn_implementation, str(self.model.dtype)]
-        if self.edit.at:
-            saes = [sae.identity for sae in self.saes]
-            decides += [self.edit.method, self.edit.settings, saes, self.tokenizer.edit_special]
-        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
-
-    def set_cache_hook(self, cache_hook) -> None:
-        """lm-eval's cache knows a request, not the model that answered it: another model's cache is refused."""
-        known, mine = cache_hook.dbdict, self.fingerprint()
-        if len(known) and known.get("sae-ablated") != mine:
-            raise UserError("these cached answers are another model's or another edit's: give another cache")
-        known["sae-ablated"] = mine
-        super().set_cache_hook(cache_hook)
-
     def _loglikelihood_tokens(self, requests, **kwargs):
-        # rolling requests have no key: lm-eval cuts their windows itself, the first with two BOS tokens
-        asked = [(key, context, answer) for key, context, answer in requests if key is not None]
-        data.check_ends(self.tokenizer, [context for _, context, _ in asked])
-        for (text, _), context, answer in asked:
-            data.known(self.tokenizer, [*context, *answer])
-            data.refuse_thought(text)
-            self.refuse_long(text, len(context) + len(answer) - 1)
+        self.check_requests(requests)
         # lm-eval pads with token 0, which a share of tokens must not count
         alone = self.edit.needs_whole_prompt and data.pad_id(self.tokenizer) != 0
         with patch.object(self, "batch_size_per_gpu", 1 if alone else self.batch_size_per_gpu):
             return super()._loglikelihood_tokens(requests, **kwargs)
-
-    def chat_template(self, chat_template=False):
-        if isinstance(chat_template, str) and isinstance(self.tokenizer.chat_template, dict):
-            # lm-eval looks the name up, and then has the default template written
-            self.chat_template_args = {**self.chat_template_args, "chat_template": chat_template}
-        return str(self.tokenizer.chat_template)
-
-    def apply_chat_template(self, chat_history, add_generation_prompt=True):
-        write = partial(data.as_chat, self.tokenizer, begun=not add_generation_prompt, **self.chat_template_args)
-        try:
-            return write(chat_history)
-        except UserError:
-            if chat_history[0]["role"] != "system":
-                raise
-        text = write(chat_history[1:])
-        data.note_once(f"the chat template takes no system turn: {chat_history[0]['content'][:60]!r} ... is left out")
-        return text
 
     def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
         ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
@@ -215,14 +258,6 @@ class AblatedLM(HFLM):
         if left_truncate_len:  # what is left of the context when all new tokens are written
             self.refuse_long(max(strings, key=len), ids.shape[1], left_truncate_len)
         return ids, mask
-
-    def refuse_long(self, text: str, length: int, most: int | None = None) -> None:
-        """lm-eval would cut a prompt's beginning off, or ask the model about positions that it does not have."""
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or self.max_length
-        most = most or min(self.max_length, positions)
-        if length > most:
-            raise UserError(f"the prompt {text[:60]!r} ... has {length} tokens, and there is room for {most}: leave it "
-                            "out with --samples, or ask with fewer examples")  # fmt: skip
 
 
 class CommandLineLM(AblatedLM):
@@ -249,12 +284,9 @@ if "sae-ablated" not in model_registry:  # lm-eval refuses a name twice, but a n
     register_model("sae-ablated")(CommandLineLM)
 
 
-class DataParallelLM(AblatedLM):
-    """A view of an AblatedLM that shares requests out over the processes; every process gets all answers, in order.
-    inner: the model, or a cache in front of it. lm-eval itself shares out documents, and fails for very few."""
-
-    def __init__(self, lm: AblatedLM, inner):
-        vars(self).update(vars(lm), inner=inner)
+class Shared:
+    """Shares requests out over the processes; every process gets all answers, in order. self.inner: the model, or a
+    cache in front of it. lm-eval itself shares out documents, and fails for very few."""
 
     def share(self, name: str, requests: list) -> list:
         contexts = [request.args[0] or str(request.args) for request in requests]  # a question's letters share one
@@ -269,11 +301,22 @@ class DataParallelLM(AblatedLM):
     generate_until = partialmethod(share, "generate_until")
 
 
+def shared(lm: Checked, inner):
+    """A view of lm-eval's model that is `Shared`."""
+    view = object.__new__(type("Shared", (Shared, type(lm)), {}))
+    vars(view).update(vars(lm), inner=inner)
+    return view
+
+
 def load_ablated(args) -> AblatedLM:
-    """The model, without an edit; UserError if it cannot be loaded. DataParallelLM alone knows of other processes."""
-    more = {"attn_implementation": "eager", **simple_parse_args_string(args.model_args)}  # eager as in TransformerLens
-    if more.get("trust_remote_code"):
+    """The model, without an edit; UserError if it cannot be loaded. `Shared` alone knows of other processes."""
+    given = simple_parse_args_string(args.model_args)
+    if given.get("trust_remote_code"):
         raise UserError("--model_args trust_remote_code=True: code from a repository is never run here")
+    if args.engine == "vllm":  # of what it is given, what decides which model is meant
+        names = {"revision": "revision", "tokenizer": "tokenizer", "lora_local_path": "peft"}
+        given = {names[name]: value for name, value in given.items() if name in names}
+    more = {"attn_implementation": "eager", **given}  # eager as in TransformerLens
     if args.device_map and (args.device or data.n_processes() > 1):
         raise UserError("--device-map spreads one model over the GPUs: leave out --device and accelerate launch")
     if args.device_map and torch.cuda.is_available():
@@ -285,6 +328,127 @@ def load_ablated(args) -> AblatedLM:
     hub.refuse_not_finite(path, lm.model.named_parameters())
     lm._rank, lm._world_size = 0, 1
     return lm
+
+
+# %% The same model in vLLM
+def free(*unused) -> None:
+    """Give the memory of what is not used any more back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def first_prompts(tokenizer, tasks: dict, chosen: dict, n: int = 16, most: int = 256) -> list[list[int]]:
+    """The first n prompts of the tasks as ids, `most` tokens of each."""
+    texts = (part.doc_to_text(part.eval_docs[i]) or part.doc_to_target(part.eval_docs[i])
+             for _, parts in tasks.values() for part in parts for i in chosen.get(part.task_name, ()))  # fmt: skip
+    rows = (tokenizer(str(text))["input_ids"][:most] for text in texts)
+    return list(itertools.islice((row for row in rows if len(row) > 1), n))
+
+
+def outline(args) -> SimpleNamespace:
+    """As much of `load_ablated`'s model as can be had without its weights, which may not fit here."""
+    path = hub.resolve_model(args.model)
+    with data.in_a_line(f"cannot load {path}", hub.gated_hint(path)), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    return SimpleNamespace(pretrained=path, model=model, tokenizer=hub.load_tokenizer(path, args.edit_special),
+                           identity={"model": hub.identity(path)}, device=torch.device("meta"))  # fmt: skip
+
+
+def vllm_options(args) -> dict:
+    """What vLLM is started with, by its own names. Raises UserError where it is not installed, or cannot be meant."""
+    if not find_spec("vllm"):
+        raise UserError("--engine vllm: vLLM is not installed here; requirements-vllm.txt makes an environment with it")
+    if data.n_processes() > 1 or args.device_map:
+        raise UserError("--engine vllm starts its own processes: leave out accelerate launch and --device-map, give "
+                        "--tensor-parallel-size or --pipeline-parallel-size")  # fmt: skip
+    if args.serve:  # before what takes long
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        with data.in_a_line(f"cannot serve at {args.host}:{args.serve}"):
+            socket.create_server((args.host, args.serve), family=family).close()
+    # other processes are spawned, as a fork of one that has used threads may hang; nothing is reported to anybody, and
+    # no development endpoint is open to others
+    os.environ |= {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_NO_USAGE_STATS": "1", "VLLM_SERVER_DEV_MODE": "0"}
+    for name, usual in (("LOGGING_LEVEL", "WARNING"), ("LOGGING_STREAM", "ext://sys.stderr"),
+                        ("ENABLE_V1_MULTIPROCESSING", str(int(bool(args.serve))))):  # fmt: skip
+        os.environ.setdefault(f"VLLM_{name}", usual)
+    given = {name.replace("-", "_"): value for name, value in simple_parse_args_string(args.model_args).items()}
+    if clash := {*given} & {*vllm_edit.ENGINE}:
+        raise UserError(f"--model_args {clash.pop()}: an edit needs vLLM's to be as it is set here")
+    sizes = {name: vars(args)[name] for name in ("tensor_parallel_size", "pipeline_parallel_size")}
+    dtype = args.dtype or hub.preset(args.model).dtype
+    return {"dtype": dtype, **sizes, **vllm_edit.ENGINE, **given}
+
+
+def in_vllm(path: str, tokenizer, identity: dict, options: dict) -> Checked:
+    """lm-eval's vllm, checked as AblatedLM is. tokenizer, identity: of `load_ablated`'s model, or `outline`'s."""
+    import vllm
+
+    # lm-eval asks for the version of the package vllm; the one for CPUs has another name
+    with patch("importlib.metadata.version", lambda name: vllm.__version__ if name == "vllm" else version(name)):
+        from lm_eval.models.vllm_causallms import VLLM
+    from vllm import SamplingParams
+
+    class AblatedVLLM(Checked, VLLM):
+        def __init__(self):
+            hook = sys.excepthook
+            with data.in_a_line(f"vLLM cannot load {path}"):
+                super().__init__(path, batch_size="auto", **options)
+            # torch.distributed's hook would lose our line; a launcher's variable stands for no launcher here
+            sys.excepthook = hook
+            os.environ.pop("LOCAL_WORLD_SIZE", None)
+            self.tokenizer, self.identity = tokenizer, identity
+            self.arguments = {name: str(value) for name, value in sorted(options.items())}
+            self.computed, self.positions = (f"vllm {vllm.__version__}", options["dtype"]), None
+            self.set_edit(NONE)
+
+        def set_edit(self, edit: Edit, saes=()) -> None:
+            super().set_edit(edit, saes)
+            with tempfile.TemporaryDirectory() as folder:
+                text = vllm_edit.write(edit, saes, self.tokenizer, Path(folder))
+                vllm_edit.check_installed(self.call("install_edit", text), edit)
+
+        def call(self, name: str, *args):
+            with vllm_edit.first_error():
+                return self.model.collective_rpc(name, args=args)
+
+        def _model_generate(self, *args, **kwargs):
+            with vllm_edit.first_error():
+                return super()._model_generate(*args, **kwargs)
+
+        def _loglikelihood_tokens(self, requests, disable_tqdm=False):
+            """Answers of one token to one question, as letters are, are read off one prompt."""
+            self.check_requests(requests)
+            questions = {}
+            for i, (_, context, answer) in enumerate(requests):
+                questions.setdefault(tuple(context) if len(answer) == 1 else i, []).append(i)
+            one = {question: where for question, where in questions.items() if 1 < len(where) <= 100}
+            rest = [i for question, where in questions.items() if question not in one for i in where]
+            answers = super()._loglikelihood_tokens([requests[i] for i in rest], disable_tqdm) if rest else []
+            answers = dict(zip(rest, answers))
+            tokens = {question: sorted({requests[i][2][0] for i in where}) for question, where in one.items()}
+            how = [SamplingParams(temperature=0, max_tokens=1, detokenize=False, logprob_token_ids=ids)
+                   for ids in tokens.values()]  # fmt: skip
+            outputs = self._model_generate([list(question) for question in one], True, how) if one else []
+            for where, output in zip(one.values(), outputs):
+                (likeliest,), (found,) = output.outputs[0].token_ids, output.outputs[0].logprobs
+                for i in where:
+                    key, _, (token,) = requests[i]
+                    answers[i] = found[token].logprob, likeliest == token
+                    if key is not None:
+                        self.cache_hook.add_partial("loglikelihood", key, answers[i])
+            if not all(math.isfinite(value) for value, _ in answers.values()):
+                raise UserError(f"{path} in vLLM has log-probabilities that are not finite (NaN or infinity)")
+            return [answers[i] for i in range(len(requests))]
+
+        def generate_until(self, requests, disable_tqdm=False):
+            for text, asked in (request.args for request in requests):
+                ids, most = self.tok_encode(text), self.modify_gen_kwargs(asked, None, self.max_gen_toks)[2]
+                data.check_ends(self.tokenizer, [ids])
+                self.refuse_long(text, len(data.known(self.tokenizer, ids)), self.max_length - most)
+            return super().generate_until(requests, disable_tqdm)
+
+    return AblatedVLLM()
 
 
 # %% The edit: of features from a file, of a record's row, or of features picked here
@@ -456,7 +620,7 @@ def ask(lm: AblatedLM, tasks: dict[str, tuple], chosen: dict[str, list[int]], ar
         left = [part for part in parts if part.task_name in chosen]
         items += [group] if group is not None and len(left) == len(parts) else left
     results = simple_evaluate(
-        DataParallelLM(lm, inner), tasks=items, samples=chosen, num_fewshot=args.num_fewshot,
+        shared(lm, inner), tasks=items, samples=chosen, num_fewshot=args.num_fewshot,
         batch_size=args.batch_size, apply_chat_template=args.apply_chat_template, gen_kwargs=args.gen_kwargs,
         system_instruction=args.system_instruction, evaluation_tracker=tracker, bootstrap_iters=1000,
         task_manager=TaskManager(include_defaults=False))  # fmt: skip
@@ -589,6 +753,8 @@ def edit_to_score(lm: AblatedLM, args, record: dict | None, row: str | None, cla
         print(*(f"features of layer {layer}: {', '.join(map(str, ids))}" for layer, ids in of.items()), sep="\n")
     else:
         return picked(lm, args, clamp, numbers)
+    if lm.device.type == "meta":  # no weights to check the SAEs with
+        return edit, saes, {}, []
     wikitext = data.load("wikitext", args.model, args.data)
     windows = data.picking_windows(lm.tokenizer, [], [wikitext.texts], args.context)[1][0]
     quality = {layer_of(sae): check_sae_quality(BridgeView(lm), sae, windows, not args.no_sanity) for sae in saes}
@@ -625,11 +791,32 @@ def run(**changes) -> dict:
         raise UserError(f'{args.samples}: give JSON {{task: [indices]}}, as {{"tiny_mmlu": [0, 3, 4]}}')
     chosen = choose(tasks, args.pick_on == "half", args.seed, args.subjects, samples, args.limit)
 
-    lm = load_ablated(args)
+    options = vllm_options(args) if args.engine == "vllm" else None
+    if args.serve and not options:
+        raise UserError("--serve: give --engine vllm too")
+    lm = (outline if options and args.no_check and (record or args.features) else load_ablated)(args)
     edit, saes, quality, datasets = edit_to_score(lm, args, record, name, clamp, numbers)
     if not name:  # by the method, of several layers that of the first
         name = METHODS[edit.settings.get("edits", [{"method": edit.method}])[0]["method"]].title
         name += f" {clamp:g}" if name == "clamp" else ""
+    if options:
+        prompts = first_prompts(lm.tokenizer, tasks, chosen)
+        known = {} if args.no_check else {
+            on: vllm_edit.expected(lm.model, lm.tokenizer, on, prompts) for on in (NONE, edit)}  # fmt: skip
+        model = lm.pretrained, lm.tokenizer, lm.identity
+        del lm  # on a GPU the two do not fit side by side
+        free([sae.to("cpu") for sae in saes])
+        if args.serve:
+            vllm_edit.serve(model, args.host, args.serve, options, edit, saes, prompts, known.get(edit))
+            return {}
+        lm = in_vllm(*model, options)
+        for on in known or (edit,):
+            lm.set_edit(on, saes)
+            found = vllm_edit.of_prompts(prompts, lm._model_generate(prompts, True, vllm_edit.reading()))
+            vllm_edit.check_counts(lm.call("edit_counts"), on, probe=True)
+            if on in known:
+                print(vllm_edit.compared(found, *known[on], on))
+        lm.set_edit(NONE)
     if args.robust:
         chosen = keep_robust(lm, tasks, chosen, args)
     asked = {}
@@ -641,10 +828,12 @@ def run(**changes) -> dict:
     writer = runs.Run(__file__, args, [*asked.values(), *datasets], saes,
                       also=[edit.method, edit.settings, lm.identity, lm.arguments])  # fmt: skip
 
-    rows, results = ({"unablated": NONE} if args.unablated else {}) | {name: edit}, {}
+    rows, results, edited = ({"unablated": NONE} if args.unablated else {}) | {name: edit}, {}, {}
     for row, on in rows.items():
         lm.set_edit(on, saes)
         results[row] = ask(lm, tasks, chosen, args, "ablated" if on.at else "unablated")
+        if options:
+            edited[row] = vllm_edit.check_counts(lm.call("edit_counts"), on)
     if not data.is_first_process():
         return {}
     measures = []
@@ -664,7 +853,7 @@ def run(**changes) -> dict:
     title = f"{Path(args.model).name}, {name}: {label(edit.method, edit.settings)}, lm-eval"
     return writer.write(
         rows, measures, {"accuracy": lambda: show.intervals(quizzes, title)} if quizzes else {}, quality=quality,
-        loaded=lm.identity, attention=lm.model.config._attn_implementation, lm_eval_version=version("lm_eval"),
+        loaded=lm.identity, attention=lm.computed[0], edited_tokens=edited, lm_eval_version=version("lm_eval"),
         lm_eval=json.loads(json.dumps({row: result["results"] for row, result in results.items()}, default=str)),
     )  # fmt: skip
 

@@ -29,7 +29,7 @@ from common import firing_rates, load_model, load_sae
 from data import LETTERS, Dataset, UserError, encode_prompts, prompt, special_ids
 from edits import NONE, Edit, ablation, applied, decoder_layers, make, together
 from hub import identity
-from lm_eval_ablated import AblatedLM, BridgeView, CommandLineLM, DataParallelLM, chosen_row, edit_of_row, measures_of
+from lm_eval_ablated import AblatedLM, BridgeView, CommandLineLM, chosen_row, edit_of_row, measures_of, shared
 
 
 def ablated(folder, edit: Edit, saes=(), **options) -> AblatedLM:
@@ -423,7 +423,7 @@ def test_requests_are_dealt_out_whole_and_come_back_in_order(monkeypatch, n):
         monkeypatch.setattr(lm_eval_ablated.data, "own_share", lambda items, i=index: items[i::n])
         echo = Echo()
         with pytest.raises(Collected):
-            DataParallelLM(echo, echo).loglikelihood(asked)
+            shared(echo, echo).loglikelihood(asked)
         assert echo.answered == len(parts[-1]) <= 3 * math.ceil(10 / n)
     positions = sorted(i for part in parts for i, _ in part)
     assert positions == list(range(len(asked)))  # none lost, none twice
@@ -431,7 +431,7 @@ def test_requests_are_dealt_out_whole_and_come_back_in_order(monkeypatch, n):
     assert all(where[i] == where[i + 1] == where[i + 2] for i in range(0, 21, 3))  # a question's letters stay together
     monkeypatch.setattr(lm_eval_ablated, "gather_object", lambda part: [pair for one in parts for pair in one])
     echo = Echo()
-    found = DataParallelLM(echo, echo).loglikelihood(asked)
+    found = shared(echo, echo).loglikelihood(asked)
     assert [value for value, _ in found] == [len(request.args[0]) for request in asked]
 
 

@@ -1,0 +1,266 @@
+"""
+An edit inside vLLM, for generation and for models that one card does not hold.
+
+vLLM's workers load EditExtension beside their own class. It makes the edit that `write` has written, by the code of
+edits.py, and puts it behind the decoder layers, whose residual stream vLLM keeps in two parts that it adds up later.
+vLLM's batch is flat, (tokens, d_model): several prompts' tokens lie one behind the other, so an edit must not look at a
+whole prompt. With tensor parallelism each rank makes the same edit of the whole residual stream.
+"""
+
+import asyncio
+import copy
+import json
+import tempfile
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from sae_lens import SAE
+
+from data import UserError, reason_of, special_ids
+from edits import METHODS, Edit, applied, explained_by_rounding, label, layer_of, log_probs, rounded_differently
+
+# What vLLM must be started with: a graph or a cached prefix would pass the edit by, and custom all-reduce has given
+# wrong values to hooks under tensor parallelism (github.com/ndif-team/nnsight/issues/631)
+ENGINE = {"worker_extension_cls": "vllm_edit.EditExtension", "enforce_eager": True, "enable_prefix_caching": False,
+          "disable_custom_all_reduce": True, "generation_config": "vllm"}  # fmt: skip
+
+
+def only_rows(sae: SAE, settings: dict) -> tuple[SAE, dict]:
+    """The SAE with no other features than the settings name, and the settings with its ids. A top-k SAE stays whole,
+    as whether a feature is among the top k depends on all others; so does one of which all features are used."""
+    names = [name for name in ("features", "refusal") if name in settings]
+    if not names or sae.cfg.architecture() == "topk":
+        return sae, settings
+    ids = [i for name in names for i in (settings[name] if name == "features" else [settings[name]])]
+    cfg = copy.deepcopy(sae.cfg)
+    cfg.d_sae = len(ids)
+    axes = {"W_enc": 1, "b_dec": None}  # of all others the features are the first axis
+    rows = {name: value if axes.get(name, 0) is None else value.index_select(axes.get(name, 0), torch.tensor(ids))
+            for name, value in sae.to("cpu").state_dict().items()}  # fmt: skip
+    small = type(sae)(cfg)
+    small.load_state_dict(rows)
+    n = len(settings.get("features", ()))
+    return small, settings | {"features": [*range(n)]} | ({"refusal": n} if "refusal" in names else {})
+
+
+def write(edit: Edit, saes: list[SAE], tokenizer, folder: Path) -> str:
+    """What `install_edit` takes, JSON; the SAEs' rows go into the folder, in SAELens's format, where all workers must
+    find them. Raises UserError for an edit that looks at a whole prompt."""
+    if edit.needs_whole_prompt:
+        raise UserError(f"{edit.method} looks at a whole prompt before it edits, which vLLM cuts up: it runs with "
+                        "Hugging Face's engine alone")  # fmt: skip
+    parts = (
+        edit.settings["edits"] if edit.method == "together" else [{"method": edit.method, "settings": edit.settings}]
+    )
+    of, written = {layer_of(sae): sae for sae in saes}, []
+    for part in parts if edit.at else ():
+        settings = {name: value for name, value in part["settings"].items() if name != "layers"}
+        for layer in part["settings"]["layers"]:
+            sae, own = (of[layer], settings) if METHODS[part["method"]].needs_sae else (None, settings)
+            if sae is not None:
+                sae, own = only_rows(sae, settings)
+                sae.save_model(folder / str(layer))
+            where = None if sae is None else str(folder / str(layer))
+            written.append({"method": part["method"], "settings": own, "layer": layer, "sae": where})
+    mask = {"special": special_ids(tokenizer), "all_but_bos": getattr(tokenizer, "edit_special", "") == "all-but-bos"}
+    return json.dumps({"edits": written, **mask})
+
+
+class EditExtension:
+    """What vLLM's workers can do beside their own methods, called by `collective_rpc`. What it raises comes to the
+    caller: an edit that cannot be made ends the run."""
+
+    def install_edit(self, text: str) -> list[int]:
+        """Put the edit of `write`'s text in the place of an earlier one; returns the edited layers that this rank has.
+        Raises UserError for an engine that would pass it by, and for layers that cannot be found."""
+        given, config = json.loads(text), self.vllm_config
+        if not config.model_config.enforce_eager:
+            raise UserError("vLLM runs the model as a compiled graph, which an edit does not reach: enforce_eager=True")
+        if config.cache_config.enable_prefix_caching or config.speculative_config:
+            raise UserError("vLLM's cached prefixes and guessed tokens are not the edited model's: "
+                            "enable_prefix_caching=False, no speculative_config")  # fmt: skip
+        for handle in getattr(self, "edit_hooks", ()):
+            handle.remove()
+        model = self.model_runner.get_model()
+        inner = getattr(model, "get_language_model", lambda: model)()
+        n = config.model_config.hf_text_config.num_hidden_layers
+        lists = [part for part in inner.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == n]
+        if len(lists) != 1:
+            raise UserError(f"cannot tell which modules of vLLM's {type(model).__name__} are its {n} layers")
+        special, all_but_bos = torch.tensor(given["special"]), given["all_but_bos"]
+        self.edit_seen = SimpleNamespace(special=special, all_but_bos=all_but_bos, mask=None, tokens=0, edited={},
+                                         finite=torch.tensor(True))  # fmt: skip
+        self.edit_hooks = [model.register_forward_pre_hook(self._edit_mask, with_kwargs=True),
+                           model.register_forward_hook(self._see_what_is_not_finite)]  # fmt: skip
+        here = []
+        for at in given["edits"]:
+            layer = lists[0][at["layer"]] if at["layer"] < n else None
+            if layer is None:
+                raise UserError(f"layer {at['layer']}: vLLM's {type(model).__name__} has layers 0 to {n - 1}")
+            if not any(True for _ in layer.parameters()):  # another rank of the pipeline has it
+                continue
+            sae = SAE.load_from_disk(at["sae"], dtype="float32").requires_grad_(False) if at["sae"] else None
+            f = METHODS[at["method"]].edit(sae, **at["settings"])
+            self.edit_hooks.append(layer.register_forward_hook(partial(self._edited, at["layer"], f)))
+            here.append(at["layer"])
+        return here
+
+    def edit_counts(self) -> dict:
+        """{"tokens": how many the model has read since install_edit, "edited": {layer: how many of them it changed}, of
+        this rank's layers that ran, "finite": whether all that left the final norm was}."""
+        edited = {layer: int(n) for layer, n in self.edit_seen.edited.items()}
+        return {"tokens": self.edit_seen.tokens, "edited": edited, "finite": bool(self.edit_seen.finite)}
+
+    def _edit_mask(self, module, args, kwargs):
+        """Before a pass: which tokens of the flat batch are edited, as edits.token_mask has it."""
+        seen, ids = self.edit_seen, kwargs.get("input_ids")
+        positions = kwargs["positions"].reshape(-1, kwargs["positions"].shape[-1])[0]  # M-RoPE has three rows
+        if ids is None:  # a model with vision is given embeddings
+            ids = self.model_runner.input_ids.gpu[: len(positions)]
+        seen.mask = positions > 0
+        if not seen.all_but_bos:
+            seen.mask = seen.mask & ~torch.isin(ids, seen.special.to(ids.device))
+        seen.tokens += len(ids)
+
+    def _see_what_is_not_finite(self, module, args, output):
+        if torch.is_tensor(output):  # of the last rank of a pipeline
+            self.edit_seen.finite = self.edit_seen.finite & output.isfinite().all()
+
+    def _edited(self, layer: int, f, module, args, output):
+        """After a layer: (h, 0), h the edited stream, in the place of (hidden, residual), which sum up to it."""
+        parts = output if isinstance(output, tuple) else (output,)
+        if len(parts) != 2 or not all(torch.is_tensor(part) and part.shape == parts[0].shape for part in parts):
+            raise UserError(
+                f"vLLM's {type(module).__name__} does not return (hidden, residual): no edit can be made there"
+            )
+        h = parts[0] + parts[1]
+        edited = f(h[None], self.edit_seen.mask[None])[0]
+        before = self.edit_seen.edited.get(layer, 0)  # summed up where it is: reading it would hold a GPU up
+        self.edit_seen.edited[layer] = before + (edited != h).any(-1).sum()
+        return edited, torch.zeros_like(parts[1])
+
+
+@contextmanager
+def first_error():
+    """What is raised within this context as a UserError of what came first: vLLM clears up, and fails at that."""
+    try:
+        yield
+    except Exception as error:
+        while error.__context__ is not None:
+            error = error.__context__
+        raise error if isinstance(error, UserError) else UserError(f"vLLM: {reason_of(error)}") from None
+
+
+def check_installed(found: list[list[int]], edit: Edit) -> None:
+    """found: what each rank's `install_edit` returned. Raises UserError for a layer that no rank has."""
+    if missing := set(edit.at) - {layer for layers in found for layer in layers}:
+        raise UserError(f"layers {sorted(missing)}: no process of vLLM has them")
+
+
+def check_counts(found: list[dict], edit: Edit, probe: bool = False) -> dict[int, int]:
+    """{layer: edited tokens}, of each rank's `edit_counts`. Raises UserError if something was read and a layer never
+    ran, something was not finite, or, unless it is only a probe, no token was changed."""
+    if not all(rank["finite"] for rank in found):
+        raise UserError(f"what vLLM's model makes of prompts under {edit.method} is not finite (NaN or infinity): look "
+                        "for such values in its weights and its SAE, or take another dtype")  # fmt: skip
+    tokens = max(rank["tokens"] for rank in found)
+    edited = {at: max(rank["edited"].get(at, -1) for rank in found) for at in edit.at if tokens}
+    if passed_by := [layer for layer, n in edited.items() if n < 0]:
+        raise UserError(
+            f"vLLM has run its model and not called layers {passed_by} as modules: no edit can be made there"
+        )
+    idle = all(getattr(f, "always", False) for f in edit.at.values())  # such as SAE patched, nothing ablated
+    if edited and not probe and not idle and not any(edited.values()):
+        raise UserError(f"{edit.method} changed none of the {tokens} tokens that vLLM's model has read: its features "
+                        "are active on none of them")  # fmt: skip
+    return edited
+
+
+# ----------------------------------------------------------------------------- against Hugging Face's model
+def expected(model, tokenizer, edit: Edit, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities (tokens,) of the prompts' tokens but each one's first, from a Hugging Face model with the edit,
+    and by how much rounding differently changes them."""
+
+    def run():
+        with applied(model, tokenizer, edit):
+            rows = [
+                (torch.tensor(ids), log_probs(model, torch.tensor([ids], device=model.device))[0]) for ids in prompts
+            ]
+        return torch.cat([found[:-1].gather(1, ids[1:, None])[:, 0] for ids, found in rows])
+
+    found = run()
+    return found, rounded_differently(model, run) - found
+
+
+def reading():
+    """What vLLM is asked for, to read the prompts' log-probabilities off."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+
+
+def of_prompts(prompts: list[list[int]], outputs: list) -> torch.Tensor:
+    """The same of vLLM's outputs for `reading`."""
+    rows = (zip(ids[1:], output.prompt_logprobs[1:]) for ids, output in zip(prompts, outputs))
+    return torch.tensor([found[i].logprob for row in rows for i, found in row])
+
+
+def compared(found: torch.Tensor, wanted: torch.Tensor, rounding: torch.Tensor, edit: Edit) -> str:
+    """What comparing came to, as a line. Raises UserError if more than rounding stands between the two."""
+    under = f"under {edit.method}" if edit.at else "without an edit"
+    said = (
+        f"{under}: {len(found)} log-probabilities differ by up to {(found - wanted).abs().max():.2g} nats between vLLM"
+    )
+    if not explained_by_rounding(found - wanted, lambda: rounding):
+        raise UserError(
+            f"{said} and Hugging Face's model, more than rounding explains: what vLLM scores is not this model"
+        )
+    return f"{said} and Hugging Face's model, no more than rounding explains"
+
+
+# ------------------------------------------------------------------------------------------------ serving
+def serve(model: tuple, host: str, port: int, options: dict, edit: Edit, saes: list, prompts: list, known) -> None:
+    """vLLM's OpenAI-compatible server with the edit inside, until it is stopped. model: (folder or hub id, tokenizer,
+    ...); options: of vLLM, by name; prompts: lists of ids, tried first; known: None or what `expected` returned for
+    them. Raises UserError as install_edit, check_counts and compared do."""
+    path, tokenizer, *_ = model
+    flags = ["--model", path, "--served-model-name", Path(path).name, "--host", host, "--port", str(port)]
+    for option, value in options.items():
+        option = option.replace("_", "-")
+        flags += [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
+    with tempfile.TemporaryDirectory() as folder:
+        text = write(edit, saes, tokenizer, Path(folder))
+        asyncio.run(serving(flags, text, edit, prompts, known))
+
+
+async def serving(flags: list[str], text: str, edit: Edit, prompts: list, known) -> None:
+    from vllm import TokensPrompt
+    from vllm.entrypoints.launchers.api_server.entry import build_and_serve, build_async_engine_client
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.launchers.launcher import setup_server
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
+    validate_parsed_serve_args(args)
+    address, sock = setup_server(args, reuse_port=False)
+    async with build_async_engine_client(args) as engine:
+        with first_error():
+            check_installed(await engine.collective_rpc("install_edit", args=(text,)), edit)
+            asked = [(TokensPrompt(prompt_token_ids=ids), reading(), str(i)) for i, ids in enumerate(prompts)]
+            outputs = [[output async for output in engine.generate(*prompt)][-1] for prompt in asked]
+            edited = check_counts(await engine.collective_rpc("edit_counts"), edit, probe=True)
+        if known:
+            print(compared(of_prompts(prompts, outputs), *known, edit))
+        under = f"under {edit.method} ({label(edit.method, edit.settings)})"
+        print(
+            f"{args.served_model_name[0]} {under} changes {edited} of {sum(map(len, prompts))} tokens tried, by layer"
+        )
+        print(f"{address}/v1 answers OpenAI's clients until Ctrl-C", flush=True)
+        ended = await build_and_serve(engine, address, sock, args)
+    try:
+        await ended
+    finally:
+        sock.close()
