@@ -44,7 +44,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -56,8 +56,8 @@ import unlearning
 from common import as_bridge, load_hf, load_model, load_retrained, load_sae
 from data import HERE, Benchmark, UserError, by_layer, load_benchmark, n_processes, picking_windows
 from edits import NONE, Edit, Method, label
-from evaluation import FeatureStats, best_row, joined, letters, loss, robust_only, words
-from runs import FREE, Run, forget_title, peak_gb, read_record, write_whole
+from evaluation import FeatureStats, best_row, joined, on_benchmark, robust_only
+from runs import FREE, Run, benchmark_options, forget_title, peak_gb, read_record, write_whole
 
 
 def tunable() -> dict[str, Method]:
@@ -91,13 +91,6 @@ def grid_of(method: Method, args) -> list[dict]:
     return [unlearning.settings_of(method, said | setting, args.model, args.steps, args.lr) for setting in grid]
 
 
-def benchmark_of(args, tokenizer=None) -> Benchmark:
-    return load_benchmark(args.model, tokenizer, folder=args.data, corpus=args.forget_corpus, variant=args.wmdp,
-                          subjects=args.subjects, seed=args.seed, pick_on=args.pick_on, pick_text=args.pick_text,
-                          limit=args.limit, skip_long=args.skip_long, style=args.prompt,
-                          topic=args.topic)  # fmt: skip
-
-
 def prepare(model, benchmark: Benchmark, saes: dict, args) -> unlearning.Training:
     """What methods are made from, none of it measured yet. saes: by layer."""
     tokenizer, forget = model.tokenizer, benchmark.corpus if benchmark.corpus.rows else benchmark.wmdp.tuning
@@ -117,34 +110,24 @@ def prepare(model, benchmark: Benchmark, saes: dict, args) -> unlearning.Trainin
 
 
 # %% The run
-def scored(model, rows: dict, benchmark, args, cached=lambda name, make: make()) -> list:
-    """Measures of the rows, edits of the model, on both halves of both quizzes and on web text. cached(name, make) may
-    keep what make() returns."""
-    size, measures = {"batch_size": args.batch_size}, []
-    for name, quiz in benchmark.quizzes.items():
-        measures += cached(name, lambda: letters(model, quiz, rows, style=args.prompt, **size))  # noqa: B023
-        if quiz.name == "wmdp_bio":
-            measures.append(cached(f"{name} in words", lambda: words(model, quiz, rows, **size)))  # noqa: B023
-    return [*measures, cached("web", lambda: loss(model, benchmark.web, rows, **size))]
-
-
 def tune(model, method: Method, grid: list[dict], saes: dict, benchmark, args, cached) -> tuple[dict, list]:
     """({row: Edit} of the grid, of training its settings alone; Measures of the unablated model, of these rows and of
     the retrained model, if there is one)."""
     training = prepare(model, benchmark, saes, args)
+    scored = partial(on_benchmark, benchmark=benchmark, style=args.prompt, batch_size=args.batch_size)
     made = [Edit(args.method, setting) if method.train else
             edits.from_grid(args.method, setting, training.stats(args.layer)) for setting in grid]  # fmt: skip
     rows = {label(args.method, edit.settings) or method.title: edit for edit in made}
-    parts = [scored(model, {"unablated": NONE, **({} if method.train else rows)}, benchmark, args, cached)]
+    parts = [scored(model, rows={"unablated": NONE, **({} if method.train else rows)}, cached=cached)]
 
     def trained(name: str) -> list:
         hf, _ = method.train(training, **rows[name].settings)
-        return scored(as_bridge(hf, model.tokenizer, args.model), {name: NONE}, benchmark, args)
+        return scored(as_bridge(hf, model.tokenizer, args.model), rows={name: NONE})
 
     for name in tqdm(rows if method.train else (), desc="settings", unit="setting", leave=False):
         parts.append(cached(name, lambda: trained(name)))  # noqa: B023
     if twin := load_retrained(args.model, benchmark.wmdp, args.device, args.dtype):
-        parts.append(cached(show.RETRAINED, lambda: scored(twin, {show.RETRAINED: NONE}, benchmark, args)))
+        parts.append(cached(show.RETRAINED, lambda: scored(twin, rows={show.RETRAINED: NONE})))
     return rows, [joined(same) for same in zip(*parts)]
 
 
@@ -164,7 +147,7 @@ def run(**changes) -> dict:
         raise UserError(f"--layer {args.layer}: the model has layers 0 to {model.cfg.n_layers - 1}")
     layers = sorted({layer for setting in grid for layer in setting.get("layers", [args.layer])})
     saes = {layer: load_sae(args.sae, layer, model, args.model) for layer in layers if method.needs_sae}
-    benchmark = benchmark_of(args, model.tokenizer)
+    benchmark = load_benchmark(args.model, model.tokenizer, **benchmark_options(vars(args)))
     if args.robust:
         narrowed = {name: robust_only(model, quiz, style=args.prompt, batch_size=args.batch_size)
                     for name, quiz in benchmark.quizzes.items()}  # fmt: skip
@@ -221,7 +204,8 @@ def run_all(args, methods: dict) -> dict:
     """Tune every method; returns {"records": paths}."""
     if args.setting:
         raise UserError("--setting is of one method: leave out --all")
-    job, given = Run("baselines.py", args, benchmark_of(args).datasets), []
+    benchmark = load_benchmark(args.model, **benchmark_options(vars(args)))
+    job, given = Run("baselines.py", args, benchmark.datasets), []
     for name, value in vars(args).items():
         if name not in ("all", "method", "out") and value != flags.get_default(name):
             value = json.dumps(value) if isinstance(value, dict) else value

@@ -8,7 +8,7 @@ import math
 import re
 import string
 from dataclasses import KW_ONLY, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import pandas
@@ -276,6 +276,18 @@ def open_answers(model, quiz: Dataset, rows: dict, *, batch_size: int = 16) -> t
     return (measure_of(quiz, "exact", "written", "%", rows, values[..., 0] == 1, chance=0.0),
             measure_of(quiz, "right answer", "loss on the right answer", "nats per token", rows,
                        values[..., 1]))  # fmt: skip
+
+
+def on_benchmark(model, benchmark: data.Benchmark, rows: dict, *, style: str = "plain", batch_size: int = 16,
+                 cached=lambda name, make: make()) -> list[Measure]:  # fmt: skip
+    """Letters on both halves of both quizzes, words on WMDP-Bio's, and the loss on web text. cached(name, make) may
+    keep what make() returns. rows, errors: as for `letters`."""
+    measures, size = [], {"batch_size": batch_size}
+    for name, quiz in benchmark.quizzes.items():
+        measures += cached(name, partial(letters, model, quiz, rows, style=style, **size))
+        if quiz.name == "wmdp_bio":
+            measures.append(cached(f"{name} in words", partial(words, model, quiz, rows, **size)))
+    return [*measures, cached("web", partial(loss, model, benchmark.web, rows, **size))]
 
 
 def rounding_noise(model, quiz: Dataset, *, style: str = "plain", batch_size: int = 16, most: int = 64) -> dict:

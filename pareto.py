@@ -289,11 +289,7 @@ def run(**changes) -> dict:
     model = load_model(args.model, args.device, args.dtype, args.device_map, args.edit_special)
     needed = not methods or any(known[name].needs_sae for name in methods)
     saes = {layer: load_sae(args.sae, layer, model, args.model) for layer in layers if needed}
-    benchmark = load_benchmark(
-        args.model, model.tokenizer, folder=args.data, corpus=args.forget_corpus, variant=args.wmdp, seed=args.seed,
-        subjects=args.subjects, pick_on=args.pick_on, pick_text=args.pick_text, limit=args.limit,
-        skip_long=args.skip_long, style=args.prompt, topic=args.topic,
-    )  # fmt: skip
+    benchmark = load_benchmark(args.model, model.tokenizer, **runs.benchmark_options(vars(args)))
     how = {"style": args.prompt, "batch_size": args.batch_size}
     if args.robust:
         robust = {name: evaluation.robust_only(model, quiz, **how) for name, quiz in benchmark.quizzes.items()}
@@ -312,13 +308,7 @@ def run(**changes) -> dict:
     title = f"{Path(args.model).name}, layer {', '.join(map(str, layers))}: {len(rows) - 1} settings"
     if retrained := load_retrained(args.model, benchmark.wmdp, args.device, args.dtype):
         rows[RETRAINED] = retrained
-    measures = []
-    for name, quiz in benchmark.quizzes.items():
-        measures += job.cached(name, lambda quiz=quiz: evaluation.letters(model, quiz, rows, **how))
-        if quiz.name == "wmdp_bio":
-            measures += job.cached(f"{name} in words", lambda quiz=quiz: [
-                evaluation.words(model, quiz, rows, batch_size=args.batch_size)])  # fmt: skip
-    measures += job.cached(LOSS, lambda: [evaluation.loss(model, benchmark.web, rows, batch_size=args.batch_size)])
+    measures = evaluation.on_benchmark(model, benchmark, rows, cached=job.cached, **how)
     record = job.record(rows, measures)
     forget = runs.forget_title(record)
     text = table(lines := summary(by_method([record]), forget), forget)

@@ -57,7 +57,7 @@ from data import HERE, LETTERS, Benchmark, Dataset, UserError, encode_prompts, n
 from edits import METHODS, NONE, Edit, SetFeatures, ablation, applied, decoder_layers, layer_of, make, together
 from evaluation import Measure, bootstrap, joined, left_padded, letters, open_answers, share, words
 from hub import identity, load_tokenizer, model_source, preset
-from runs import Run, forget_title, read_record
+from runs import Run, benchmark_options, forget_title, read_record
 
 RELEARNED = 0.9  # share of the original model's accuracy at which knowledge counts as recovered
 LEARNING_RATE = {"tiny": 1e-3}  # elsewhere 2e-5, usual for fine-tuning whole models
@@ -414,10 +414,7 @@ def own_record(args) -> dict:
     clamp = preset(args.model).clamp if args.clamp is None else args.clamp
     with data.in_a_line("features"):
         edits = [ablation(saes[layer], ids, clamp) for layer, ids in of.items()]
-    benchmark = data.load_benchmark(
-        args.model, model.tokenizer, folder=args.data, variant=args.wmdp, subjects=args.subjects, seed=args.seed,
-        pick_on=args.pick_on, limit=args.limit, skip_long=args.skip_long, topic=args.topic,
-    )  # fmt: skip
+    benchmark = data.load_benchmark(args.model, model.tokenizer, **benchmark_options(vars(args)))
     job = Run(__file__, args, benchmark.datasets, saes.values())
     return {**job.record({"clamp": edits[0] if len(edits) == 1 else together(*edits)}, []), "chosen": "clamp"}
 
@@ -495,23 +492,19 @@ def subjects_of(paths: list[str], records: list[dict], device: str | None, dtype
 def load_questions(records: list[dict], same: dict, shots: int, tokenizer) -> tuple[Benchmark, dict, Dataset]:
     """The data that the records were scored on, `forms` of the questions, and the file that rewords them. Raises
     UserError where data have changed, and for a question that in one of its forms is too long for the model."""
-    model, folder, seed = same["model"], same["data"], same["seed"]
-    benchmark = data.load_benchmark(
-        model, tokenizer, folder=folder, corpus=same["forget_corpus"], variant=same["wmdp"], subjects=same["subjects"],
-        seed=seed, pick_on=same["pick_on"], limit=same["limit"], skip_long=same["skip_long"], topic=same["topic"],
-    )  # fmt: skip
+    benchmark = data.load_benchmark(same["model"], tokenizer, **benchmark_options(same))
     for name in ("wmdp_bio", "mmlu"):
         now = benchmark.quizzes[name].about()["sha256"]
         if any(record["data"][name]["sha256"] != now for record in records):
             raise UserError(f"{name} is not what these records were scored on")
-    other = data.load("wmdp_bio_reworded", model, folder, topic=benchmark.wmdp.topic)
+    other = data.load("wmdp_bio_reworded", same["model"], same["data"], topic=benchmark.wmdp.topic)
     if same["wmdp"] == "robust" or other.stand_in != benchmark.wmdp.stand_in:
         other = replace(other, rows=[])  # it has WMDP-Bio's own questions, one by one
     reworded = other.rows
     if reworded and len(reworded) != len(benchmark.wmdp):
         raise UserError(f"wmdp_bio_reworded.jsonl has {len(reworded)} questions, wmdp_bio {len(benchmark.wmdp)}")
     tuning = benchmark.wmdp.tuning.rows
-    solved = random.Random(seed).sample(tuning, min(shots, len(tuning)))
+    solved = random.Random(same["seed"]).sample(tuning, min(shots, len(tuning)))
     quiz, most, long = benchmark.quizzes["wmdp_bio"], tokenizer.model_max_length, set()
     asked = forms(quiz, [reworded[i] for i in quiz.indices] if reworded else [], solved)
     for form, (_, prompts) in asked.items():

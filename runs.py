@@ -439,6 +439,13 @@ def read_record(path) -> dict:
     return record
 
 
+def benchmark_options(said: dict) -> dict:
+    """What settings, a script's or a record's, say of the data, as arguments of data.load_benchmark."""
+    names = {"folder": "data", "corpus": "forget_corpus", "variant": "wmdp", "style": "prompt"}
+    names |= {name: name for name in ("subjects", "seed", "pick_on", "pick_text", "limit", "skip_long", "topic")}
+    return {name: said[flag] for name, flag in names.items() if said.get(flag) is not None}
+
+
 def forget_title(*records: dict) -> str:
     """What the forget sets of these records are called, for the head of a table."""
     return ", ".join(sorted({record["data"].get("wmdp_bio", {}).get("topic") or "WMDP-Bio" for record in records}))

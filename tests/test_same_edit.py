@@ -11,8 +11,11 @@ import common
 import lm_eval_ablated
 import pareto
 import robustness
+import runs
 from common import load_model, load_sae
+from data import load_benchmark
 from edits import layer_of
+from evaluation import letters
 
 N, CLAMP, LIMIT = 20, -160.0, 40
 RIGHT = {"wmdp_bio/letters": 0.8, "mmlu/letters": 0.975}  # 40 held-out stand-ins; one layer late: 0.55, 0.75
@@ -55,11 +58,8 @@ def test_robustness(tuned):
     record, path = tuned
     (subject,) = (s for s in robustness.subjects_of([path], [record], None, "float32") if s.edit.at)
     model = subject.load()
-    quizzes = baselines.benchmark_of(baselines.settings(baselines.flags, record["settings"])).quizzes
-    found = {
-        quiz: baselines.letters(model, quizzes[quiz], {"clamp": subject.edit})[0]["clamp"]
-        for quiz in ("wmdp_bio", "mmlu")
-    }
+    quizzes = load_benchmark("tiny", **runs.benchmark_options(record["settings"])).quizzes
+    found = {quiz: letters(model, quizzes[quiz], {"clamp": subject.edit})[0]["clamp"] for quiz in ("wmdp_bio", "mmlu")}
     assert {f"{quiz}/letters": round(score.mean, 3) for quiz, score in found.items()} == RIGHT
 
 
