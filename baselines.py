@@ -80,8 +80,7 @@ def grid_of(method: Method, args) -> list[dict]:
                 raise UserError(f"--setting: {method.title} {problem} {', '.join(names)}: {', '.join(sorted(known))}")
     if args.features:  # of which there may be fewer than the grid has
         most = len(by_layer(args.features, args.layer).get(args.layer, ()))
-        grid = [{name: min(value, most) if name == "n_features" else value for name, value in setting.items()}
-                for setting in grid]  # fmt: skip
+        grid = [{**one, "n_features": min(one["n_features"], most)} if "n_features" in one else one for one in grid]
         grid = [setting for k, setting in enumerate(grid) if setting not in grid[:k]]
     if not method.train:
         return grid

@@ -1,9 +1,7 @@
-"""
-What the lessons share and must not disagree on: load a model and an SAE, pick features, ablate them.
+"""What the lessons share and must not disagree on: load a model and an SAE, pick features, ablate them.
 
 A feature's activation is set to 0 (zero ablation) or to a negative clamp (Farrell, Lau and Conmy, arXiv 2410.19278)
-where it is active; the formula is in edits.py.
-"""
+where it is active; the formula is in edits.py."""
 
 import atexit
 import gc

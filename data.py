@@ -234,8 +234,7 @@ def half_of(row: dict, seed: int) -> str:
     return "held-out" if first_byte % 2 else "tuning"
 
 
-def load(name: str, model="tiny", folder: str | None = None, *, variant="all", seed=0, pick_on="half",
-         topic=None) -> Dataset:  # fmt: skip
+def load(name: str, model="tiny", folder=None, *, variant="all", seed=0, pick_on="half", topic=None) -> Dataset:
     """A data set: NAME.jsonl in the folder, else in tiny/data (for the embedded models), else from the hub.
 
     variant: "robust" or "cloze" replaces "wmdp_bio" by that set, for feature selection too, so that no question is in

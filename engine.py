@@ -1,11 +1,9 @@
-"""
-Many edits of the residual stream in one pass of a model.
+"""Many edits of the residual stream in one pass of a model.
 
 Edits share the layers below the first that they change. So the model runs once per batch, unablated; then each prompt's
 residual stream there is copied once for every edit that changes it (equal changes share a copy), and the later layers
 run on the copies from their first edited token on. Tokens that several prompts begin with, such as a quiz's header, run
-once for all of them.
-"""
+once for all of them."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass

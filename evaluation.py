@@ -1,7 +1,5 @@
-"""
-Measure what edits do to letters, answers in words, loss and open answers, with statistics; and measure on forget and
-retain texts what edits are made of: firing rates, feature scores, directions.
-"""
+"""Measure what edits do to letters, answers in words, loss and open answers, with statistics; and measure on forget and
+retain texts what edits are made of: firing rates, feature scores, directions."""
 
 import itertools
 import math
@@ -174,7 +172,7 @@ def measure_of(dataset: Dataset, what: str, title: str, unit: str, rows: dict, v
     tuning = dataset.half == "tuning"
     name, title = f"{dataset.name}/{'tuning/' * tuning}{what}", f"{dataset.title}{', tuning half' * tuning}, {title}"
     subjects = tuple(row.get("subject") for row in dataset.rows)
-    more = {"groups": subjects if all(subjects) else None, **more}
+    more = {"groups": subjects if all(subjects) else None, "seed": dataset.seed, **more}
     return Measure(name, title, unit, tuple(rows), values, **more)
 
 
@@ -227,9 +225,8 @@ def words_and_nats(model, quiz: Dataset, rows: dict, *, batch_size: int = 16, cl
 
 def nats_of(probability: Measure) -> Measure:
     """-log of the P(right letter) of `letters`: it tells 0.01 from 0.0001, where accuracy sees two wrong answers."""
-    title = probability.title.replace("P(right letter)", "right letter")
-    return replace(probability, name=f"{probability.name}/nats", title=title, unit="nats",
-                   values=-np.log(probability.values))  # fmt: skip
+    name, title = f"{probability.name}/nats", probability.title.replace("P(right letter)", "right letter")
+    return replace(probability, name=name, title=title, unit="nats", values=-np.log(probability.values))
 
 
 def window_losses(model, texts: Dataset, rows: dict, *, batch_size: int = 16, limit: int | None = None
@@ -254,8 +251,7 @@ def loss(model, texts: Dataset, rows: dict, *, batch_size: int = 16, limit: int 
     tokens, values = np.bincount(member, targets), np.stack([np.bincount(member, row) for row in nats])
     if not len(tokens) or not tokens.all():
         raise UserError("a document has no token to predict: leave it out of the data")
-    return measure_of(texts, "loss", "loss", "nats per token", rows, values, weights=tokens, seed=texts.seed,
-                      groups=None)  # fmt: skip
+    return measure_of(texts, "loss", "loss", "nats per token", rows, values, weights=tokens, groups=None)
 
 
 def open_answers(model, quiz: Dataset, rows: dict, *, batch_size: int = 16) -> tuple[Measure, Measure]:
@@ -273,9 +269,8 @@ def open_answers(model, quiz: Dataset, rows: dict, *, batch_size: int = 16) -> t
         return torch.stack([torch.tensor(exact).double(), nats / tokens.clamp(min=1)], -1)
 
     values = each_row(model, rows, score).numpy()
-    return (measure_of(quiz, "exact", "written", "%", rows, values[..., 0] == 1, chance=0.0),
-            measure_of(quiz, "right answer", "loss on the right answer", "nats per token", rows,
-                       values[..., 1]))  # fmt: skip
+    exact = measure_of(quiz, "exact", "written", "%", rows, values[..., 0] == 1, chance=0.0)
+    return exact, measure_of(quiz, "right answer", "loss on the right answer", "nats per token", rows, values[..., 1])
 
 
 def on_benchmark(model, benchmark: data.Benchmark, rows: dict, *, style: str = "plain", batch_size: int = 16,

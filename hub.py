@@ -110,10 +110,9 @@ def resolve_model(name: str) -> str:
 
 def gated_hint(source: str) -> str:
     """What to add to the message that a model cannot be loaded, if it is on the hub."""
-    if Path(source).is_dir():
-        return ""
-    return (f". If it is gated, accept its licence at https://huggingface.co/{source} and run `hf auth login`; to work "
-            "offline use the model tiny")  # fmt: skip
+    return "" if Path(source).is_dir() else (
+        f". If it is gated, accept its licence at https://huggingface.co/{source} and run `hf auth login`; to work "
+        "offline use the model tiny")  # fmt: skip
 
 
 def without_lines(logger: str, part: str):

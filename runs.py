@@ -1,8 +1,6 @@
-"""
-A run, from its command line to its record: flags, settings, what is kept on the way, where results go, how it ends.
+"""A run, from its command line to its record: flags, settings, what is kept on the way, where results go, how it ends.
 
-Nothing here takes long to import, so that --help answers at once.
-"""
+Nothing here takes long to import, so that --help answers at once."""
 
 import argparse
 import atexit

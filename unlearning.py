@@ -1,10 +1,8 @@
-"""
-Unlearning by training: what the methods share (texts, next-token losses, AdamW in fp32), then the methods themselves.
+"""Unlearning by training: what methods share (texts, next-token losses, AdamW in fp32), then the methods themselves.
 
 METHODS holds all there is to know of each. Its `train(training, **setting)` loads the model, trains it on what
 `Training` holds, and returns it with a log, a row a step. A text is a window (ids, start): token ids, of which those
-from `start` on are predicted. A step takes BATCH forget texts and as many retain texts, retain sets in turn.
-"""
+from `start` on are predicted. A step takes BATCH forget texts and as many retain texts, retain sets in turn."""
 
 import itertools
 import random
@@ -237,9 +235,8 @@ def train_by_nll(objective, training: Training, *, steps, lr, loss_on="answer", 
     model = training.load()
     nll_of = partial(text_nll, model, tokenizer=training.tokenizer, loss_on=loss_on)
     with torch.no_grad():
-        starts = range(0, len(training.forget), BATCH)
-        before = [nats for i in starts for nats in nll_of(training.forget[i : i + BATCH]).nats.tolist()]
-    pairs = [*zip(training.forget, before)]
+        parts = [nll_of(training.forget[i : i + BATCH]).nats for i in range(0, len(training.forget), BATCH)]
+    pairs = [*zip(training.forget, torch.cat(parts).tolist())]
     adam, log = Fp32AdamW(model.requires_grad_(True).parameters(), lr, clip=1.0, steps=steps, weight_decay=0.0), []
     for forget_pairs, retain_texts in training.batches(steps, objective.__name__, [pairs], training.retain):
         windows, nats_before = zip(*forget_pairs)
@@ -315,10 +312,9 @@ def train_mudman(training: Training, *, steps, lr, retain, loss_on="answer", mom
     return model, log
 
 
-METHODS["mudman"] = Method(
-    "MUDMAN", grid(lr=(1, 2, 4, 8), retain=(1e-3, 1e-2)), train=train_mudman, needs_sae=False,
-    usual={"loss_on": "answer", "retain": 1e-3}, steps={"tiny": 60, "": 100}, lr={"": 0.1}, log=NLL_LOG,
-)  # fmt: skip
+METHODS["mudman"] = Method("MUDMAN", grid(lr=(1, 2, 4, 8), retain=(1e-3, 1e-2)), train=train_mudman, needs_sae=False,
+                           usual={"loss_on": "answer", "retain": 1e-3}, steps={"tiny": 60, "": 100}, lr={"": 0.1},
+                           log=NLL_LOG)  # fmt: skip
 
 
 # ------------------------------------------------- LoRA on the residual stream: circuit breakers and CRISP, then UNDO
@@ -395,8 +391,7 @@ def train_circuit_breakers(training: Training, *, steps: int, lr: float, retain:
 METHODS["circuit-breakers"] = Method(
     "circuit breakers", grid(lr=(0.5, 0.7, 1, 1.4), retain=(0.3, 1)), train=train_circuit_breakers, needs_sae=False,
     usual={"retain": 1}, steps={"tiny": 40, "": 150}, lr={"tiny": 1.6e-2, "": 1e-4},
-    log=("forget text: cosine to what it was", "retain text: distance from what it was"),
-)  # fmt: skip
+    log=("forget text: cosine to what it was", "retain text: distance from what it was"))  # fmt: skip
 
 
 def salient(forget: Rates, retain: Rates, k: int, rho: float = 3.0) -> list[int]:
@@ -475,8 +470,7 @@ CRISP_LAYERS = {"tiny": [3, 5, 7, 9], "gemma-2-2b-it": [4, 6, 8, 10, 12, 14], ""
 METHODS["crisp"] = Method(
     "CRISP", grid(lr=(0.5, 1), k=(30,), alpha=(0.01, 0.1), pull=(5, 30)), train=train_crisp,
     usual={"layers": CRISP_LAYERS, "k": 30, "alpha": 0.1, "pull": 5}, steps={"": 60}, lr={"tiny": 1.6e-2, "": 4e-5},
-    log=("active features on forget text, L_unl", "squared distance of retain text, L_ret"),
-)  # fmt: skip
+    log=("active features on forget text, L_unl", "squared distance of retain text, L_ret"))  # fmt: skip
 
 
 @torch.no_grad()
