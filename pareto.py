@@ -40,12 +40,12 @@ import numpy as np
 import edits
 import evaluation
 import show
-import unlearning
 from common import load_model, load_retrained, load_sae
 from data import UserError, digest_of, load_benchmark, note_once, picking_windows
 from evaluation import CHANCE, KEEP, FeatureStats, Score
 from hub import preset
 from show import RETRAINED
+from unlearning import title_of
 
 # %% What a method's settings are worth: the frontier, the area under it, the best setting that keeps MMLU
 # A method's settings are {row: {name: Score}}, the unablated row first: doing nothing is a setting, too. "mmlu" and
@@ -123,11 +123,6 @@ def table(lines: list[dict], forget: str = "WMDP-Bio") -> str:
               for row, mmlu, wmdp in line["frontier"]]  # fmt: skip
         text += f"- {line['method']}: {'; '.join(at)}\n"
     return text
-
-
-def title_of(method: str) -> str:
-    """As tables name a method; of an unknown one the name in the record."""
-    return getattr({**unlearning.METHODS, **edits.METHODS}.get(method), "title", method)
 
 
 def scores_of(record: dict, row: str) -> dict[str, Score]:

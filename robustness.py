@@ -54,7 +54,7 @@ import show
 import unlearning
 from common import as_bridge, load_hf, load_model, load_sae
 from data import HERE, LETTERS, Benchmark, Dataset, UserError, encode_prompts, n_processes, prompt
-from edits import METHODS, NONE, Edit, SetFeatures, ablation, applied, decoder_layers, layer_of, make, together
+from edits import NONE, Edit, SetFeatures, ablation, applied, decoder_layers, layer_of, make, together
 from evaluation import Measure, bootstrap, joined, left_padded, letters, open_answers, share, words
 from hub import identity, load_tokenizer, model_source, preset
 from runs import Run, benchmark_options, forget_title, read_record
@@ -450,9 +450,7 @@ def shared_settings(records: list[dict]) -> dict:
 
 def names_of(paths: list[str], records: list[dict]) -> list[str]:
     """What rows are called: the method's title, and the record's path where a title would come twice."""
-    methods = METHODS | unlearning.METHODS
-    chosen = [record["rows"][record["chosen"]]["method"] for record in records]
-    titles = [methods[method].title if method in methods else method for method in chosen]
+    titles = [unlearning.title_of(record["rows"][record["chosen"]]["method"]) for record in records]
     return [f"{title}, {path}" if titles.count(title) > 1 else title for title, path in zip(titles, paths)]
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 import data
+import edits
 from common import Rates
 from data import LETTERS, Dataset, UserError, encode_answer, opening, padded, prompt, special_ids, token_windows
 from edits import Latents, Method, decoder_layers, grid, residual_stream, token_mask
@@ -104,6 +105,11 @@ def settings_of(method: Method, setting: dict, model_name: str, steps=None, lr=N
     usual = {name: of_model(value) for name, value in method.usual.items()}
     setting = {"steps": steps or of_model(method.steps), **usual, **setting}
     return setting | {"lr": setting.get("lr", 1) * (lr or of_model(method.lr))}
+
+
+def title_of(method: str) -> str:
+    """As tables name a method, of edits.METHODS or of these here; of an unknown one the name in the record."""
+    return getattr({**METHODS, **edits.METHODS}.get(method), "title", method)
 
 
 # ------------------------------------------------------------------------------------------ losses and steps
