@@ -37,20 +37,16 @@ set_verbosity(_get_default_logging_level())  # TransformerLens silences transfor
 
 def load_model(name: str, device=None, dtype=None, device_map=None, edit_special="never") -> TransformerBridge:
     """Load a preset's name, a hub id or a local folder as a frozen TransformerBridge (raw HF weights, eager attention).
-
     device: "cpu", "cuda:1", ... (default: the first GPU, if any); dtype: "float32" or "bfloat16" (default: the
     preset's); device_map: "auto" spreads the layers over all GPUs (Hugging Face's accelerate); edit_special: see
-    edits.token_mask. Raises UserError as load_hf and as_bridge do.
-    """
+    edits.token_mask. Raises UserError as load_hf and as_bridge do."""
     return as_bridge(*load_hf(name, device, dtype, device_map, edit_special), name)
 
 
 def load_hf(name: str, device=None, dtype=None, device_map=None, edit_special="never") -> tuple:
-    """The Hugging Face model, frozen, and the tokenizer behind load_model(name): eager attention, no dropout.
-
-    Raises UserError if there is no such model, it cannot be had or read, its weights are packed, not finite or not
-    those of its config.json (hub.load_weights), the disk has no room for it or the GPUs have none.
-    """
+    """The Hugging Face model, frozen, and the tokenizer behind load_model(name): eager attention, no dropout. Raises
+    UserError if there is no such model, it cannot be had or read, its weights are packed, not finite or not those of
+    its config.json (hub.load_weights), the disk has no room for it or the GPUs have none."""
     if device_map and (device or n_processes() > 1):
         raise UserError("device_map spreads one model over the GPUs: give no device, and start one process")
     path, dtype = hub.resolve_model(name), dtype or hub.preset(name).dtype
@@ -129,11 +125,9 @@ def usable_device(device: str | None = None) -> str:
 
 def load_sae(spec: str | None, layer: int, model: TransformerBridge, preset: str = "tiny") -> SAE:
     """Load the SAE of `spec` (RELEASE:ID or a folder; None: the preset's for `layer`) in fp32 on the layer's device.
-
     Sets `sae.layer`, `sae.source` (str), `sae.identity` (see hub.identity), `sae.loaded_for` (model, dtype) and
     `sae.hook_point` (a resid_post name that the model has). Raises UserError for a layer without SAE, an unknown
-    release, and an SAE whose architecture, width, hook point or normalisation cannot be ablated exactly.
-    """
+    release, and an SAE whose architecture, width, hook point or normalisation cannot be ablated exactly."""
     if not 0 <= layer < model.cfg.n_layers:
         raise UserError(f"layer {layer}: the model has layers 0 to {model.cfg.n_layers - 1}")
     spec = hub.sae_source(spec, layer, preset)
@@ -276,8 +270,6 @@ def random_features(sae: SAE, rates: tuple[Rates, Rates], features: list[int], c
 
 def ablate(model: TransformerBridge, sae: SAE, features: list[int], clamp: float = 0.0):
     """A context within which the model runs with `features` ablated: clamp 0 zeroes them, a negative clamp overshoots.
-
     Only tokens on which a feature is active are edited, special tokens never. With no features the output is the
-    model's own to the last bit. Raises ValueError as edits.make does, and RuntimeError if the layer never ran.
-    """
+    model's own to the last bit. Raises ValueError as edits.make does, and RuntimeError if the layer never ran."""
     return edits.applied(model, model.tokenizer, ablation(sae, features, clamp))

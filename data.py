@@ -36,12 +36,11 @@ def first_line(error: BaseException) -> str:
     return " ".join(map(str.strip, lines)).rstrip(".")
 
 
-def as_list(values, what: str, kind=None) -> list:
+def as_list(values, what: str, kind=lambda value: value) -> list:
     """The values, or kind(value) of each. Raises UserError where that is a TypeError, and for a string or dict in a
     list's place: its letters would be texts, or its keys features, and a number would come of it."""
     try:
-        each = iter(None if isinstance(values, str | bytes | dict) else values)
-        return list(map(kind, each) if kind else each)
+        return list(map(kind, None if isinstance(values, str | bytes | dict) else values))
     except TypeError as error:
         raise UserError(f"a list of {what} is needed, not {type(values).__name__} {str(values)[:40]!r}") from error
 
@@ -501,11 +500,9 @@ def load_benchmark(
     subjects: str | None = None, seed: int = 0, pick_on: str = "half", pick_text: str = "prompt",
     limit: int | None = None, skip_long: bool = False, style: str = "plain", topic: str | None = None,
 ) -> Benchmark:  # fmt: skip
-    """Load a Benchmark; for the arguments see load, load_corpus, utility_subset and picking_texts.
-
-    limit: questions in each half, and documents of OpenWebText. tokenizer: the model's; questions longer than its
-    positions are left out (skip_long) or refused. Raises UserError for a half without questions.
-    """
+    """Load a Benchmark; for the arguments see load, load_corpus, utility_subset and picking_texts. limit: questions in
+    each half, and documents of OpenWebText. tokenizer: the model's; questions longer than its positions are left out
+    (skip_long) or refused. Raises UserError for a half without questions."""
     given = {"variant": variant, "seed": seed, "pick_on": pick_on, "topic": topic}
     names = ("wmdp_bio", "mmlu", "openwebtext", "wikitext", "mmlu_dev")
     wmdp, mmlu, web, wikitext, mmlu_dev = (load(name, model, folder, **given) for name in names)
@@ -542,12 +539,10 @@ def as_prose(row: dict) -> str:
 
 
 def encode_prompts(tokenizer, texts: list[str], style: str = "plain") -> tuple[list[list[int]], list]:
-    """Token ids of each prompt, and the ids of the four answer letters that may follow it.
-
-    style: "plain" (" A" follows), "chat" (a user's turn by the tokenizer's own template; "A" follows) or "saebench"
-    (the model's turn begins with "Answer: (", and the likelier of "A" and " A" counts: two ids a letter where the
-    tokenizer has both). Raises UserError for a letter that is not one token behind all of them, and as as_chat does.
-    """
+    """Token ids of each prompt, and the ids of the four answer letters that may follow it. style: "plain" (" A"
+    follows), "chat" (a user's turn by the tokenizer's own template; "A" follows) or "saebench" (the model's turn begins
+    with "Answer: (", and the likelier of "A" and " A" counts: two ids a letter where the tokenizer has both). Raises
+    UserError for a letter that is not one token behind all of them, and as as_chat does."""
     texts = as_list(texts, "prompts")
     if style != "plain":
         # Qwen3 would open with its thoughts, not with a letter; other templates ignore the switch
@@ -652,11 +647,9 @@ CLOCK = SimpleNamespace(now=lambda: datetime(2024, 7, 26))
 
 def as_chat(tokenizer, turns: list[dict], begun: bool = False, **options) -> str:
     """Turns, {"role", "content"}, and the opening of the model's next one, by the tokenizer's own chat template.
-
     Content is text, or parts where the template wants these. begun: the last turn is the model's, and goes on; options:
     of the template. Raises UserError for a template that fails, that leaves words out, or that asks within the user's
-    turn: add_generation_prompt changes nothing, and no answer follows directly, as in Llama 2's after [/INST].
-    """
+    turn: add_generation_prompt changes nothing, and no answer follows directly, as in Llama 2's after [/INST]."""
     if not tokenizer.chat_template:
         raise UserError("this model's tokenizer has no chat template: ask in the plain style")
 
@@ -767,10 +760,8 @@ def picking_windows(tokenizer, forget: list[str], retain: list[list[str]], conte
 
 def batches(rows: list[list[int]], batch_size: int, tokenizer, device, desc=None, shared: bool = True, first=None):
     """Yield (indices into rows, (batch, pos) ids), longest rows first, so that running out of memory shows at once.
-
     shared: with several processes each gets its share of the batches that one process would run. first: the length of
-    each row's shareable prefix, the longest first instead, and rows with equal prefixes next to each other.
-    """
+    each row's shareable prefix, the longest first instead, and rows with equal prefixes next to each other."""
     rows = [as_list(row, "token ids") for row in as_list(rows, "rows of ids")]
     order = sorted(range(len(rows)), key=lambda i: (-first[i], rows[i][: first[i]]) if first else -len(rows[i]))
     starts = range(0, len(order), batch_size)

@@ -50,12 +50,10 @@ class Score:
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """A value for each row (an edit, or another model) and each item (a question, a document).
-
-    The other rows are compared with the first. values (n_rows, n_items): bool where an item is right or wrong, else
-    float. weights (n_items,): the tokens of each document, over which a value is then a sum, so that the mean is per
-    token. groups: each item's subject; answers: for each row a letter per item; seed: of the bootstrap.
-    """
+    """A value for each row (an edit, or another model) and each item (a question, a document). The other rows are
+    compared with the first. values (n_rows, n_items): bool where an item is right or wrong, else float. weights
+    (n_items,): the tokens of each document, over which a value is then a sum, so that the mean is per token. groups:
+    each item's subject; answers: for each row a letter per item; seed: of the bootstrap."""
 
     name: str
     title: str
@@ -195,12 +193,8 @@ def letters(model, quiz: Dataset, rows: dict, *, style: str = "plain", prompts: 
     if quiz.is_cloze:
         return (words(model, quiz, rows, batch_size=batch_size, cloze=True),)
     texts = [prompt(row, style=style) for row in quiz.rows] if prompts is None else prompts
-
-    def score(model, edits):
-        ids, letter_ids = encode_prompts(model.tokenizer, texts, style)
-        return score_letters(model, ids, letter_ids, edits, batch_size, quiz.title)
-
-    log_probs = each_row(model, rows, score)
+    log_probs = each_row(model, rows, lambda model, edits: score_letters(
+        model, *encode_prompts(model.tokenizer, texts, style), edits, batch_size, quiz.title))  # fmt: skip
     p, right = np.exp(log_probs.double().numpy()), [row["answer"] for row in quiz.rows]
     probabilities = {"P(a letter)": p.sum(-1), "P(right letter)": p[:, np.arange(len(right)), right]}
     sure = [measure_of(quiz, what, what, "probability", rows, values) for what, values in probabilities.items()]
@@ -232,10 +226,8 @@ def nats_of(probability: Measure) -> Measure:
 def window_losses(model, texts: Dataset, rows: dict, *, batch_size: int = 16, limit: int | None = None
                   ) -> tuple[torch.Tensor, list[list[int]], list[int], torch.Tensor]:  # fmt: skip
     """The texts' first SCORED_TOKENS tokens in windows. Returns the next-token loss in nats summed over each window,
-    (n_rows, n_windows); the windows; the index of each window's document; and how many targets each window has.
-
-    rows, errors: as for `letters`, and ValueError for a row of another tokenizer; limit: of documents.
-    """
+    (n_rows, n_windows); the windows; the index of each window's document; and how many targets each window has. rows,
+    errors: as for `letters`, and ValueError for a row of another tokenizer; limit: of documents."""
     others = [row.tokenizer for row in rows.values() if not isinstance(row, Edit)]
     if any(tokenizer.get_vocab() != model.tokenizer.get_vocab() for tokenizer in others):
         raise ValueError("losses per token of models with different tokenizers cannot be compared")
@@ -299,8 +291,7 @@ def rounding_noise(model, quiz: Dataset, *, style: str = "plain", batch_size: in
 def best_row(forget: dict[str, Score], retain: dict[str, Score]) -> str:
     """SAEBench's choice (arXiv 2503.09532): of the rows but the first that keep KEEP of the first one's accuracy on
     `retain`, the one of lowest accuracy on `forget`; ties go to the higher accuracy on `retain`, then to the earlier
-    row. Where none keeps as much, the one that keeps most. Raises ValueError where rows differ or there is one alone.
-    """
+    row. Where none keeps as much, the one that keeps most. Raises ValueError where rows differ or there is but one."""
     first, *others = forget
     if list(retain) != list(forget) or not others:
         raise ValueError("two measures of the same rows, more than one, are needed to choose among them")
@@ -342,11 +333,9 @@ def refuse_not_numbers(scores: torch.Tensor, rows: list[list[int]], edits, what:
 
 def score_letters(model, prompts, letter_ids, edits, batch_size=16, desc=None) -> torch.Tensor:
     """Log-probability, over the vocabulary, of each answer letter after each prompt: (n_edits, n_prompts, 4), fp32.
-
     prompts: lists of ids; letter_ids: one for each letter, or several, of which the likeliest counts. Only the last
     position meets the unembedding. Raises UserError for a prompt longer than the model's positions, for a result that
-    is not finite, and for a model that the engine cannot run (`check_engine`).
-    """
+    is not finite, and for a model that the engine cannot run (`check_engine`)."""
     refuse_long(model.tokenizer, prompts)
     check_engine(model, {min(edit.at) for edit in edits if edit.at})
     letter_ids = torch.tensor(letter_ids).reshape(4, -1)
@@ -415,11 +404,9 @@ def left_padded(rows: list[list[int]], tokenizer, device) -> dict:
 
 @torch.inference_mode()
 def written_answers(model, questions: list[dict], edits, room: int, batch_size=16, desc=None) -> list[list[str]]:
-    """The first line of what the model writes, greedily, as an answer in words: a text per edit and question.
-
-    Asked in the form data.IN_WORDS; room: the most new tokens. An edit that looks at a whole prompt is run without a
-    cache, on all that is written so far. Raises UserError for a prompt that leaves the model too few positions.
-    """
+    """The first line of what the model writes, greedily, as an answer in words: a text per edit and question. Asked in
+    the form data.IN_WORDS; room: the most new tokens. An edit that looks at a whole prompt is run without a cache, on
+    all that is written so far. Raises UserError for a prompt that leaves the model too few positions."""
     rows = [data.encode(model.tokenizer, data.IN_WORDS.format(row["question"].strip())) for row in questions]
     pad, found = data.pad_id(model.tokenizer), []
     refuse_long(model.tokenizer, [row + [pad] * room for row in rows])
@@ -449,22 +436,19 @@ def bootstrap(statistic, *samples, seed: int = 0) -> tuple[float | None, float |
         return None, None
     result = stats.bootstrap(samples, statistic, n_resamples=2000, paired=True, vectorized=True, method="percentile",
                              rng=np.random.default_rng(seed), batch=200)  # fmt: skip
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    return tuple(map(float, result.confidence_interval))
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
     """95% interval of the share right / n (Wilson, J Am Stat Assoc 22:209, 1927)."""
-    interval = stats.binomtest(right, n).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
+    return tuple(map(float, stats.binomtest(right, n).proportion_ci(method="wilson")))
 
 
 def paired_interval(both: int, won: int, lost: int, neither: int) -> tuple[float, float]:
     """95% interval of the paired change (won - lost) / n; both, won, lost, neither: how many of the n pairs are right
-    before and after, after only, before only, and never.
-
-    Newcombe's square-and-add of two Wilson intervals with a corrected phi (Stat Med 17:2635, 1998, method 10). Where no
-    pair is discordant it still has the width that n pairs leave open, of which resampling them knows nothing.
-    """
+    before and after, after only, before only, and never. Newcombe's square-and-add of two Wilson intervals with a
+    corrected phi (Stat Med 17:2635, 1998, method 10). Where no pair is discordant it still has the width that n pairs
+    leave open, of which resampling them knows nothing."""
     n = both + won + lost + neither
     after, before = (both + won) / n, (both + lost) / n
     (low_a, high_a), (low_b, high_b) = wilson(both + won, n), wilson(both + lost, n)
@@ -677,10 +661,8 @@ def measured_order(model, sae, features: list[int], clamp: float, questions: Dat
 
 def attribution(model, sae, questions: Dataset, style: str = "plain", batch_size: int = 16) -> torch.Tensor:
     """(d_sae,) what each feature's activation adds to the right letter's log-probability, to first order: activation
-    times gradient, summed over a question's edited tokens; the mean over the questions.
-
-    Differs from Farrell et al. (arXiv 2410.19278), whose notebooks take the logit, and then leave out what moves MMLU.
-    """
+    times gradient, summed over a question's edited tokens; the mean over the questions. Differs from Farrell et al.
+    (arXiv 2410.19278), whose notebooks take the logit, and then leave out what moves MMLU."""
     windows, letter_ids = encode_prompts(model.tokenizer, [prompt(row, style=style) for row in questions.rows], style)
     answers = torch.tensor(letter_ids).reshape(4, -1)[[row["answer"] for row in questions.rows]]  # (n, 1 id or 2)
     hf, everything, seen = model.original_model, Latents(sae, range(sae.cfg.d_sae)), {}

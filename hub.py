@@ -74,10 +74,8 @@ def listed() -> str:
 
 def identity(source: str) -> str:
     """What a model or an SAE is: a hash of the files of a local folder, or the commit of a repository on the hub.
-
     source: a folder, a hub id, or RELEASE:ID of SAELens's table. Records and caches carry it, because a path says
-    nothing: a model trained again into the same folder is another model.
-    """
+    nothing: a model trained again into the same folder is another model."""
     if Path(source).is_dir():
         whole = hashlib.sha256()
         for path in sorted(path for path in Path(source).iterdir() if path.is_file() and path.name[0] != "."):

@@ -281,12 +281,10 @@ def ended(kind, error, trace) -> None:
 
 
 class Run:
-    """A run of a script with the settings `args`, made when its data sets and SAEs are loaded.
-
-    `key` is a hash of all that decides about results: the settings, what the model, its retrained twin, SAEs and data
-    are, and `also` (JSON). model, dtype: where args has none. Raises UserError if nothing can be written to its place,
-    and for a setting `layer`, `model` or `dtype` that is not that of the SAE and of the model it was loaded for.
-    """
+    """A run of a script with the settings `args`, made when its data sets and SAEs are loaded. `key` is a hash of all
+    that decides about results: the settings, what the model, its retrained twin, SAEs and data are, and `also` (JSON).
+    model, dtype: where args has none. Raises UserError if nothing can be written to its place, and for a setting
+    `layer`, `model` or `dtype` that is not that of the SAE and of the model it was loaded for."""
 
     def __init__(self, script: str, args, data=(), saes=(), also=(), model: str | None = None, dtype=None):
         self.script, self.saes, self.started = Path(script).name, saes, args.started

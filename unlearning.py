@@ -67,11 +67,9 @@ def answer_window(tokenizer, question: str, answer: str) -> Window:
 
 
 def training_windows(tokenizer, forget: Dataset, wikitext: Dataset, mmlu_dev: Dataset) -> tuple:
-    """(forget windows, retain sets of windows); of questions the answer is predicted, of texts everything.
-
-    forget: a quiz, each question taken as it is asked, with its letter, and as prose, with its answer in words; or
-    texts. Retain sets: Wikitext, and MMLU's development questions with their letters.
-    """
+    """(forget windows, retain sets of windows); of questions the answer is predicted, of texts everything. forget: a
+    quiz, each question taken as it is asked, with its letter, and as prose, with its answer in words; or texts. Retain
+    sets: Wikitext, and MMLU's development questions with their letters."""
 
     def of_texts(dataset, max_tokens=None):
         return [(ids, 1) for ids in token_windows(tokenizer, dataset.texts, max_tokens=max_tokens)[0]]
