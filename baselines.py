@@ -94,15 +94,11 @@ def prepare(model, benchmark: Benchmark, saes: dict, args) -> unlearning.Trainin
     """What methods are made from, none of it measured yet. saes: by layer."""
     tokenizer, forget = model.tokenizer, benchmark.corpus if benchmark.corpus.rows else benchmark.wmdp.tuning
     picking = picking_windows(tokenizer, benchmark.forget, benchmark.retain, args.context)
-
-    @cache
-    def stats(layer: int) -> FeatureStats:
-        return FeatureStats(model, saes.get(layer), layer, *picking, rule=args.pick, own=args.features,
-                            questions=benchmark.wmdp.tuning, utility=benchmark.mmlu.tuning, style=args.prompt,
-                            seed=args.seed, batch_size=args.batch_size, insist=not args.no_sanity,
-                            clamp=args.clamp or hub.preset(args.model).clamp, refusal_latent=args.refusal_latent,
-                            refusal_value=args.refusal_value)  # fmt: skip
-
+    stats = cache(lambda layer: FeatureStats(
+        model, saes.get(layer), layer, *picking, rule=args.pick, own=args.features, questions=benchmark.wmdp.tuning,
+        utility=benchmark.mmlu.tuning, style=args.prompt, seed=args.seed, batch_size=args.batch_size,
+        insist=not args.no_sanity, clamp=args.clamp or hub.preset(args.model).clamp, refusal_latent=args.refusal_latent,
+        refusal_value=args.refusal_value))  # fmt: skip
     windows = unlearning.training_windows(tokenizer, forget, benchmark.wikitext, benchmark.mmlu_dev)
     return unlearning.Training(lambda: load_hf(args.model, args.device, args.dtype)[0], tokenizer, *windows, picking,
                                stats, args.model, args.seed)  # fmt: skip
@@ -110,8 +106,7 @@ def prepare(model, benchmark: Benchmark, saes: dict, args) -> unlearning.Trainin
 
 # %% The run
 def tune(model, method: Method, grid: list[dict], saes: dict, benchmark, args, cached) -> tuple[dict, list]:
-    """({row: Edit} of the grid, of training its settings alone; Measures of the unablated model, of these rows and of
-    the retrained model, if there is one)."""
+    """({row: Edit} of the grid; Measures of the unablated model, of these rows and of the retrained model, if any)."""
     training = prepare(model, benchmark, saes, args)
     scored = partial(on_benchmark, benchmark=benchmark, style=args.prompt, batch_size=args.batch_size)
     made = [Edit(args.method, setting) if method.train else

@@ -234,9 +234,8 @@ def pick_features(forget: Rates, retain: Rates, n: int, rule: str = "ratio", tau
         allowed &= score >= score.quantile(0.75)
         score = activation_ratio(forget, retain)
     else:
-        known = "the rule 'measured' asks questions: evaluation.FeatureStats has it" if rule == "measured" else (
-            f"no rule {rule!r}: the rules are {', '.join(PICKING_RULES)}")  # fmt: skip
-        raise UserError(known)
+        raise UserError("the rule 'measured' asks questions: evaluation.FeatureStats has it" if rule == "measured" else
+                        f"no rule {rule!r}: the rules are {', '.join(PICKING_RULES)}")  # fmt: skip
     if n > int(allowed.sum()):
         raise UserError(f"no {n} features: of {len(allowed)} the rule {rule!r} leaves only {int(allowed.sum())}")
     order = torch.argsort(torch.where(allowed, score.double(), -torch.inf), descending=True, stable=True)
@@ -245,8 +244,7 @@ def pick_features(forget: Rates, retain: Rates, n: int, rule: str = "ratio", tau
 
 def matched_random(forget: Rates, retain: Rates, features: list[int], seed: int, nearest: int = 10) -> list[int]:
     """For each of `features` another, drawn from the `nearest` unused ones in retain rate and those that tie with the
-    last of them: many features never fire on a retain set. One that fires on neither set is no control, as ablating it
-    does nothing. Raises UserError if too few are left."""
+    last: many never fire there. One that fires on neither set is no control. Raises UserError if too few are left."""
     rng, rate, control = random.Random(seed), retain.rate, []
     unused = (forget.fires + retain.fires) > 0
     unused[features] = False

@@ -275,9 +275,8 @@ def load(name: str, model="tiny", folder=None, *, variant="all", seed=0, pick_on
 
 
 def check_folder(folder: str) -> str:
-    """The folder's absolute path. Raises UserError for one that is missing or holds no file of a known name, and for
-    what is in such a file's place (a folder, a broken link, another format, a name that is nearly known): it would be
-    passed over, and other data scored in its place. Says what else is not read."""
+    """The folder's absolute path; says what is not read. Raises UserError where it is missing, has no file of a known
+    name, or has something else in such a file's place: a folder, a broken link, another format, a name nearly known."""
     if not Path(folder).is_dir():
         raise UserError(f"data folder {folder}: no such folder")
     folder = os.path.abspath(folder)
@@ -454,21 +453,17 @@ def load_corpus(given: str | None = None, model: str = "tiny", folder: str | Non
 
 
 def utility_subset(mmlu: Dataset, subjects: str | None = None, but: str | None = None) -> Dataset:
-    """The questions on `subjects`, as mmlu.of gives them; by default on SAEBench's four if the data have them, else on
-    all but the topic `but`."""
+    """mmlu.of(subjects, but); by default the questions on SAEBench's four subjects, where the data have them."""
     has_saebench = set(SUBJECTS.split(",")) <= {row["subject"] for row in mmlu.rows}
     return mmlu.of(SUBJECTS if subjects is None and has_saebench else subjects, but)
 
 
 def picking_texts(wmdp_tuning: Dataset, corpus: Dataset, wikitext: Dataset, mmlu_dev: Dataset,
                   pick_text: str = "prompt") -> tuple[list[str], list[list[str]]]:  # fmt: skip
-    """The forget texts and the retain sets on which firing rates are counted.
-
-    Forget: the user's corpus if it has rows, else WMDP's tuning half. Retain: Wikitext. pick_text "prompt": questions
-    are written as they are asked, and MMLU's development questions are a second retain set. So the template cancels
-    out, and picked features are rare on the very text whose accuracy must stay; a topic of the user's own is left out
-    of it. "prose": question and right answer.
-    """
+    """The forget texts and the retain sets on which firing rates are counted. Forget: the user's corpus if it has rows,
+    else WMDP's tuning half. Retain: Wikitext. pick_text "prompt": questions are written as they are asked, and MMLU's
+    development questions, but on the user's own topic, are a second retain set. So the template cancels out, and picked
+    features are rare on the very text whose accuracy must stay. "prose": question and right answer."""
     if pick_text == "prose":
         return corpus.texts or [as_prose(row) for row in wmdp_tuning.rows], [wikitext.texts]
     forget = corpus.texts or [prompt(row) for row in wmdp_tuning.rows]
@@ -623,10 +618,9 @@ def letter_ids(tokenizer, texts: list[str], rows: list[list[int]], gap: str) -> 
 
 
 def check_ends(tokenizer, rows: list[list[int]]) -> None:
-    """Raises UserError for a row that begins with two BOS tokens, or with none where the tokenizer puts one before
-    plain text: models trained with a BOS are far off then. So for whatever it puts there. Later BOS tokens are fine:
-    some chat templates open every turn with one (SmolLM2). Also for a row that ends with EOS, or with a token that the
-    tokenizer puts behind every text: what follows there is no answer."""
+    """Raises UserError for a row that begins with two BOS tokens, or without what the tokenizer puts before plain text:
+    models are far off then. Later BOS tokens are fine: some chat templates open every turn with one (SmolLM2). Also for
+    a row that ends with EOS, or with what the tokenizer puts behind every text: what follows there is no answer."""
     last, front = {tokenizer(letter)["input_ids"][-1] for letter in "AB"}, opening(tokenizer)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ends = {tokenizer.eos_token_id} - {*bos} | (last if len(last) == 1 else set())
@@ -728,13 +722,10 @@ def drop_too_long(tokenizer, quiz: Dataset, style: str = "plain", skip: bool = F
 
 
 def token_windows(tokenizer, texts: list[str], context=128, max_tokens=None, bos=False) -> tuple[list, list]:
-    """Cut each text into windows of at most `context` tokens, fewer if the model has fewer positions.
-
-    A window begins with the BOS if the tokenizer adds one, as scored prompts do; with `bos` (for next-token loss) if
-    the tokenizer has one. Texts are taken in order until `max_tokens` (BOS not counted). Windows of fewer than two
-    tokens predict nothing and are left out. Returns the windows (lists of ids), and for each the index of its text.
-    Raises UserError for a context that has no room for two tokens.
-    """
+    """Cut each text into windows of at most `context` tokens, fewer if the model has fewer positions. A window begins
+    with the BOS if the tokenizer adds one, as scored prompts do; with `bos` (for next-token loss) if it has one. Texts
+    are taken in order until `max_tokens` (BOS not counted). Windows of fewer than two tokens are left out. Returns the
+    windows (lists of ids), and the index of each one's text. Raises UserError for a context without room for two."""
     start_with = opening(tokenizer) or [i for i in (tokenizer.bos_token_id,) if bos and i is not None]
     if (step := min(context, tokenizer.model_max_length) - len(start_with)) < 2:
         raise UserError(f"a context of {context} tokens is too short: {len(start_with) + 2} are the fewest")

@@ -322,8 +322,7 @@ def questions(model, quiz: Dataset, limit=None, style: str = "plain", skip_long=
 
 
 def refuse_not_numbers(scores: torch.Tensor, rows: list[list[int]], edits, what: str, tokenizer) -> None:
-    """Raises UserError naming the first of the rows (of ids), and the edit, whose scores (n_edits, n_rows, ...) are not
-    all finite; what: "question" or "text"."""
+    """Raises UserError naming the first row of ids, and edit, whose scores (n_edits, n_rows, ...) are not finite."""
     bad = ~scores[..., None].isfinite().flatten(2).all(-1)
     if bad.any():
         row, k = bad.T.nonzero()[0].tolist()
@@ -351,8 +350,7 @@ def score_letters(model, prompts, letter_ids, edits, batch_size=16, desc=None) -
 
 
 def target_masks(tokenizer, windows: list[list[int]], first: list[int] | None = None) -> list[torch.Tensor]:
-    """For each window a mask (pos,) of the tokens that count in its loss: not special, and from index `first` on, by
-    default from 1, since nothing predicts the first token."""
+    """For each window a mask (pos,) of the tokens that its loss counts: not special, and from index `first` or 1 on."""
     special = torch.tensor(special_ids(tokenizer))
     return [~torch.isin(torch.tensor(ids), special) & (torch.arange(len(ids)) >= max(1, begin))
             for ids, begin in zip(windows, first or [1] * len(windows))]  # fmt: skip

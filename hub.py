@@ -258,8 +258,7 @@ RESIDUAL = re.compile(
 
 def check_sae(sae, model, layer: int, source: str) -> str:
     """The hook point at which the SAE's features can be ablated exactly, blocks.N.hook_resid_post. Raises UserError for
-    an SAE of another width, layer or kind of hook point, with weights that are not finite, or with an architecture or
-    normalisation that edits.Latents does not compute."""
+    another width, layer, kind of hook point, architecture or normalisation, and for weights that are not finite."""
     refuse_not_finite(source, sae.state_dict().items())
     architecture, hook, d_model = sae.cfg.architecture(), sae.cfg.metadata.hook_name, model.cfg.d_model
     if architecture not in ("standard", "jumprelu", "gated", "topk"):

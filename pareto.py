@@ -84,8 +84,7 @@ def area(pairs: list[tuple[float, float]]) -> float | None:
 
 
 def summary(methods: dict[str, dict], forget: str = "WMDP-Bio") -> list[dict]:
-    """For each method the areas, the frontier, and the setting chosen on the tuning half with its scores on both.
-    forget: what the forget set is called."""
+    """For each method the areas, the frontier, and the setting chosen on the tuning half with its scores on both."""
     columns = {f"{forget}, tuning": "wmdp_bio/tuning", f"{forget}, held-out": "wmdp_bio", "in words": "wmdp_bio/words",
                "P(a letter)": "wmdp_bio/P(a letter)", "MMLU, tuning": "mmlu/tuning",
                "MMLU, held-out": "mmlu"}  # fmt: skip
@@ -294,11 +293,10 @@ def run(**changes) -> dict:
     windows = picking_windows(model.tokenizer, benchmark.forget, benchmark.retain, args.context)
     rows = {"unablated": edits.NONE}
     for layer in layers:
-        stats = FeatureStats(
-            model, saes.get(layer), layer, *windows, rule=args.pick, own=args.features, seed=args.seed,
-            questions=benchmark.wmdp.tuning, utility=benchmark.mmlu.tuning, insist=not args.no_sanity,
-            clamp=max(clamps, key=abs), refusal_latent=args.refusal_latent, refusal_value=args.refusal_value, **how,
-        )  # fmt: skip
+        stats = FeatureStats(model, saes.get(layer), layer, *windows, rule=args.pick, own=args.features, seed=args.seed,
+                             questions=benchmark.wmdp.tuning, utility=benchmark.mmlu.tuning, insist=not args.no_sanity,
+                             clamp=max(clamps, key=abs), refusal_latent=args.refusal_latent,
+                             refusal_value=args.refusal_value, **how)  # fmt: skip
         rows |= rows_of(stats, sorted(set(args.n_features)), clamps, methods)
     title = f"{Path(args.model).name}, layer {', '.join(map(str, layers))}: {len(rows) - 1} settings"
     if retrained := load_retrained(args.model, benchmark.wmdp, args.device, args.dtype):

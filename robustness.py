@@ -87,17 +87,15 @@ def forms(quiz: Dataset, reworded: list[dict], solved: list[dict]) -> dict[str, 
 """
 ## Rounding, fine-tuning, and a push that the edit cannot see
 
-The push is the recovery attack of Cui, Shen and Yang (arXiv 2606.18322; its code: github.com/Mingyuee88/
-sae-post-intervention-recovery): does the answer come back while the edit that removed it stays on? To the residual
-stream h of the prompt's last token, after the edited layer, a perturbation delta is added, of bounded length and
-orthogonal to the encoder directions of the edited features, so that none of them can tell. Adam looks for the delta
-that raises margin = logit of the target letter - mean logit of the other three.
+The push is the recovery attack of Cui, Shen and Yang (arXiv 2606.18322; github.com/Mingyuee88/
+sae-post-intervention-recovery), with the edit on. To the residual stream h of the prompt's last token, after the edited
+layer, a perturbation delta is added, of bounded length and orthogonal to the encoder directions of the edited features,
+so that none of them can tell. Adam looks for the delta that raises the target letter's logit less the others' mean.
 
-Without the projection this is the release's, step by step: the same delta to a millionth of its length. Differs from
-the release: it projects the gradient, after which Adam, which scales each coordinate, leaves the subspace again (a
-quarter of its delta's length lay along edited features' directions); here delta is projected after each step. Its
-bound, 20 at any token of Gemma-2-2B, is here a share of the length of h, and its rate the same multiple of the bound.
-And a control is added: how often the same push brings a wrong option. Only what comes beyond that was in the model.
+Differs from the release: it projects the gradient, after which Adam, which scales each coordinate, leaves the subspace
+again (a quarter of its delta's length lay along edited features' directions); here delta is projected after each step.
+Its bound, 20 at any token of Gemma-2-2B, is here a share of the length of h, and its rate the same multiple of it. And
+a control is added: how often the same push brings a wrong option. Only what comes beyond that was in the model.
 """
 
 
@@ -340,9 +338,8 @@ DRAWN = ("as tuned", "in words", "retain text", "other facts")  # stages drawn w
 
 
 def share_forgotten(stage: Measure, row: str, floor: str | None) -> dict:
-    """{"share", "low", "high"} with a 95% bootstrap interval over questions: 0 is like the first row, the unablated
-    model; 1 is like the row `floor`, a model retrained without the facts, or without one like chance. None where these
-    two do not differ, or with too few questions for an interval."""
+    """{"share", "low", "high"}, 95% bootstrap over questions: 0 is like the first row, the unablated model; 1 like the
+    row `floor`, or without one like chance. None where these two do not differ, or with too few questions."""
 
     def way(before, after, least, axis=-1):
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -455,8 +452,7 @@ def names_of(paths: list[str], records: list[dict]) -> list[str]:
 
 
 def subjects_of(paths: list[str], records: list[dict], device: str | None, dtype: str) -> list[Subject]:
-    """The unablated model, the retrained one if there is one, and each record's chosen row. Raises UserError where what
-    a record was made with has changed or is gone."""
+    """The unablated, the retrained model, each record's chosen row. Raises UserError where what made it has changed."""
     name, model = records[0]["model"], None  # a model is loaded for SAEs alone
     subjects = [Subject("unablated", name, device, dtype, records[0]["settings"]["layer"])]
     if (retrained := preset(name).retrained) and records[0]["data"]["wmdp_bio"]["stand_in"]:
@@ -498,13 +494,12 @@ def load_questions(records: list[dict], same: dict, shots: int, tokenizer) -> tu
     other = data.load("wmdp_bio_reworded", same["model"], same["data"], topic=benchmark.wmdp.topic)
     if same["wmdp"] == "robust" or other.stand_in != benchmark.wmdp.stand_in:
         other = replace(other, rows=[])  # it has WMDP-Bio's own questions, one by one
-    reworded = other.rows
-    if reworded and len(reworded) != len(benchmark.wmdp):
-        raise UserError(f"wmdp_bio_reworded.jsonl has {len(reworded)} questions, wmdp_bio {len(benchmark.wmdp)}")
+    if len(other) not in (0, len(benchmark.wmdp)):
+        raise UserError(f"wmdp_bio_reworded.jsonl has {len(other)} questions, wmdp_bio {len(benchmark.wmdp)}")
     tuning = benchmark.wmdp.tuning.rows
     solved = random.Random(same["seed"]).sample(tuning, min(shots, len(tuning)))
     quiz, most, long = benchmark.quizzes["wmdp_bio"], tokenizer.model_max_length, set()
-    asked = forms(quiz, [reworded[i] for i in quiz.indices] if reworded else [], solved)
+    asked = forms(quiz, [other.rows[i] for i in quiz.indices] if other.rows else [], solved)
     for form, (_, prompts) in asked.items():
         long |= {place for place, text in enumerate(prompts) if len(tokenizer(text, verbose=False)["input_ids"]) > most}
         if long and not same["skip_long"]:

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 
 import data
 import hub
-from data import UserError, first_line
+from data import UserError, digest_of, first_line
 
 with warnings.catch_warnings():  # notebooks have bars of text here, without widgets
     warnings.filterwarnings("ignore", "IProgress not found")
@@ -113,8 +113,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(doc: str, *, quiz: bool = False, controls: int = 0, without: tuple[str, ...] = ()) -> Parser:
-    """The flags that scripts share, except those `without`; scripts add and replace some. quiz: also how it asks.
-    controls: the default of --controls; 0 leaves it out."""
+    """The flags that scripts share, `without` some. quiz: also how it asks; controls: their default number, or 0."""
     title = doc.strip().removeprefix("# ")  # a notebook's heading
     group = p = Parser(description=title, usage="%(prog)s [flags]", conflict_handler="resolve", add_help=False)
 
@@ -297,9 +296,9 @@ class Run:
         self.name, self.dtype = Path(self.model).name, dtype or self.settings["dtype"]
         models = {"model": self.model, "retrained": hub.preset(self.model).retrained}
         self.identity = {what: name and hub.identity(hub.model_source(name)) for what, name in models.items()}
-        decides = [FORM, self.script, {k: v for k, v in self.settings.items() if k not in FREE}, self.dtype,
-                   self.identity, [sae.identity for sae in saes], self.about(), also]  # fmt: skip
-        self.key = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
+        decides = {k: v for k, v in self.settings.items() if k not in FREE}
+        self.key = digest_of([FORM, self.script, decides, self.dtype, self.identity, [sae.identity for sae in saes],
+                              self.about(), also])  # fmt: skip
         method = self.settings.get("method")
         method = [method] if isinstance(method, str) and not self.settings.get("all") else []
         parts = [Path(script).stem, *method, self.name[:40]]

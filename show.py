@@ -41,8 +41,7 @@ def plain(text: str) -> str:
 
 
 def draws_of(rows) -> dict[str, list[str]]:
-    """{name: rows}: several draws of a control share its name, as "random features 2, clamp -40" does with "random
-    features, clamp -40"; any other row has its own."""
+    """{name: rows}: draws of a control share one: "random features 2, clamp -40" and "random features, clamp -40"."""
     draws = {}
     for row in rows:
         draws.setdefault(re.sub(r"^(random(?: features)?) \d+", r"\1", row), []).append(row)

@@ -122,8 +122,7 @@ def train(model, windows, width: int, args) -> dict:
     config = SAETrainerConfig(
         total_training_samples=steps * TRAINING_BATCH, train_batch_size_samples=TRAINING_BATCH, lr=lr,
         lr_end=lr / 10, lr_warm_up_steps=min(100, steps // 10), lr_decay_steps=steps // 3, device=device,
-        dead_feature_window=200, n_batches_for_norm_estimate=20,
-    )  # fmt: skip
+        dead_feature_window=200, n_batches_for_norm_estimate=20)  # fmt: skip
     acts = activations(model, windows, args.layers, args.batch_size, args.seed)
     mixed = multi_hook_concat_split_iter(BUFFER, TRAINING_BATCH, acts, list(names.values()))
     MultiSAETrainer(config, saes, names, mixed).fit()
