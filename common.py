@@ -206,8 +206,7 @@ def activation_ratio(forget: Rates, retain: Rates) -> torch.Tensor:
     return ((forget.fires + 1) / (forget.n_tokens + 1)) / ((retain.fires + 1) / (retain.n_tokens + 1))
 
 
-def pick_features(forget: Rates, retain: Rates, n: int, rule: str = "ratio", tau: float = 0.01,
-                  score: torch.Tensor | None = None) -> list[int]:  # fmt: skip
+def pick_features(forget: Rates, retain: Rates, n: int, rule: str = "ratio", tau=0.01, score=None) -> list[int]:
     """The n features to ablate, best first, ties by index; features that never fire on the forget set are left out.
 
     ratio: highest `activation_ratio`, at least 1; any-ratio: or less. retain-threshold: retain rate below tau, then

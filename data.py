@@ -458,16 +458,15 @@ def utility_subset(mmlu: Dataset, subjects: str | None = None, but: str | None =
     return mmlu.of(SUBJECTS if subjects is None and has_saebench else subjects, but)
 
 
-def picking_texts(wmdp_tuning: Dataset, corpus: Dataset, wikitext: Dataset, mmlu_dev: Dataset,
-                  pick_text: str = "prompt") -> tuple[list[str], list[list[str]]]:  # fmt: skip
+def picking_texts(tuning: Dataset, corpus: Dataset, wikitext: Dataset, mmlu_dev: Dataset, pick_text="prompt") -> tuple:
     """The forget texts and the retain sets on which firing rates are counted. Forget: the user's corpus if it has rows,
     else WMDP's tuning half. Retain: Wikitext. pick_text "prompt": questions are written as they are asked, and MMLU's
     development questions, but on the user's own topic, are a second retain set. So the template cancels out, and picked
     features are rare on the very text whose accuracy must stay. "prose": question and right answer."""
     if pick_text == "prose":
-        return corpus.texts or [as_prose(row) for row in wmdp_tuning.rows], [wikitext.texts]
-    forget = corpus.texts or [prompt(row) for row in wmdp_tuning.rows]
-    return forget, [wikitext.texts, [prompt(row) for row in mmlu_dev.of(None, wmdp_tuning.topic).rows]]
+        return corpus.texts or [as_prose(row) for row in tuning.rows], [wikitext.texts]
+    forget = corpus.texts or [prompt(row) for row in tuning.rows]
+    return forget, [wikitext.texts, [prompt(row) for row in mmlu_dev.of(None, tuning.topic).rows]]
 
 
 @dataclass(frozen=True)
@@ -490,17 +489,13 @@ class Benchmark:
         return [*self.quizzes.values(), *filter(len, (self.web, self.wikitext, self.mmlu_dev, self.corpus))]
 
 
-def load_benchmark(
-    model: str, tokenizer=None, *, folder: str | None = None, corpus: str | None = None, variant: str = "all",
-    subjects: str | None = None, seed: int = 0, pick_on: str = "half", pick_text: str = "prompt",
-    limit: int | None = None, skip_long: bool = False, style: str = "plain", topic: str | None = None,
-) -> Benchmark:  # fmt: skip
-    """Load a Benchmark; for the arguments see load, load_corpus, utility_subset and picking_texts. limit: questions in
-    each half, and documents of OpenWebText. tokenizer: the model's; questions longer than its positions are left out
-    (skip_long) or refused. Raises UserError for a half without questions."""
-    given = {"variant": variant, "seed": seed, "pick_on": pick_on, "topic": topic}
+def load_benchmark(model: str, tokenizer=None, *, folder=None, corpus=None, subjects=None, pick_text="prompt",
+                   limit=None, skip_long=False, style="plain", **options) -> Benchmark:  # fmt: skip
+    """Load a Benchmark; for the arguments see load (options: its own), load_corpus, utility_subset and picking_texts.
+    limit: questions in each half, and documents of OpenWebText. tokenizer: the model's; questions longer than its
+    positions are left out (skip_long) or refused. Raises UserError for a half without questions."""
     names = ("wmdp_bio", "mmlu", "openwebtext", "wikitext", "mmlu_dev")
-    wmdp, mmlu, web, wikitext, mmlu_dev = (load(name, model, folder, **given) for name in names)
+    wmdp, mmlu, web, wikitext, mmlu_dev = (load(name, model, folder, **options) for name in names)
     mmlu, documents, quizzes = utility_subset(mmlu, subjects, wmdp.topic), load_corpus(corpus, model, folder), {}
     for quiz in (wmdp, mmlu):
         for name, half in ((quiz.name, quiz.held_out), (f"{quiz.name}/tuning", quiz.tuning)):

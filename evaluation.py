@@ -181,8 +181,7 @@ def right_answers(quiz: Dataset, what: str, title: str, rows: dict, values) -> M
     return measure_of(quiz, what, title, "%", rows, chosen == right, chance=CHANCE, answers=answers)
 
 
-def letters(model, quiz: Dataset, rows: dict, *, style: str = "plain", prompts: list[str] | None = None,
-            batch_size: int = 16) -> tuple[Measure, ...]:  # fmt: skip
+def letters(model, quiz: Dataset, rows: dict, *, style="plain", prompts=None, batch_size=16) -> tuple[Measure, ...]:
     """Three Measures: whether the right letter is the likeliest; P(a letter), the four letters' probability together
     (if it is low the model does not answer with a letter at all); and P(right letter).
 
@@ -223,8 +222,7 @@ def nats_of(probability: Measure) -> Measure:
     return replace(probability, name=name, title=title, unit="nats", values=-np.log(probability.values))
 
 
-def window_losses(model, texts: Dataset, rows: dict, *, batch_size: int = 16, limit: int | None = None
-                  ) -> tuple[torch.Tensor, list[list[int]], list[int], torch.Tensor]:  # fmt: skip
+def window_losses(model, texts: Dataset, rows: dict, *, batch_size: int = 16, limit: int | None = None) -> tuple:
     """The texts' first SCORED_TOKENS tokens in windows. Returns the next-token loss in nats summed over each window,
     (n_rows, n_windows); the windows; the index of each window's document; and how many targets each window has. rows,
     errors: as for `letters`, and ValueError for a row of another tokenizer; limit: of documents."""
@@ -265,10 +263,9 @@ def open_answers(model, quiz: Dataset, rows: dict, *, batch_size: int = 16) -> t
     return exact, measure_of(quiz, "right answer", "loss on the right answer", "nats per token", rows, values[..., 1])
 
 
-def on_benchmark(model, benchmark: data.Benchmark, rows: dict, *, style: str = "plain", batch_size: int = 16,
-                 cached=lambda name, make: make()) -> list[Measure]:  # fmt: skip
-    """Letters on both halves of both quizzes, words on WMDP-Bio's, and the loss on web text. cached(name, make) may
-    keep what make() returns. rows, errors: as for `letters`."""
+def on_benchmark(model, benchmark, rows: dict, *, style, batch_size, cached=lambda name, make: make()) -> list[Measure]:
+    """Letters on both halves of both quizzes of a data.Benchmark, words on WMDP-Bio's, and the loss on web text.
+    cached(name, make) may keep what make() returns. rows, errors: as for `letters`."""
     measures, size = [], {"batch_size": batch_size}
     for name, quiz in benchmark.quizzes.items():
         measures += cached(name, partial(letters, model, quiz, rows, style=style, **size))
@@ -623,8 +620,7 @@ class FeatureStats:
         return self.known[n]
 
 
-def measured_order(model, sae, features: list[int], clamp: float, questions: Dataset, utility: Dataset,
-                   style: str = "plain", batch_size: int = 16):  # fmt: skip
+def measured_order(model, sae, features, clamp, questions: Dataset, utility: Dataset, style="plain", batch_size=16):
     """Yield the features in the order in which they are worth clamping together: next comes the one that, clamped with
     all before it, leaves fewest of the questions right, in letters and in words; never one with which less than KEEP of
     the accuracy on `utility` is left.
