@@ -90,7 +90,7 @@ def as_bridge(hf, tokenizer, name: str) -> TransformerBridge:
     frozen, with TransformerLens's modules put between its own. Raises UserError if TransformerLens cannot run it, or
     its probabilities are not those that the model gave before."""
     log_probs = partial(edits.log_probs, hf, edits.random_ids(hf))
-    before, path = log_probs(), hub.model_source(name)
+    before, path = log_probs(), hub.preset(name).model
     # where an image processor fails to load, TransformerLens would pip install torchvision and a new torch
     no_pip = patch("subprocess.check_call", side_effect=OSError("nothing is installed from here"))
     with in_a_line(f"TransformerLens cannot run {name}"), no_pip:

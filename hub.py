@@ -50,11 +50,6 @@ def preset(model: str) -> Preset:
     return PRESETS.get(model, Preset(model))
 
 
-def model_source(name: str) -> str:
-    """The hub id or folder of a preset, or the hub id or folder itself."""
-    return preset(name).model
-
-
 def sae_source(spec: str | None, layer: int, model: str) -> str:
     """`spec`, a folder or RELEASE:ID; by default that of the model's preset. Raises UserError if both are None."""
     if not (spec or preset(model).sae):
@@ -98,7 +93,7 @@ def identity(source: str) -> str:
 
 def resolve_model(name: str) -> str:
     """The folder or hub id of a model. Raises UserError for a name that is neither, and as refuse_damaged does."""
-    source = model_source(name)
+    source = preset(name).model
     if Path(source).is_dir():
         refuse_damaged(source)
     elif "/" not in source:

@@ -56,7 +56,7 @@ from common import as_bridge, load_hf, load_model, load_sae
 from data import HERE, LETTERS, Benchmark, Dataset, UserError, encode_prompts, n_processes, prompt
 from edits import NONE, Edit, SetFeatures, ablation, applied, decoder_layers, layer_of, make, together
 from evaluation import Measure, bootstrap, joined, left_padded, letters, open_answers, share, words
-from hub import identity, load_tokenizer, model_source, preset
+from hub import identity, load_tokenizer, preset
 from runs import Run, benchmark_options, forget_title, read_record
 
 RELEARNED = 0.9  # share of the original model's accuracy at which knowledge counts as recovered
@@ -465,7 +465,7 @@ def subjects_of(paths: list[str], records: list[dict], device: str | None, dtype
 
         settings, chosen, saes = record["settings"], record["rows"][record["chosen"]], {}
         subject = replace(subjects[0], name=row, layer=settings["layer"], edit_special=settings["edit_special"])
-        refuse_changed("model", record["identity"]["model"], model_source(name))
+        refuse_changed("model", record["identity"]["model"], preset(name).model)
         if "folder" in record:
             folder = str(Path(path).parent / record["folder"])
             if not Path(folder).is_dir():
@@ -528,7 +528,7 @@ def run(**changes) -> dict:
     same, dtype = shared_settings(records), args.dtype or records[0]["dtype"]
     name, lr = same["model"], args.lr or LEARNING_RATE.get(same["model"], 2e-5)
     subjects = subjects_of(paths, records, args.device, dtype)
-    benchmark, questions, reworded = load_questions(records, same, args.shots, load_tokenizer(model_source(name)))
+    benchmark, questions, reworded = load_questions(records, same, args.shots, load_tokenizer(preset(name).model))
     current = Run(__file__, args, [*benchmark.datasets, reworded], also=[records, steps], model=name, dtype=dtype)
     exam = Exam(benchmark, benchmark.quizzes["wmdp_bio"], questions, steps, lr, same["seed"], args.batch_size)
     measures, pushes = examine(exam, subjects, current.cached)

@@ -295,7 +295,7 @@ class Run:
                 self.settings[name] = getattr(hub.preset(self.model), name)
         self.name, self.dtype = Path(self.model).name, dtype or self.settings["dtype"]
         models = {"model": self.model, "retrained": hub.preset(self.model).retrained}
-        self.identity = {what: name and hub.identity(hub.model_source(name)) for what, name in models.items()}
+        self.identity = {what: name and hub.identity(hub.preset(name).model) for what, name in models.items()}
         decides = {k: v for k, v in self.settings.items() if k not in FREE}
         self.key = digest_of([FORM, self.script, decides, self.dtype, self.identity, [sae.identity for sae in saes],
                               self.about(), also])  # fmt: skip
@@ -500,7 +500,7 @@ def model_card(record: dict) -> str:
     """README.md of the trained model of a record."""
     from huggingface_hub import ModelCardData
 
-    base, name, chosen = hub.model_source(record["model"]), Path(record["model"]).name, record["chosen"]
+    base, name, chosen = hub.preset(record["model"]).model, Path(record["model"]).name, record["chosen"]
     tags = ["unlearning", record["rows"][chosen]["method"]]
     head = ModelCardData(base_model=None if Path(base).is_dir() else base, library_name="transformers",
                          pipeline_tag="text-generation", tags=tags)  # fmt: skip

@@ -18,7 +18,7 @@ import robustness
 from data import LETTERS, Dataset, UserError, prompt
 from edits import NONE, Edit, Method, applied, decoder_layers, make, token_mask
 from evaluation import Measure
-from hub import identity, model_source
+from hub import identity, preset
 from robustness import LastToken, directions, left_padded, other_option, push, round_weights, share_forgotten
 from runs import read_record
 
@@ -304,7 +304,7 @@ def tuned(path: Path, method="clamp", settings=None, sae=None, flags=None, **cha
         "script": "baselines.py",
         "model": "tiny",
         "dtype": "float32",
-        "identity": {"model": identity(model_source("tiny")), "retrained": None},
+        "identity": {"model": identity(preset("tiny").model), "retrained": None},
         "saes": [about] if "features" in settings else [],
         "settings": flags,
         "data": {name: {"sha256": data.load(name).about()["sha256"]} for name in ("wmdp_bio", "mmlu")},
