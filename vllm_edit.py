@@ -114,7 +114,7 @@ class EditExtension:
         edited = {layer: int(n) for layer, n in self.edit_seen.edited.items()}
         return {"tokens": self.edit_seen.tokens, "edited": edited, "finite": bool(self.edit_seen.finite)}
 
-    def _edit_mask(self, module, args, kwargs):
+    def _edit_mask(self, module, inputs, kwargs):
         """Before a pass: which tokens of the flat batch are edited, as edits.token_mask has it."""
         seen, ids = self.edit_seen, kwargs.get("input_ids")
         positions = kwargs["positions"].reshape(-1, kwargs["positions"].shape[-1])[0]  # M-RoPE has three rows
@@ -125,11 +125,11 @@ class EditExtension:
             seen.mask = seen.mask & ~torch.isin(ids, seen.special.to(ids.device))
         seen.tokens += len(ids)
 
-    def _see_what_is_not_finite(self, module, args, output):
+    def _see_what_is_not_finite(self, module, inputs, output):
         if torch.is_tensor(output):  # of the last rank of a pipeline
             self.edit_seen.finite = self.edit_seen.finite & output.isfinite().all()
 
-    def _edited(self, layer: int, f, module, args, output):
+    def _edited(self, layer: int, f, module, inputs, output):
         """After a layer: (h, 0), h the edited stream, in the place of (hidden, residual), which sum up to it."""
         parts = output if isinstance(output, tuple) else (output,)
         if len(parts) != 2 or not all(torch.is_tensor(part) and part.shape == parts[0].shape for part in parts):

@@ -7,8 +7,8 @@ What a machine makes of all this: every script in small on a random model of gem
     python tests/check_machine.py --shape small       # a small model: a few minutes on two CPU cores
 
 Printed, and written to one JSON report: time and peak memory of every script, on prompts of up to 900 tokens; whether
-tiny gives in float32 what it gives on the CPU; what other batches change in bfloat16; the ratios of the benches. Exit
-code 1 where a script failed or tiny answered otherwise. What it says of a card belongs into docs/real_models.md.
+tiny gives in float32 what it gives on the CPU; what other batches change in bfloat16; the ratios of the benches; where
+vLLM is installed, whether it agrees. Exit code 1 where a script failed or tiny answered otherwise. What it says of a card belongs into docs/real_models.md.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import bench_lm_eval
@@ -46,7 +47,7 @@ SHAPES = {  # shape of the model; features of the SAE; questions of a quiz; toke
         dict(hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, head_dim=256, query_pre_attn_scalar=256,
              vocab_size=256_000, sliding_window=4096, **HEADS), 16_384, 64, 900),
     "small": (
-        dict(hidden_size=64, intermediate_size=128, num_hidden_layers=10, head_dim=8, query_pre_attn_scalar=8,
+        dict(hidden_size=64, intermediate_size=128, num_hidden_layers=10, head_dim=64, query_pre_attn_scalar=64,
              vocab_size=4096, sliding_window=64, **HEADS), 512, 12, 300),
 }  # fmt: skip
 SOME = ["--no-sanity", "--n-features=50"]
@@ -59,6 +60,7 @@ SCRIPTS = {
     "RMU, 5 steps": ["baselines.py", "--method=rmu", "--steps=5", "--setting", "layer=7"],
     "NPO, 8 settings of 5 steps": ["baselines.py", "--no-sanity", "--method=npo", "--steps=5", "--limit=8"],
 }
+IN_VLLM = ["lm_eval_ablated.py", *SOME, "--engine=vllm", "--tasks=tiny_wmdp_bio,tiny_wmdp_bio_open", "--unablated"]
 
 # ------------------------------------------------------------------------------------ a model, an SAE, questions
 
@@ -240,6 +242,8 @@ def check(device: str, shape: str) -> dict:
         let_go()
         print(f"\nscripts on a random model, {shape}, bfloat16, prompts of up to {SHAPES[shape][3]} tokens")
         runs = {name: (*SCRIPTS[name], f"--device={device}") for name in SCRIPTS}
+        if find_spec("vllm"):
+            runs["lm-eval in vLLM, answers written"] = IN_VLLM
         if torch.cuda.device_count() > 1:
             runs["lesson 2 over all GPUs"] = (*SCRIPTS["lesson 2"], "--device-map=balanced")
         report["scripts"] = {}

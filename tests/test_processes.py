@@ -64,6 +64,25 @@ def test_two_processes_write_one_processs_record(one, two, script):
 
 
 @pytest.mark.slow
+def test_two_machines_write_one_processs_record(tmp_path):
+    """Two launches, as on two machines, that find each other at an address; the second writes nothing."""
+    script = [str(ROOT / "lm_eval_ablated.py"), *FLAGS["lm_eval_ablated.py"].split(), "--out"]
+    both, said = (
+        [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--num_machines", "2"],
+        [tmp_path / "0", tmp_path / "1"],
+    )
+    where = ["--main_process_ip", "127.0.0.1", "--main_process_port", "29631"]
+    launches = [[*both, *where, "--machine_rank", out.name, *script, f"{out}.json"] for out in said]
+    machines = [subprocess.Popen(launch, env=ON_CPU, cwd=tmp_path, stdout=out.open("w"), stderr=subprocess.STDOUT)
+                for launch, out in zip(launches, said)]  # fmt: skip
+    assert [machine.wait(600) for machine in machines] == [0, 0], [out.read_text()[-1500:] for out in said]
+    subprocess.run([sys.executable, *script, str(tmp_path / "one.json")], check=True, capture_output=True, cwd=tmp_path)
+    two, one = ({k: v for k, v in json.loads((tmp_path / f"{name}.json").read_text()).items() if k not in FREE}
+                for name in ("0", "one"))  # fmt: skip
+    assert one == two and not (tmp_path / "1.json").exists() and "record:" not in said[1].read_text()
+
+
+@pytest.mark.slow
 def test_two_processes_print_once(one, two):
     shown = [done.stdout.replace("/two0/", "/one0/") for _, done in (one, two)]
     assert shown[0].count("record:") == len(FLAGS)
