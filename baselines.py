@@ -198,8 +198,7 @@ def run_all(args, methods: dict) -> dict:
     """Tune every method; returns {"records": paths}."""
     if args.setting:
         raise UserError("--setting is of one method: leave out --all")
-    benchmark = load_benchmark(args.model, **benchmark_options(vars(args)))
-    job, given = Run("baselines.py", args, benchmark.datasets), []
+    job, given = Run("baselines.py", args, load_benchmark(args.model, **benchmark_options(vars(args))).datasets), []
     for name, value in vars(args).items():
         if name not in ("all", "method", "out") and value != flags.get_default(name):
             value = json.dumps(value) if isinstance(value, dict) else value

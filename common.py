@@ -237,8 +237,7 @@ def pick_features(forget: Rates, retain: Rates, n: int, rule: str = "ratio", tau
                         f"no rule {rule!r}: the rules are {', '.join(PICKING_RULES)}")  # fmt: skip
     if n > int(allowed.sum()):
         raise UserError(f"no {n} features: of {len(allowed)} the rule {rule!r} leaves only {int(allowed.sum())}")
-    order = torch.argsort(torch.where(allowed, score.double(), -torch.inf), descending=True, stable=True)
-    return order[:n].tolist()
+    return torch.argsort(torch.where(allowed, score.double(), -torch.inf), descending=True, stable=True)[:n].tolist()
 
 
 def matched_random(forget: Rates, retain: Rates, features: list[int], seed: int, nearest: int = 10) -> list[int]:
@@ -258,8 +257,7 @@ def matched_random(forget: Rates, retain: Rates, features: list[int], seed: int,
 
 
 def random_features(sae: SAE, rates: tuple[Rates, Rates], features: list[int], clamp: float, draws: int, seed: int = 0):
-    """{row: Edit}, the controls: `draws` times as many random features, clamped. rates: on the forget set, on the
-    retain set. Raises UserError as matched_random does."""
+    """{row: Edit}: `draws` times as many random features, clamped; rates: forget, retain. Errors: as matched_random."""
     controls = [matched_random(*rates, features, seed + draw) for draw in range(draws)]
     return {f"random features{f' {k}' * (k > 1)}, clamp {clamp:g}": ablation(sae, control, clamp, "random-features")
             for k, control in enumerate(controls, 1)}  # fmt: skip

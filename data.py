@@ -167,8 +167,7 @@ class Dataset:
         return self.only(sorted(random.Random(self.seed if seed is None else seed).sample(range(len(self)), n)))
 
     def of(self, subjects: str | None, but: str | None = None) -> "Dataset":
-        """The questions on comma-separated subjects; "all": on all; None: on all but the subject `but`, if others are
-        left. Raises UserError for an unknown subject."""
+        """Questions on comma-separated subjects; "all"; None: on all but `but`, if any. Raises UserError if unknown."""
         if subjects in (None, "all"):
             name = subject_of(but) if but and not subjects else None
             kept = [i for i, row in enumerate(self.rows) if not name or subject_of(row["subject"]) != name]
@@ -229,8 +228,7 @@ def digest_of(content) -> str:
 
 def half_of(row: dict, seed: int) -> str:
     """A hash of seed and question decides, so a question is in the same half of every set that holds it."""
-    first_byte = hashlib.sha256(f"{seed}:{row['question']}".encode()).digest()[0]
-    return "held-out" if first_byte % 2 else "tuning"
+    return "held-out" if hashlib.sha256(f"{seed}:{row['question']}".encode()).digest()[0] % 2 else "tuning"
 
 
 def load(name: str, model="tiny", folder=None, *, variant="all", seed=0, pick_on="half", topic=None) -> Dataset:

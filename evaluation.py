@@ -50,10 +50,9 @@ class Score:
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """A value for each row (an edit, or another model) and each item (a question, a document). The other rows are
-    compared with the first. values (n_rows, n_items): bool where an item is right or wrong, else float. weights
-    (n_items,): the tokens of each document, over which a value is then a sum, so that the mean is per token. groups:
-    each item's subject; answers: for each row a letter per item; seed: of the bootstrap."""
+    """A value for each row (an edit, a model) and item (a question, a document); rows are compared with the first.
+    values (n_rows, n_items): bool where right or wrong, else float. weights (n_items,): a document's tokens, over which
+    a value is a sum and the mean per token. groups: items' subjects; answers: a row's letters; seed: bootstrap's."""
 
     name: str
     title: str
@@ -141,8 +140,7 @@ def share(right: np.ndarray, before: np.ndarray | None = None) -> Score:
 
 
 def average(values: np.ndarray, tokens: np.ndarray | None, seed: int) -> tuple[float, float | None, float | None]:
-    """The mean of (n,) values with Student's 95% interval; of sums over (n,) tokens that per token, with a bootstrap
-    interval over the n items. A single value has none."""
+    """Mean and 95% interval: Student's of (n,) values, a bootstrap's of sums over (n,) tokens, none of one value."""
     if tokens is not None:
         ends = bootstrap(lambda sums, n, axis=-1: sums.sum(axis) / n.sum(axis), values, tokens, seed=seed)
         return float(values.sum() / tokens.sum()), *ends
@@ -329,16 +327,14 @@ def refuse_not_numbers(scores: torch.Tensor, rows: list[list[int]], edits, what:
 
 def score_letters(model, prompts, letter_ids, edits, batch_size=16, desc=None) -> torch.Tensor:
     """Log-probability, over the vocabulary, of each answer letter after each prompt: (n_edits, n_prompts, 4), fp32.
-    prompts: lists of ids; letter_ids: one for each letter, or several, of which the likeliest counts. Only the last
-    position meets the unembedding. Raises UserError for a prompt longer than the model's positions, for a result that
-    is not finite, and for a model that the engine cannot run (`check_engine`)."""
+    prompts: lists of ids; letter_ids: one for each letter, or several, of which the likeliest counts. Raises UserError
+    for a prompt longer than the model's positions, a result that is not finite, and as check_engine does."""
     refuse_long(model.tokenizer, prompts)
     check_engine(model, {min(edit.at) for edit in edits if edit.at})
     letter_ids = torch.tensor(letter_ids).reshape(4, -1)
 
     def score(places, start, h):
-        last = [len(prompts[i]) - 1 - start for i in places]
-        logits = head(model, h[range(len(h)), last][:, None])[:, 0]
+        logits = head(model, h[range(len(h)), [len(prompts[i]) - 1 - start for i in places]][:, None])[:, 0]
         return logits.log_softmax(-1)[:, letter_ids].amax(-1).cpu()
 
     log_probs = each_edit(model, prompts, edits, score, (4,), batch_size=batch_size, desc=desc).float()
@@ -380,11 +376,10 @@ def score_loss(model, windows, edits, batch_size=16, desc=None, chunk=2**25, fir
 
 
 def score_words(model, questions: list[dict], edits, batch_size=16, desc=None, form=data.IN_WORDS) -> torch.Tensor:
-    """Log-probability per character of each option as an answer in words, (n_edits, n_questions, 4), fp64. Per
-    character, as in lm-eval's acc_norm, or the shortest option would win. form: data.IN_WORDS or data.CLOZE. A pass has
-    four times batch_size of these short windows. Errors: as score_letters."""
+    """Log-probability per character (as in lm-eval's acc_norm, or the shortest option would win) of each option as an
+    answer in words, (n_edits, n_questions, 4), fp64. form: data.IN_WORDS or data.CLOZE. Errors: as score_letters."""
     windows, first = data.encode_words(model.tokenizer, questions, form)
-    nats, _ = score_loss(model, windows, edits, 4 * batch_size, desc, first=first)
+    nats, _ = score_loss(model, windows, edits, 4 * batch_size, desc, first=first)  # the windows are short
     lengths = torch.tensor([[max(1, len(choice.strip())) for choice in row["choices"]] for row in questions])
     return -nats.reshape(len(edits), -1, 4) / lengths
 
@@ -440,10 +435,9 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 
 def paired_interval(both: int, won: int, lost: int, neither: int) -> tuple[float, float]:
-    """95% interval of the paired change (won - lost) / n; both, won, lost, neither: how many of the n pairs are right
-    before and after, after only, before only, and never. Newcombe's square-and-add of two Wilson intervals with a
-    corrected phi (Stat Med 17:2635, 1998, method 10). Where no pair is discordant it still has the width that n pairs
-    leave open, of which resampling them knows nothing."""
+    """95% interval of the paired change (won - lost) / n; both, won, lost, neither: how many of n pairs are right
+    before and after, after only, before only, never. Newcombe's square-and-add of two Wilson intervals with a corrected
+    phi (Stat Med 17:2635, 1998, method 10): without discordant pairs it has the width that n pairs leave open."""
     n = both + won + lost + neither
     after, before = (both + won) / n, (both + lost) / n
     (low_a, high_a), (low_b, high_b) = wilson(both + won, n), wilson(both + lost, n)

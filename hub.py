@@ -68,9 +68,8 @@ def listed() -> str:
 
 
 def identity(source: str) -> str:
-    """What a model or an SAE is: a hash of the files of a local folder, or the commit of a repository on the hub.
-    source: a folder, a hub id, or RELEASE:ID of SAELens's table. Records and caches carry it, because a path says
-    nothing: a model trained again into the same folder is another model."""
+    """What a model or an SAE is: a hash of a local folder's files, or the commit of a hub repository. source: a folder,
+    a hub id, or RELEASE:ID of SAELens's table. A path says nothing: a model trained again into it is another."""
     if Path(source).is_dir():
         whole = hashlib.sha256()
         for path in sorted(path for path in Path(source).iterdir() if path.is_file() and path.name[0] != "."):
@@ -184,9 +183,8 @@ def as_its_file(tokenizer, path: str, revision=None, subfolder: str = ""):
 
 
 def load_tokenizer(path: str, edit_special: str = "never"):
-    """A model's tokenizer. Sets its model_max_length, the number of the model's positions, n_embeddings, that of its
-    embedding's rows, and edit_special, see edits.token_mask. Raises UserError if it is missing, cannot be read, has no
-    token to pad with, and as data.check_ends does for what it makes of a text."""
+    """A model's tokenizer, with its model_max_length (the model's positions), n_embeddings (its rows) and edit_special
+    (edits.token_mask). Raises UserError if it is missing, unreadable or has no token to pad with; and as check_ends."""
     from transformers import AutoConfig, AutoTokenizer
 
     try:

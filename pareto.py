@@ -189,8 +189,7 @@ def panel(axes, method: str, settings: dict[str, tuple], chosen: str | None, nam
 
 
 def pareto_figure(records: list[dict], title: str):
-    """Figure: a panel for each method, of WMDP-Bio accuracy against MMLU accuracy; of FEW methods also against the loss
-    added, where it was measured. Settings of other methods are small and grey."""
+    """Figure: WMDP-Bio against MMLU accuracy, a panel a method; of FEW also against the loss added, where measured."""
     methods = by_method(records)
     measures = [pair for record in records for pair in record["measures"].items() if "/tuning/" not in pair[0]]
     titles = {name.partition("/")[0]: measure["title"].rpartition(", ")[0] for name, measure in measures}
@@ -308,8 +307,7 @@ def run(**changes) -> dict:
     print(f"\n{text}")
     if benchmark.wmdp.published:
         print(f"\n{benchmark.wmdp.published}")
-    figures = {"frontier": lambda: pareto_figure([record], title)}
-    return job.write(rows, measures, figures, table=text, summary=lines)
+    return job.write(rows, measures, {"frontier": lambda: pareto_figure([record], title)}, table=text, summary=lines)
 
 
 # %%

@@ -488,8 +488,7 @@ def load_questions(records: list[dict], same: dict, shots: int, tokenizer) -> tu
     UserError where data have changed, and for a question that in one of its forms is too long for the model."""
     benchmark = data.load_benchmark(same["model"], tokenizer, **benchmark_options(same))
     for name in ("wmdp_bio", "mmlu"):
-        now = benchmark.quizzes[name].about()["sha256"]
-        if any(record["data"][name]["sha256"] != now for record in records):
+        if any(record["data"][name]["sha256"] != benchmark.quizzes[name].sha256 for record in records):
             raise UserError(f"{name} is not what these records were scored on")
     other = data.load("wmdp_bio_reworded", same["model"], same["data"], topic=benchmark.wmdp.topic)
     if same["wmdp"] == "robust" or other.stand_in != benchmark.wmdp.stand_in:

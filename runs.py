@@ -481,8 +481,7 @@ def as_json(value):
         return {"Measure": vars(value)}
     if not hasattr(value, "tolist"):
         raise TypeError(f"Run.cached cannot keep {value!r}")
-    dtype = str(value.dtype).removeprefix("torch.")
-    return {"array": value.tolist(), "dtype": dtype} if value.shape else value.item()
+    return {"array": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")} if value.shape else value.item()
 
 
 def from_json(value: dict):
@@ -538,6 +537,5 @@ def peak_gb() -> float | None:
         with suppress(ImportError):
             from resource import RUSAGE_SELF, getrusage
 
-            unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes here
-            most = getrusage(RUSAGE_SELF).ru_maxrss * unit
+            most = getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes, kilobytes
     return round(most / 1e9, 2) if most else None

@@ -331,8 +331,7 @@ def print_features(stats, features: list[int], most: int = 20) -> None:
 
 
 def scatter(features: list[int], forget: Rates, retain: Rates, title: str):
-    """Figure: forget rate against retain rate of every feature that fires, the picked ones marked, the first five by
-    number. A rate of 0 lies at the end of its axis, marked "never"."""
+    """Figure: forget against retain rate of all features that fire, picked ones marked; a rate of 0 lies at "never"."""
     figure, axes = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
     never = [0.5 / rates.n_tokens for rates in (retain, forget)]  # logarithmic axes cannot show a rate of 0
     x, y = (rates.rate.clamp(min=least) for rates, least in zip((retain, forget), never))
@@ -354,9 +353,8 @@ def scatter(features: list[int], forget: Rates, retain: Rates, title: str):
 
 
 def token_figure(model, windows: list[list[int]], values: list[torch.Tensor], title: str, unit: str):
-    """Figure: the windows' tokens in reading order, on a ground as dark as their values, (pos,) for each window: red,
-    and blue below 0, if there are any; 0 is white. A window's first token, usually BOS, is left out. A notebook shows
-    it as text, with each value as a tooltip."""
+    """Figure: the windows' tokens in reading order, on a ground as dark as their values, (pos,) a window: red, or blue
+    below 0. A window's first token, usually BOS, is left out. A notebook shows it as text, values as tooltips."""
     shown = [strength for value in values for strength in value[1:].tolist()]
     most = max(map(abs, shown), default=0) or 1
     tones = ["#1f618d"] * (min(shown, default=0) < 0) + ["#ffffff", ABLATED]
@@ -410,8 +408,7 @@ def print_contexts(model, sae, features: list[int], windows: list[list[int]], n:
     for k, (feature, low) in enumerate(zip(features, promoted_tokens(model, sae, features, suppressed=True))):
         near = f"nearest {features[cosines[k].argmax()]} (cosine {cosines[k].max():.2f}); " if len(features) > 1 else ""
         print(f"\n  {feature}: {near}suppresses {' '.join(map(repr, low))}")
-        active = [i for i in found if found[i].values[k] > 0]
-        for i in sorted(active, key=lambda i: (-found[i].values[k], i))[:n]:
+        for i in sorted((i for i in found if found[i].values[k] > 0), key=lambda i: (-found[i].values[k], i))[:n]:
             at, decode = int(found[i].indices[k]), model.tokenizer.decode
             before, after = windows[i][max(0, at - reach) : at], windows[i][at + 1 : at + 1 + reach]
             text = f"{decode(before)}[{decode(windows[i][at])}]{decode(after)}"

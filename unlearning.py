@@ -34,9 +34,8 @@ Window = tuple[list[int], int]
 # ------------------------------------------------------------------------------------------ what is trained on
 @dataclass
 class Training:
-    """What a method trains on. load: () -> the Hugging Face model, loaded anew, without gradients. forget, retain: of
-    `training_windows`. picking: (forget, retain sets) of ids alone, the windows that features are picked on. stats:
-    layer -> FeatureStats, for methods that need SAEs."""
+    """What a method trains on. load: () -> the Hugging Face model, anew, without gradients. forget, retain: of
+    `training_windows`. picking: of data.picking_windows. stats: layer -> FeatureStats, for methods that need SAEs."""
 
     load: Callable
     tokenizer: object
@@ -67,9 +66,8 @@ def answer_window(tokenizer, question: str, answer: str) -> Window:
 
 
 def training_windows(tokenizer, forget: Dataset, wikitext: Dataset, mmlu_dev: Dataset) -> tuple:
-    """(forget windows, retain sets of windows); of questions the answer is predicted, of texts everything. forget: a
-    quiz, each question taken as it is asked, with its letter, and as prose, with its answer in words; or texts. Retain
-    sets: Wikitext, and MMLU's development questions with their letters."""
+    """(forget windows, retain sets); of questions the answer is predicted, of texts all. forget: a quiz, as it is
+    asked, with letters, and as prose, with answers in words; or texts. Retain: Wikitext, MMLU's dev questions."""
 
     def of_texts(dataset, max_tokens=None):
         return [(ids, 1) for ids in token_windows(tokenizer, dataset.texts, max_tokens=max_tokens)[0]]
@@ -85,8 +83,7 @@ def training_windows(tokenizer, forget: Dataset, wikitext: Dataset, mmlu_dev: Da
 
 
 def endless_batches(texts: list, n: int, rng: random.Random) -> Iterator[list]:
-    """Batches of n texts without end, pass after pass in a new random order; what is too few for a batch is left out of
-    its pass. Fewer than n texts are one batch."""
+    """Batches of n texts (or of all, if fewer) without end: each pass in a new random order, less what is left over."""
     n = min(n, len(texts))
     while True:
         order = rng.sample(texts, len(texts))
@@ -142,8 +139,7 @@ def target_mask(windows: list[Window], tokenizer, device, loss_on: str) -> tuple
     """Ids (batch, pos), and the mask of their targets: not special, and from `start` on or, with "text", anywhere."""
     ids = padded([ids for ids, _ in windows], tokenizer, device)
     starts = torch.tensor([start if loss_on == "answer" else 1 for _, start in windows], device=ids.device)
-    behind = torch.arange(ids.shape[1], device=ids.device) >= starts[:, None]
-    return ids, behind & not_special(ids, tokenizer)
+    return ids, (torch.arange(ids.shape[1], device=ids.device) >= starts[:, None]) & not_special(ids, tokenizer)
 
 
 def text_nll(model, windows: list[Window], tokenizer, loss_on: str = "answer") -> Nll:
@@ -159,9 +155,8 @@ def finite(loss: torch.Tensor) -> torch.Tensor:
 
 class Fp32AdamW:
     """AdamW on fp32 copies of parameters that run in a smaller dtype: bfloat16 would round an update of less than a
-    256th of a weight away. Parameters in fp32 or fp64 are their own copies. clip: largest norm of the gradient. steps:
-    the rate falls linearly to 0 over so many, as by default in Hugging Face's trainer; None: it stays. kind: another
-    class of torch.optim; options: its own."""
+    256th of a weight away. clip: largest norm of the gradient. steps: the rate falls linearly to 0 over so many, as by
+    default in Hugging Face's trainer; None: it stays. kind: another class of torch.optim; options: its own."""
 
     def __init__(self, parameters, lr: float, clip=None, steps: int | None = None, kind=torch.optim.AdamW, **options):
         self.parameters, self.clip = list(parameters), clip
@@ -345,8 +340,7 @@ def streams(adapted, windows: list[Window], tokenizer) -> tuple[tuple, tuple, to
     ids = padded([ids for ids, _ in windows], tokenizer, adapted.device)
     with torch.no_grad(), adapted.disable_adapter():
         before = adapted(ids, use_cache=False, output_hidden_states=True).hidden_states
-    now = adapted(ids, use_cache=False, output_hidden_states=True).hidden_states
-    return before, now, not_special(ids, tokenizer)
+    return before, adapted(ids, use_cache=False, output_hidden_states=True).hidden_states, not_special(ids, tokenizer)
 
 
 def rerouted(before, now, counted: torch.Tensor) -> torch.Tensor:
@@ -531,8 +525,7 @@ DOWN_PROJECTIONS = ("mlp.down_proj.weight", "mlp.c_proj.weight", "mlp.dense_4h_t
 def rmu_loss(forget, target, retain, frozen, forget_mask, retain_mask, alpha: float) -> tuple:
     """(forget loss, alpha times retain loss): mean squared distance over dimensions and the masks' (batch, pos) tokens
     of the residual stream (batch, pos, d_model) to `target`, and of the retain text's to `frozen`, before training."""
-    away = (forget - target).square()[forget_mask].mean()
-    return away, alpha * (retain - frozen).square()[retain_mask].mean()
+    return (forget - target).square()[forget_mask].mean(), alpha * (retain - frozen).square()[retain_mask].mean()
 
 
 def down_projections(model, layer: int) -> dict[str, torch.nn.Parameter]:
@@ -566,10 +559,8 @@ def train_rmu(training: Training, *, layer, multiple, alpha, steps, lr, batch=BA
     two topics in turn, each with a control vector, and take texts once, in their corpus's order.
     """
     model, tokenizer = training.load(), training.tokenizer
-    matrices = list(down_projections(model.requires_grad_(False), layer).values())
+    matrices = [matrix.requires_grad_(True) for matrix in down_projections(model.requires_grad_(False), layer).values()]
     originals = [matrix.detach().clone() for matrix in matrices]  # a frozen copy of the model at the price of three
-    for matrix in matrices:
-        matrix.requires_grad_(True)
     u = control_vector(model.config.get_text_config().hidden_size, training.seed, model.device)
     forget, retain_sets = training.picking
 
