@@ -238,8 +238,7 @@ def load(name: str, model="tiny", folder=None, *, variant="all", seed=0, pick_on
     both halves; tiny's questions stand in for the cloze set. pick_on "all": both halves are all rows. topic: what a
     forget set is called, and asked about where a row has no subject; by default the subject of a folder's file, else
     the folder's name (but of WMDP-Bio and tiny's questions none). A name that is nowhere gives no rows. Raises
-    UserError as check_folder, read_jsonl, check_questions and from_hub do, and for tiny's robust set.
-    """
+    UserError as check_folder, read_jsonl, check_questions and from_hub do, and for tiny's robust set."""
     if folder is not None:
         check_folder(folder)
     stand_ins, file, own = HERE / "tiny/data", WMDP[variant] if name == "wmdp_bio" else name, False

@@ -31,8 +31,7 @@ def each_edit(model, rows, edits: list[Edit], score, shape=(), *, batch_size=16,
     rows: lists of ids. score(places, start, h) -> (n, *shape) on the CPU gets rows' indices (n,) and what leaves the
     final norm from token `start` on, h (n, pos - start, d_model), right-padded. Every row is scored first unablated,
     with start 0; on tokens before `start` an edited row equals that. desc, first: see data.batches. Raises
-    torch.OutOfMemoryError where memory does not suffice for a single row.
-    """
+    torch.OutOfMemoryError where memory does not suffice for a single row."""
     engine, out = OnePass(model, edits), torch.zeros(len(edits), len(rows), *shape, dtype=torch.float64)
     for places, ids in batches(rows, batch_size, model.tokenizer, model.cfg.device, desc, first=first):
         in_parts(places, PASS_TOKENS // ids.shape[1], partial(engine.fill, out, rows, score))
@@ -81,8 +80,7 @@ class OnePass:
     `run` runs the unablated prompts of a batch, `plan` finds the copies that are needed, `run_copies` runs the later
     layers on some of them. A copy branches off after the first layer at which its edit changes anything. Tokens before
     the first that any of its layers changes are not run again: later layers are causal, so the unablated prompt's keys
-    and values serve. What prompts begin with is a Stage of its own, which the next batch may reuse.
-    """
+    and values serve. What prompts begin with is a Stage of its own, which the next batch may reuse."""
 
     def __init__(self, model, edits: list[Edit], share_beginnings: bool = True):
         self.model, self.wrappers, self.share, self.beginning = model, idle_wrappers(model), share_beginnings, None

@@ -185,8 +185,7 @@ def letters(model, quiz: Dataset, rows: dict, *, style="plain", prompts=None, ba
 
     rows: {name: an Edit of `model`, or another model}, the first an Edit. style: see data.encode_prompts; prompts: one
     per question (default: data.prompt's). A cloze quiz has no letters: its one Measure is that of `words`, with the
-    questions in the form data.CLOZE. Raises ValueError as each_row does and UserError as score_letters does.
-    """
+    questions in the form data.CLOZE. Raises ValueError as each_row does and UserError as score_letters does."""
     if quiz.is_cloze:
         return (words(model, quiz, rows, batch_size=batch_size, cloze=True),)
     texts = [prompt(row, style=style) for row in quiz.rows] if prompts is None else prompts
@@ -459,8 +458,7 @@ def check_sae_quality(model, sae, windows: list[list[int]], insist: bool = True,
     Variance explained is 1 - sum |h - SAE(h)|^2 / sum |h - mean h|^2, both sums without the thousandth of tokens with
     the largest norm: a handful of attention sinks, tens of times as long as other tokens, would decide it alone. Raises
     UserError if values are not finite, and unless `insist` is False for an SAE that does not fit the model: read with
-    the wrong architecture, scaling or layer it would give numbers too.
-    """
+    the wrong architecture, scaling or layer it would give numbers too."""
     windows = windows[:: math.ceil(sum(map(len, windows)) / most) or 1]
     stream = edits.iter_residual_stream(model, layer_of(sae), windows, 16, shared=False)
     if not (parts := [rows.float() for rows, _ in stream if len(rows)]):
@@ -499,8 +497,7 @@ class FeatureStats:
     retain: several sets of windows, in each of which a picked feature must be rare; rule: the default of `features`;
     own: ids, or {layer: ids}, in place of what any rule picks; questions, style: for the rules "attribution" and
     "measured", which also needs `utility`, questions that should stay right; insist: as for check_sae_quality; clamp,
-    refusal_value: what the grids of edits.METHODS multiply; refusal_latent: for refusal-clamp.
-    """
+    refusal_value: what the grids of edits.METHODS multiply; refusal_latent: for refusal-clamp."""
 
     model: object
     sae: object
@@ -621,8 +618,7 @@ def measured_order(model, sae, features, clamp, questions: Dataset, utility: Dat
 
     Greedy and lazy (Minoux, Optimization Techniques 234, 1978): a feature's promise is what it took when it was last
     measured, first alone, then beside those chosen since; only the TRIED most promising are measured for each place. n
-    features take some len(features) + TRIED * n edits, where trying all would take n * len(features).
-    """
+    features take some len(features) + TRIED * n edits, where trying all would take n * len(features)."""
 
     def ask(lists):
         rows = {"unablated": NONE} | {f"{ids}": edits.ablation(sae, ids, clamp) for ids in lists}
@@ -681,8 +677,7 @@ def output_scores(model, sae, text: str = "From my experience,", top: int = 20, 
 
     A feature's own tokens are the `top` ones of edits.logit_lens(W_dec[i]). At the last token of a neutral text
     `factor` times the largest activation there is added to the feature's. The score is (1 - rank / d_vocab) *
-    probability of the most probable of its own tokens as the next one. Raises UserError as logit_lens does.
-    """
+    probability of the most probable of its own tokens as the next one. Raises UserError as logit_lens does."""
     hf, everything, scores = model.original_model, Latents(sae, range(sae.cfg.d_sae)), []
     ids, layer = data.padded([data.encode(model.tokenizer, text)], model.tokenizer, model.cfg.device), layer_of(sae)
     acts, scale = everything.encode(residual_stream(hf, ids, layer)[:, -1])

@@ -229,8 +229,7 @@ def train_by_nll(objective, training: Training, *, steps, lr, loss_on="answer", 
 
     rho > 0 is sharpness-aware minimisation, with `npo` sharpness-aware NPO (Fan et al., arXiv 2502.05374; github.com/
     OPTML-Group/Unlearn-Smooth): the forget part's gradient g is taken at w + rho g(w) / ||g(w)||, the retain part's at
-    w. Differs from the release, which takes the sigmoid of the batch's mean loss per token, here `npo` of each text.
-    """
+    w. Differs from the release, which takes the sigmoid of the batch's mean loss per token, here `npo` of each text."""
     model = training.load()
     nll_of = partial(text_nll, model, tokenizer=training.tokenizer, loss_on=loss_on)
     with torch.no_grad():
@@ -282,8 +281,7 @@ def train_mudman(training: Training, *, steps, lr, retain, loss_on="answer", mom
     v being the adversary, w anew every `fork` steps, ||g|| over all weights, and the mask 0 where the signs differ. The
     numbers are the release's, lr 0.1 and retain 1e-3 among them. Differs from it: all weights train, as in the authors'
     later code, not the MLPs' gates; the unlearning loss is -NLL, one of the paper's three, not the entropy; g is taken
-    before the adversary's step, not after it.
-    """
+    before the adversary's step, not after it."""
     model = training.load()
     descent = Fp32AdamW(model.requires_grad_(True).parameters(), 1.0, kind=torch.optim.SGD)
     r, log = [torch.zeros_like(copy) for copy in descent.copies], []
@@ -364,8 +362,7 @@ def train_circuit_breakers(training: Training, *, steps: int, lr: float, retain:
     layers up to the deeper of the two, which LoRA adapts. Differs from the release, which has `retain` 1: LoRA's second
     matrices start a thousandth from 0, where the cosine, at its peak, has no gradient (bfloat16's rounding gives it one
     there); BOS and padding are left out of both means; four texts a step, not sixteen; no final norm follows the last
-    layer that is read.
-    """
+    layer that is read."""
     model, tokenizer = training.load(), training.tokenizer
     n = len(decoder_layers(model))
     first, last = (round(n * layer / 32) for layer in (10, 20))
@@ -407,8 +404,7 @@ def crisp_forget(sae, features: list[int], before, now, counted, pull: float) ->
 
     over the features and counted tokens, pre being the SAE's encoder output before its nonlinearity; what follows the
     + is there only where the feature was active before training. The paper's a_i + lambda c_t (eq. 9) has no floor.
-    before, now: residual stream (batch, pos, d_model). Raises UserError for SAEs of another kind.
-    """
+    before, now: residual stream (batch, pos, d_model). Raises UserError for SAEs of another kind."""
     if sae.cfg.architecture() not in ("standard", "jumprelu") or sae.cfg.normalize_activations != "none":
         raise UserError(f"{sae.source}: CRISP needs a standard or JumpReLU SAE without normalisation")
     latents = Latents(sae, features)
@@ -438,8 +434,7 @@ def train_crisp(training: Training, *, layers: list[int], k: int, alpha, pull, s
     retain text's residual stream there from the one before training; the same behind the final norm. Differs from the
     release: SAEs are read at their own hook point, not at the input of the layer that they are named by; L_coh is on
     Wikitext, not on 20 curated sentences; four texts a step, not one. Raises UserError for an SAE behind the last
-    layer, and if no feature is salient.
-    """
+    layer, and if no feature is salient."""
     model, tokenizer = training.load(), training.tokenizer
     stats = {at.edited_layer: at for at in map(training.stats, layers)}  # by the layer whose output the SAE reads
     features = {layer: salient(*at.rates, k) for layer, at in stats.items()}
@@ -488,8 +483,7 @@ def train_undo(training: Training, *, layers: list[int], alpha: float, beta: flo
     what the teacher says, by KL(teacher || student) per token of forget and retain text. The teacher is CRISP's, as
     usual, with the SAEs of `layers`. Differs from the release (alpha 0.25, beta 0 on WMDP, 0.1 to 0.7 and 0.1 on
     languages): the rate falls linearly to 0, not by a cosine to a tenth after 50 steps of warm-up; BOS is no target;
-    and half of a step's texts are forget texts, where its WMDP runs have general text.
-    """
+    and half of a step's texts are forget texts, where its WMDP runs have general text."""
     if (key := ("UNDO's teacher", *layers)) not in training.cache:
         setting = settings_of(METHODS["crisp"], {"layers": layers}, training.model_name)
         training.cache[key] = train_crisp(training, **setting)[0].requires_grad_(False)
@@ -556,8 +550,7 @@ def train_rmu(training: Training, *, layer, multiple, alpha, steps, lr, batch=BA
     another scale. adaptive: each token by `multiple` times its own norm before training, as in the paper on Adaptive
     RMU (Dang et al., arXiv 2408.06223). Differs from the releases: they average over BOS and padding too, here only
     counted tokens are, in the norms as well (BOS has a norm of its own, and begins retain text alike); they train on
-    two topics in turn, each with a control vector, and take texts once, in their corpus's order.
-    """
+    two topics in turn, each with a control vector, and take texts once, in their corpus's order."""
     model, tokenizer = training.load(), training.tokenizer
     matrices = [matrix.requires_grad_(True) for matrix in down_projections(model.requires_grad_(False), layer).values()]
     originals = [matrix.detach().clone() for matrix in matrices]  # a frozen copy of the model at the price of three
