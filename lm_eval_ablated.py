@@ -331,13 +331,6 @@ def load_ablated(args) -> AblatedLM:
 
 
 # %% The same model in vLLM
-def free(*unused) -> None:
-    """Give the memory of what is not used any more back."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def first_prompts(tokenizer, tasks: dict, chosen: dict, n: int = 16, most: int = 256) -> list[list[int]]:
     """The first n prompts of the tasks as ids, `most` tokens of each."""
     texts = (part.doc_to_text(part.eval_docs[i]) or part.doc_to_target(part.eval_docs[i])
@@ -805,7 +798,11 @@ def run(**changes) -> dict:
             on: vllm_edit.expected(lm.model, lm.tokenizer, on, prompts) for on in (NONE, edit)}  # fmt: skip
         model = lm.pretrained, lm.tokenizer, lm.identity
         del lm  # on a GPU the two do not fit side by side
-        free([sae.to("cpu") for sae in saes])
+        for sae in saes:
+            sae.to("cpu")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         if args.serve:
             vllm_edit.serve(model, args.host, args.serve, options, edit, saes, prompts, known.get(edit))
             return {}

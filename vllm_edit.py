@@ -31,19 +31,17 @@ ENGINE = {"worker_extension_cls": "vllm_edit.EditExtension", "enforce_eager": Tr
 def only_rows(sae: SAE, settings: dict) -> tuple[SAE, dict]:
     """The SAE with no other features than the settings name, and the settings with its ids. A top-k SAE stays whole,
     as whether a feature is among the top k depends on all others; so does one of which all features are used."""
-    names = [name for name in ("features", "refusal") if name in settings]
-    if not names or sae.cfg.architecture() == "topk":
+    if "features" not in settings or sae.cfg.architecture() == "topk":
         return sae, settings
-    ids = [i for name in names for i in (settings[name] if name == "features" else [settings[name]])]
-    cfg = copy.deepcopy(sae.cfg)
+    n, refusal = len(settings["features"]), [settings["refusal"]] if "refusal" in settings else []
+    ids, cfg = torch.tensor([*settings["features"], *refusal]), copy.deepcopy(sae.cfg)
     cfg.d_sae = len(ids)
-    axes = {"W_enc": 1, "b_dec": None}  # of all others the features are the first axis
-    rows = {name: value if axes.get(name, 0) is None else value.index_select(axes.get(name, 0), torch.tensor(ids))
-            for name, value in sae.to("cpu").state_dict().items()}  # fmt: skip
+    rows = {name: value.cpu() for name, value in sae.state_dict().items()}
+    rows = {name: value if name == "b_dec" else value[:, ids] if name == "W_enc" else value[ids]
+            for name, value in rows.items()}  # fmt: skip
     small = type(sae)(cfg)
     small.load_state_dict(rows)
-    n = len(settings.get("features", ()))
-    return small, settings | {"features": [*range(n)]} | ({"refusal": n} if "refusal" in names else {})
+    return small, settings | {"features": [*range(n)]} | ({"refusal": n} if refusal else {})
 
 
 def write(edit: Edit, saes: list[SAE], tokenizer, folder: Path) -> str:
@@ -52,19 +50,16 @@ def write(edit: Edit, saes: list[SAE], tokenizer, folder: Path) -> str:
     if edit.needs_whole_prompt:
         raise UserError(f"{edit.method} looks at a whole prompt before it edits, which vLLM cuts up: it runs with "
                         "Hugging Face's engine alone")  # fmt: skip
-    parts = (
-        edit.settings["edits"] if edit.method == "together" else [{"method": edit.method, "settings": edit.settings}]
-    )
     of, written = {layer_of(sae): sae for sae in saes}, []
-    for part in parts if edit.at else ():
-        settings = {name: value for name, value in part["settings"].items() if name != "layers"}
-        for layer in part["settings"]["layers"]:
-            sae, own = (of[layer], settings) if METHODS[part["method"]].needs_sae else (None, settings)
-            if sae is not None:
-                sae, own = only_rows(sae, settings)
-                sae.save_model(folder / str(layer))
-            where = None if sae is None else str(folder / str(layer))
-            written.append({"method": part["method"], "settings": own, "layer": layer, "sae": where})
+    parts = edit.settings.get("edits", [{"method": edit.method, "settings": edit.settings}] if edit.at else [])
+    for method, given in ((part["method"], part["settings"]) for part in parts):
+        for layer in given["layers"]:
+            settings, where = {name: value for name, value in given.items() if name != "layers"}, None
+            if METHODS[method].needs_sae:
+                sae, settings = only_rows(of[layer], settings)
+                where = str(folder / str(layer))
+                sae.save_model(where)
+            written.append({"method": method, "settings": settings, "layer": layer, "sae": where})
     mask = {"special": special_ids(tokenizer), "all_but_bos": getattr(tokenizer, "edit_special", "") == "all-but-bos"}
     return json.dumps({"edits": written, **mask})
 
@@ -97,9 +92,9 @@ class EditExtension:
                            model.register_forward_hook(self._see_what_is_not_finite)]  # fmt: skip
         here = []
         for at in given["edits"]:
-            layer = lists[0][at["layer"]] if at["layer"] < n else None
-            if layer is None:
+            if at["layer"] >= n:
                 raise UserError(f"layer {at['layer']}: vLLM's {type(model).__name__} has layers 0 to {n - 1}")
+            layer = lists[0][at["layer"]]
             if not any(True for _ in layer.parameters()):  # another rank of the pipeline has it
                 continue
             sae = SAE.load_from_disk(at["sae"], dtype="float32").requires_grad_(False) if at["sae"] else None
@@ -134,7 +129,7 @@ class EditExtension:
         parts = output if isinstance(output, tuple) else (output,)
         if len(parts) != 2 or not all(torch.is_tensor(part) and part.shape == parts[0].shape for part in parts):
             raise UserError(
-                f"vLLM's {type(module).__name__} does not return (hidden, residual): no edit can be made there"
+                f"vLLM's {type(module).__name__} does not return (hidden, residual): an edit cannot be made"
             )
         h = parts[0] + parts[1]
         edited = f(h[None], self.edit_seen.mask[None])[0]
@@ -169,9 +164,7 @@ def check_counts(found: list[dict], edit: Edit, probe: bool = False) -> dict[int
     tokens = max(rank["tokens"] for rank in found)
     edited = {at: max(rank["edited"].get(at, -1) for rank in found) for at in edit.at if tokens}
     if passed_by := [layer for layer, n in edited.items() if n < 0]:
-        raise UserError(
-            f"vLLM has run its model and not called layers {passed_by} as modules: no edit can be made there"
-        )
+        raise UserError(f"vLLM has run its model without calling layers {passed_by}: an edit cannot be made there")
     idle = all(getattr(f, "always", False) for f in edit.at.values())  # such as SAE patched, nothing ablated
     if edited and not probe and not idle and not any(edited.values()):
         raise UserError(f"{edit.method} changed none of the {tokens} tokens that vLLM's model has read: its features "
@@ -184,12 +177,12 @@ def expected(model, tokenizer, edit: Edit, prompts: list[list[int]]) -> tuple[to
     """Log-probabilities (tokens,) of the prompts' tokens but each one's first, from a Hugging Face model with the edit,
     and by how much rounding differently changes them."""
 
+    rows = [torch.tensor([ids], device=model.device) for ids in prompts]
+
     def run():
         with applied(model, tokenizer, edit):
-            rows = [
-                (torch.tensor(ids), log_probs(model, torch.tensor([ids], device=model.device))[0]) for ids in prompts
-            ]
-        return torch.cat([found[:-1].gather(1, ids[1:, None])[:, 0] for ids, found in rows])
+            found = [log_probs(model, ids)[0, :-1].gather(1, ids[0, 1:, None].cpu())[:, 0] for ids in rows]
+        return torch.cat(found)
 
     found = run()
     return found, rounded_differently(model, run) - found
@@ -211,14 +204,13 @@ def of_prompts(prompts: list[list[int]], outputs: list) -> torch.Tensor:
 def compared(found: torch.Tensor, wanted: torch.Tensor, rounding: torch.Tensor, edit: Edit) -> str:
     """What comparing came to, as a line. Raises UserError if more than rounding stands between the two."""
     under = f"under {edit.method}" if edit.at else "without an edit"
+    largest = (found - wanted).abs().max()
     said = (
-        f"{under}: {len(found)} log-probabilities differ by up to {(found - wanted).abs().max():.2g} nats between vLLM"
+        f"vLLM against Hugging Face's model {under}: {len(found)} log-probabilities differ by up to {largest:.2g} nats"
     )
     if not explained_by_rounding(found - wanted, lambda: rounding):
-        raise UserError(
-            f"{said} and Hugging Face's model, more than rounding explains: what vLLM scores is not this model"
-        )
-    return f"{said} and Hugging Face's model, no more than rounding explains"
+        raise UserError(f"{said}, more than rounding explains: what vLLM scores is not this model")
+    return f"{said}, no more than rounding explains"
 
 
 # ------------------------------------------------------------------------------------------------ serving
@@ -227,10 +219,10 @@ def serve(model: tuple, host: str, port: int, options: dict, edit: Edit, saes: l
     ...); options: of vLLM, by name; prompts: lists of ids, tried first; known: None or what `expected` returned for
     them. Raises UserError as install_edit, check_counts and compared do."""
     path, tokenizer, *_ = model
-    flags = ["--model", path, "--served-model-name", Path(path).name, "--host", host, "--port", str(port)]
-    for option, value in options.items():
-        option = option.replace("_", "-")
-        flags += [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
+    options, flags = options | {"model": path, "served_model_name": Path(path).name, "host": host, "port": port}, []
+    for name, value in options.items():
+        name = name.replace("_", "-")
+        flags += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     with tempfile.TemporaryDirectory() as folder:
         text = write(edit, saes, tokenizer, Path(folder))
         asyncio.run(serving(flags, text, edit, prompts, known))
@@ -255,9 +247,8 @@ async def serving(flags: list[str], text: str, edit: Edit, prompts: list, known)
         if known:
             print(compared(of_prompts(prompts, outputs), *known, edit))
         under = f"under {edit.method} ({label(edit.method, edit.settings)})"
-        print(
-            f"{args.served_model_name[0]} {under} changes {edited} of {sum(map(len, prompts))} tokens tried, by layer"
-        )
+        tokens = sum(map(len, prompts))
+        print(f"{args.served_model_name[0]} {under} changes, of {tokens} tokens tried, {{layer: tokens}} {edited}")
         print(f"{address}/v1 answers OpenAI's clients until Ctrl-C", flush=True)
         ended = await build_and_serve(engine, address, sock, args)
     try:

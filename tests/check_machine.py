@@ -6,9 +6,10 @@ What a machine makes of all this: every script in small on a random model of gem
     python tests/check_machine.py --device cuda:1
     python tests/check_machine.py --shape small       # a small model: a few minutes on two CPU cores
 
-Printed, and written to one JSON report: time and peak memory of every script, on prompts of up to 900 tokens; whether
-tiny gives in float32 what it gives on the CPU; what other batches change in bfloat16; the ratios of the benches; where
-vLLM is installed, whether it agrees. Exit code 1 where a script failed or tiny answered otherwise. What it says of a card belongs into docs/real_models.md.
+Printed, and written to one JSON report: time and peak memory of every script, on prompts of up to 900 tokens, of
+lm-eval also in vLLM where it is installed; whether tiny gives in float32 what it gives on the CPU; what other batches
+change in bfloat16; the ratios of the benches. Exit code 1 where a script failed or tiny answered otherwise. What it
+says of a card belongs into docs/real_models.md.
 """
 
 import argparse

@@ -207,7 +207,7 @@ def test_an_edit_that_was_passed_by_is_an_error(flat, tmp_path):
     ranks = [{**READ, "edited": {0: 4}}, {**READ, "edited": {2: 0}}]
     assert vllm_edit.check_counts(ranks, edit) == {0: 4, 2: 0}
     assert vllm_edit.check_counts([{**READ, "tokens": 0, "edited": {}}], edit) == {}  # all answers from a cache
-    with pytest.raises(UserError, match=r"not called layers \[0\]"):
+    with pytest.raises(UserError, match=r"without calling layers \[0\]"):
         vllm_edit.check_counts(ranks[1:], edit, probe=True)
     none = [{**READ, "edited": {0: 0, 2: 0}}]
     assert vllm_edit.check_counts(none, edit, probe=True) == {0: 0, 2: 0}
