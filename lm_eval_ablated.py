@@ -311,8 +311,6 @@ def shared(lm: Checked, inner):
 def load_ablated(args) -> AblatedLM:
     """The model, without an edit; UserError if it cannot be loaded. `Shared` alone knows of other processes."""
     given = simple_parse_args_string(args.model_args)
-    if given.get("trust_remote_code"):
-        raise UserError("--model_args trust_remote_code=True: code from a repository is never run here")
     if args.engine == "vllm":  # of what it is given, what decides which model is meant
         names = {"revision": "revision", "tokenizer": "tokenizer", "lora_local_path": "peft"}
         given = {names[name]: value for name, value in given.items() if name in names}
@@ -784,6 +782,8 @@ def run(**changes) -> dict:
         raise UserError(f'{args.samples}: give JSON {{task: [indices]}}, as {{"tiny_mmlu": [0, 3, 4]}}')
     chosen = choose(tasks, args.pick_on == "half", args.seed, args.subjects, samples, args.limit)
 
+    if simple_parse_args_string(args.model_args).get("trust_remote_code"):
+        raise UserError("--model_args trust_remote_code=True: code from a repository is never run here")
     options = vllm_options(args) if args.engine == "vllm" else None
     if args.serve and not options:
         raise UserError("--serve: give --engine vllm too")
