@@ -113,15 +113,11 @@ def tune(model, method: Method, grid: list[dict], saes: dict, benchmark, args, c
             edits.from_grid(args.method, setting, training.stats(args.layer)) for setting in grid]  # fmt: skip
     rows = {label(args.method, edit.settings) or method.title: edit for edit in made}
     parts = [scored(model, rows={"unablated": NONE, **({} if method.train else rows)}, cached=cached)]
-
-    def trained(name: str) -> list:
-        hf, _ = method.train(training, **rows[name].settings)
-        return scored(as_bridge(hf, model.tokenizer, args.model), rows={name: NONE})
-
     for name in tqdm(rows if method.train else (), desc="settings", unit="setting", leave=False):
-        parts.append(cached(name, lambda: trained(name)))  # noqa: B023
+        train = partial(method.train, training, **rows[name].settings)
+        parts += [cached(name, lambda: scored(as_bridge(train()[0], model.tokenizer, args.model), rows={name: NONE}))]  # noqa: B023
     if twin := load_retrained(args.model, benchmark.wmdp, args.device, args.dtype):
-        parts.append(cached(show.RETRAINED, lambda: scored(twin, rows={show.RETRAINED: NONE})))
+        parts += [cached(show.RETRAINED, lambda: scored(twin, rows={show.RETRAINED: NONE}))]
     return rows, [joined(same) for same in zip(*parts)]
 
 
@@ -156,7 +152,6 @@ def run(**changes) -> dict:
     show.table(held_out, shown, title=f"chosen on the tuning half: {chosen}")
     if benchmark.wmdp.published:
         print(f"\n{benchmark.wmdp.published}")
-
     started, training = time.time(), prepare(model, benchmark, saes, args)  # without what tuning has measured
     more, figures = {"chosen": chosen, "grid": grid}, {}
     if method.train:

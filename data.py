@@ -371,8 +371,7 @@ def flaw_of(row: dict) -> str | None:
 
 
 def check_questions(rows: list[dict], source: str, refuse: bool) -> None:
-    """Says how many of the rows are flawed questions, and which. With `refuse` raises UserError for more than FLAWED of
-    them, and for any blank one: published sets are asked as they are."""
+    """Says which rows are flawed questions. refuse: raises UserError for more than FLAWED of them, or a blank one."""
     flaws = [flaw_of(row) for row in rows if "choices" in row]
     for flaw in dict.fromkeys(filter(None, flaws)):
         numbers = [number for number, other in enumerate(flaws, 1) if other == flaw]
@@ -510,8 +509,7 @@ def reordered(row: dict, order: tuple[int, ...]) -> dict:
 
 
 def prompt(row: dict, style: str = "plain") -> str:
-    """The 0-shot template of lm-eval's wmdp and mmlu tasks, byte for byte. Style "saebench": without "Answer:", with
-    which SAEBench (arXiv 2503.09532) begins the model's turn instead."""
+    """The 0-shot template of lm-eval's wmdp and mmlu tasks, byte for byte, or SAEBench's (arXiv 2503.09532)."""
     subject = (row.get("subject") or row.get("asked_about") or "biology").replace("_", " ")
     options = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, row["choices"]))
     header = f"The following are multiple choice questions (with answers) about {subject}.\n"
@@ -561,8 +559,7 @@ CLOZE = "Complete the following {topic} questions with the correct answer.\n\nQu
 
 
 def encode_words(tokenizer, questions: list[dict], form: str = IN_WORDS) -> tuple[list[list[int]], list[int]]:
-    """Four rows of ids for each question, the bare question with each option as its answer in words, and for each row
-    the index of the answer's first token. form: IN_WORDS or CLOZE."""
+    """Four rows of ids a question, with each option as its answer in words; the index of each answer's first token."""
     asked = [(form.format(row["question"].strip(), topic=row.get("asked_about", "biology").replace("_", " ")), row)
              for row in as_list(questions, "questions")]  # fmt: skip
     pairs = [encode_answer(tokenizer, text, choice.strip()) for text, row in asked for choice in row["choices"]]

@@ -163,8 +163,7 @@ def each_row(model, rows: dict, score) -> torch.Tensor:
 
 
 def measure_of(dataset: Dataset, what: str, title: str, unit: str, rows: dict, values, **more) -> Measure:
-    """The Measure DATASET/what, or DATASET/tuning/what on the tuning half. more: its other fields; groups are by
-    default the subjects of the questions, if all have one."""
+    """The Measure DATASET/what or DATASET/tuning/what. more: its other fields; groups: subjects, if all have one."""
     tuning = dataset.half == "tuning"
     name, title = f"{dataset.name}/{'tuning/' * tuning}{what}", f"{dataset.title}{', tuning half' * tuning}, {title}"
     subjects = tuple(row.get("subject") for row in dataset.rows)
@@ -296,8 +295,7 @@ def best_row(forget: dict[str, Score], retain: dict[str, Score]) -> str:
 
 
 def robust_only(model, quiz: Dataset, *, style: str = "plain", batch_size: int = 16) -> Dataset:
-    """The questions that the unablated model answers right in all 24 orders of the options (SAEBench, arXiv
-    2503.09532); none is asked again after a wrong answer. Raises UserError where none is left."""
+    """The questions right in all 24 orders of options (SAEBench, arXiv 2503.09532). Raises UserError for none."""
     for number, order in enumerate(data.PERMUTATIONS, 1):
         rows = [data.reordered(row, order) for row in quiz.rows]
         prompts, ids = encode_prompts(model.tokenizer, [prompt(row, style=style) for row in rows], style)
@@ -309,8 +307,7 @@ def robust_only(model, quiz: Dataset, *, style: str = "plain", batch_size: int =
 
 
 def questions(model, quiz: Dataset, limit=None, style: str = "plain", skip_long=False, robust=False) -> Dataset:
-    """A seeded sample of `limit` questions that fit into the model's positions (data.drop_too_long); robust: of these
-    the ones that robust_only leaves. Raises UserError as these two do."""
+    """`limit` sampled questions that fit (data.drop_too_long); robust: what robust_only leaves. Errors: of both."""
     quiz = data.drop_too_long(model.tokenizer, quiz.sample(limit), style, skip_long)
     return robust_only(model, quiz, style=style) if robust else quiz
 
@@ -683,11 +680,9 @@ def output_scores(model, sae, text: str = "From my experience,", top: int = 20, 
     acts, scale = everything.encode(residual_stream(hf, ids, layer)[:, -1])
     for vectors in everything.W_dec.split(256):
         added = factor * acts.max() * vectors * scale
-
-        def amplified(h, mask, added=added):
-            return torch.cat([h[:, :-1], (h[:, -1:] + added[:, None].to(h.device)).to(h.dtype)], 1)
-
-        with applied(hf, model.tokenizer, Edit("output-score", at={layer: amplified})):
+        amplified = Edit("output-score", at={layer: lambda h, mask, added=added: torch.cat(
+            [h[:, :-1], (h[:, -1:] + added[:, None].to(h.device)).to(h.dtype)], 1)})  # fmt: skip
+        with applied(hf, model.tokenizer, amplified):
             probs = hf(ids.expand(len(added), -1), use_cache=False).logits[:, -1].float().softmax(-1)
         its_own = edits.logit_lens(model, vectors).topk(top).indices
         best = probs.gather(1, its_own.to(probs.device)).max(1, keepdim=True).values

@@ -59,8 +59,7 @@ def accuracies(settings: dict, quizzes: tuple[str, str] = HELD_OUT) -> list[tupl
 
 
 def frontier(costs: list[tuple[float, float]]) -> list[int]:
-    """Indices of the pairs that no other beats in one coordinate without losing in the other; lower is better in both.
-    Sorted by the first coordinate; of equal pairs the first one counts."""
+    """Indices of the pairs, lower being better, that no other beats in one without losing in the other; sorted."""
     lowest, kept = float("inf"), []
     for i in sorted(range(len(costs)), key=lambda i: (*costs[i], i)):
         if costs[i][1] < lowest:
@@ -139,8 +138,7 @@ def origin_of(record: dict) -> tuple[str, ...]:
 
 
 def by_method(records: list[dict]) -> dict[str, dict]:
-    """{method: settings} of all records, but for rows that ablate nothing. If a method has rows of several origins, the
-    settings are those of one each, and these are part of the name."""
+    """{method: settings} of all records, but for rows that ablate nothing; one for each of several origins."""
     groups = {}
     for record in records:
         first, *others = record["rows"]

@@ -60,7 +60,6 @@ from hub import identity, load_tokenizer, preset
 from runs import Run, benchmark_options, forget_title, read_record
 
 RELEARNED = 0.9  # share of the original model's accuracy at which knowledge counts as recovered
-LEARNING_RATE = {"tiny": 1e-3}  # elsewhere 2e-5, usual for fine-tuning whole models
 STEPS, TEXTS = 25, 8  # of fine-tuning with --all; texts a step
 BITS = (8, 4)  # that weights are rounded to
 SHARE = 0.1  # of the residual stream's length: the bound of the push
@@ -111,8 +110,7 @@ def round_weights(model, bits: int) -> None:
 
 
 def fine_tune(model, tokenizer, sets: list[list], marks: list[int], lr: float, seed: int):
-    """Train all weights in place with next-token loss on (ids, start) windows, a step on each of the sets in turn.
-    Yields at each of the marks, a number of steps, and ends at the last."""
+    """Train all weights in place by next-token loss on (ids, start) windows, a step a set in turn; yield at marks."""
     rng = random.Random(seed)
     texts = map(next, cycle([unlearning.endless_batches(windows, TEXTS, rng) for windows in sets]))
     model.requires_grad_(True)
@@ -525,7 +523,7 @@ def run(**changes) -> dict:
     records = [read_tuned(path) for path in paths] or [own_record(args)]
     paths = paths or ["these features"]
     same, dtype = shared_settings(records), args.dtype or records[0]["dtype"]
-    name, lr = same["model"], args.lr or LEARNING_RATE.get(same["model"], 2e-5)
+    name, lr = same["model"], args.lr or (1e-3 if same["model"] == "tiny" else 2e-5)  # usual for whole models
     subjects = subjects_of(paths, records, args.device, dtype)
     benchmark, questions, reworded = load_questions(records, same, args.shots, load_tokenizer(preset(name).model))
     current = Run(__file__, args, [*benchmark.datasets, reworded], also=[records, steps], model=name, dtype=dtype)
@@ -538,7 +536,6 @@ def run(**changes) -> dict:
     if benchmark.wmdp.published:
         print(f"\n{benchmark.wmdp.published}")
     title = f"{Path(name).name}: {forget_title(*records)}" + (f", {steps} steps of fine-tuning" if steps else "")
-
     drawn = [replace(stages[name], title=name) for name in DRAWN if name in stages]
     marks = [[cell["share"] for cell in of_row.values()] for of_row in shares.values()]
     back = [[m[row].mean for m in curve.values()] for row in curve[0].rows]

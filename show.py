@@ -214,12 +214,11 @@ def effects_figure(forget, retain, features: list[int], title: str):
         y = np.array([-100 * measure[row].change for row in rows])
         axes.scatter(x, y, s=16, c=[ABLATED if q[row] < 0.05 else "0.6" for row in rows], linewidths=0)
         best = sorted(range(len(features)), key=lambda i: -max(y[i], x[i]))[:10]
-        names = [axes.text(x[i], y[i], f"{features[i]}", size=8) for i in best if max(y[i], x[i]) > 0]
         axes.axhline(0, color="0.4", ls="--", lw=0.8)
         axes.axvline(0, color="0.4", ls="--", lw=0.8)
         lost = [f"{plain(of.title.replace(', tuning half', ''))}, points lost" for of in (retain, measure)]
         axes.set(xlabel=lost[0], ylabel=lost[1])
-        spread(names, x, y, axes)
+        spread([axes.text(x[i], y[i], f"{features[i]}", size=8) for i in best if max(y[i], x[i]) > 0], x, y, axes)
     figure.suptitle(f"{plain(title)}: each alone; red: stands out among all, false discoveries 5%", size=10)
     return figure
 
@@ -340,14 +339,13 @@ def scatter(features: list[int], forget: Rates, retain: Rates, title: str):
     axes.scatter(x[others], y[others], s=8, c="0.65", label="other features", linewidths=0)
     axes.scatter(x[features], y[features], s=18, c=ABLATED, marker="D", label=f"picked ({len(features)})", linewidths=0)
     axes.plot([max(never), 1], [max(never), 1], color="0.4", lw=0.8, ls=":", label="equal rates")
-    names = [axes.text(x[i], y[i], f"{i}", size=8) for i in features[:5]]
     axes.set(xscale="log", yscale="log", title=plain(title))
     axes.set(xlabel="tokens of the retain set on which it fires", ylabel="tokens of the forget set on which it fires")
     for axis, least in zip((axes.xaxis, axes.yaxis), never):
         shares = [10.0**k for k in range(-6, 1) if 10.0**k > 2 * least]
         axis.set_ticks([least, *shares], ["never", *(f"{100 * share:g}%" for share in shares)])
         axis.set_minor_locator(plt.NullLocator())
-    spread(names, x[features], y[features], axes)
+    spread([axes.text(x[i], y[i], f"{i}", size=8) for i in features[:5]], x[features], y[features], axes)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 

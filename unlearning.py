@@ -56,8 +56,7 @@ class Training:
 
 
 def answer_window(tokenizer, question: str, answer: str) -> Window:
-    """A question and its answer, the target, cut at the front to QUESTION_TOKENS: open-unlearning cuts at the end,
-    where the answer is. No EOS follows: a prompt is not a turn of a chat here."""
+    """A question with its answer as target, without EOS, cut to QUESTION_TOKENS at the front, where no answer is."""
     ids, start = encode_answer(tokenizer, question, answer)
     front = opening(tokenizer) or [tokenizer.bos_token_id]
     bos = front if ids[: len(front)] == front else []
