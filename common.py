@@ -26,7 +26,7 @@ from transformers.utils.logging import _get_default_logging_level, set_verbosity
 
 import edits
 import hub
-from data import HERE, Dataset, UserError, first_line, in_a_line, n_processes, process_device, total_of_processes
+from data import HERE, Dataset, UserError, first_line, in_a_line, n_processes, process_state, total_of_processes
 from edits import NONE, Latents, ablation, layer_of, patched, reconstruction  # noqa: F401 (lessons have them from here)
 
 gc.freeze()
@@ -50,7 +50,8 @@ def load_hf(name: str, device=None, dtype=None, device_map=None, edit_special="n
         raise UserError("device_map spreads one model over the GPUs: give no device, and start one process")
     path, dtype = hub.resolve_model(name), dtype or hub.preset(name).dtype
     options = {"dtype": getattr(torch, dtype), "attn_implementation": "eager", "device_map": device_map}
-    device = process_device() or usable_device(device)
+    own = process_state().device  # what accelerate gives each of several processes
+    device = usable_device(device) if n_processes() == 1 else "cpu" if own.type == "cpu" else str(own)
     try:
         tokenizer = hub.load_tokenizer(path, edit_special)
         model = hub.load_weights(AutoModelForCausalLM, path, **options)

@@ -801,12 +801,6 @@ def own_share(items: range) -> range:
     return items[process_state().process_index :: n_processes()]
 
 
-def process_device() -> str | None:
-    """The device that accelerate gives this process; None where it is the only one."""
-    device = process_state().device
-    return None if n_processes() == 1 else "cpu" if device.type == "cpu" else str(device)
-
-
 def total_of_processes(part):
     """Elementwise sum of all processes' tensors; exact where one process has the entry and the others 0."""
     if n_processes() == 1:

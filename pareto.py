@@ -113,9 +113,8 @@ def table(lines: list[dict], forget: str = "WMDP-Bio") -> str:
         return f"{value:.3f}" if "area" in head else f"{value:.2f}" if "P(" in head else f"{100 * value:.1f}"
 
     heads = [head for head in max(lines, key=len) if head != "frontier"]
-    text = show.markdown(heads, [[cell(head, line.get(head)) for head in heads] for line in lines])
-    text += "\n\nAccuracies in %. Frontiers on the held-out half, each setting with its MMLU and "
-    text += f"{forget} accuracy:\n\n"
+    text = show.markdown(heads, [[cell(head, line.get(head)) for head in heads] for line in lines]) + "\n\n"
+    text += f"Accuracies in %. Frontiers on the held-out half, each setting with its MMLU and {forget} accuracy:\n\n"
     for line in lines:
         at = [f"{row.removeprefix(line['method'] + ', ')} ({100 * mmlu:.1f}, {100 * wmdp:.1f})"
               for row, mmlu, wmdp in line["frontier"]]  # fmt: skip

@@ -88,8 +88,7 @@ def drawn_windows(tokenizer, texts: list[str], context: int, tokens: int, seed: 
 def activations(model, windows: list[list[int]], layers: list[int], batch_size: int, seed: int):
     """Endlessly yield {hook point: (n, d_model) fp32 residuals of counted tokens}, windows shuffled each epoch."""
     captured, rng = {}, random.Random(seed)
-    names = [HOOK.format(layer) for layer in layers]
-    hooks = [(name, lambda h, hook, name=name: captured.update({name: h})) for name in names]
+    hooks = [(name, lambda h, hook, name=name: captured.update({name: h})) for name in map(HOOK.format, layers)]
     while True:
         order = rng.sample(windows, len(windows))
         for start in range(0, len(order), batch_size):
