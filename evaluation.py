@@ -401,9 +401,8 @@ def written_answers(model, questions: list[dict], edits, room: int, batch_size=1
         for k, edit in enumerate(edits):
             with applied(model, model.tokenizer, edit):
                 written = model.original_model.generate(
-                    ids, attention_mask=mask, do_sample=False, temperature=None, top_p=None, top_k=None,
-                    max_new_tokens=room, use_cache=not edit.needs_whole_prompt, pad_token_id=pad,
-                )[:, ids.shape[1] :]  # fmt: skip
+                    ids, attention_mask=mask, do_sample=False, max_new_tokens=room, pad_token_id=pad,
+                    use_cache=not edit.needs_whole_prompt)[:, ids.shape[1] :]  # fmt: skip
             texts = model.tokenizer.batch_decode(written, skip_special_tokens=True)
             found += [((k, i), text.split("\n")[0].strip()) for i, text in zip(picked, texts)]
     found = dict(gather_object(found))  # each process has written its share

@@ -542,10 +542,10 @@ def run(**changes) -> dict:
     floor = "one retrained without the facts" if show.RETRAINED in measures["wmdp_bio/letters"].rows else "chance"
     label = f"{title}\nshare forgotten, %: 0 like the unablated model, 100 like {floor}"
     figures = {"rows": lambda: show.intervals(drawn, title),
-               "survives": lambda: show.shaded(list(shares), list(stages), marks, label)}  # fmt: skip
+               "survives": lambda: show.shaded(shares, stages, marks, label)}  # fmt: skip
     if steps:
         label_of = f"{title}\nright answers, %, after so many steps on the asked facts"
-        figures["curves"] = lambda: show.shaded(curve[0].rows, list(curve), back, label_of)
+        figures["curves"] = lambda: show.shaded(curve[0].rows, curve, back, label_of)
     rows = {s.name: s.edit for s in subjects}
     return current.write(rows, measures.values(), figures, table=text, pushed=pushes, survives=shares)
 

@@ -113,16 +113,15 @@ def table(measures, rows=None, title: str | None = None) -> None:
 
 def column(measure, rows: list[str]) -> list[str]:
     """A column of `table`: the Measure's data set, what is measured, and a cell for each row, "" where it has none."""
-    data, _, what = measure.title.rpartition(", ")
-    unit = "" if measure.unit == "probability" else f", {measure.unit}"
+    (data, _, what), unit = measure.title.rpartition(", "), measure.unit
+    shown = "" if unit == "probability" else f", {unit}"
     count = f"n {measure.values.shape[1]}" if measure.weights is None else (
         f"{int(sum(measure.weights)):,} tokens of {len(measure.weights)} documents")  # fmt: skip
     chance = f", chance {100 * measure.chance:.0f}%" if measure.chance else ""
     known = {row: score for row, score in measure.scores().items() if row in rows}
-    reach = max(len(mean_text(score, measure.unit)) for score in known.values()) + 2
-    cells = {row: f"{mean_text(score, measure.unit):{reach}}{change_text(score, measure.unit)}"
-             for row, score in known.items()}  # fmt: skip
-    return [data, f"{what}{unit} ({count}{chance})", *(cells.get(row, "") for row in rows)]
+    reach = max(len(mean_text(score, unit)) for score in known.values()) + 2
+    cells = {row: f"{mean_text(score, unit):{reach}}{change_text(score, unit)}" for row, score in known.items()}
+    return [data, f"{what}{shown} ({count}{chance})", *(cells.get(row, "") for row in rows)]
 
 
 def intervals(measures, title: str):
