@@ -98,6 +98,7 @@ from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import model_registry, register_model
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table, simple_parse_args_string
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -108,7 +109,20 @@ import show
 import vllm_edit
 from common import bare_generation, load_sae, usable_device
 from data import HERE, LETTERS, Dataset, UserError
-from edits import METHODS, NONE, Edit, applied, decoder_layers, final_norm, from_grid, label, layer_of, make, together
+from edits import (
+    METHODS,
+    NONE,
+    Edit,
+    applied,
+    decoder_layers,
+    final_norm,
+    from_grid,
+    label,
+    layer_of,
+    make,
+    random_ids,  # fmt: skip
+    together,
+)
 from evaluation import FeatureStats, Measure, check_sae_quality, measure_of
 
 TASKS = HERE / "lm_eval_tasks"
@@ -181,6 +195,12 @@ class Checked:
                             "out with --samples, or ask with fewer examples")  # fmt: skip
 
 
+def identities(path: str, given: dict) -> dict[str, str]:
+    """hub.identity of the model and of what else is loaded by `hf`'s arguments."""
+    loaded = {name: given[name] for name in ("peft", "delta", "tokenizer") if isinstance(given.get(name), str)}
+    return {name: hub.identity(source) for name, source in {"model": path, **loaded}.items()}
+
+
 class AblatedLM(Checked, HFLM):
     """lm-eval's `hf`, with all of its arguments, and an edit that is on in every forward pass.
 
@@ -198,8 +218,7 @@ class AblatedLM(Checked, HFLM):
         self.tokenizer.n_embeddings = len(self.model.get_input_embeddings().weight)
         # what the answers come from: content or commit of all that was loaded, and all arguments that may matter
         where = str(Path(path, kwargs.get("subfolder") or "")) if Path(path).is_dir() else path
-        loaded = {name: kwargs[name] for name in ("peft", "delta", "tokenizer") if isinstance(kwargs.get(name), str)}
-        self.identity = {name: hub.identity(source) for name, source in {"model": where, **loaded}.items()}
+        self.identity = identities(where, kwargs)
         if "revision" in kwargs:
             self.identity["revision"] = f"{kwargs['revision']}@{getattr(self.model.config, '_commit_hash', None)}"
         self.arguments = {name: str(kwargs[name]) for name in sorted(kwargs) if "batch_size" not in name}
@@ -308,13 +327,24 @@ def shared(lm: Checked, inner):
     return view
 
 
+def model_args(args) -> dict:
+    """--model_args by name, with underscores. Raises UserError for code from a repository."""
+    given = {name.replace("-", "_"): value for name, value in simple_parse_args_string(args.model_args).items()}
+    if given.get("trust_remote_code"):
+        raise UserError("--model_args trust_remote_code=True: code from a repository is never run here")
+    return given
+
+
+def hf_args(args) -> dict:
+    """Those of `hf`; of vLLM's the ones that decide which model is meant, by `hf`'s names."""
+    names = {"revision": "revision", "tokenizer": "tokenizer", "lora_local_path": "peft"}
+    given = model_args(args)
+    return given if args.engine == "hf" else {names[name]: given[name] for name in names if name in given}
+
+
 def load_ablated(args) -> AblatedLM:
     """The model, without an edit; UserError if it cannot be loaded. `Shared` alone knows of other processes."""
-    given = simple_parse_args_string(args.model_args)
-    if args.engine == "vllm":  # of what it is given, what decides which model is meant
-        names = {"revision": "revision", "tokenizer": "tokenizer", "lora_local_path": "peft"}
-        given = {names[name]: value for name, value in given.items() if name in names}
-    more = {"attn_implementation": "eager", **given}  # eager as in TransformerLens
+    more = {"attn_implementation": "eager", **hf_args(args)}  # eager as in TransformerLens
     if args.device_map and (args.device or data.n_processes() > 1):
         raise UserError("--device-map spreads one model over the GPUs: leave out --device and accelerate launch")
     if args.device_map and torch.cuda.is_available():
@@ -329,21 +359,27 @@ def load_ablated(args) -> AblatedLM:
 
 
 # %% The same model in vLLM
-def first_prompts(tokenizer, tasks: dict, chosen: dict, n: int = 16, most: int = 256) -> list[list[int]]:
-    """The first n prompts of the tasks as ids, `most` tokens of each."""
-    texts = (part.doc_to_text(part.eval_docs[i]) or part.doc_to_target(part.eval_docs[i])
-             for _, parts in tasks.values() for part in parts for i in chosen.get(part.task_name, ()))  # fmt: skip
-    rows = (tokenizer(str(text))["input_ids"][:most] for text in texts)
-    return list(itertools.islice((row for row in rows if len(row) > 1), n))
+def first_prompts(lm, tasks: dict, chosen: dict, most: int, n: int = 16) -> list[list[int]]:
+    """The first n prompts of the tasks as ids, `most` tokens of each; of a task that has no text for all of a
+    document's options, what the document says."""
+    docs = ((part, part.eval_docs[i]) for _, parts in tasks.values() for part in parts
+            for i in chosen.get(part.task_name, ()))  # fmt: skip
+    texts = (text if isinstance(text := part.doc_to_text(doc), str) and text else
+             " ".join(value for value in doc.values() if isinstance(value, str)) for part, doc in docs)  # fmt: skip
+    rows = (lm.tokenizer(text)["input_ids"][:most] for text in texts)
+    return list(itertools.islice((row for row in rows if len(row) > 1), n)) or random_ids(lm.model).tolist()
 
 
 def outline(args) -> SimpleNamespace:
     """As much of `load_ablated`'s model as can be had without its weights, which may not fit here."""
-    path = hub.resolve_model(args.model)
+    path, given = hub.resolve_model(args.model), hf_args(args)
+    if "revision" in given:
+        raise UserError("--model_args revision: leave --no-check out, or give a folder with that revision")
     with data.in_a_line(f"cannot load {path}", hub.gated_hint(path)), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-    return SimpleNamespace(pretrained=path, model=model, tokenizer=hub.load_tokenizer(path, args.edit_special),
-                           identity={"model": hub.identity(path)}, device=torch.device("meta"))  # fmt: skip
+    tokenizer = hub.load_tokenizer(given.get("tokenizer", path), args.edit_special)
+    return SimpleNamespace(pretrained=path, model=model, tokenizer=tokenizer, identity=identities(path, given),
+                           device=torch.device("meta"))  # fmt: skip
 
 
 def vllm_options(args) -> dict:
@@ -359,11 +395,11 @@ def vllm_options(args) -> dict:
             socket.create_server((args.host, args.serve), family=family).close()
     # other processes are spawned, as a fork of one that has used threads may hang; nothing is reported to anybody, and
     # no development endpoint is open to others
-    os.environ |= {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_NO_USAGE_STATS": "1", "VLLM_SERVER_DEV_MODE": "0"}
-    for name, usual in (("LOGGING_LEVEL", "WARNING"), ("LOGGING_STREAM", "ext://sys.stderr"),
-                        ("ENABLE_V1_MULTIPROCESSING", str(int(bool(args.serve))))):  # fmt: skip
-        os.environ.setdefault(f"VLLM_{name}", usual)
-    given = {name.replace("-", "_"): value for name, value in simple_parse_args_string(args.model_args).items()}
+    os.environ |= {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_NO_USAGE_STATS": "1", "VLLM_SERVER_DEV_MODE": "0",
+                   "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(bool(args.serve)))}  # fmt: skip
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    given = model_args(args)
     if clash := {*given} & {*vllm_edit.ENGINE}:
         raise UserError(f"--model_args {clash.pop()}: an edit needs vLLM's to be as it is set here")
     sizes = {name: vars(args)[name] for name in ("tensor_parallel_size", "pipeline_parallel_size")}
@@ -390,7 +426,10 @@ def in_vllm(path: str, tokenizer, identity: dict, options: dict) -> Checked:
             os.environ.pop("LOCAL_WORLD_SIZE", None)
             self.tokenizer, self.identity = tokenizer, identity
             self.arguments = {name: str(value) for name, value in sorted(options.items())}
-            self.computed, self.positions = (f"vllm {vllm.__version__}", options["dtype"]), None
+            self.computed = f"vllm {vllm.__version__}", options["dtype"]
+            self.positions = self.max_length - 2  # of a longer prompt lm-eval's vllm would cut the beginning off
+            thinking, self.enable_thinking = self.enable_thinking, None
+            self.chat_template_args |= {} if thinking is None else {"enable_thinking": thinking}
             self.set_edit(NONE)
 
         def set_edit(self, edit: Edit, saes=()) -> None:
@@ -403,9 +442,32 @@ def in_vllm(path: str, tokenizer, identity: dict, options: dict) -> Checked:
             with vllm_edit.first_error():
                 return self.model.collective_rpc(name, args=args)
 
-        def _model_generate(self, *args, **kwargs):
+        def tried(self, text: str, prompts: list[list[int]]) -> tuple:
+            """For vllm_edit.judged, of one of vllm_edit.tries."""
+            installed = self.call("install_edit", text)
             with vllm_edit.first_error():
+                outputs = self.model.generate(*vllm_edit.to_read(prompts), use_tqdm=False)
+            return installed, outputs, self.call("edit_counts")
+
+        def _model_generate(self, *args, **kwargs):
+            bar = "auto" if not os.environ.get("TQDM_DISABLE") else 1  # by which lm-eval's vllm shows one
+            with vllm_edit.first_error(), patch.object(self, "batch_size", bar):
                 return super()._model_generate(*args, **kwargs)
+
+        def modify_gen_kwargs(self, asked, eos=None, default_max_gen_toks=256):
+            """As `hf` writes: greedily unless sampling is asked for, and without special tokens in the text; so one in
+            `until` ends the answer as a token."""
+            kwargs, until, most = super().modify_gen_kwargs(asked, eos, default_max_gen_toks)
+            if not normalize_gen_kwargs(asked)["do_sample"]:
+                kwargs["temperature"] = 0.0
+            ends = [i for i in data.special_ids(tokenizer) if tokenizer.decode([i]) in until]
+            return kwargs | {"skip_special_tokens": True, "stop_token_ids": ends}, until, most
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            if any(len(self.tok_encode(request.args[0])) > self.positions for request in requests):
+                data.note_once(f"note: texts are cut into windows of {self.positions} tokens, two fewer than by the "
+                               "other engine: lm-eval's vllm has it so")  # fmt: skip
+            return super().loglikelihood_rolling(requests, disable_tqdm)
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False):
             """Answers of one token to one question, as letters are, are read off one prompt."""
@@ -437,7 +499,8 @@ def in_vllm(path: str, tokenizer, identity: dict, options: dict) -> Checked:
                 ids, most = self.tok_encode(text), self.modify_gen_kwargs(asked, None, self.max_gen_toks)[2]
                 data.check_ends(self.tokenizer, [ids])
                 self.refuse_long(text, len(data.known(self.tokenizer, ids)), self.max_length - most)
-            return super().generate_until(requests, disable_tqdm)
+            with vllm_edit.first_error():
+                return super().generate_until(requests, disable_tqdm)
 
     return AblatedVLLM()
 
@@ -782,8 +845,6 @@ def run(**changes) -> dict:
         raise UserError(f'{args.samples}: give JSON {{task: [indices]}}, as {{"tiny_mmlu": [0, 3, 4]}}')
     chosen = choose(tasks, args.pick_on == "half", args.seed, args.subjects, samples, args.limit)
 
-    if simple_parse_args_string(args.model_args).get("trust_remote_code"):
-        raise UserError("--model_args trust_remote_code=True: code from a repository is never run here")
     options = vllm_options(args) if args.engine == "vllm" else None
     if args.serve and not options:
         raise UserError("--serve: give --engine vllm too")
@@ -793,7 +854,8 @@ def run(**changes) -> dict:
         name = METHODS[edit.settings.get("edits", [{"method": edit.method}])[0]["method"]].title
         name += f" {clamp:g}" if name == "clamp" else ""
     if options:
-        prompts = first_prompts(lm.tokenizer, tasks, chosen)
+        longest = min(256, options.get("max_model_len") or 256, lm.tokenizer.model_max_length) - 1
+        prompts = first_prompts(lm, tasks, chosen, longest)
         known = {} if args.no_check else {
             on: vllm_edit.expected(lm.model, lm.tokenizer, on, prompts) for on in (NONE, edit)}  # fmt: skip
         model = lm.pretrained, lm.tokenizer, lm.identity
@@ -804,15 +866,13 @@ def run(**changes) -> dict:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if args.serve:
-            vllm_edit.serve(model, args.host, args.serve, options, edit, saes, prompts, known.get(edit))
+            vllm_edit.serve(model, args.host, args.serve, options, edit, saes, prompts, known)
             return {}
-        lm = in_vllm(*model, options)
-        for on in known or (edit,):
-            lm.set_edit(on, saes)
-            found = vllm_edit.of_prompts(prompts, lm._model_generate(prompts, True, vllm_edit.reading()))
-            vllm_edit.check_counts(lm.call("edit_counts"), on, probe=True)
-            if on in known:
-                print(vllm_edit.compared(found, *known[on], on))
+        with tempfile.TemporaryDirectory() as folder:
+            texts = vllm_edit.tries(edit, saes, model[1], Path(folder))
+            lm = in_vllm(*model, options)
+            results = [lm.tried(text, prompts) for text in texts]
+        print(*vllm_edit.judged(results, edit, known, options["dtype"] == "float32"), sep="\n")
         lm.set_edit(NONE)
     if args.robust:
         chosen = keep_robust(lm, tasks, chosen, args)

@@ -10,8 +10,9 @@ whole prompt. With tensor parallelism each rank makes the same edit of the whole
 import asyncio
 import copy
 import json
+import os
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +20,9 @@ from types import SimpleNamespace
 import torch
 from sae_lens import SAE
 
+import edits
 from data import UserError, reason_of, special_ids
-from edits import METHODS, Edit, applied, explained_by_rounding, label, layer_of, log_probs, rounded_differently
+from edits import CLOSE, METHODS, NONE, Edit, applied, explained_by_rounding, label, layer_of, log_probs
 
 # What vLLM must be started with: a graph or a cached prefix would pass the edit by, and custom all-reduce has given
 # wrong values to hooks under tensor parallelism (github.com/ndif-team/nnsight/issues/631)
@@ -44,9 +46,10 @@ def only_rows(sae: SAE, settings: dict) -> tuple[SAE, dict]:
     return small, settings | {"features": [*range(n)]} | ({"refusal": n} if refusal else {})
 
 
-def write(edit: Edit, saes: list[SAE], tokenizer, folder: Path) -> str:
+def write(edit: Edit, saes: list[SAE], tokenizer, folder: Path, idle: bool = False) -> str:
     """What `install_edit` takes, JSON; the SAEs' rows go into the folder, in SAELens's format, where all workers must
-    find them. Raises UserError for an edit that looks at a whole prompt."""
+    find them. idle: at the same layers an edit that changes nothing. Raises UserError for an edit that looks at a whole
+    prompt."""
     if edit.needs_whole_prompt:
         raise UserError(f"{edit.method} looks at a whole prompt before it edits, which vLLM cuts up: it runs with "
                         "Hugging Face's engine alone")  # fmt: skip
@@ -55,18 +58,18 @@ def write(edit: Edit, saes: list[SAE], tokenizer, folder: Path) -> str:
     for method, given in ((part["method"], part["settings"]) for part in parts):
         for layer in given["layers"]:
             settings, where = {name: value for name, value in given.items() if name != "layers"}, None
-            if METHODS[method].needs_sae:
+            if METHODS[method].needs_sae and not idle:
                 sae, settings = only_rows(of[layer], settings)
                 where = str(folder / str(layer))
                 sae.save_model(where)
-            written.append({"method": method, "settings": settings, "layer": layer, "sae": where})
+            written.append({"method": None if idle else method, "settings": settings, "layer": layer, "sae": where})
     mask = {"special": special_ids(tokenizer), "all_but_bos": getattr(tokenizer, "edit_special", "") == "all-but-bos"}
     return json.dumps({"edits": written, **mask})
 
 
 class EditExtension:
-    """What vLLM's workers can do beside their own methods, called by `collective_rpc`. What it raises comes to the
-    caller: an edit that cannot be made ends the run."""
+    """What vLLM's workers can do beside their own methods, called by `collective_rpc`. What goes wrong within an edit
+    ends vLLM, but in the passes before the first `edit_counts`, which says it: so it comes to the caller in words."""
 
     def install_edit(self, text: str) -> list[int]:
         """Put the edit of `write`'s text in the place of an earlier one; returns the edited layers that this rank has.
@@ -87,7 +90,7 @@ class EditExtension:
             raise UserError(f"cannot tell which modules of vLLM's {type(model).__name__} are its {n} layers")
         special, all_but_bos = torch.tensor(given["special"]), given["all_but_bos"]
         self.edit_seen = SimpleNamespace(special=special, all_but_bos=all_but_bos, mask=None, tokens=0, edited={},
-                                         finite=torch.tensor(True))  # fmt: skip
+                                         finite=torch.tensor(True), tried=False, wrong=None)  # fmt: skip
         self.edit_hooks = [model.register_forward_pre_hook(self._edit_mask, with_kwargs=True),
                            model.register_forward_hook(self._see_what_is_not_finite)]  # fmt: skip
         here = []
@@ -98,23 +101,25 @@ class EditExtension:
             if not any(True for _ in layer.parameters()):  # another rank of the pipeline has it
                 continue
             sae = SAE.load_from_disk(at["sae"], dtype="float32").requires_grad_(False) if at["sae"] else None
-            f = METHODS[at["method"]].edit(sae, **at["settings"])
+            f = METHODS[at["method"]].edit(sae, **at["settings"]) if at["method"] else lambda h, mask: h
             self.edit_hooks.append(layer.register_forward_hook(partial(self._edited, at["layer"], f)))
             here.append(at["layer"])
         return here
 
     def edit_counts(self) -> dict:
         """{"tokens": how many the model has read since install_edit, "edited": {layer: how many of them it changed}, of
-        this rank's layers that ran, "finite": whether all that left the final norm was}."""
-        edited = {layer: int(n) for layer, n in self.edit_seen.edited.items()}
-        return {"tokens": self.edit_seen.tokens, "edited": edited, "finite": bool(self.edit_seen.finite)}
+        this rank's layers that ran, "finite": whether all that left the final norm was, "wrong": what went wrong}."""
+        seen, self.edit_seen.tried = self.edit_seen, True
+        edited = {layer: int(n) for layer, n in seen.edited.items()}
+        return {"tokens": seen.tokens, "edited": edited, "finite": bool(seen.finite), "wrong": seen.wrong}
 
     def _edit_mask(self, module, inputs, kwargs):
         """Before a pass: which tokens of the flat batch are edited, as edits.token_mask has it."""
         seen, ids = self.edit_seen, kwargs.get("input_ids")
         positions = kwargs["positions"].reshape(-1, kwargs["positions"].shape[-1])[0]  # M-RoPE has three rows
-        if ids is None:  # a model with vision is given embeddings
-            ids = self.model_runner.input_ids.gpu[: len(positions)]
+        if ids is None:  # a model with vision is given embeddings; vLLM has two kinds of runners
+            buffers = getattr(self.model_runner, "input_buffers", None)
+            ids = (self.model_runner.input_ids.gpu if buffers is None else buffers.input_ids)[: len(positions)]
         seen.mask = positions > 0
         if not seen.all_but_bos:
             seen.mask = seen.mask & ~torch.isin(ids, seen.special.to(ids.device))
@@ -125,6 +130,14 @@ class EditExtension:
             self.edit_seen.finite = self.edit_seen.finite & output.isfinite().all()
 
     def _edited(self, layer: int, f, module, inputs, output):
+        try:
+            return self._edit(layer, f, module, output)
+        except Exception as error:
+            if self.edit_seen.tried:
+                raise
+            self.edit_seen.wrong = self.edit_seen.wrong or str(error)
+
+    def _edit(self, layer: int, f, module, output) -> tuple:
         """After a layer: (h, 0), h the edited stream, in the place of (hidden, residual), which sum up to it."""
         parts = output if isinstance(output, tuple) else (output,)
         if len(parts) != 2 or not all(torch.is_tensor(part) and part.shape == parts[0].shape for part in parts):
@@ -156,8 +169,10 @@ def check_installed(found: list[list[int]], edit: Edit) -> None:
 
 
 def check_counts(found: list[dict], edit: Edit, probe: bool = False) -> dict[int, int]:
-    """{layer: edited tokens}, of each rank's `edit_counts`. Raises UserError if something was read and a layer never
-    ran, something was not finite, or, unless it is only a probe, no token was changed."""
+    """{layer: edited tokens}, of each rank's `edit_counts`. Raises UserError if something went wrong, was not finite,
+    was read and a layer never ran, or, unless it is only a probe, no token was changed."""
+    if wrong := [rank["wrong"] for rank in found if rank["wrong"]]:
+        raise UserError(wrong[0])
     if not all(rank["finite"] for rank in found):
         raise UserError(f"what vLLM's model makes of prompts under {edit.method} is not finite (NaN or infinity): look "
                         "for such values in its weights and its SAE, or take another dtype")  # fmt: skip
@@ -185,20 +200,44 @@ def expected(model, tokenizer, edit: Edit, prompts: list[list[int]]) -> tuple[to
         return torch.cat(found)
 
     found = run()
-    return found, rounded_differently(model, run) - found
+    return found, edits.rounded_differently(model, run) - found
 
 
-def reading():
-    """What vLLM is asked for, to read the prompts' log-probabilities off."""
-    from vllm import SamplingParams
+def to_read(prompts: list[list[int]]) -> tuple:
+    """What vLLM is asked, so that the log-probabilities of the prompts' tokens can be read off."""
+    from vllm import SamplingParams, TokensPrompt
 
-    return SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    how = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    return [TokensPrompt(prompt_token_ids=ids) for ids in prompts], how
 
 
-def of_prompts(prompts: list[list[int]], outputs: list) -> torch.Tensor:
-    """The same of vLLM's outputs for `reading`."""
-    rows = (zip(ids[1:], output.prompt_logprobs[1:]) for ids, output in zip(prompts, outputs))
+def of_prompts(outputs: list) -> torch.Tensor:
+    """The same of vLLM's outputs for `to_read`."""
+    rows = (zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:]) for output in outputs)
     return torch.tensor([found[i].logprob for row in rows for i, found in row])
+
+
+def tries(edit: Edit, saes: list[SAE], tokenizer, folder: Path) -> list[str]:
+    """Three texts for `install_edit`, each to be tried on some prompts: nothing, the edit idle, the edit."""
+    return [write(NONE, [], tokenizer, folder), write(edit, saes, tokenizer, folder, idle=True),
+            write(edit, saes, tokenizer, folder)]  # fmt: skip
+
+
+def judged(results: list[tuple], edit: Edit, known: dict, float32: bool) -> list[str]:
+    """What is to be said of `tries`, for each of which `results` has what was installed, vLLM's outputs for `to_read`
+    and `edit_counts`. known: {NONE or the edit: what `expected` returned}. Raises UserError as check_installed,
+    check_counts and compared do, and where a layer's two parts do not sum up to the residual stream."""
+    plain, idle, edited = (of_prompts(outputs) for _, outputs, _ in results)
+    for (installed, _, counts), on in zip(results, (NONE, edit, edit)):
+        check_installed(installed, on)
+        changed = check_counts(counts, on, probe=True)
+    if not (idle - plain).pow(2).mean().sqrt() <= CLOSE * (1 if float32 else 50):
+        raise UserError("what this model's layers return in vLLM is not (hidden, residual) that sum up to the residual "
+                        "stream: an edit cannot be made there")  # fmt: skip
+    tokens = sum(len(output.prompt_token_ids) for output in results[-1][1])
+    lines = [compared(found, *known[on], on) for found, on in ((plain, NONE), (edited, edit)) if on in known]
+    counted = ", ".join(f"{n} at layer {layer}" for layer, n in changed.items())
+    return [*lines, f"{edit.method} ({label(edit.method, edit.settings)}) changes, of {tokens} tokens tried, {counted}"]
 
 
 def compared(found: torch.Tensor, wanted: torch.Tensor, rounding: torch.Tensor, edit: Edit) -> str:
@@ -214,22 +253,23 @@ def compared(found: torch.Tensor, wanted: torch.Tensor, rounding: torch.Tensor, 
 
 
 # ------------------------------------------------------------------------------------------------ serving
-def serve(model: tuple, host: str, port: int, options: dict, edit: Edit, saes: list, prompts: list, known) -> None:
+def serve(
+    model: tuple, host: str, port: int, options: dict, edit: Edit, saes: list, prompts: list, known: dict
+) -> None:
     """vLLM's OpenAI-compatible server with the edit inside, until it is stopped. model: (folder or hub id, tokenizer,
-    ...); options: of vLLM, by name; prompts: lists of ids, tried first; known: None or what `expected` returned for
-    them. Raises UserError as install_edit, check_counts and compared do."""
+    ...); options: of vLLM, by name; prompts: lists of ids, tried first; known: as `judged` has it. Raises UserError as
+    install_edit and judged do, and for what vLLM refuses."""
     path, tokenizer, *_ = model
-    options, flags = options | {"model": path, "served_model_name": Path(path).name, "host": host, "port": port}, []
-    for name, value in options.items():
-        name = name.replace("_", "-")
-        flags += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-    with tempfile.TemporaryDirectory() as folder:
-        text = write(edit, saes, tokenizer, Path(folder))
-        asyncio.run(serving(flags, text, edit, prompts, known))
+    name, flags = Path(path).resolve().name, []
+    for option, value in (options | {"model": path, "served_model_name": name, "host": host, "port": port}).items():
+        option = option.replace("_", "-")
+        flags += [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
+    with tempfile.TemporaryDirectory() as folder, first_error():
+        texts = tries(edit, saes, tokenizer, Path(folder))
+        asyncio.run(serving(flags, texts, edit, prompts, known, options["dtype"] == "float32"))
 
 
-async def serving(flags: list[str], text: str, edit: Edit, prompts: list, known) -> None:
-    from vllm import TokensPrompt
+async def serving(flags: list[str], texts: list[str], edit: Edit, prompts: list, known: dict, float32: bool) -> None:
     from vllm.entrypoints.launchers.api_server.entry import build_and_serve, build_async_engine_client
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.launchers.launcher import setup_server
@@ -238,19 +278,26 @@ async def serving(flags: list[str], text: str, edit: Edit, prompts: list, known)
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
     validate_parsed_serve_args(args)
     address, sock = setup_server(args, reuse_port=False)
+
+    async def say():
+        while True:
+            with suppress(OSError):
+                (await asyncio.open_connection(args.host, args.port))[1].close()
+                return print(f"{address}/v1 answers OpenAI's clients as {args.served_model_name[0]}", flush=True)
+            await asyncio.sleep(0.1)
+
     async with build_async_engine_client(args) as engine:
-        with first_error():
-            check_installed(await engine.collective_rpc("install_edit", args=(text,)), edit)
-            asked = [(TokensPrompt(prompt_token_ids=ids), reading(), str(i)) for i, ids in enumerate(prompts)]
-            outputs = [[output async for output in engine.generate(*prompt)][-1] for prompt in asked]
-            edited = check_counts(await engine.collective_rpc("edit_counts"), edit, probe=True)
-        if known:
-            print(compared(of_prompts(prompts, outputs), *known, edit))
-        under = f"under {edit.method} ({label(edit.method, edit.settings)})"
-        tokens = sum(map(len, prompts))
-        print(f"{args.served_model_name[0]} {under} changes, of {tokens} tokens tried, {{layer: tokens}} {edited}")
-        print(f"{address}/v1 answers OpenAI's clients until Ctrl-C", flush=True)
+        os.environ.pop("LOCAL_WORLD_SIZE", None)  # vLLM's, not a launcher's
+        results, (asked, how) = [], to_read(prompts)
+        for number, text in enumerate(texts):
+            installed = await engine.collective_rpc("install_edit", args=(text,))
+            answers = [engine.generate(prompt, how, f"{number} {i}") for i, prompt in enumerate(asked)]
+            outputs = [[output async for output in answer][-1] for answer in answers]
+            results.append((installed, outputs, await engine.collective_rpc("edit_counts")))
+        print(*judged(results, edit, known, float32), sep="\n")
+        saying = asyncio.create_task(say())
         ended = await build_and_serve(engine, address, sock, args)
+        saying.cancel()
     try:
         await ended
     finally:

@@ -132,6 +132,8 @@ def test_the_workers_edit_is_that_of_edits(flat, tmp_path, special):
         counts = worker.edit_counts()
         assert counts["tokens"] == len(IDS) and counts["finite"] and set(counts["edited"]) == set(edit.at)
         assert all(0 < n <= mask.sum() for n in counts["edited"].values()) or name in ("patched",), (name, counts)
+    text = vllm_edit.write(edit, [one, two], tokenizer, tmp_path / "idle", idle=True)
+    assert worker.install_edit(text) == sorted(edit.at) and torch.equal(flat(input_ids=IDS, positions=POSITIONS), plain)
     assert installed(worker, NONE, [], tmp_path) == [] and torch.equal(flat(input_ids=IDS, positions=POSITIONS), plain)
 
 
@@ -180,8 +182,12 @@ def test_what_cannot_be_edited_is_refused_by_name(flat, tmp_path):
     with pytest.raises(UserError, match="layer 7: vLLM's Flat has layers 0 to 2"):
         Worker(flat).install_edit(json.dumps(beyond))
     other = Flat(Whole)
-    Worker(other).install_edit(text)
+    worker = Worker(other)
+    worker.install_edit(text)
+    other.layers[1](POSITIONS, other.embed(IDS), None)  # tried, and told when asked for
     with pytest.raises(UserError, match=r"vLLM's Whole does not return \(hidden, residual\)"):
+        vllm_edit.check_counts([worker.edit_counts()], edit)
+    with pytest.raises(UserError, match=r"does not return \(hidden, residual\)"):  # from then on it ends vLLM
         other.layers[1](POSITIONS, other.embed(IDS), None)
     gate = make("dsg", sae, features=FEATURES, clamp=-3.0, gate=0.1)
     with pytest.raises(UserError, match="dsg looks at a whole prompt"):
@@ -198,7 +204,7 @@ def test_a_rank_of_a_pipeline_edits_its_own_layers(flat, tmp_path):
         vllm_edit.check_installed([[0], [0]], edit)
 
 
-READ = {"tokens": 9, "finite": True}
+READ = {"tokens": 9, "finite": True, "wrong": None}
 
 
 def test_an_edit_that_was_passed_by_is_an_error(flat, tmp_path):
@@ -216,13 +222,41 @@ def test_an_edit_that_was_passed_by_is_an_error(flat, tmp_path):
     vllm_edit.check_counts([{**READ, "edited": {0: 0}}], edits.patched(one, FEATURES))
 
 
+def outputs_of(prompts, log_probs):
+    """As vLLM gives them."""
+    rows = [[{i: SimpleNamespace(logprob=v)} for i, v in zip(ids[1:], row)]
+            for ids, row in zip(prompts, log_probs.split([len(ids) - 1 for ids in prompts]))]  # fmt: skip
+    return [SimpleNamespace(prompt_token_ids=ids, prompt_logprobs=[None, *row]) for ids, row in zip(prompts, rows)]
+
+
+def test_layers_whose_two_parts_are_something_else_are_refused(flat, tmp_path):
+    """Cohere's, StableLM's and EXAONE 4's in vLLM return the whole stream, and beside it what it was before."""
+    (sae,) = saes_of(tmp_path, 1)
+    edit, prompts = ablation(sae, FEATURES, -3.0), [[2, 9, 33, 5], [2, 17, 8]]
+    first, counts = torch.arange(-5.0, 0.0), {**READ, "edited": {1: 4}}
+
+    def results(idle, last):
+        parts = zip(([[]], [[1]], [[1]]), (first, idle, last), ({**READ, "edited": {}}, counts, counts))
+        return [(installed, outputs_of(prompts, found), [seen]) for installed, found, seen in parts]
+
+    said = vllm_edit.judged(results(first + 5e-4, first - 1), edit, {}, True)
+    assert said == ["clamp (n_features 4, clamp -3) changes, of 7 tokens tried, 4 at layer 1"]
+    known = {NONE: (first, first * 0), edit: (first - 1, first * 0)}
+    assert len(vllm_edit.judged(results(first, first - 1), edit, known, True)) == 3
+    with pytest.raises(UserError, match=r"under clamp.* more than rounding explains"):
+        vllm_edit.judged(results(first, first - 1.1), edit, known, True)
+    with pytest.raises(UserError, match="sum up to the residual stream"):
+        vllm_edit.judged(results(first + 0.01, first - 1), edit, {}, True)
+    vllm_edit.judged(results(first + 0.01, first - 1), edit, {}, False)
+    with pytest.raises(UserError, match="sum up to the residual stream"):
+        vllm_edit.judged(results(first + 0.1, first - 1), edit, {}, False)
+
+
 def test_other_log_probabilities_than_hugging_faces_are_an_error(model, tmp_path):
     prompts = [[2, 9, 33, 5], [2, 17, 8]]
     wanted, rounding = vllm_edit.expected(model.original_model, model.tokenizer, NONE, prompts)
     assert wanted.shape == (5,) and (wanted < 0).all() and rounding.abs().max() > 0
-    outputs = [SimpleNamespace(prompt_logprobs=[None, *({i: SimpleNamespace(logprob=v)} for i, v in zip(ids[1:], row))])
-               for ids, row in zip(prompts, wanted.split([3, 2]))]  # fmt: skip
-    assert torch.equal(vllm_edit.of_prompts(prompts, outputs), wanted)
+    assert torch.equal(vllm_edit.of_prompts(outputs_of(prompts, wanted)), wanted)
     assert "5 log-probabilities differ by up to 0 nats" in vllm_edit.compared(wanted, wanted, rounding, NONE)
     with pytest.raises(UserError, match="more than rounding explains"):
         vllm_edit.compared(wanted + 0.5, wanted, rounding, NONE)
@@ -247,12 +281,42 @@ def test_vllm_is_asked_for_where_it_is_not(monkeypatch, flags, said):
         ({"device_map": "auto"}, "starts its own processes"),
         ({"model_args": "enable_prefix_caching=True"}, "enable_prefix_caching: an edit needs"),
         ({"model_args": "enforce-eager=False"}, "enforce_eager: an edit needs"),
+        ({"model_args": "trust-remote-code=True"}, "never run here"),
     ],
 )
 def test_what_an_edit_needs_of_vllm_is_not_to_be_changed(monkeypatch, flags, said):
     monkeypatch.setattr(lm_eval_ablated, "find_spec", lambda name: True)
     with pytest.raises(UserError, match=said):
         lm_eval_ablated.run(engine="vllm", **flags)
+
+
+def test_without_the_models_weights_what_is_meant_is_known(model_folder, wordy, tmp_path):
+    """--no-check does not load them: adapter, tokenizer and what the answers come from are the same."""
+    folder = str(model_folder("llama"))
+    given = dict(model=folder, edit_special="all-but-bos", engine="vllm")
+    plain = lm_eval_ablated.outline(SimpleNamespace(**given, model_args=""))
+    other = lm_eval_ablated.outline(SimpleNamespace(**given, model_args=f"tokenizer={TINY / 'model'},max_model_len=64"))
+    assert plain.device.type == "meta" and plain.tokenizer.edit_special == "all-but-bos"
+    assert [*plain.identity] == ["model"] and {**other.identity, "tokenizer": 0} == {**plain.identity, "tokenizer": 0}
+    assert (len(plain.tokenizer), len(other.tokenizer)) == (len(AutoTokenizer.from_pretrained(folder)), 4096)
+    adapter = lm_eval_ablated.outline(SimpleNamespace(**given, model_args=f"lora_local_path={TINY / 'sae/layer_7'}"))
+    assert [*adapter.identity] == ["model", "peft"]
+    with pytest.raises(UserError, match="revision: leave --no-check out"):
+        lm_eval_ablated.outline(SimpleNamespace(**given, model_args="revision=main"))
+
+
+def test_prompts_to_compare_are_what_tasks_ask(model):
+    def task(text, docs):
+        return SimpleNamespace(task_name="one", eval_docs=docs, doc_to_text=text)
+
+    lm = SimpleNamespace(tokenizer=model.tokenizer, model=model.original_model)
+    docs = [{"question": "The cat sat on the mat", "n": 3}, {"question": "Rivers of Europe flow", "n": 1}] * 20
+    of = {name: lm_eval_ablated.first_prompts(lm, {"one": (None, [task(text, docs)])}, {"one": [1, *range(20)]}, 5)
+          for name, text in {"text": lambda doc: doc["question"], "index": lambda doc: 0}.items()}  # fmt: skip
+    wanted = model.tokenizer("Rivers of Europe flow")["input_ids"][:5]
+    assert of["text"] == of["index"] and of["text"][0] == of["text"][2] == wanted and len(of["text"]) == 16
+    none = lm_eval_ablated.first_prompts(lm, {"one": (None, [task(lambda doc: 0, [{"n": 1}])])}, {"one": [0]}, 5)
+    assert none and all(len(row) > 1 for row in none)
 
 
 def test_an_environment_with_vllm_is_ours_and_vllm():
@@ -347,10 +411,19 @@ def test_vllm_gives_hugging_faces_letters_answers_and_texts(engine, special):
 @pytest.mark.vllm
 @needs
 def test_what_is_no_plain_prompt_is_refused_in_vllm_too(engine):
-    _, lm, saes = engine
+    plain, lm, saes = engine
+    plain.set_edit(NONE)
     long = requests_of([("moth " * 600, " A"), ("moth " * 600, " B")])
     with pytest.raises(UserError, match="there is room for"):
         lm.loglikelihood(long)
+    for alone in (True, False):  # at the edge lm-eval's vllm would cut a prompt's beginning off
+        answer = [60] if alone else [60, 61, 62]
+        words = torch.randint(3, 4000, (510 - len(answer),), generator=torch.Generator().manual_seed(0)).tolist()
+        asked = (("x", "y"), [2, *words], answer)
+        found = [model._loglikelihood_tokens([asked])[0][0] for model in (plain, lm)]
+        assert found[1] == pytest.approx(found[0], abs=1e-3)
+        with pytest.raises(UserError, match="has 511 tokens, and there is room for 510"):
+            lm._loglikelihood_tokens([(asked[0], asked[1] + [50], answer)])
     with pytest.raises(UserError, match="there is room for"):
         lm.generate_until(requests_of([("moth " * 500, {"until": [], "max_gen_toks": 100})]))
     lm.set_edit(make("mean-ablation", saes[0], features=FEATURES, means=[math.nan] * 4), saes)
@@ -361,6 +434,25 @@ def test_what_is_no_plain_prompt_is_refused_in_vllm_too(engine):
     with pytest.raises(UserError, match="not finite"):
         vllm_edit.check_counts(lm.call("edit_counts"), lm.edit)
     lm.set_edit(NONE)
+
+
+@pytest.mark.vllm
+@needs
+def test_answers_are_written_as_hugging_faces_engine_writes_them(engine):
+    """Greedily unless sampling is asked for, to whatever special token is to end them, none of them in the text."""
+    plain, lm, _ = engine
+    for model in (plain, lm):
+        model.set_edit(NONE)
+    for given in ({"until": ["zebra"]}, {"temperature": 0.0}, {"until": [" the"], "do_sample": False}, {}):
+        asked = requests_of([(text, {**given, "max_gen_toks": 12}) for text in prompts_of(6)])
+        wanted = [text.rstrip("\ufffd") for text in plain.generate_until(asked)]
+        assert lm.generate_until(asked) == wanted, given
+    kwargs, until, most = lm.modify_gen_kwargs({"until": ["<eos>", "x"], "max_gen_toks": 3}, "<eos>")
+    assert kwargs["stop_token_ids"] == [1] and kwargs["skip_special_tokens"] and most == 3 and "x" in until
+    assert "temperature" not in lm.modify_gen_kwargs({"do_sample": True})[0]
+    assert lm.modify_gen_kwargs({"temperature": 0.5})[0]["temperature"] == 0.5
+    with pytest.raises(UserError, match="num_beams"):
+        lm.generate_until(requests_of([("The cat", {"num_beams": 2})]))
 
 
 TASKS = "tiny_wmdp_bio,tiny_mmlu,tiny_wmdp_bio_open,tiny_openwebtext"
@@ -404,8 +496,9 @@ def test_lm_evals_own_vllm_scores_what_ours_does_without_an_edit(engine):
                              bootstrap_iters=0) for one in (own, lm)]  # fmt: skip
     assert base.__module__ == "lm_eval.models.vllm_causallms"
     assert found[0]["results"] == found[1]["results"]
-    said = [[row["filtered_resps"] for row in results["samples"]["tiny_wmdp_bio_open"]] for results in found]
-    assert said[0] == said[1]
+    said = [[row["filtered_resps"][0] for row in results["samples"]["tiny_wmdp_bio_open"]] for results in found]
+    bare = [re.sub("<(unk|bos|pad)>", "", text) for text in said[0]]  # ours leaves special tokens out, as `hf` does
+    assert bare == said[1]
     values = [[row["filtered_resps"] for row in results["samples"]["tiny_wmdp_bio"]] for results in found]
     torch.testing.assert_close(*map(torch.tensor, values), rtol=0, atol=1e-4)
 
