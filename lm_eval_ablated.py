@@ -18,10 +18,10 @@ edit is a row of a --record, made again as it was. With --unablated the model is
 are compared question by question, which lm-eval itself does not do. Questions of the half that features are picked on
 are left out. Tasks are lm-eval's and those of lm_eval_tasks/; options with underscores are lm-eval's own.
 
-With --engine vllm the model runs in vLLM with the edit inside: many times as fast where answers are generated, and on
-several GPUs where one does not hold the model (requirements-vllm.txt; docs/real_models.md, "Which engine?"). --serve
-has vLLM answer at an OpenAI-compatible address instead of scoring. In lm-eval's own command line the model of Hugging
-Face's engine is called sae-ablated.
+With --engine vllm the model runs in vLLM with the edit inside: faster where answers are written, and on several GPUs
+where one does not hold the model (requirements-vllm.txt; docs/real_models.md, "Which engine?"). --serve has vLLM answer
+at an OpenAI-compatible address instead of scoring. In lm-eval's own command line the model of Hugging Face's engine is
+called sae-ablated.
 """
 
 # %% Flags come first: --help need not wait for the other imports
