@@ -523,6 +523,7 @@ def commands(blocks: list[str]) -> list[str]:
 
 
 SECTION = (ROOT / "docs/real_models.md").read_text().split("## Through lm-eval\n")[1]
+SECTION = re.sub(r"## Which engine\?\n.*?(?=\n## )", "", SECTION, flags=re.DOTALL)  # test_vllm.py's
 README = commands(re.findall(r"```\n(.*?)```", SECTION, re.DOTALL))
 HELP = commands(re.findall(r"^    (?:.*\\\n)*.*$", lm_eval_ablated.__doc__, re.MULTILINE))
 
