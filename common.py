@@ -38,7 +38,8 @@ set_verbosity(_get_default_logging_level())  # TransformerLens silences transfor
 def load_model(name: str, device=None, dtype=None, device_map=None, edit_special="never") -> TransformerBridge:
     """Load a preset's name, a hub id or a local folder as a frozen TransformerBridge (raw HF weights, eager attention).
     device: "cpu", "cuda:1", ... (default: the first GPU, if any); dtype: "float32" or "bfloat16" (default: the
-    preset's); device_map: "auto" spreads layers over all GPUs; edit_special: see edits.token_mask. Raises UserError."""
+    preset's); device_map: "auto" spreads layers over all GPUs; edit_special: see edits.token_mask. Raises UserError
+    as load_hf and as_bridge do."""
     return as_bridge(*load_hf(name, device, dtype, device_map, edit_special), name)
 
 
@@ -87,7 +88,8 @@ def bare_generation(model) -> GenerationConfig:
 
 def as_bridge(hf, tokenizer, name: str) -> TransformerBridge:
     """A Hugging Face model in memory, of the preset, hub id or folder `name`, as a TransformerBridge: the same object,
-    frozen. Raises UserError if TransformerLens cannot run it, or its probabilities differ from the model's own."""
+    frozen, with TransformerLens's modules put between its own. Raises UserError if TransformerLens cannot run it, or
+    its probabilities differ from the model's own."""
     log_probs = partial(edits.log_probs, hf, edits.random_ids(hf))
     before, path = log_probs(), hub.preset(name).model
     # where an image processor fails to load, TransformerLens would pip install torchvision and a new torch

@@ -910,7 +910,8 @@ def run(**changes) -> dict:
     title = f"{Path(args.model).name}, {name}: {label(edit.method, edit.settings)}, lm-eval"
     return writer.write(
         rows, measures, {"accuracy": lambda: show.intervals(quizzes, title)} if quizzes else {}, quality=quality,
-        loaded=lm.identity, attention=lm.computed[0], edited_tokens=edited, lm_eval_version=version("lm_eval"),
+        loaded=lm.identity, attention=lm.computed[0], lm_eval_version=version("lm_eval"),
+        **({"edited_tokens": edited} if options else {}),
         lm_eval=json.loads(json.dumps({row: result["results"] for row, result in results.items()}, default=str)),
     )  # fmt: skip
 

@@ -91,10 +91,11 @@ sae-post-intervention-recovery), with the edit on. To the residual stream h of t
 layer, a perturbation delta is added, of bounded length and orthogonal to the encoder directions of the edited features,
 so that none of them can tell. Adam looks for the delta that raises the target letter's logit less the others' mean.
 
-Differs from the release: it projects the gradient, after which Adam, which scales each coordinate, leaves the subspace
-again (a quarter of its delta's length lay along edited features' directions); here delta is projected after each step.
-Its bound, 20 at any token of Gemma-2-2B, is here a share of the length of h, and its rate the same multiple of it. And
-a control is added: how often the same push brings a wrong option. Only what comes beyond that was in the model.
+Without the projection this is the release's, step by step: the same delta to a millionth of its length. Differs from
+the release: it projects the gradient, after which Adam, which scales each coordinate, leaves the subspace again (a
+quarter of its delta's length lay along edited features' directions); here delta is projected after each step. Its
+bound, 20 at any token of Gemma-2-2B, is here a share of the length of h, and its rate the same multiple of it. And a
+control is added: how often the same push brings a wrong option. Only what comes beyond that was in the model.
 """
 
 
@@ -450,7 +451,8 @@ def names_of(paths: list[str], records: list[dict]) -> list[str]:
 
 
 def subjects_of(paths: list[str], records: list[dict], device: str | None, dtype: str) -> list[Subject]:
-    """The unablated, the retrained model, each record's chosen row. Raises UserError where what made it has changed."""
+    """The unablated, the retrained model, each record's chosen row. Raises UserError where a record's model, SAE or data
+    have changed or are gone."""
     name, model = records[0]["model"], None  # a model is loaded for SAEs alone
     subjects = [Subject("unablated", name, device, dtype, records[0]["settings"]["layer"])]
     if (retrained := preset(name).retrained) and records[0]["data"]["wmdp_bio"]["stand_in"]:
