@@ -451,8 +451,8 @@ def names_of(paths: list[str], records: list[dict]) -> list[str]:
 
 
 def subjects_of(paths: list[str], records: list[dict], device: str | None, dtype: str) -> list[Subject]:
-    """The unablated, the retrained model, each record's chosen row. Raises UserError where a record's model, SAE or data
-    have changed or are gone."""
+    """The unablated, the retrained model, each record's chosen row. Raises UserError where a record's model or SAE has
+    changed or is gone."""
     name, model = records[0]["model"], None  # a model is loaded for SAEs alone
     subjects = [Subject("unablated", name, device, dtype, records[0]["settings"]["layer"])]
     if (retrained := preset(name).retrained) and records[0]["data"]["wmdp_bio"]["stand_in"]:
