@@ -120,16 +120,21 @@ LEFT_OUT = re.compile(r"\.(attn|attention)\.(masked_)?bias$|causal_mask$|inv_fre
 FORMS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
+def refuse_two_models(folder: Path) -> None:
+    """Raises UserError for a model's weights beside another's; says which form is read of one that has several."""
+    forms = [name for name in FORMS if (folder / name).is_file()]
+    if set(forms) >= {*FORMS[:2]} or set(forms) >= {*FORMS[2:]}:
+        raise UserError(f"{folder} holds two models, {' and '.join(forms)}: move the old one away")
+    if len(forms) > 1:
+        note_once(f"note: {folder} holds {' and '.join(forms)}: {forms[0]} is read")
+
+
 def load_weights(auto_class, path: str, **options):
     """auto_class.from_pretrained(path, **options), a class of transformers, without its progress bar. Raises UserError
     naming the weights that the files lack, have in another shape or beyond the model's, and for files of two models."""
     from transformers.utils import cached_file
 
-    forms = [name for name in FORMS if (Path(path) / (options.get("subfolder") or "") / name).is_file()]
-    if set(forms) >= {*FORMS[:2]} or set(forms) >= {*FORMS[2:]}:
-        raise UserError(f"{path} holds two models, {' and '.join(forms)}: move the old one away")
-    if len(forms) > 1:
-        note_once(f"note: {path} holds {' and '.join(forms)}: {forms[0]} is read")
+    refuse_two_models(Path(path) / (options.get("subfolder") or ""))
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     # the bar would come before a script's first line; what the report says is raised
     with (patch("transformers.core_model_loading.tqdm", lambda items, **_: items),

@@ -375,6 +375,13 @@ def outline(args) -> SimpleNamespace:
     path, given = hub.resolve_model(args.model), hf_args(args)
     if "revision" in given:
         raise UserError("--model_args revision: leave --no-check out, or give a folder with that revision")
+    if Path(path).is_dir():  # what else is wrong with the weights, vLLM has to see
+        hub.refuse_two_models(Path(path))
+        hub.refuse_damaged(path)
+        if (Path(path) / "adapter_config.json").is_file():
+            raise UserError(
+                f"{path} holds an adapter: give its base as the model, it as lora_local_path in --model_args"
+            )
     with data.in_a_line(f"cannot load {path}", hub.gated_hint(path)), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     tokenizer = hub.load_tokenizer(given.get("tokenizer", path), args.edit_special)

@@ -301,6 +301,14 @@ def test_without_the_models_weights_what_is_meant_is_known(model_folder, wordy, 
     assert (len(plain.tokenizer), len(other.tokenizer)) == (len(AutoTokenizer.from_pretrained(folder)), 4096)
     adapter = lm_eval_ablated.outline(SimpleNamespace(**given, model_args=f"lora_local_path={TINY / 'sae/layer_7'}"))
     assert [*adapter.identity] == ["model", "peft"]
+    for made, said in {"pytorch_model.bin.index.json": "holds two models", "adapter_config.json": "holds an adapter",
+                       "model.safetensors": "git-LFS pointer"}.items():  # fmt: skip
+        other = shutil.copytree(folder, tmp_path / made)
+        (other / made).write_text("version https://git-lfs.github.com/spec/v1" if made.startswith("model") else "{}")
+        if made.startswith("pytorch"):
+            (other / "pytorch_model.bin").touch()
+        with pytest.raises(UserError, match=said):
+            lm_eval_ablated.outline(SimpleNamespace(**given | {"model": str(other)}, model_args=""))
     with pytest.raises(UserError, match="revision: leave --no-check out"):
         lm_eval_ablated.outline(SimpleNamespace(**given, model_args="revision=main"))
 
