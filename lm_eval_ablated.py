@@ -46,16 +46,19 @@ add("--tensor-parallel-size", type=runs.positive_int, default=1, help="of vllm: 
 add("--pipeline-parallel-size", type=runs.positive_int, default=1, help="of vllm: groups of GPUs that share the layers")
 add("--no-check", action="store_true", help="of vllm: do not compare it with Hugging Face's model first; with "
     "--features or --record that is not even loaded")  # fmt: skip
-add("--serve", type=runs.positive_int, metavar="PORT", help="of vllm: answer OpenAI's clients there, until Ctrl-C")
+add("--serve", type=runs.positive_int, metavar="PORT", help="of vllm: answer OpenAI's clients there until Ctrl-C, in "
+    "place of scoring")  # fmt: skip
 add("--host", default="127.0.0.1", help="address to --serve at (default: %(default)s, which this machine alone sees)")
 add = flags.add_argument_group("lm-eval").add_argument
-add("--tasks", help="comma-separated, or list (default: wmdp_bio,sae_mmlu_saebench; of tiny its stand-ins)")
+add("--tasks", help="comma-separated, or list (default: wmdp_bio,sae_mmlu_saebench; of tiny, and with --data, "
+    "tiny_wmdp_bio,tiny_mmlu)")  # fmt: skip
 add("--unablated", action="store_true", help="score the model without the edit too, and compare")
 add("--subjects", help="comma-separated: only the questions on these")
 add("--samples", metavar="FILE", help="JSON {task: [indices of documents]}: ask only these")
 add("--robust", action="store_true", help="ask only what the model gets right in all 24 orders of the options")
 add("--batch_size", "--batch-size", type=lambda given: given if str(given).startswith("auto") else
-    runs.positive_int(given), default=16, help="a number, auto or auto:N (default: %(default)s)")  # fmt: skip
+    runs.positive_int(given), default=16,
+    help="a number, auto or auto:N; vLLM has its own (default: %(default)s)")  # fmt: skip
 add("--num_fewshot", "--num-fewshot", type=runs.natural_int, help="examples in front (default: the task's)")
 add("--apply_chat_template", "--apply-chat-template", nargs="?", const=True, default=False,
     help="wrap prompts, optionally by name", type=lambda given: given == "True" or given)  # fmt: skip
@@ -109,20 +112,7 @@ import show
 import vllm_edit
 from common import bare_generation, load_sae, usable_device
 from data import HERE, LETTERS, Dataset, UserError
-from edits import (
-    METHODS,
-    NONE,
-    Edit,
-    applied,
-    decoder_layers,
-    final_norm,
-    from_grid,
-    label,
-    layer_of,
-    make,
-    random_ids,  # fmt: skip
-    together,
-)
+from edits import METHODS, NONE, Edit, applied, decoder_layers, final_norm, from_grid, label, layer_of, make, together
 from evaluation import FeatureStats, Measure, check_sae_quality, measure_of
 
 TASKS = HERE / "lm_eval_tasks"
@@ -359,15 +349,20 @@ def load_ablated(args) -> AblatedLM:
 
 
 # %% The same model in vLLM
+ANY = ("The cell is the smallest unit of life, and bacteria are single cells.", "Question: What is the capital of "
+       "France?\nAnswer:", "Once upon a time there was a ship that sailed around the world.")  # fmt: skip
+
+
 def first_prompts(lm, tasks: dict, chosen: dict, most: int, n: int = 16) -> list[list[int]]:
-    """The first n prompts of the tasks as ids, `most` tokens of each; of a task that has no text for all of a
-    document's options, what the document says."""
+    """The first n questions of the tasks as ids, without what may stand in front of them, `most` tokens of each; of a
+    task that has no text for all of a document's options, what the document says; without tasks ANY."""
     docs = ((part, part.eval_docs[i]) for _, parts in tasks.values() for part in parts
             for i in chosen.get(part.task_name, ()))  # fmt: skip
     texts = (text if isinstance(text := part.doc_to_text(doc), str) and text else
              " ".join(value for value in doc.values() if isinstance(value, str)) for part, doc in docs)  # fmt: skip
     rows = (lm.tokenizer(text)["input_ids"][:most] for text in texts)
-    return list(itertools.islice((row for row in rows if len(row) > 1), n)) or random_ids(lm.model).tolist()
+    return list(itertools.islice((row for row in rows if len(row) > 1), n)) or [
+        lm.tokenizer(text)["input_ids"] for text in ANY]  # fmt: skip
 
 
 def outline(args) -> SimpleNamespace:
@@ -392,7 +387,8 @@ def outline(args) -> SimpleNamespace:
 def vllm_options(args) -> dict:
     """What vLLM is started with, by its own names. Raises UserError where it is not installed, or cannot be meant."""
     if not find_spec("vllm"):
-        raise UserError("--engine vllm: vLLM is not installed here; requirements-vllm.txt makes an environment with it")
+        raise UserError("--engine vllm: vLLM is not installed here; how to make an environment with it (CUDA: "
+                        "requirements-vllm.txt): docs/real_models.md, Which engine?")  # fmt: skip
     if data.n_processes() > 1 or args.device_map:
         raise UserError("--engine vllm starts its own processes: leave out accelerate launch and --device-map, give "
                         "--tensor-parallel-size or --pipeline-parallel-size")  # fmt: skip
@@ -426,11 +422,12 @@ def in_vllm(path: str, tokenizer, identity: dict, options: dict) -> Checked:
     class AblatedVLLM(Checked, VLLM):
         def __init__(self):
             hook = sys.excepthook
-            with data.in_a_line(f"vLLM cannot load {path}"):
-                super().__init__(path, batch_size="auto", **options)
-            # torch.distributed's hook would lose our line; a launcher's variable stands for no launcher here
-            sys.excepthook = hook
-            os.environ.pop("LOCAL_WORLD_SIZE", None)
+            try:
+                with vllm_edit.first_error(f"vLLM cannot load {path}"):
+                    super().__init__(path, batch_size="auto", **options)
+            finally:  # torch.distributed's hook would lose our line; a launcher's variable stands for no launcher here
+                sys.excepthook = hook
+                os.environ.pop("LOCAL_WORLD_SIZE", None)
             self.tokenizer, self.identity = tokenizer, identity
             self.arguments = {name: str(value) for name, value in sorted(options.items())}
             self.computed = f"vllm {vllm.__version__}", options["dtype"]
@@ -842,8 +839,9 @@ def run(**changes) -> dict:
         vars(args).update(layer=None, n_features=None)  # the row's may be several
         name = chosen_row(record, args.row, args.method)
     clamp = hub.preset(args.model).clamp if args.clamp is None else args.clamp
-    names = args.tasks or (TINY_TASKS if args.model == "tiny" or args.data else HUB_TASKS)
-    tasks = find_tasks([name.strip() for name in names.split(",")], args.include_path, args.data, args.topic)
+    names = args.tasks or ("" if args.serve else TINY_TASKS if args.model == "tiny" or args.data else HUB_TASKS)
+    names = [name.strip() for name in names.split(",") if name.strip()]
+    tasks = find_tasks(names, args.include_path, args.data, args.topic) if names else {}
     numbers = simple_parse_args_string(",".join(args.setting or []))
     if wrong := [name for name, value in numbers.items() if not isinstance(value, int | float)]:
         raise UserError(f"--setting {wrong[0]}: give NAME=NUMBER, as gate=0.1")
@@ -853,8 +851,9 @@ def run(**changes) -> dict:
     chosen = choose(tasks, args.pick_on == "half", args.seed, args.subjects, samples, args.limit)
 
     options = vllm_options(args) if args.engine == "vllm" else None
-    if args.serve and not options:
-        raise UserError("--serve: give --engine vllm too")
+    for flag in ("serve", "no_check", "tensor_parallel_size", "pipeline_parallel_size"):
+        if not options and getattr(args, flag) != flags.get_default(flag):
+            raise UserError(f"{flag}: give --engine vllm too")
     lm = (outline if options and args.no_check and (record or args.features) else load_ablated)(args)
     edit, saes, quality, datasets = edit_to_score(lm, args, record, name, clamp, numbers)
     if not name:  # by the method, of several layers that of the first
@@ -879,7 +878,8 @@ def run(**changes) -> dict:
             texts = vllm_edit.tries(edit, saes, model[1], Path(folder))
             lm = in_vllm(*model, options)
             results = [lm.tried(text, prompts) for text in texts]
-        print(*vllm_edit.judged(results, edit, known, options["dtype"] == "float32"), sep="\n")
+        checked = vllm_edit.judged(results, edit, known, options["dtype"] == "float32")
+        print(*checked, sep="\n")
         lm.set_edit(NONE)
     if args.robust:
         chosen = keep_robust(lm, tasks, chosen, args)
@@ -892,12 +892,12 @@ def run(**changes) -> dict:
     writer = runs.Run(__file__, args, [*asked.values(), *datasets], saes,
                       also=[edit.method, edit.settings, lm.identity, lm.arguments])  # fmt: skip
 
-    rows, results, edited = ({"unablated": NONE} if args.unablated else {}) | {name: edit}, {}, {}
+    rows, results, counts = ({"unablated": NONE} if args.unablated else {}) | {name: edit}, {}, {}
     for row, on in rows.items():
         lm.set_edit(on, saes)
         results[row] = ask(lm, tasks, chosen, args, "ablated" if on.at else "unablated")
         if options:
-            edited[row] = vllm_edit.check_counts(lm.call("edit_counts"), on)
+            counts[row] = vllm_edit.check_counts(lm.call("edit_counts"), on, args.no_sanity)
     if not data.is_first_process():
         return {}
     measures = []
@@ -918,7 +918,7 @@ def run(**changes) -> dict:
     return writer.write(
         rows, measures, {"accuracy": lambda: show.intervals(quizzes, title)} if quizzes else {}, quality=quality,
         loaded=lm.identity, attention=lm.computed[0], lm_eval_version=version("lm_eval"),
-        **({"edited_tokens": edited} if options else {}),
+        **({"vllm": {"checked": checked, "tokens": counts}} if options else {}),
         lm_eval=json.loads(json.dumps({row: result["results"] for row, result in results.items()}, default=str)),
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ import asyncio
 import copy
 import json
 import os
+import re
 import tempfile
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -21,13 +22,16 @@ import torch
 from sae_lens import SAE
 
 import edits
-from data import UserError, reason_of, special_ids
+from data import UserError, special_ids
 from edits import CLOSE, METHODS, NONE, Edit, applied, explained_by_rounding, label, layer_of, log_probs
 
 # What vLLM must be started with: a graph or a cached prefix would pass the edit by, and custom all-reduce has given
 # wrong values to hooks under tensor parallelism (github.com/ndif-team/nnsight/issues/631)
 ENGINE = {"worker_extension_cls": "vllm_edit.EditExtension", "enforce_eager": True, "enable_prefix_caching": False,
           "disable_custom_all_reduce": True, "generation_config": "vllm"}  # fmt: skip
+
+
+HEADING = re.compile(r"\d+ validation errors? for \w+\s+")  # pydantic's, the line before its reason
 
 
 def only_rows(sae: SAE, settings: dict) -> tuple[SAE, dict]:
@@ -152,14 +156,16 @@ class EditExtension:
 
 
 @contextmanager
-def first_error():
+def first_error(said: str = "vLLM"):
     """What is raised within this context as a UserError of what came first: vLLM clears up, and fails at that."""
     try:
         yield
     except Exception as error:
         while error.__context__ is not None:
             error = error.__context__
-        raise error if isinstance(error, UserError) else UserError(f"vLLM: {reason_of(error)}") from None
+        if isinstance(error, UserError):
+            raise error from None
+        raise UserError(f"{said}: {HEADING.sub('', str(error)).splitlines()[0]}") from None
 
 
 def check_installed(found: list[list[int]], edit: Edit) -> None:
@@ -168,9 +174,9 @@ def check_installed(found: list[list[int]], edit: Edit) -> None:
         raise UserError(f"layers {sorted(missing)}: no process of vLLM has them")
 
 
-def check_counts(found: list[dict], edit: Edit, probe: bool = False) -> dict[int, int]:
-    """{layer: edited tokens}, of each rank's `edit_counts`. Raises UserError if something went wrong, was not finite,
-    was read and a layer never ran, or, unless it is only a probe, no token was changed."""
+def check_counts(found: list[dict], edit: Edit, none_will_do: bool = False) -> dict[str, int]:
+    """{"read": tokens, "changed at layer L": of these}, of each rank's `edit_counts`. Raises UserError if something
+    went wrong, was not finite, was read and a layer never ran, or, unless none_will_do, no token was changed."""
     if wrong := [rank["wrong"] for rank in found if rank["wrong"]]:
         raise UserError(wrong[0])
     if not all(rank["finite"] for rank in found):
@@ -181,10 +187,10 @@ def check_counts(found: list[dict], edit: Edit, probe: bool = False) -> dict[int
     if passed_by := [layer for layer, n in edited.items() if n < 0]:
         raise UserError(f"vLLM has run its model without calling layers {passed_by}: an edit cannot be made there")
     idle = all(getattr(f, "always", False) for f in edit.at.values())  # such as SAE patched, nothing ablated
-    if edited and not probe and not idle and not any(edited.values()):
+    if edited and not none_will_do and not idle and not any(edited.values()):
         raise UserError(f"{edit.method} changed none of the {tokens} tokens that vLLM's model has read: its features "
-                        "are active on none of them")  # fmt: skip
-    return edited
+                        "are active on none of them (no_sanity: score all the same)")  # fmt: skip
+    return {"read": tokens, **{f"changed at layer {layer}": n for layer, n in edited.items()}}
 
 
 # ----------------------------------------------------------------------------- against Hugging Face's model
@@ -230,14 +236,13 @@ def judged(results: list[tuple], edit: Edit, known: dict, float32: bool) -> list
     plain, idle, edited = (of_prompts(outputs) for _, outputs, _ in results)
     for (installed, _, counts), on in zip(results, (NONE, edit, edit)):
         check_installed(installed, on)
-        changed = check_counts(counts, on, probe=True)
+        changed = check_counts(counts, on, none_will_do=True)
     if not (idle - plain).pow(2).mean().sqrt() <= CLOSE * (1 if float32 else 50):
         raise UserError("what this model's layers return in vLLM is not (hidden, residual) that sum up to the residual "
                         "stream: an edit cannot be made there")  # fmt: skip
-    tokens = sum(len(output.prompt_token_ids) for output in results[-1][1])
     lines = [compared(found, *known[on], on) for found, on in ((plain, NONE), (edited, edit)) if on in known]
-    counted = ", ".join(f"{n} at layer {layer}" for layer, n in changed.items())
-    return [*lines, f"{edit.method} ({label(edit.method, edit.settings)}) changes, of {tokens} tokens tried, {counted}"]
+    counted = ", ".join(f"{n} {what}" for what, n in changed.items())
+    return [*lines, f"{edit.method} ({label(edit.method, edit.settings)}), tokens tried: {counted}"]
 
 
 def compared(found: torch.Tensor, wanted: torch.Tensor, rounding: torch.Tensor, edit: Edit) -> str:

@@ -33,12 +33,13 @@ WINDOW = 64  # words, 85 to 130 tokens: about lesson 3's windows of 128 tokens, 
 WORDS = 12_000  # of the texts, in order: about lesson 3's 20,000 tokens
 
 
-def quiz(name: str, model="tiny", data=None, topic=None, orders=False, question=True, **_) -> DatasetDict:
+def quiz(name: str, preset="tiny", data=None, topic=None, orders=False, question=True, **_) -> DatasetDict:
     """A quiz of data.py (`test`), and development questions for few-shot prompts (`dev`, MMLU's).
 
-    orders: ask each question 24 times, with its options in every order. question: False leaves the question out.
+    preset: whose data are meant (lm-eval's metadata has a `model` of its own). orders: ask each question 24 times, with
+    its options in every order. question: False leaves the question out.
     """
-    rows, dev = load(name, model, data, topic=topic).rows, load("mmlu_dev", model, data).rows
+    rows, dev = load(name, preset, data, topic=topic).rows, load("mmlu_dev", preset, data).rows
     rows = [{"asked_about": "biology", **row, "number": n} for n, row in enumerate(rows)]
     rows = [{**row, "subject": row.get("subject") or row["asked_about"]} for row in rows]
     if not question:
@@ -66,10 +67,10 @@ def is_right(doc: dict, results: list[str]) -> dict:
     return {"exact_match": float(normalised(results[0]) == normalised(doc["choices"][doc["answer"]]))}
 
 
-def texts(model: str = "tiny", data=None, **_) -> DatasetDict:
+def texts(preset: str = "tiny", data=None, **_) -> DatasetDict:
     """OpenWebText's documents in windows of WINDOW words, as many as WORDS words fill."""
     windows, left = [], WORDS
-    for number, text in enumerate(load("openwebtext", model, data).texts):
+    for number, text in enumerate(load("openwebtext", preset, data).texts):
         words = text.split(" ")[:left]
         windows += [{"text": " ".join(words[start : start + WINDOW]), "document": number}
                     for start in range(0, len(words), WINDOW)]  # fmt: skip

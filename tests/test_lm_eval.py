@@ -540,6 +540,13 @@ def clone(tmp_path_factory):
     return folder
 
 
+def test_a_served_models_name_is_no_preset():
+    """lm-eval's own command line hands the arguments of its model, `model` among them, to the tasks."""
+    given = {"include_path": str(ROOT / "lm_eval_tasks"), "include_defaults": False, "metadata": {"model": "served"}}
+    tasks = TaskManager(**given).load(["tiny_openwebtext", "tiny_wmdp_bio"])["tasks"]
+    assert len(tasks["tiny_wmdp_bio"].eval_docs) == 439 and len(tasks["tiny_openwebtext"].eval_docs) > 100
+
+
 def test_the_readme_and_help_name_the_same_commands():
     assert len(README) == 8 and set(HELP) <= set(README)
     assert any(line.startswith("ACCELERATE_USE_CPU=1 accelerate launch") for line in README)

@@ -211,12 +211,13 @@ def test_an_edit_that_was_passed_by_is_an_error(flat, tmp_path):
     one, two = saes_of(tmp_path, 0, 2)
     edit = together(ablation(one, FEATURES, -3.0), ablation(two, FEATURES, -3.0))
     ranks = [{**READ, "edited": {0: 4}}, {**READ, "edited": {2: 0}}]
-    assert vllm_edit.check_counts(ranks, edit) == {0: 4, 2: 0}
-    assert vllm_edit.check_counts([{**READ, "tokens": 0, "edited": {}}], edit) == {}  # all answers from a cache
+    some = {"read": 9, "changed at layer 0": 4, "changed at layer 2": 0}
+    assert vllm_edit.check_counts(ranks, edit) == some
+    assert vllm_edit.check_counts([{**READ, "tokens": 0, "edited": {}}], edit) == {"read": 0}  # all from a cache
     with pytest.raises(UserError, match=r"without calling layers \[0\]"):
-        vllm_edit.check_counts(ranks[1:], edit, probe=True)
+        vllm_edit.check_counts(ranks[1:], edit, none_will_do=True)
     none = [{**READ, "edited": {0: 0, 2: 0}}]
-    assert vllm_edit.check_counts(none, edit, probe=True) == {0: 0, 2: 0}
+    assert vllm_edit.check_counts(none, edit, none_will_do=True) == some | {"changed at layer 0": 0}
     with pytest.raises(UserError, match="together changed none of the 9 tokens"):
         vllm_edit.check_counts(none, edit)
     vllm_edit.check_counts([{**READ, "edited": {0: 0}}], edits.patched(one, FEATURES))
@@ -240,7 +241,7 @@ def test_layers_whose_two_parts_are_something_else_are_refused(flat, tmp_path):
         return [(installed, outputs_of(prompts, found), [seen]) for installed, found, seen in parts]
 
     said = vllm_edit.judged(results(first + 5e-4, first - 1), edit, {}, True)
-    assert said == ["clamp (n_features 4, clamp -3) changes, of 7 tokens tried, 4 at layer 1"]
+    assert said == ["clamp (n_features 4, clamp -3), tokens tried: 9 read, 4 changed at layer 1"]
     known = {NONE: (first, first * 0), edit: (first - 1, first * 0)}
     assert len(vllm_edit.judged(results(first, first - 1), edit, known, True)) == 3
     with pytest.raises(UserError, match=r"under clamp.* more than rounding explains"):
@@ -265,8 +266,10 @@ def test_other_log_probabilities_than_hugging_faces_are_an_error(model, tmp_path
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"engine": "vllm"}, "vLLM is not installed here; requirements-vllm.txt"),
-        ({"serve": 8000}, "--serve: give --engine vllm too"),
+        ({"engine": "vllm"}, "vLLM is not installed here; .*requirements-vllm.txt"),
+        ({"serve": 8000}, "serve: give --engine vllm too"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size: give --engine vllm too"),
+        ({"no_check": True}, "no_check: give --engine vllm too"),
     ],
 )
 def test_vllm_is_asked_for_where_it_is_not(monkeypatch, flags, said):
@@ -413,7 +416,8 @@ def test_vllm_gives_hugging_faces_letters_answers_and_texts(engine, special):
         before = one if before is None else before
         assert name in ("none", "patched") or (one - before)[:, 0].abs().max() > 1e-2, name
         counts = vllm_edit.check_counts(lm.call("edit_counts"), edit)
-        assert counts.keys() == edit.at.keys() and (all(counts.values()) or name == "patched"), name
+        changed = [counts[f"changed at layer {layer}"] for layer in edit.at]
+        assert len(counts) == len(changed) + 1 and (all(changed) or name == "patched"), name
 
 
 @pytest.mark.vllm
@@ -475,7 +479,9 @@ def test_a_run_in_vllm_scores_what_hugging_faces_does(real):
     flags = ["--tasks", TASKS, "--unablated", "--limit", 20, "--n-features", 10, "--clamp", -3, "--sae", root / "sae1"]
     (one, _), (two, said) = (record_of(root, name, *flags, "--engine", name) for name in ("hf", "vllm"))
     same_records(one, two)
-    assert two["edited_tokens"]["unablated"] == {} and min(two["edited_tokens"][[*two["rows"]][1]].values()) > 50
+    counts = two["vllm"]["tokens"]
+    assert counts["unablated"].keys() == {"read"} and min(counts[[*two["rows"]][1]].values()) > 50
+    assert two["vllm"]["checked"] == [line for line in said.splitlines() if line in two["vllm"]["checked"]] != []
     assert two["attention"].startswith("vllm ") and said.count("no more than rounding explains") == 2
 
 
@@ -525,8 +531,8 @@ def test_two_processes_give_what_one_does(real):
                           VLLM_CPU_OMP_THREADS_BIND="0|1")  # fmt: skip
     same_records(one, two)
     assert said.count("no more than rounding explains") == 2
-    edited = two["edited_tokens"][[*two["rows"]][1]]
-    assert edited.keys() == {"0", "1"} and min(edited.values()) > 50
+    changed = two["vllm"]["tokens"][[*two["rows"]][1]]
+    assert [*changed] == ["read", "changed at layer 0", "changed at layer 1"] and min(changed.values()) > 50
 
 
 @pytest.mark.slow
@@ -536,7 +542,7 @@ def test_two_processes_give_what_one_does(real):
     ("flags", "said"),
     [
         (["--model_args", "model_impl=transformers"], "does not return (hidden, residual)"),
-        (["--model_args", "max_model_len=100000"], "vLLM cannot load"),
+        (["--model_args", "max_model_len=100000"], "Value error, User-specified max_model_len (100000)"),
         (["--method", "dsg", "--clamp", -3, "--setting", "gate=0.1"], "dsg looks at a whole prompt"),
     ],
 )
@@ -554,7 +560,7 @@ def test_an_edit_that_cannot_run_ends_in_a_line(real, flags, said):
 def server(root, port: int, *flags):
     """A server that has said that it answers, and the file of what it says; killed in the end."""
     with (root / "said.txt").open("w") as said:
-        run = [*command_of(root, "--engine", "vllm", "--serve", port, "--tasks", "tiny_wmdp_bio", *flags)]
+        run = [*command_of(root, "--engine", "vllm", "--serve", port, *flags)]
         process = subprocess.Popen(
             run, stdout=said, stderr=subprocess.STDOUT, env=ENV, cwd=root, start_new_session=True
         )
