@@ -424,7 +424,8 @@ def test_vllm_gives_hugging_faces_letters_answers_and_texts(engine, special):
 @needs
 def test_what_is_no_plain_prompt_is_refused_in_vllm_too(engine):
     plain, lm, saes = engine
-    plain.set_edit(NONE)
+    for model in (plain, lm):
+        model.set_edit(NONE)
     long = requests_of([("moth " * 600, " A"), ("moth " * 600, " B")])
     with pytest.raises(UserError, match="there is room for"):
         lm.loglikelihood(long)
