@@ -456,7 +456,9 @@ def in_vllm(path: str, tokenizer, identity: dict, options: dict) -> Checked:
         def _model_generate(self, *args, **kwargs):
             bar = "auto" if not os.environ.get("TQDM_DISABLE") else 1  # by which lm-eval's vllm shows one
             with vllm_edit.first_error(), patch.object(self, "batch_size", bar):
-                return super()._model_generate(*args, **kwargs)
+                outputs = super()._model_generate(*args, **kwargs)
+            vllm_edit.check_counts(self.call("edit_counts"), self.edit, none_will_do=True)  # before they are cached
+            return outputs
 
         def modify_gen_kwargs(self, asked, eos=None, default_max_gen_toks=256):
             """As `hf` writes: greedily unless sampling is asked for, and without special tokens in the text; so one in

@@ -423,7 +423,7 @@ def test_vllm_gives_hugging_faces_letters_answers_and_texts(engine, special):
 @pytest.mark.vllm
 @needs
 def test_what_is_no_plain_prompt_is_refused_in_vllm_too(engine):
-    plain, lm, saes = engine
+    plain, lm, _ = engine
     for model in (plain, lm):
         model.set_edit(NONE)
     long = requests_of([("moth " * 600, " A"), ("moth " * 600, " B")])
@@ -439,14 +439,6 @@ def test_what_is_no_plain_prompt_is_refused_in_vllm_too(engine):
             lm._loglikelihood_tokens([(asked[0], asked[1] + [50], answer)])
     with pytest.raises(UserError, match="there is room for"):
         lm.generate_until(requests_of([("moth " * 500, {"until": [], "max_gen_toks": 100})]))
-    lm.set_edit(make("mean-ablation", saes[0], features=FEATURES, means=[math.nan] * 4), saes)
-    with pytest.raises(UserError, match="not finite"):
-        lm.loglikelihood(requests_of([(text, f" {letter}") for text in prompts_of(4) for letter in "AB"]))
-    lm.set_edit(lm.edit, saes)
-    lm.generate_until(requests_of([(prompts_of(1)[0], {"until": [], "max_gen_toks": 3})]))
-    with pytest.raises(UserError, match="not finite"):
-        vllm_edit.check_counts(lm.call("edit_counts"), lm.edit)
-    lm.set_edit(NONE)
 
 
 @pytest.mark.vllm
@@ -619,3 +611,16 @@ def test_any_client_talks_to_the_edited_model(real, engine):
                      for model in (("local-completions", asked), (plain,))]  # fmt: skip
             values = [[row["filtered_resps"] for row in one["samples"]["tiny_wmdp_bio"]] for one in found]
             torch.testing.assert_close(*map(torch.tensor, values), rtol=0, atol=1e-4)
+
+
+@pytest.mark.vllm
+@needs
+def test_what_is_not_finite_is_neither_scored_nor_cached(engine):
+    """The last of this engine's tests: NaN stays in vLLM's cache of keys and values."""
+    _, lm, saes = engine
+    lm.set_edit(make("mean-ablation", saes[0], features=FEATURES, means=[math.nan] * 4), saes)
+    with pytest.raises(UserError, match="not finite"):
+        lm.loglikelihood(requests_of([(text, f" {letter}") for text in prompts_of(4) for letter in "AB"]))
+    lm.set_edit(lm.edit, saes)
+    with pytest.raises(UserError, match="not finite"):
+        lm.generate_until(requests_of([(prompts_of(1)[0], {"until": [], "max_gen_toks": 3})]))
