@@ -11,7 +11,8 @@ Edits, which work while the model runs (edits.py): zero-ablation, clamp, measure
 conditional-clamp, refusal-clamp, mean-ablation, dsg, diff-in-means.
 
 Training that unlearns (unlearning.py): gradient-ascent, grad-diff, npo, simnpo, npo-sam, mudman, circuit-breakers,
-crisp, undo, rmu, adaptive-rmu. The trained model is saved as a folder that every script loads with --model.
+crisp, undo, repselect, repselect-hard, rmu, adaptive-rmu. The trained model is saved as a folder that every script
+loads with --model.
 
 Each method is tuned with eight settings. The tuning half chooses the one of lowest WMDP-Bio accuracy that keeps 99% of
 MMLU. Training is on that half's questions: a method that takes far more of them than of the held-out half unlearned

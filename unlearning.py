@@ -5,6 +5,7 @@ METHODS holds all there is to know of each. Its `train(training, **setting)` loa
 from `start` on are predicted. A step takes BATCH forget texts and as many retain texts, retain sets in turn."""
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from edits import Latents, Method, decoder_layers, grid, residual_stream, token_
 
 METHODS: dict[str, Method] = {}  # filled below, beside each method
 BATCH = 4
+KL_BATCH = 16  # texts whose logits are held at a time
 NLL_LOG = ("forget text, nats per token", "retain text, nats per token")
 QUESTION_TOKENS = 512  # open-unlearning's limit on a question with its answer
 Window = tuple[list[int], int]
@@ -321,11 +323,10 @@ def linear_modules(model, layers: list[int]) -> list[str]:
     return [name for name, module in model.named_modules() if id(module) in inside and isinstance(module, kinds)]
 
 
-def with_lora(model, layers: list[int], seed: int, **options):
-    """The model with LoRA on the layers' `linear_modules`, and the parameters that train; options: of LoraConfig."""
+def with_lora(model, names: list[str], seed: int, lora_dropout=0.05, **options):
+    """The model with LoRA on modules of these names, and the parameters that train; options: of LoraConfig."""
     torch.manual_seed(seed)
-    lora = LoraConfig(lora_dropout=0.05, target_modules=linear_modules(model, layers), **options)
-    adapted = get_peft_model(model, lora)
+    adapted = get_peft_model(model, LoraConfig(lora_dropout=lora_dropout, target_modules=names, **options))
     for name, module in adapted.named_modules():  # the adapter's dropout, and none of the model's own
         module.training = "lora_dropout" in name
     return adapted, [parameter for parameter in adapted.parameters() if parameter.requires_grad]
@@ -365,7 +366,9 @@ def train_circuit_breakers(training: Training, *, steps: int, lr: float, retain:
     model, tokenizer = training.load(), training.tokenizer
     n = len(decoder_layers(model))
     first, last = (round(n * layer / 32) for layer in (10, 20))
-    adapted, trained = with_lora(model, range(min(last + 1, n)), training.seed, r=16, lora_alpha=16)
+    adapted, trained = with_lora(
+        model, linear_modules(model, range(min(last + 1, n))), training.seed, r=16, lora_alpha=16
+    )
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=1e-3)
@@ -441,7 +444,7 @@ def train_crisp(training: Training, *, layers: list[int], k: int, alpha, pull, s
         raise UserError(f"CRISP reads SAEs behind layers 0 to {max(stats) - 1}: layer {max(stats)} is the last")
     if not any(features.values()):
         raise UserError("CRISP: no feature is three times as active on forget text as on retain text")
-    adapted, trained = with_lora(model, crisp_adapts(stats), training.seed, r=4, lora_alpha=8)
+    adapted, trained = with_lora(model, linear_modules(model, crisp_adapts(stats)), training.seed, r=4, lora_alpha=8)
     adam, log = Fp32AdamW(trained, lr, amsgrad=True), []
     sources = [training.forget], training.retain, training.retain[:1]
     for forget_texts, retain_texts, coherent_texts in training.batches(steps, "CRISP", *sources):
@@ -507,6 +510,98 @@ METHODS["undo"] = Method(
     usual={"layers": CRISP_LAYERS, "alpha": 0.25, "beta": 0.1}, steps={"tiny": 60, "": 3000},
     lr={"tiny": 8e-4, "": 2e-5}, log=("forget text, forward KL per token", "retain text, forward KL per token"),
 )  # fmt: skip
+
+
+# --------------------------------------------- RepSelect: one gradient, less what it shares with everything else
+def collapse(gradient: torch.Tensor, vectors: torch.Tensor, sizes: torch.Tensor, hard: bool) -> torch.Tensor:
+    """G - (G V - G V / s) V^T, s = sizes / min(sizes): of each principal direction, column of V (n, q), the s-th part
+    is left; hard: nothing. gradient: (m, n); sizes: (q,) singular values."""
+    along = gradient @ vectors
+    return gradient - (along if hard else along - along / (sizes / sizes.min())) @ vectors.T
+
+
+@torch.no_grad()
+def mean_kl(model, texts: list[tuple], matrices: list, before: list) -> float:
+    """KL(before || now) in nats, a mean over the targets of batches (ids, targets), as of target_mask; before: the
+    values that the model's matrices had. Each batch is run twice, as log-probabilities of all would take gigabytes."""
+    total = 0.0
+    for ids, targets in texts:
+        parts = []
+        for values in (before, [matrix.data for matrix in matrices]):
+            with replaced(matrices, values):
+                logits = model(ids, use_cache=False).logits[:, :-1]
+            parts.append(wide(logits[targets[:, 1:]]).log_softmax(-1))
+        total += F.kl_div(parts[1], parts[0], reduction="sum", log_target=True).item()
+    return total / sum(targets[:, 1:].sum().item() for _, targets in texts)
+
+
+def furthest(kl_at: Callable, budget: float, step: float) -> float:
+    """The step at which kl_at(step) lies between 95 and 100% of the budget, tried first at `step`, then where it would
+    lie if it grew as the step's square. Raises UserError if 30 tries do not find one."""
+    low, high = 0.0, math.inf
+    for _ in range(30):
+        kl = kl_at(step)
+        if 0.95 * budget <= kl <= budget:
+            return step
+        low, high = (step, high) if kl < budget else (low, step)  # NaN is too far
+        ahead = step * (0.975 * budget / kl) ** 0.5 if kl > 0 else step * 8
+        step = ahead if low < ahead < high else (low * high) ** 0.5 if low and high < math.inf else step / 8
+    raise UserError(f"RepSelect: no step changes retain text by a KL of {budget:g} nats")
+
+
+def train_repselect(training: Training, *, q: int, kl: float, steps: int, lr: float, loss_on="answer", hard=False):
+    """RepSelect (Sondej et al., arXiv 2606.17168; github.com/filyp/RepSelect): one long step up the forget loss, along
+    its gradient less the directions in which that is large, as they are shared with other text.
+
+    1. LoRA (r 8) on the MLPs' matrices W: `steps` batches of gradient descent on NLL_f, of rate `lr`.
+    2. With LoRA on, G = the sum over as many batches of the gradient of -NLL_f with respect to W.
+    3. Without LoRA, U, s, V = the q largest singular values of G: `collapse` with V, then of the transpose with U.
+    4. W <- W - step G, as far as retain text's KL(before || after) per token stays within `kl`.
+
+    The release has q 512, kl 0.01 and lr 0.01, swept from 0.005 to 0.5. Differs from it: the step is the longest there
+    is, as in its RepSelectAdaptive, where its main runs add G times a swept rate until an epoch exceeds kl; the KL is
+    on 128 windows of the retain set; G is summed in fp32; a batch has four texts, not eight. Raises UserError for a
+    family whose MLPs are not known by name."""
+    model, tokenizer = training.load(), training.tokenizer
+    layers = range(len(decoder_layers(model)))
+    names = [name for name in linear_modules(model, layers) if ".mlp." in name and down_projections(model, max(layers))]
+    adapted, trained = with_lora(model, names, training.seed, lora_dropout=0.0)
+    matrices = [adapted.get_submodule(f"base_model.model.{name}").base_layer.weight for name in names]
+    descent, log = Fp32AdamW(trained, lr, kind=torch.optim.SGD), []
+    for (texts,) in training.batches(steps, "RepSelect, LoRA", [training.forget]):
+        loss = text_nll(adapted, texts, tokenizer, loss_on).mean
+        descent.step(loss)
+        log.append([loss.item()])
+    adapted.requires_grad_(False)
+    gradients = [torch.zeros_like(wide(matrix.requires_grad_(True))) for matrix in matrices]
+    for (texts,) in training.batches(steps, "RepSelect, gradient", [training.forget]):
+        loss = finite(-text_nll(adapted, texts, tokenizer, loss_on).mean)
+        gradients = [g + wide(part) for g, part in zip(gradients, torch.autograd.grad(loss, matrices))]
+    model, windows = adapted.unload().requires_grad_(False), training.retain[0][:128]
+    for at, g in enumerate(gradients):
+        u, sizes, v = torch.svd_lowrank(g, min(q, *g.shape))
+        gradients[at] = collapse(collapse(g, v, sizes, hard).T, u, sizes, hard).T
+    parts = [windows[start : start + KL_BATCH] for start in range(0, len(windows), KL_BATCH)]
+    texts = [target_mask(part, tokenizer, model.device, "text") for part in parts]
+    before = [matrix.detach().clone() for matrix in matrices]
+
+    def kl_at(step):
+        for matrix, then, g in zip(matrices, before, gradients):
+            matrix.data.copy_(wide(then) - step * g)
+        return mean_kl(model, texts, matrices, before)
+
+    lengths = [torch.stack([part.norm() for part in wide_parts]).norm().item() for wide_parts in (before, gradients)]
+    furthest(kl_at, kl, 0.01 * lengths[0] / lengths[1])
+    return model, log
+
+
+by_repselect = partial(
+    Method, grid=grid(lr=(0.3, 1), kl=(0.01, 0.03, 0.05, 0.1)), needs_sae=False,
+    usual={"loss_on": "answer", "q": {"tiny": 14, "": 512}, "kl": 0.01}, steps={"tiny": 120, "": 300},
+    lr={"tiny": 1.0, "": 0.01}, log=("forget text with LoRA, nats per token",),
+)  # fmt: skip
+METHODS["repselect"] = by_repselect("RepSelect", train=train_repselect)
+METHODS["repselect-hard"] = by_repselect("RepSelect, hard", train=partial(train_repselect, hard=True))
 
 
 # ------------------------------------------------------------------------ RMU: misdirect the residual stream

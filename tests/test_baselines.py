@@ -118,14 +118,15 @@ def test_gradients_reach_all_weights_and_lora_those_of_its_layers(quick_teacher)
     saes = {layer: load_sae(None, layer, model) for layer in (3, 5, 7, 9)}
     training = baselines.prepare(model, benchmark, saes, args)
     lora = {"crisp": range(2, 7), "circuit-breakers": range(13)}
-    for kind in ("grad-diff", "npo-sam", "mudman", "undo", *lora):
+    for kind in ("grad-diff", "npo-sam", "mudman", "undo", "repselect", *lora):
         method, layers = unlearning.METHODS[kind], lora.get(kind, range(CONFIG["num_hidden_layers"]))
         hf, _ = method.train(training, **baselines.grid_of(method, args)[0])
         after = hf.state_dict()
         changed = {name for name in original if not torch.equal(original[name].float(), after[name].float())}
-        matrices = {name for name in original if ".layers." in name and original[name].ndim == 2}
+        part = ".mlp." if kind == "repselect" else ".layers."
+        matrices = {name for name in original if part in name and original[name].ndim == 2}
         assert {name for name in changed & matrices} == {n for n in matrices if int(n.split(".")[2]) in layers}
-        assert ("model.embed_tokens.weight" in changed) == (kind not in lora)
+        assert ("model.embed_tokens.weight" in changed) == (kind not in (*lora, "repselect"))
 
 
 # -------------------------------------------------------------------------------------------------- one setting: RMU

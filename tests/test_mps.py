@@ -25,7 +25,7 @@ SCRIPTS = {
 WITHOUT = {"pareto.py": ("n_features", "clamp")}
 # the other methods take the path of one of these
 METHODS = ["mean-ablation", "dsg", "diff-in-means", "refusal-clamp", "npo", "crisp", "npo-sam", "mudman",
-           "circuit-breakers", "undo", "rmu"]  # fmt: skip
+           "circuit-breakers", "undo", "rmu", "repselect"]  # fmt: skip
 ASKED_AGAIN = ("dsg", "diff-in-means", "npo")
 ALL_WEIGHTS = ("npo", "npo-sam", "mudman", "undo")
 

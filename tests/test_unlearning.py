@@ -4,6 +4,7 @@ And what they share: batches, the windows that they train on, the optimiser in f
 """
 
 import json
+import math
 import random
 from copy import deepcopy
 
@@ -208,6 +209,64 @@ def test_mudman_by_hand(small64):
     _, log = METHODS["mudman"].train(small64, **setting)
     assert same(model.parameters(), by_hand.parameters())
     assert log[2][0] > log[1][0]  # nats of the adversary: taught once when last seen, then a copy that unlearnt
+
+
+@pytest.mark.parametrize("method", ["repselect", "repselect-hard"])
+def test_repselect_by_hand(small64, monkeypatch, method):
+    """One step of LoRA, whose A alone is theirs; the gradient with it on; then each of the q largest singular values s
+    of that becomes s_q^2 / s, or 0 (hard), and the step leads to a KL of 95 to 100% of the bound."""
+
+    def exact(g, q):
+        u, sizes, vh = torch.linalg.svd(g, full_matrices=False)
+        return u[:, :q], sizes[:q], vh[:q].T
+
+    monkeypatch.setattr(torch, "svd_lowrank", exact)
+    model, forget, retain = small64.load(), small64.forget[0], small64.retain[0][0]
+    q, kl, lr, seed = 3, 0.02, 0.4, small64.seed
+    names = [name for name, one in model.named_parameters() if ".mlp." in name]
+    assert len(names) == 3 * len(decoder_layers(model))
+    before = {name: model.get_parameter(name).detach().clone() for name in names}
+    adapted = unlearning.with_lora(deepcopy(model), [n.removesuffix(".weight") for n in names], seed, lora_dropout=0.0)
+    down = [one for name, one in adapted[0].named_parameters() if "lora_A" in name]
+    assert len(down) == len(names)
+    by_hand = deepcopy(model)
+    matrices = [by_hand.get_parameter(name).requires_grad_(True) for name in names]
+    first = torch.autograd.grad(mean_nll(by_hand, forget), matrices)
+    with torch.no_grad():
+        for w, g, a in zip(matrices, first, down):
+            w -= lr * (g @ a.T.double()) @ a.double()  # B was 0; alpha / r is 1
+    loss = mean_nll(by_hand, forget)
+    gradients = [-g for g in torch.autograd.grad(loss, matrices)]
+    trained, log = METHODS[method].train(small64, q=q, kl=kl, steps=1, lr=lr, loss_on="text")
+    assert log == [[pytest.approx(mean_nll(model_of(before, model), forget).item(), abs=1e-8)]]
+    steps = []
+    for name, g in zip(names, gradients):
+        u, s, vh = np.linalg.svd(g.numpy(), full_matrices=False)
+        left = np.where(np.arange(len(s)) < q, 0 if "hard" in method else s[q - 1] ** 2 / s, s)
+        g = (u * left) @ vh
+        change = (before[name] - trained.get_parameter(name)).detach().numpy()
+        steps.append((change * g).sum() / (g * g).sum())
+        assert np.allclose(change / steps[0], g, rtol=0, atol=1e-8)
+    assert np.ptp(steps) < 1e-8 * steps[0] and steps[0] > 0
+    texts = torch.tensor([retain[0]])
+    now, then = (one(texts).logits[0, :-1].log_softmax(-1).detach() for one in (trained, model_of(before, model)))
+    assert 0.95 * kl <= (then.exp() * (then - now)).sum(-1).mean().item() <= kl
+
+
+def model_of(weights: dict, model):
+    """A copy of the model with these weights."""
+    copy = deepcopy(model)
+    copy.load_state_dict(weights, strict=False)
+    return copy
+
+
+def test_the_longest_step_within_a_bound():
+    for steepness in (1e-6, 0.3, 1e7):
+        step = unlearning.furthest(lambda x, a=steepness: a * x * x if a * x < 1e3 else math.nan, 0.01, 1.0)
+        assert 0.0095 <= steepness * step * step <= 0.01
+    assert unlearning.furthest(lambda x: x**6, 0.01, 50.0) == pytest.approx(0.01 ** (1 / 6), rel=0.01)
+    with pytest.raises(UserError, match=r"no step changes retain text by a KL of 0\.01"):
+        unlearning.furthest(lambda x: 0.0, 0.01, 1.0)
 
 
 def test_undos_noise_by_hand(small64):
