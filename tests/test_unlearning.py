@@ -250,7 +250,13 @@ def test_repselect_by_hand(small64, monkeypatch, method):
     assert np.ptp(steps) < 1e-8 * steps[0] and steps[0] > 0
     texts = torch.tensor([retain[0]])
     now, then = (one(texts).logits[0, :-1].log_softmax(-1).detach() for one in (trained, model_of(before, model)))
-    assert 0.95 * kl <= (then.exp() * (then - now)).sum(-1).mean().item() <= kl
+    found = (then.exp() * (then - now)).sum(-1).mean().item()
+    assert 0.95 * kl <= found <= kl
+    pairs = [(trained.get_parameter(name), weight) for name, weight in before.items()]
+    all_targets = torch.ones_like(texts, dtype=torch.bool)
+    assert unlearning.mean_kl(trained, [(texts, all_targets)], *map(list, zip(*pairs))) == pytest.approx(
+        found, abs=1e-8
+    )
 
 
 def model_of(weights: dict, model):
