@@ -29,7 +29,7 @@ CHANCE = 0.25
 KEEP = 0.99  # SAEBench: the share of the unablated MMLU accuracy that a setting must keep
 LEAST_TOKENS = 1000  # behind a firing rate: with as many of Wikitext's 29 of tiny's 50 picks stay, with half as many 22
 CANDIDATES, TRIED = 100, 8  # of measured_order: features of highest ratio, and how many are tried for each place
-WRITTEN, BEGUN, BEGINNINGS = 64, 32, 64  # of `fluency`: tokens written; tokens of a text before them; prompts
+WRITTEN, BEGUN, BEGINNINGS = 64, 32, 32  # of `fluency`: tokens written; tokens of a text before them; prompts
 SCORED_TOKENS = 20_000  # of OpenWebText, documents in order: enough for +-0.001 nats on a small change
 
 
@@ -266,12 +266,12 @@ def fluency(model, dataset: Dataset, rows: dict, *, judge=None, batch_size: int 
     fluency: -1/|y| * sum over t of log p(y_t | x, y_<t), in nats per token; exp of it is y's perplexity. p is of the
     unablated `judge` (default: `model`), also where a row is another model. Special tokens of y are left out.
     repeated: 1 - distinct 4-grams of y's ids / all 4-grams, the seq-rep-4 of Welleck et al. (arXiv 1908.04319). Text
-    that repeats itself is likely, too, so neither says much without the other.
+    that repeats itself is likely, too, so neither says much without the other; and after a forget question a wrong
+    answer is as unlikely as bad text: fluency proper is told by texts, and by the row that was retrained.
 
     x: BEGINNINGS of the questions, as data.IN_WORDS, or of the texts, their first BEGUN tokens; drawn by the data's
-    seed. No y ends early, since the share of repeats depends on the length. rows, errors: as for `letters`, and
-    ValueError for a judge with another tokenizer. ReLearn's linguistic score (arXiv 2502.11190; open-unlearning's issue
-    103) is made of perplexity and two indices of vocabulary."""
+    seed. No y ends early, since repeats depend on length. rows, errors: as for `letters`, and ValueError for a judge
+    with another tokenizer. ReLearn's linguistic score (arXiv 2502.11190; open-unlearning#103) has perplexity, too."""
     sample, judge, encode = dataset.sample(BEGINNINGS), judge or model, partial(data.encode, model.tokenizer)
     prompts = [encode(row["text"])[:BEGUN] if "text" in row else encode(data.IN_WORDS.format(row["question"].strip()))
                for row in sample.rows]  # fmt: skip

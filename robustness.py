@@ -407,9 +407,9 @@ def word_effects(measures: dict[str, Measure]) -> dict[str, dict[str, evaluation
     """{row: {effect: Score}}: the change of MMLU's accuracy, paired by question, by a "forget word" in a wrong option's
     place, by a "retain word" (`with_word`), and "beyond" that: with the former against with the latter."""
     of = [measures[f"mmlu/{form}letters"] for form in ("", "forget word/", "retain word/")]
+    each = zip(of[0].rows, *(measure.values for measure in of))
     return {row: {"forget word": share(forget, plain), "retain word": share(retain, plain),
-                  "beyond": share(forget, retain)}
-            for row, plain, forget, retain in zip(of[0].rows, *(measure.values for measure in of))}  # fmt: skip
+                  "beyond": share(forget, retain)} for row, plain, forget, retain in each}  # fmt: skip
 
 
 def markdown(columns: dict[str, Measure], rows) -> str:
@@ -588,8 +588,7 @@ def run(**changes) -> dict:
     subjects = subjects_of(paths, records, args.device, dtype)
     benchmark, asked, others = load_questions(records, same, args.shots, load_tokenizer(preset(name).model))
     current = Run(__file__, args, [*benchmark.datasets, *others], also=[records, steps], model=name, dtype=dtype)
-    quiz, judge = benchmark.quizzes["wmdp_bio"], subjects[0]
-    exam = Exam(benchmark, quiz, asked, steps, lr, same["seed"], args.batch_size, judge)
+    exam = Exam(benchmark, asked["as tuned"][0], asked, steps, lr, same["seed"], args.batch_size, subjects[0])
     measures, pushes = examine(exam, subjects, current.cached)
     curve = {mark: measures[f"wmdp_bio/after {mark} steps/letters"] for mark in (marks_of(steps) if steps else ())}
     curve, (stages, shares) = {0: measures["wmdp_bio/letters"], **curve}, survival(measures)
@@ -609,8 +608,8 @@ def run(**changes) -> dict:
         label_of = f"{title}\nright answers, %, after so many steps on the asked facts"
         figures["curves"] = lambda: show.shaded(curve[0].rows, curve, back, label_of)
     rows = {s.name: s.edit for s in subjects}
-    effects = {row: {effect: vars(score) for effect, score in of.items()} for row, of in effects.items()}
-    return current.write(rows, measures.values(), figures, table=text, pushed=pushes, survives=shares, words=effects)
+    more = {"words": {row: {name: vars(score) for name, score in of.items()} for row, of in effects.items()}}
+    return current.write(rows, measures.values(), figures, table=text, pushed=pushes, survives=shares, **more)
 
 
 # %%
