@@ -100,8 +100,8 @@ def with_word(quiz: Dataset, donors: list[dict], seed: int) -> Dataset:
     of a donor, drawn from those on another subject, if there are any, and never an option of the question, up to what
     `normalised` removes (where no answer is left, c_j stays).
 
-    After the perturbed MMLU of Dang et al. (arXiv 2501.19202), where a keyword of the forget set takes a wrong option's
-    place. Differs: the word is an answer of the forget quiz's tuning half; and since any foreign word may change what
+    After Dang et al. (arXiv 2501.19202), who find that one forget token in a retain question makes unlearned models
+    misbehave. Here the word is an answer of the forget quiz's tuning half; and since any foreign word may change what
     is answered, robustness.py asks with an answer of MMLU's tuning half, too."""
     rng, rows = random.Random(seed), []
     replaced = [rng.choice([k for k in range(4) if k != row["answer"]]) for row in quiz.rows]
