@@ -397,6 +397,15 @@ def test_what_another_model_writes_is_judged_by_the_unablated_one(get_model):
         evaluation.fluency(model, quiz, {"unablated": NONE}, judge=load_model("tiny"))
 
 
+def test_no_text_ends_before_its_fewest_tokens(gemma, monkeypatch):
+    ids = gemma.tokenizer("The sea")["input_ids"]
+    first = evaluation.continuations(gemma, [ids], [NONE], 1)[0][0][0]
+    monkeypatch.setattr(gemma.original_model.generation_config, "eos_token_id", [1, first])
+    assert evaluation.continuations(gemma, [ids], [NONE], 6) == [[[first]]]
+    (((*written,),),) = evaluation.continuations(gemma, [ids], [NONE], 6, least=6)
+    assert len(written) == 6 and not {1, first} & {*written}
+
+
 def test_repeated_4_grams():
     assert evaluation.repeated([7] * 64) == 1 - 1 / 61 and evaluation.repeated(list(range(64))) == 0
     assert evaluation.repeated([1, 2, 3, 4, 1, 2, 3, 4]) == 1 - 4 / 5 and evaluation.repeated([1, 1, 1]) == 0
