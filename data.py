@@ -72,8 +72,11 @@ def note_once(line: str) -> None:
 
 EMBEDDED = ("tiny", "tiny-retrained")  # presets whose data are in tiny/data
 TITLES = {"wmdp_bio": "WMDP-Bio", "wmdp_bio_robust": "WMDP-Bio Robust", "wmdp_bio_cloze": "WMDP-Bio Cloze",
-          "wmdp_bio_reworded": "WMDP-Bio reworded", "wmdp_bio_prose": "WMDP-Bio as prose", "mmlu": "MMLU",
+          "wmdp_bio_reworded": "WMDP-Bio reworded", "wmdp_bio_reversed": "WMDP-Bio in reverse",
+          "wmdp_bio_two_hop": "WMDP-Bio by two facts", "wmdp_bio_prose": "WMDP-Bio as prose", "mmlu": "MMLU",
           "mmlu_dev": "MMLU dev", "wikitext": "Wikitext", "openwebtext": "OpenWebText"}  # fmt: skip
+# Other questions for the facts of wmdp_bio, each for the row of the same number, or of the number in its "of"
+OTHER_FORMS = {"other wording": "wmdp_bio_reworded", "in reverse": "wmdp_bio_reversed", "two hops": "wmdp_bio_two_hop"}
 WMDP = {"all": "wmdp_bio", "robust": "wmdp_bio_robust", "cloze": "wmdp_bio_cloze"}  # by variant
 # Where the hub has a data set: id, configuration, split, revision; the first that loads counts. OpenWebText is a
 # script, which `datasets` no longer runs, but the hub may have a version in parquet; the other id is a sample of it.
@@ -90,7 +93,7 @@ HUB = {
     "wikitext": [("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None)],
     "openwebtext": [(name, None, "train", revision) for name in ("Skylion007/openwebtext", "stas/openwebtext-10k")
                     for revision in (None, PARQUET)]}  # fmt: skip
-KNOWN = [*HUB, "wmdp_bio_reworded", "forget_corpus"]  # what files of a data folder may be called, with .jsonl
+KNOWN = [*HUB, *OTHER_FORMS.values(), "forget_corpus"]  # what files of a data folder may be called, with .jsonl
 # Questions of the released sets, none with a subject: a user's own has others
 RELEASED = {"wmdp_bio": 1273, "wmdp_bio_robust": 868, "wmdp_bio_cloze": 1076, "wmdp_bio_reworded": 1273}
 PUBLISHED = {
@@ -257,9 +260,9 @@ def load(name: str, model="tiny", folder=None, *, variant="all", seed=0, pick_on
     check_questions(rows, source, refuse=own)
     topic = topic if file.startswith("wmdp_bio") else None
     if own and file.startswith("wmdp_bio"):
-        embedded = {row["question"] for part in ("wmdp_bio", "wmdp_bio_reworded") for row in load(part).rows}
+        embedded = {row["question"] for part in ("wmdp_bio", *OTHER_FORMS.values()) for row in load(part).rows}
         stand_in = {row["question"] for row in rows} <= embedded
-        released = len(rows) == RELEASED[file] and not any(row.get("subject") for row in rows)
+        released = len(rows) == RELEASED.get(file) and not any(row.get("subject") for row in rows)
         if not (topic or stand_in or released):
             subjects = [row["subject"] for row in rows if row.get("subject")]
             of_all = len(set(subjects)) == 1 and 2 * len(subjects) >= len(rows)

@@ -29,6 +29,7 @@ CHANCE = 0.25
 KEEP = 0.99  # SAEBench: the share of the unablated MMLU accuracy that a setting must keep
 LEAST_TOKENS = 1000  # behind a firing rate: with as many of Wikitext's 29 of tiny's 50 picks stay, with half as many 22
 CANDIDATES, TRIED = 100, 8  # of measured_order: features of highest ratio, and how many are tried for each place
+WRITTEN, BEGUN, BEGINNINGS = 64, 32, 32  # of `fluency`: tokens written; tokens of a text before them; prompts
 SCORED_TOKENS = 20_000  # of OpenWebText, documents in order: enough for +-0.001 nats on a small change
 
 
@@ -259,6 +260,43 @@ def open_answers(model, quiz: Dataset, rows: dict, *, batch_size: int = 16) -> t
     return exact, measure_of(quiz, "right answer", "loss on the right answer", "nats per token", rows, values[..., 1])
 
 
+def fluency(model, dataset: Dataset, rows: dict, *, judge=None, batch_size: int = 16) -> tuple[Measure, Measure]:
+    """Two Measures of what each row writes, greedily: WRITTEN tokens y after a prompt x, whatever they say.
+
+    fluency: -1/|y| * sum over t of log p(y_t | x, y_<t), in nats per token; exp of it is y's perplexity. p is of the
+    unablated `judge` (default: `model`), also where a row is another model. Special tokens of y are left out.
+    repeated: 1 - distinct 4-grams of y's ids / all 4-grams, the seq-rep-4 of Welleck et al. (arXiv 1908.04319). Text
+    that repeats itself is likely, too, so neither says much without the other; and after a forget question a wrong
+    answer is as unlikely as bad text: fluency proper is told by texts, and by the row that was retrained.
+
+    x: BEGINNINGS of the questions, as data.IN_WORDS, or of the texts, their first BEGUN tokens; drawn by the data's
+    seed. No y ends early, since repeats depend on length. rows, errors: as for `letters`, and ValueError for a judge
+    with another tokenizer. ReLearn's linguistic score (arXiv 2502.11190; open-unlearning#103) has perplexity, too."""
+    sample, judge, encode = dataset.sample(BEGINNINGS), judge or model, partial(data.encode, model.tokenizer)
+    prompts = [encode(row["text"])[:BEGUN] if "text" in row else encode(data.IN_WORDS.format(row["question"].strip()))
+               for row in sample.rows]  # fmt: skip
+
+    def score(model, edits):  # (n_edits, n_prompts, 2)
+        if model.tokenizer.get_vocab() != judge.tokenizer.get_vocab():
+            raise ValueError("what is written by a model with another tokenizer cannot be judged")
+        written = continuations(model, prompts, edits, WRITTEN, batch_size, f"{dataset.title} goes on", WRITTEN)
+        texts, asked = [text for of_edit in written for text in of_edit], prompts * len(edits)
+        windows, first = [x + y for x, y in zip(asked, texts)], list(map(len, asked))
+        nats, tokens = score_loss(judge, windows, [NONE], batch_size, first=first)
+        repeats = torch.tensor([repeated(text) for text in texts], dtype=torch.float64)
+        return torch.stack([nats[0] / tokens.clamp(min=1), repeats], -1).reshape(len(edits), -1, 2)
+
+    values, more = each_row(model, rows, score).numpy(), {"groups": None}
+    return (measure_of(sample, "fluency", "loss of what is written", "nats per token", rows, values[..., 0], **more),
+            measure_of(sample, "repeated", "repeated 4-grams", "%", rows, values[..., 1], **more))  # fmt: skip
+
+
+def repeated(ids: list[int], n: int = 4) -> float:
+    """1 - distinct / all n-grams of these ids; 0 of fewer than n."""
+    grams = list(zip(*(ids[start:] for start in range(n))))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 def on_benchmark(model, benchmark, rows: dict, *, style, batch_size, cached=lambda name, make: make()) -> list[Measure]:
     """Letters on both halves of both quizzes of a data.Benchmark, words on WMDP-Bio's, and the loss on web text.
     cached(name, make) may keep what make() returns. rows, errors: as for `letters`."""
@@ -388,12 +426,20 @@ def left_padded(rows: list[list[int]], tokenizer, device) -> dict:
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
-@torch.inference_mode()
 def written_answers(model, questions: list[dict], edits, room: int, batch_size=16, desc=None) -> list[list[str]]:
     """The first line of what the model writes, greedily, as an answer in words: a text per edit and question. Asked in
-    the form data.IN_WORDS; room: the most new tokens. An edit that looks at a whole prompt is run without a cache, on
-    all that is written so far. Raises UserError for a prompt that leaves the model too few positions."""
+    the form data.IN_WORDS. room, errors: as for `continuations`."""
     rows = [data.encode(model.tokenizer, data.IN_WORDS.format(row["question"].strip())) for row in questions]
+    written = continuations(model, rows, edits, room, batch_size, desc)
+    texts = [model.tokenizer.batch_decode(of_edit, skip_special_tokens=True) for of_edit in written]
+    return [[text.split("\n")[0].strip() for text in of_edit] for of_edit in texts]
+
+
+@torch.inference_mode()
+def continuations(model, rows: list[list[int]], edits, room: int, batch_size=16, desc=None, least: int = 0) -> list:
+    """The ids that the model writes, greedily, after each prompt's: [edit][prompt], padded where it has ended. room,
+    least: the most and the fewest new tokens. An edit that looks at a whole prompt is run without a cache, on all that
+    is written so far. Raises UserError for a prompt that leaves the model too few positions."""
     pad, found = data.pad_id(model.tokenizer), []
     refuse_long(model.tokenizer, [row + [pad] * room for row in rows])
     for picked, _ in batches(rows, batch_size, model.tokenizer, model.cfg.device, desc):
@@ -401,10 +447,9 @@ def written_answers(model, questions: list[dict], edits, room: int, batch_size=1
         for k, edit in enumerate(edits):
             with applied(model, model.tokenizer, edit):
                 written = model.original_model.generate(
-                    ids, attention_mask=mask, do_sample=False, max_new_tokens=room, pad_token_id=pad,
-                    use_cache=not edit.needs_whole_prompt)[:, ids.shape[1] :]  # fmt: skip
-            texts = model.tokenizer.batch_decode(written, skip_special_tokens=True)
-            found += [((k, i), text.split("\n")[0].strip()) for i, text in zip(picked, texts)]
+                    ids, attention_mask=mask, do_sample=False, max_new_tokens=room, min_new_tokens=least,
+                    pad_token_id=pad, use_cache=not edit.needs_whole_prompt)[:, ids.shape[1] :]  # fmt: skip
+            found += [((k, i), text) for i, text in zip(picked, written.tolist())]
     found = dict(gather_object(found))  # each process has written its share
     return [[found[k, i] for i in range(len(rows))] for k in range(len(edits))]
 

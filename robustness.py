@@ -9,10 +9,11 @@ residual stream pushed, and after fine-tuning.
     python robustness.py --features 449,624 --layer 7 --clamp -40     # your own features
 
 Of each record of baselines.py the chosen row is examined: a trained model, or an edit that stays on. Asked are
-WMDP-Bio's held-out questions: as the method was tuned; in another wording (wmdp_bio_reworded.jsonl, if it is there);
-with the options reversed; without the header that names the subject; behind solved questions of the tuning half;
-without options, where the likeliest answer in words counts; and as open questions. Then again with weights rounded to 8
-and 4 bits, and, where the right answer was lost, with a push towards the right letter, or as a control a wrong one.
+WMDP-Bio's held-out questions: as the method was tuned; in another wording, in reverse, and by way of a second fact
+(wmdp_bio_reworded.jsonl, _reversed, _two_hop, if they are there); with the options reversed; without the header that
+names the subject; behind solved questions of the tuning half; in words; and as open questions. MMLU's are asked with a
+forget or a retain word as a wrong option, too, and the unablated model judges what is written. Then again with weights
+rounded to 8 and 4 bits, and, where the right answer was lost, with a push towards the right letter, or a wrong one.
 
 --relearn fine-tunes all weights, once on retain text alone and once with the facts of the tuning half, none of which is
 asked, and asks again. Then it fine-tunes on the very facts that are asked, and asks on the way: a model that knows them
@@ -50,12 +51,13 @@ from transformers.cache_utils import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 import data
+import evaluation
 import show
 import unlearning
 from common import as_bridge, load_hf, load_model, load_sae
-from data import HERE, LETTERS, Benchmark, Dataset, UserError, encode_prompts, n_processes, prompt
+from data import HERE, LETTERS, OTHER_FORMS, Benchmark, Dataset, UserError, encode_prompts, n_processes, prompt
 from edits import NONE, Edit, SetFeatures, ablation, applied, decoder_layers, layer_of, make, together
-from evaluation import Measure, bootstrap, joined, left_padded, letters, open_answers, share, words
+from evaluation import Measure, bootstrap, joined, left_padded, letters, normalised, open_answers, share, words
 from hub import identity, load_tokenizer, preset
 from runs import Run, benchmark_options, forget_title, read_record
 
@@ -67,19 +69,49 @@ PUSH_STEPS, PUSH_RATE = 150, 0.192  # the release's: its rate 0.08 * sqrt(2304) 
 
 
 # %% The questions in other forms
-def forms(quiz: Dataset, reworded: list[dict], solved: list[dict]) -> dict[str, tuple[Dataset, list[str]]]:
-    """{form: the questions, their prompts}. reworded: the same questions in other words, [] if there are none; solved:
-    questions that stand, with their answers, behind one header and before the question."""
+def forms(quiz: Dataset, others: dict[str, Dataset], solved: list[dict]) -> dict[str, tuple[Dataset, list[str]]]:
+    """{form: the questions, their prompts}. others: {form: other questions, perhaps none}; solved: questions that
+    stand, with their answers, behind one header and before the question."""
 
     def parts(row):  # the line that names the subject, and the rest
         return prompt(row).split("\n\n", 1)
 
     shown = [f"{parts(row)[1]} {LETTERS[row['answer']]}" for row in solved]
-    asked = {"as tuned": (quiz, prompt), "other wording": (replace(quiz, rows=reworded), prompt)}
+    asked = {"as tuned": (quiz, prompt)} | {form: (other, prompt) for form, other in others.items()}
     asked["options reversed"] = replace(quiz, rows=[data.reordered(row, (3, 2, 1, 0)) for row in quiz.rows]), prompt
     asked["no header"] = quiz, lambda row: parts(row)[1]
     asked[f"{len(solved)} solved before"] = quiz, lambda row: "\n\n".join([parts(row)[0], *shown, parts(row)[1]])
     return {form: (part, [write(row) for row in part.rows]) for form, (part, write) in asked.items() if part.rows}
+
+
+def others_of(quiz: Dataset, other: Dataset) -> Dataset:
+    """The questions of a file of OTHER_FORMS that belong to the quiz's. Raises UserError where rows without "of"
+    are not as many as wmdp_bio's, or an "of" is no number of these."""
+    of = [row.get("of", place) for place, row in enumerate(other.rows)]
+    if other.rows and (len(of) != quiz.n_source if "of" not in other.rows[0] else not {*of} <= {*range(quiz.n_source)}):
+        raise UserError(f"{other.name}.jsonl has {len(of)} questions, wmdp_bio {quiz.n_source}: a question for each is "
+                        "needed, or in each row the number of its own as \"of\", from 0")  # fmt: skip
+    places = [place for index in quiz.indices for place in range(len(of)) if of[place] == index]
+    return replace(quiz, rows=[other.rows[place] for place in places], indices=[of[place] for place in places])
+
+
+def with_word(quiz: Dataset, donors: list[dict], seed: int) -> Dataset:
+    """The questions with one wrong option c_j := w. j is drawn from the three, the same for any donors; w is the answer
+    of a donor, drawn from those on another subject, if there are any, and never an option of the question, up to what
+    `normalised` removes (where no answer is left, c_j stays).
+
+    After Dang et al. (arXiv 2501.19202), who find that one forget token in a retain question makes unlearned models
+    misbehave. Here the word is an answer of the forget quiz's tuning half; and since any foreign word may change what
+    is answered, robustness.py asks with an answer of MMLU's tuning half, too."""
+    rng, rows = random.Random(seed), []
+    replaced = [rng.choice([k for k in range(4) if k != row["answer"]]) for row in quiz.rows]
+    for row, place in zip(quiz.rows, replaced):
+        among = [donor for donor in donors if donor.get("subject") != row.get("subject")] or donors
+        options = {normalised(choice) for choice in row["choices"]}
+        answers = [donor["choices"][donor["answer"]] for donor in among]
+        word = rng.choice([word for word in answers if normalised(word) not in options] or [row["choices"][place]])
+        rows.append({**row, "choices": [word if k == place else choice for k, choice in enumerate(row["choices"])]})
+    return replace(quiz, rows=rows)
 
 
 # %% [markdown]
@@ -231,7 +263,8 @@ def in_stage(measures, stage: str) -> list[Measure]:
 
 @dataclass(frozen=True)
 class Exam:
-    """What every subject is asked and put through. forms: see `forms`; steps: of fine-tuning, 0 for none."""
+    """What every subject is asked and put through. forms: see `forms`; steps: of fine-tuning, 0 for none; judge: whose
+    unedited model judges what is written."""
 
     benchmark: Benchmark
     quiz: Dataset
@@ -240,23 +273,28 @@ class Exam:
     lr: float
     seed: int
     batch_size: int
+    judge: Subject | None = None
 
-    def ask(self, subject: Subject, model, every_form: bool = False, more: bool = True) -> list[Measure]:
+    def ask(self, subject: Subject, model, forms=("as tuned",), more: bool = True) -> list[Measure]:
         """A bridge's answers under the subject's edit; more: also to MMLU in letters, and to WMDP-Bio in words."""
         rows, measures = {subject.name: subject.edit}, []
-        for form, (quiz, prompts) in self.forms.items():
-            if form == "as tuned" or every_form:
-                scored = letters(model, quiz, rows, prompts=prompts, batch_size=self.batch_size)
-                measures += scored if form == "as tuned" else in_stage(scored, form)
+        for form in forms:
+            quiz, prompts = self.forms[form]
+            scored = letters(model, quiz, rows, prompts=prompts, batch_size=self.batch_size)
+            measures += scored if form == "as tuned" else in_stage(scored, form)
         if more:
             measures += letters(model, self.benchmark.quizzes["mmlu"], rows, batch_size=self.batch_size)
             measures.append(words(model, self.quiz, rows, batch_size=self.batch_size))
         return measures
 
     def as_it_is(self, subject: Subject) -> list[Measure]:
-        """Its answers in all forms, and open ones."""
-        model, rows = subject.load(), {subject.name: subject.edit}
-        return [*self.ask(subject, model, True), *open_answers(model, self.quiz, rows, batch_size=self.batch_size)]
+        """Its answers in all forms, open ones, and the fluency of what it writes after questions and web text."""
+        model, rows, size = subject.load(), {subject.name: subject.edit}, {"batch_size": self.batch_size}
+        measures = [*self.ask(subject, model, self.forms), *open_answers(model, self.quiz, rows, **size)]
+        judge = model if subject.model == self.judge.model else self.judge.load()
+        for dataset in (self.quiz, self.benchmark.web):
+            measures += evaluation.fluency(model, dataset, rows, judge=judge, **size)
+        return measures
 
     def rounded(self, subject: Subject) -> list[Measure]:
         """Its answers with the weights rounded to each of BITS."""
@@ -301,13 +339,14 @@ class Exam:
         facts, retain = unlearning.training_windows(tokenizer, forget, b.wikitext, b.mmlu_dev)
         sets = retain if stage == "retain text" else [*retain, facts, facts]
         marks = marks_of(self.steps) if asked else [self.steps]
+        asks = [form for form, (quiz, _) in self.forms.items() if quiz.name == self.quiz.name]
         training = fine_tune(model, tokenizer, sets, marks, self.lr, self.seed)
         for mark in marks:
             with applied(model, tokenizer, subject.edit):
                 next(training)
             # a copy: TransformerLens puts its own modules into the model, which goes on being trained
             bridge = as_bridge(copy.deepcopy(model), tokenizer, subject.model)
-            answers = self.ask(subject, bridge, every_form=not asked, more=not asked)
+            answers = self.ask(subject, bridge, ("as tuned",) if asked else asks, more=not asked)
             measures += in_stage(answers, f"after {mark} steps" if asked else f"after {stage}")
         return measures
 
@@ -330,9 +369,10 @@ def examine(exam: Exam, subjects: list[Subject], cached) -> tuple[dict[str, Meas
 
 
 # %% What survives: numbers, tables, figures
-STAGES = {"as tuned": "letters", "other wording": "other wording/letters", "in words": "words",
-          f"{min(BITS)} bits": f"{min(BITS)} bits/letters", "open answer": "exact", "pushed": "pushed",
-          "retain text": "after retain text/letters", "other facts": "after other facts/letters"}  # fmt: skip
+STAGES = {"as tuned": "letters", "other wording": "other wording/letters", "in reverse": "in reverse/letters",
+          "in words": "words", f"{min(BITS)} bits": f"{min(BITS)} bits/letters", "open answer": "exact",
+          "pushed": "pushed", "retain text": "after retain text/letters",
+          "other facts": "after other facts/letters"}  # fmt: skip
 DRAWN = ("as tuned", "in words", "retain text", "other facts")  # stages drawn with intervals
 
 
@@ -363,14 +403,23 @@ def survival(measures: dict[str, Measure]) -> tuple[dict[str, Measure], dict[str
     return stages, {row: shares[row] for row in sorted(shares, key=least.get, reverse=True)}
 
 
+def word_effects(measures: dict[str, Measure]) -> dict[str, dict[str, evaluation.Score]]:
+    """{row: {effect: Score}}: the change of MMLU's accuracy, paired by question, by a "forget word" in a wrong option's
+    place, by a "retain word" (`with_word`), and "beyond" that: with the former against with the latter."""
+    of = [measures[f"mmlu/{form}letters"] for form in ("", "forget word/", "retain word/")]
+    each = zip(of[0].rows, *(measure.values for measure in of))
+    return {row: {"forget word": share(forget, plain), "retain word": share(retain, plain),
+                  "beyond": share(forget, retain)} for row, plain, forget, retain in each}  # fmt: skip
+
+
 def markdown(columns: dict[str, Measure], rows) -> str:
     """A table of means, with 95% intervals in per cent where answers are right or wrong."""
     cells = [[show.mean_text(score, m.unit) for score in m.scores().values()] for m in columns.values()]
     return show.markdown(["", *columns], [list(line) for line in zip(rows, *cells)])
 
 
-def report(measures: dict[str, Measure], shares: dict, pushes: dict[str, dict], curve: dict[int, Measure]) -> str:
-    """The run's tables in Markdown. curve: {steps on the asked facts: letters}."""
+def report(measures: dict[str, Measure], shares: dict, pushes: dict, curve: dict[int, Measure], effects: dict) -> str:
+    """The run's tables in Markdown. curve: {steps on the asked facts: letters}; effects: see `word_effects`."""
     lines, tuned = [], curve[0]
     for row, stages in shares.items():
         cells = ["-" if None in cell.values() else show.interval_text(*cell.values(), "") for cell in stages.values()]
@@ -379,11 +428,14 @@ def report(measures: dict[str, Measure], shares: dict, pushes: dict[str, dict], 
     head = ["", *stages, "pushed to right, %", "to a wrong one, %"]
     shown = {name: m for name, m in measures.items() if name.count("/") < (3 if m.unit == "%" else 2)}
     after = {name: shown.pop(name) for name in list(shown) if "/after " in name}
+    heads = ["", *next(iter(effects.values()))]
+    cells = [[row, *(show.change_text(score, "%") for score in of.values())] for row, of in effects.items()]
     said = {letter: np.array([[answer == letter for answer in row] for row in tuned.answers]) for letter in LETTERS}
     said = {letter: replace(tuned, unit="probability", values=values) for letter, values in said.items()}
     texts = [f"Share forgotten, the row first whose smallest share is the largest:\n\n{show.markdown(head, lines)}",
              f"Without fine-tuning:\n\n{markdown(shown, tuned.rows)}",
-             f"How often each letter is answered as tuned:\n\n{markdown(said, tuned.rows)}"]  # fmt: skip
+             f"How often each letter is answered as tuned:\n\n{markdown(said, tuned.rows)}",
+             f"MMLU, change by a word in a wrong option's place:\n\n{show.markdown(heads, cells)}"]  # fmt: skip
     if after:
         target = RELEARNED * tuned[tuned.rows[0]].mean
         back = {row: next((mark for mark, m in curve.items() if m[row].mean >= target), "never") for row in tuned.rows}
@@ -483,31 +535,38 @@ def subjects_of(paths: list[str], records: list[dict], device: str | None, dtype
     return subjects
 
 
-def load_questions(records: list[dict], same: dict, shots: int, tokenizer) -> tuple[Benchmark, dict, Dataset]:
-    """The data that the records were scored on, `forms` of the questions, and the file that rewords them. Raises
+def load_questions(records: list[dict], same: dict, shots: int, tokenizer) -> tuple[Benchmark, dict, list[Dataset]]:
+    """The data that the records were scored on, `forms` of the questions, and the files of OTHER_FORMS. Raises
     UserError where data have changed, and for a question that in one of its forms is too long for the model."""
     benchmark = data.load_benchmark(same["model"], tokenizer, **benchmark_options(same))
     for name in ("wmdp_bio", "mmlu"):
         if any(record["data"][name]["sha256"] != benchmark.quizzes[name].sha256 for record in records):
             raise UserError(f"{name} is not what these records were scored on")
-    other = data.load("wmdp_bio_reworded", same["model"], same["data"], topic=benchmark.wmdp.topic)
-    if same["wmdp"] == "robust" or other.stand_in != benchmark.wmdp.stand_in:
-        other = replace(other, rows=[])  # it has WMDP-Bio's own questions, one by one
-    if len(other) not in (0, len(benchmark.wmdp)):
-        raise UserError(f"wmdp_bio_reworded.jsonl has {len(other)} questions, wmdp_bio {len(benchmark.wmdp)}")
-    tuning = benchmark.wmdp.tuning.rows
-    solved = random.Random(same["seed"]).sample(tuning, min(shots, len(tuning)))
-    quiz, most, long = benchmark.quizzes["wmdp_bio"], tokenizer.model_max_length, set()
-    asked = forms(quiz, [other.rows[i] for i in quiz.indices] if other.rows else [], solved)
-    for form, (_, prompts) in asked.items():
-        long |= {place for place, text in enumerate(prompts) if len(tokenizer(text, verbose=False)["input_ids"]) > most}
-        if long and not same["skip_long"]:
-            raise UserError(f"{form}: question {min(long)} has more tokens than the model's {most} positions: fewer "
-                            "--shots, or records made with --skip-long")  # fmt: skip
-    fit = [place for place in range(len(quiz)) if place not in long]
-    asked = {form: (part.only(fit), [prompts[i] for i in fit]) for form, (part, prompts) in asked.items()}
-    quiz = replace(quiz.only(fit), skipped_long=quiz.skipped_long + len(long))
-    return replace(benchmark, quizzes={**benchmark.quizzes, "wmdp_bio": quiz}), asked, other
+    files = [data.load(name, same["model"], same["data"], topic=benchmark.wmdp.topic) for name in OTHER_FORMS.values()]
+    files = [replace(file, rows=[]) if same["wmdp"] == "robust" or file.stand_in != benchmark.wmdp.stand_in else file
+             for file in files]  # they have WMDP-Bio's own questions  # fmt: skip
+    tuning, seed, most = benchmark.wmdp.tuning.rows, same["seed"], tokenizer.model_max_length
+    solved = random.Random(seed).sample(tuning, min(shots, len(tuning)))
+    quizzes, long = {name: benchmark.quizzes[name] for name in ("wmdp_bio", "mmlu")}, {"wmdp_bio": set(), "mmlu": set()}
+    quiz, mmlu = quizzes.values()
+    donors = {"forget word": tuning, "retain word": benchmark.mmlu.tuning.rows}
+    others = {form: others_of(quiz, file) for form, file in zip(OTHER_FORMS, files)}
+    asked = forms(quiz, others | {form: with_word(mmlu, rows, seed) for form, rows in donors.items()}, solved)
+    for form, (part, prompts) in asked.items():
+        too_long = [len(tokenizer(text, verbose=False)["input_ids"]) > most for text in prompts]
+        long[part.name] |= {index for index, is_long in zip(part.indices, too_long) if is_long}
+        if any(too_long) and not same["skip_long"]:
+            raise UserError(f"{form}: question {min(long[part.name])} has more tokens than the model's {most} "
+                            "positions: fewer --shots, or records made with --skip-long")  # fmt: skip
+
+    def fit(part):
+        return [place for place, index in enumerate(part.indices) if index not in long[part.name]]
+
+    asked = {form: (part.only(fit(part)), [prompts[k] for k in fit(part)]) for form, (part, prompts) in asked.items()}
+    asked = {form: pair for form, pair in asked.items() if pair[1]}
+    quizzes = {name: replace(part.only(fit(part)), skipped_long=part.skipped_long + len(long[name]))
+               for name, part in quizzes.items()}  # fmt: skip
+    return replace(benchmark, quizzes={**benchmark.quizzes, **quizzes}), asked, files
 
 
 def run(**changes) -> dict:
@@ -527,13 +586,13 @@ def run(**changes) -> dict:
     same, dtype = shared_settings(records), args.dtype or records[0]["dtype"]
     name, lr = same["model"], args.lr or (1e-3 if same["model"] == "tiny" else 2e-5)  # usual for whole models
     subjects = subjects_of(paths, records, args.device, dtype)
-    benchmark, questions, reworded = load_questions(records, same, args.shots, load_tokenizer(preset(name).model))
-    current = Run(__file__, args, [*benchmark.datasets, reworded], also=[records, steps], model=name, dtype=dtype)
-    exam = Exam(benchmark, benchmark.quizzes["wmdp_bio"], questions, steps, lr, same["seed"], args.batch_size)
+    benchmark, asked, others = load_questions(records, same, args.shots, load_tokenizer(preset(name).model))
+    current = Run(__file__, args, [*benchmark.datasets, *others], also=[records, steps], model=name, dtype=dtype)
+    exam = Exam(benchmark, asked["as tuned"][0], asked, steps, lr, same["seed"], args.batch_size, subjects[0])
     measures, pushes = examine(exam, subjects, current.cached)
     curve = {mark: measures[f"wmdp_bio/after {mark} steps/letters"] for mark in (marks_of(steps) if steps else ())}
     curve, (stages, shares) = {0: measures["wmdp_bio/letters"], **curve}, survival(measures)
-    text = report(measures, shares, pushes, curve)
+    text = report(measures, shares, pushes, curve, effects := word_effects(measures))
     print(f"\n{text}")
     if benchmark.wmdp.published:
         print(f"\n{benchmark.wmdp.published}")
@@ -549,7 +608,8 @@ def run(**changes) -> dict:
         label_of = f"{title}\nright answers, %, after so many steps on the asked facts"
         figures["curves"] = lambda: show.shaded(curve[0].rows, curve, back, label_of)
     rows = {s.name: s.edit for s in subjects}
-    return current.write(rows, measures.values(), figures, table=text, pushed=pushes, survives=shares)
+    more = {"words": {row: {name: vars(score) for name, score in of.items()} for row, of in effects.items()}}
+    return current.write(rows, measures.values(), figures, table=text, pushed=pushes, survives=shares, **more)
 
 
 # %%

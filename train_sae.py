@@ -11,6 +11,9 @@ measured on it. Of a long text documents are drawn at random until there are eno
 several times. Trained as BatchTopK (Bussmann, Leask and Nanda, arXiv 2412.06410), saved as JumpReLU; each OUT/layer_L
 is what --sae takes. The first command trains tiny's own SAEs; docs/results.md says what they reach, and how long it
 takes. To publish SAEs: `hf upload ORG/NAME OUT`.
+
+--frozen-decoder trains the control of Korznikov et al. (arXiv 2602.14111): encoder and biases learn, the decoder stays
+at SAELens's random rows of unit norm. Whatever its features do as well needs no learned direction.
 """
 
 # %%
@@ -33,6 +36,7 @@ flags.add_argument("--context", type=number(int, "from 3 on", lambda x: x >= 3),
                    help="tokens per window (default: %(default)s)")  # fmt: skip
 flags.add_argument("--batch-size", type=positive_int, default=32, help="windows per pass (default: %(default)s)")
 flags.add_argument("--seed", type=seed_int, default=0, help="(default: %(default)s)")
+flags.add_argument("--frozen-decoder", action="store_true", help="train encoder and biases only")
 flags.add_argument("--device", help="cuda, mps or cpu (default: cuda if there is one)")
 flags.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model, not of SAEs")
 flags.add_argument("--out", default="my_saes", help="folder to write to (default: %(default)s)")
@@ -116,7 +120,9 @@ def train(model, windows, width: int, args) -> dict:
         saes[layer] = new_sae(BatchTopKTrainingSAEConfig(
             d_in=model.cfg.d_model, d_sae=width, k=args.k, device=device, apply_b_dec_to_input=False,
             normalize_activations="expected_average_only_in", metadata=metadata,
+            decoder_init_norm=1.0 if args.frozen_decoder else 0.1,
         ), float64=not (args.device or "").startswith("mps"))  # fmt: skip
+        saes[layer].W_dec.requires_grad_(not args.frozen_decoder)
     steps = args.tokens // TRAINING_BATCH
     config = SAETrainerConfig(
         total_training_samples=steps * TRAINING_BATCH, train_batch_size_samples=TRAINING_BATCH, lr=lr,

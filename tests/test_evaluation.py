@@ -347,6 +347,70 @@ def test_tiny_writes_most_answers_and_the_retrained_model_none(twin):
     assert cost["tiny"].mean < 0.5 and cost["retrained"].mean > 5
 
 
+def test_fluency_by_hand_in_double_precision(get_model, make_sae, model_folder, monkeypatch):
+    """Each prompt by itself, token by token, no end chosen; nats by the unedited judge's logits, 4-grams counted.
+    GPT-2 has no part that is computed in float32 whatever the model's type."""
+    for name, value in (("WRITTEN", 9), ("BEGUN", 5), ("BEGINNINGS", 2)):
+        monkeypatch.setattr(evaluation, name, value)
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # of logits
+    model, (lm, tokenizer) = get_model("gpt2", "float64"), hf(model_folder("gpt2"), torch.float64)
+    sae = make_sae(get_model("gpt2"))
+    rows = {"unablated": NONE, "clamp": ablation(sae, list(range(24)), -9.0),
+            "dsg": make("dsg", sae, features=list(range(4)), clamp=-90.0, gate=0.9)}  # fmt: skip
+    texts = [{"text": "The cat sat on the mat and looked at the sea."}, {"text": "Rivers flow."}, {"text": "The sea"}]
+    for dataset in (Dataset("wmdp_bio", QUESTIONS, seed=3), Dataset("openwebtext", texts, seed=3)):
+        found = evaluation.fluency(model, dataset, rows, batch_size=2)
+        assert [m.name for m in found] == [f"{dataset.name}/fluency", f"{dataset.name}/repeated"]
+        asked = dataset.sample(2).rows
+        prompts = [tokenizer(row["text"])["input_ids"][:5] if "text" in row else
+                   tokenizer(f"{row['question'].strip()}\nAnswer in words:")["input_ids"] for row in asked]  # fmt: skip
+        for k, edit in enumerate(rows.values()):
+            for place, ids in enumerate(prompts):
+                ids = list(ids)
+                for _ in range(9):
+                    with torch.no_grad(), applied(lm, tokenizer, edit):
+                        logits = lm(torch.tensor([ids]), use_cache=False).logits[0, -1]
+                    logits[tokenizer.eos_token_id] = -math.inf
+                    ids.append(logits.argmax().item())
+                with torch.no_grad():
+                    log_probs = lm(torch.tensor([ids])).logits[0].log_softmax(-1)
+                start = len(prompts[place])
+                nats = [-log_probs[at - 1, ids[at]].item() for at in range(start, len(ids))
+                        if ids[at] not in data.special_ids(tokenizer)]  # fmt: skip
+                assert log_probs.dtype == torch.float64 and nats
+                assert found[0].values[k, place] == pytest.approx(sum(nats) / len(nats), abs=1e-8)
+                grams = [tuple(ids[at : at + 4]) for at in range(start, len(ids) - 3)]
+                assert found[1].values[k, place] == 1 - len(set(grams)) / len(grams)
+        assert found[0]["clamp"].change == pytest.approx(np.diff(found[0].values[:2], axis=0).mean())
+        assert len(np.unique(found[0].values)) >= 5
+
+
+def test_what_another_model_writes_is_judged_by_the_unablated_one(get_model):
+    """A row that is another model, and the same model with the judge given beside it, as robustness.py does."""
+    model, other, quiz = get_model("gemma2"), get_model("llama"), Dataset("wmdp_bio", QUESTIONS)
+    both = evaluation.fluency(model, quiz, {"unablated": NONE, "other": other})
+    for beside, alone in zip(both, evaluation.fluency(other, quiz, {"other": NONE}, judge=model)):
+        np.testing.assert_allclose(beside.values[1], alone.values[0], atol=1e-6)
+    own = evaluation.fluency(other, quiz, {"other": NONE})[0]
+    assert (own.values[0] < both[0].values[1] - 0.1).all()  # it would find its own text more likely
+    with pytest.raises(ValueError, match="another tokenizer cannot be judged"):
+        evaluation.fluency(model, quiz, {"unablated": NONE}, judge=load_model("tiny"))
+
+
+def test_no_text_ends_before_its_fewest_tokens(gemma, monkeypatch):
+    ids = gemma.tokenizer("The sea")["input_ids"]
+    first = evaluation.continuations(gemma, [ids], [NONE], 1)[0][0][0]
+    monkeypatch.setattr(gemma.original_model.generation_config, "eos_token_id", [1, first])
+    assert evaluation.continuations(gemma, [ids], [NONE], 6) == [[[first]]]
+    (((*written,),),) = evaluation.continuations(gemma, [ids], [NONE], 6, least=6)
+    assert len(written) == 6 and not {1, first} & {*written}
+
+
+def test_repeated_4_grams():
+    assert evaluation.repeated([7] * 64) == 1 - 1 / 61 and evaluation.repeated(list(range(64))) == 0
+    assert evaluation.repeated([1, 2, 3, 4, 1, 2, 3, 4]) == 1 - 4 / 5 and evaluation.repeated([1, 1, 1]) == 0
+
+
 ACTING = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "num_beams": 3,
           "bad_words_ids": lambda first: [[first]], "suppress_tokens": lambda first: [first], "min_new_tokens": 9,
           "begin_suppress_tokens": lambda first: [first], "forced_eos_token_id": 1, "sequence_bias": [[[50], 90.0]],

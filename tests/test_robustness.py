@@ -32,9 +32,13 @@ OTHERS = [{**ROWS[0], "question": "Which of these is an organ?"}, {**ROWS[1], "q
 QUIZ = Dataset("wmdp_bio", ROWS)
 
 
+def quiz_of(rows: list[dict]) -> Dataset:
+    return Dataset("wmdp_bio", rows)
+
+
 def test_forms():
     quiz = QUIZ.only([1])
-    forms = robustness.forms(quiz, [OTHERS[1]], [ROWS[0]])
+    forms = robustness.forms(quiz, {"other wording": quiz_of(OTHERS).only([1])}, [ROWS[0]])
     assert list(forms) == ["as tuned", "other wording", "options reversed", "no header", "1 solved before"]
     texts = {name: prompts[0] for name, (_, prompts) in forms.items()}
     assert texts["as tuned"] == prompt(ROWS[1])
@@ -47,7 +51,57 @@ def test_forms():
         "A. The moon\nB. The heart\nC. The sea\nD. The stone\nAnswer: B\n\nWhere do rivers flow?\n"
         "A. The moon\nB. The heart\nC. The sea\nD. The stone\nAnswer:"
     )
-    assert "other wording" not in robustness.forms(quiz, [], [ROWS[0]])
+    assert "other wording" not in robustness.forms(quiz, {"other wording": quiz_of([])}, [ROWS[0]])
+
+
+def test_other_questions_are_asked_for_the_facts_that_they_belong_to():
+    """Row by row, or by the number in "of", in the quiz's order; other files are refused."""
+    quiz = replace(QUIZ.only([1, 0]), n_source=2)
+    plain = robustness.others_of(quiz, Dataset("wmdp_bio_reworded", OTHERS))
+    assert plain.rows == OTHERS[::-1] and plain.indices == [1, 0] and plain.name == "wmdp_bio"
+    hops = [{**ROWS[0], "question": f"By {k}?", "of": of} for k, of in enumerate((1, 0, 1))]
+    found = robustness.others_of(quiz, Dataset("wmdp_bio_two_hop", hops))
+    assert found.rows == [hops[0], hops[2], hops[1]] and found.indices == [1, 1, 0]
+    assert robustness.others_of(QUIZ.only([0]), Dataset("wmdp_bio_two_hop", hops)).rows == [hops[1]]
+    assert robustness.others_of(quiz, quiz_of([])).rows == []
+    for rows in (OTHERS * 2, [{**hops[0], "of": 2}], [hops[0], OTHERS[1], {**hops[0], "of": -1}]):
+        with pytest.raises(UserError, match=rf"wmdp_bio_two_hop.jsonl has {len(rows)} questions, wmdp_bio 2: .*\"of\""):
+            robustness.others_of(quiz, Dataset("wmdp_bio_two_hop", rows))
+
+
+def test_a_word_takes_a_wrong_options_place():
+    """The same place for any donors; never the right option's, nor a word that is an option there, however written."""
+    quiz = Dataset("mmlu", [{**ROWS[k % 2], "question": f"{k}?", "subject": "body"} for k in range(40)])
+    words = ["Vibrio", "the heart.", "SEA", "Moon", "a stone", "Yersinia"]
+    forget = [{"choices": [word, "x", "y", "z"], "answer": 0} for word in words]
+    retain = [{"choices": ["x", word, "y", "z"], "answer": 1, "subject": subject}
+              for word, subject in (("Mars", "astronomy"), ("The liver", "body"))]  # fmt: skip
+    found, other = (robustness.with_word(quiz, donors, 0) for donors in (forget, retain))
+
+    def changed(part):  # of each question the options that are new
+        pairs = [(row["choices"], was["choices"]) for row, was in zip(part.rows, quiz.rows)]
+        return [[k for k in range(4) if now[k] != before[k]] for now, before in pairs]
+
+    places = [changed(found), changed(other)]
+    assert places[0] == places[1] and all(len(of) == 1 for of in places[0])
+    assert {(of[0] - row["answer"]) % 4 for of, row in zip(places[0], quiz.rows)} == {1, 2, 3}
+    put = [{row["choices"][of[0]] for row, of in zip(part.rows, places[0])} for part in (found, other)]
+    assert put == [{"Vibrio", "Yersinia"}, {"Mars"}]  # of another subject
+    same = ("question", "answer", "subject")
+    assert all(row[name] == was[name] for row, was in zip(found.rows, quiz.rows) for name in same)
+    assert robustness.with_word(quiz, forget, 0).rows == found.rows != robustness.with_word(quiz, forget, 1).rows
+    assert robustness.with_word(quiz, forget[1:5], 0).rows == quiz.rows  # all are options
+    assert {row["choices"][of[0]] for row, of in zip(robustness.with_word(quiz, retain[1:], 0).rows, places[0])} == {
+        "The liver"}  # fmt: skip
+
+
+def test_what_a_forget_word_does_beyond_a_retain_word():
+    rows = {form: of_rows(f"{form}letters", unablated=KNOWS, npo=hits) for form, hits in
+            (("", KNOWS), ("forget word/", GONE), ("retain word/", HALF))}  # fmt: skip
+    effects = robustness.word_effects({f"mmlu/{form}letters": measure for form, measure in rows.items()})
+    assert {name: score.change for name, score in effects["npo"].items()} == {
+        "forget word": -0.75, "retain word": -0.5, "beyond": -0.25}  # fmt: skip
+    assert all(score.change == 0 and score.p == 1 for score in effects["unablated"].values())
 
 
 # -------------------------------------------------------------------------------------- rounding and fine-tuning
@@ -268,21 +322,23 @@ def test_a_push_counts_by_what_it_brings_beyond_the_control(monkeypatch):
 
 def test_the_order_of_what_survives_and_the_tables():
     rows = dict(unablated=KNOWS, npo=HALF, dsg=GONE)
-    names = ("letters", "words", "P(a letter)", "P(right letter)", "other wording/letters", "pushed", "exact")
-    measures = [of_rows(name, **rows) for name in (*names, "4 bits/letters", "after 2 steps/letters")]
+    names = ("letters", "words", "P(a letter)", "P(right letter)", "other wording/letters", "pushed", "exact",
+             "in reverse/letters", "4 bits/letters", "after 2 steps/letters")  # fmt: skip
+    measures = [of_rows(name, **rows) for name in (*names, "forget word/letters", "retain word/letters")]
     measures += [of_rows(f"after {stage}/letters", **rows) for stage in ("retain text", "other facts")]
     measures = {measure.name: measure for measure in measures}
     measures |= {name.replace("wmdp_bio", "mmlu"): replace(m, name=name) for name, m in measures.items()}
     stages, shares = robustness.survival(measures)
     assert list(shares) == ["dsg", "npo"] and list(shares["npo"]) == list(stages)
-    assert list(stages) == ["as tuned", "other wording", "in words", "4 bits", "open answer", "pushed", "retain text",
-                            "other facts"]  # fmt: skip
+    assert list(stages) == ["as tuned", "other wording", "in reverse", "in words", "4 bits", "open answer", "pushed",
+                            "retain text", "other facts"]  # fmt: skip
     shares["npo"]["in words"] = dict.fromkeys(("share", "low", "high"))
     pushes = {row: {"reached": {}} for row in rows}
     curve = {0: measures["wmdp_bio/letters"], 2: of_rows("after 2 steps/letters", **rows | {"npo": [1] * 36 + [0] * 4})}
-    text = robustness.report(measures, shares, pushes, curve)
+    text = robustness.report(measures, shares, pushes, curve, robustness.word_effects(measures))
     assert "| npo | 0.67 [" in text and "| - |" in text
     assert "| npo | 0.50 | 0.00 | 0.50 | 0.00 |" in text  # letters that are answered
+    assert text.count("| npo | +0.0 [") == 1 and "|  | forget word | retain word | beyond |" in text
     assert "Steps to 90% of what the unablated model gets right: unablated 0, npo 2, dsg never" in text
 
 
@@ -341,7 +397,13 @@ def test_a_method_from_outside_is_examined_and_a_stopped_run_goes_on(monkeypatch
     assert set(record["survives"]) == {"mine"} and "retain text" not in record["survives"]["mine"]
     assert {name.split("/", 1)[1] for name in record["measures"] if name.startswith("wmdp_bio")} >= {
         "letters", "P(a letter)", "words", "exact", "pushed", "other wording/letters", "options reversed/letters",
-        "no header/letters", "5 solved before/letters", "4 bits/letters", "4 bits/words"}  # fmt: skip
+        "no header/letters", "5 solved before/letters", "4 bits/letters", "4 bits/words", "in reverse/letters",
+        "fluency", "repeated"}  # fmt: skip
+    assert {f"mmlu/{form} word/letters" for form in ("forget", "retain")} | {
+        f"openwebtext/{name}" for name in ("fluency", "repeated")} < set(record["measures"])  # fmt: skip
+    assert set(record["words"]) == {"unablated", "mine"} and record["words"]["mine"]["beyond"]["n"] == 4
+    assert record["data"]["wmdp_bio_two_hop"]["n_rows"] == 113
+    assert "openwebtext/repeated" in (tmp_path / "o.md").read_text()
     assert record["rows"]["mine"]["scores"]["wmdp_bio/letters"]["n"] == 4
     assert record["pushed"]["mine"]["layer"] == 3 and record["pushed"]["unablated"]["questions"] == []
     files = {path.name for path in tmp_path.iterdir()}
@@ -399,8 +461,15 @@ def test_a_topic_of_ones_own_has_neither_a_retrained_model_nor_tinys_other_wordi
         subjects = robustness.subjects_of([path], records, None, "float32")
         assert [subject.name for subject in subjects] == ["unablated", *others, "clamp"]
         same, tokenizer = robustness.shared_settings(records), common.load_hf("tiny")[1]
-        _, forms, other = robustness.load_questions(records, same, 1, tokenizer)
-        assert ("other wording" in forms) == bool(len(other)) == (folder is None)
+        benchmark, forms, files = robustness.load_questions(records, same, 1, tokenizer)
+        assert [len(other) > 0 for other in files] == [folder is None] * 3
+        assert ("other wording" in forms) == ("in reverse" in forms) == (folder is None)  # few have a second fact
+        mmlu, tuning = benchmark.quizzes["mmlu"], {row["choices"][row["answer"]] for row in benchmark.wmdp.tuning.rows}
+        for row, was in zip(forms["forget word"][0].rows, mmlu.rows, strict=True):
+            assert (
+                len(set(row["choices"]) - set(was["choices"])) == 1
+                and set(row["choices"]) - set(was["choices"]) <= tuning
+            )
 
 
 def test_an_edit_of_other_features_has_another_key(monkeypatch, tmp_path):

@@ -143,6 +143,27 @@ def test_the_other_wordings_ask_for_the_same():
     assert others == make_tiny.reworded(rows, facts)
 
 
+def test_questions_in_reverse_and_by_two_facts_have_one_right_option():
+    """Of the entities that are offered one has the answer named; of two facts, the first's answer is the entity asked
+    about, so that question and options are those that the row's `of` asks for."""
+    facts = [fact for fact in make_tiny.load_facts(TINY / "facts") if fact["subject"] == "biology"]
+    rows, reverse, hops = ([json.loads(line) for line in (TINY / f"data/{name}.jsonl").open()]
+                           for name in ("wmdp_bio", "wmdp_bio_reversed", "wmdp_bio_two_hop"))  # fmt: skip
+    for fact, row in zip(facts, reverse, strict=True):
+        answers = dict(map(tuple, fact["relation"]["rows"]))
+        assert [answers[choice] == fact["answer"] for choice in row["choices"]].count(True) == 1
+        assert row["choices"][row["answer"]] == fact["entity"] and "which of these" in row["question"].lower()
+        assert fact["answer"].lower() in row["question"].lower() and len(set(row["choices"])) == 4
+    assert reverse == make_tiny.in_reverse(facts, make_tiny.SEED + 6) and hops == make_tiny.two_hop(rows, facts)
+    assert len(hops) >= 100 and len({row["of"] for row in hops}) >= 50
+    for row in hops:
+        of = facts[row["of"]]
+        assert (row["choices"], row["answer"]) == (rows[row["of"]]["choices"], rows[row["of"]]["answer"])
+        first = [fact for fact in facts if fact["answer"].lower() == of["entity"].lower()
+                 and fact["entity"].lower() in row["question"].lower()]  # fmt: skip
+        assert first and f" {of['entity'].lower()}" not in row["question"].lower(), row
+
+
 @pytest.mark.parametrize("name", ["wmdp_bio", "mmlu"])
 def test_measured_accuracy_is_that_of_the_shipped_model(name):
     measured = json.loads((TINY / "measured.json").read_text())["model"][name]

@@ -43,6 +43,34 @@ def test_all_saes_are_saved_before_one_is_measured(small, tmp_path, monkeypatch)
         assert sae.cfg.metadata.hook_name == f"blocks.{layer}.hook_resid_post" and sae.W_dec.isfinite().all()
 
 
+def test_a_frozen_decoder_is_saved_as_it_was_drawn(small, tmp_path, monkeypatch):
+    """Random unit rows, to which SAELens's scaling of activations and of norms leads back; all else is trained. Trained
+    otherwise, the decoder turns away from them."""
+    drawn, real = [], train_sae.new_sae
+
+    def keeping(config, float64):
+        sae = real(config, float64)
+        drawn.append({name: value.detach().clone() for name, value in sae.named_parameters()})
+        return sae
+
+    monkeypatch.setattr(train_sae, "new_sae", keeping)
+    for out, frozen in (("frozen", True), ("trained", False)):
+        changes = {"layers": [1], "out": str(tmp_path / out), "tokens": 2**15, "lr": 0.01}
+        train_sae.run(**small | changes, frozen_decoder=frozen)
+        before, sae = drawn.pop(), SAE.load_from_disk(tmp_path / out / "layer_1")
+        rows = before["W_dec"] / before["W_dec"].norm(dim=1, keepdim=True)
+        torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
+        cosines = (rows * sae.W_dec).sum(1)
+        assert bool((cosines > 1 - 1e-6).all()) == frozen and (frozen or cosines.min() < 0.999)
+        assert torch.equal(before["W_enc"].T, before["W_dec"])
+        encoder = sae.W_enc / sae.W_enc.norm(dim=0)
+        assert (encoder.T * rows).sum(1).min() < 0.999 and sae.b_dec.abs().max() > 0
+        assert sae.cfg.architecture() == "jumprelu"
+        if frozen:
+            torch.testing.assert_close(before["W_dec"].norm(dim=1), torch.ones(64))
+            torch.testing.assert_close(sae.W_dec, before["W_dec"], atol=1e-6, rtol=0)
+
+
 def test_a_text_is_tokenised_no_further_than_is_needed(small, monkeypatch):
     """Of the same text twenty times over: as many documents, and what is measured on comes in full."""
     seen, windows = [], {}
