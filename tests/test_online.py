@@ -1,8 +1,10 @@
 """The scripts with their real default ids against a stand-in hub on the loopback: real layouts, invented rows."""
 
+import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from functools import lru_cache
@@ -477,6 +479,59 @@ def test_questions_in_the_models_own_chat_format(online, style, tmp_path):
         code, _, errors = online(script, *flags_of("gemma-3-1b-it", script, tmp_path), "--prompt", style)
         assert code == 0, errors[-2000:]
         assert json.loads((tmp_path / "r.json").read_text())["settings"]["prompt"] == style
+
+
+@pytest.mark.slow
+def test_where_no_clamp_was_chosen_the_sweep_that_a_run_names_runs(online, tmp_path):
+    few = ["--limit", 8, "--out", tmp_path / "r.json"]
+    for model, layer in (("qwen2.5-7b-instruct", 3), ("gemma-2-2b-it", 1)):
+        code, _, errors = online("feature_ablate_2.py", "--model", model, "--layer", layer, "--n-features", 3, *few)
+        assert code == 0 and "otherwise than tokenizer.json" not in errors, errors[-2000:]
+        notes = [line for line in errors.splitlines() if "no clamp was chosen" in line]
+        assert len(notes) == (model != "gemma-2-2b-it")
+        assert json.loads((tmp_path / "r.json").read_text())["settings"]["clamp"] == -100
+        for note in notes:
+            words = shlex.split(note.partition("python ")[2])
+            code, _, errors = online(*words, *few)
+            assert code == 0 and "no clamp was chosen" not in errors, errors[-2000:]
+            rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+            assert {"layer 3, n_features 3, clamp -10", "layer 3, n_features 3, clamp -3000"} <= set(rows)
+
+
+def test_chat_questions_of_qwen(online, tmp_path):
+    """Its template writes a system turn of its own; the tokenizer has no BOS, and fewer tokens than the model rows."""
+    flags = [*FAMILIES["qwen2.5-7b-instruct"], "--n-features", 4, "--limit", 8, "--out", tmp_path / "r.json"]
+    code, _, errors = online("feature_ablate_2.py", *flags, "--prompt", "chat")
+    assert code == 0, errors[-2000:]
+
+
+def published_commands() -> list[list[str]]:
+    """The commands of docs/real_models.md's table of published numbers; "the same with X" is X behind the last."""
+    text, commands = (ROOT / "docs/real_models.md").read_text(), []
+    for row in text[text.index("| command | published |") :].partition("\n\n")[0].splitlines()[2:]:
+        words = shlex.split(re.search(r"`([^`]+)`", row.split(" | ")[0])[1])
+        commands.append(commands[-1] + words if "the same with" in row.split(" | ")[0] else words)
+    return commands
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", published_commands(), ids=lambda words: " ".join(words)[:60])
+def test_the_commands_of_published_numbers_run(online, words, tmp_path):
+    """With the small stand-in for the model, its SAE and layer, a file for FILE, few questions and few steps."""
+    p = argparse.ArgumentParser(allow_abbrev=False)
+    for name in ("--model", "--layer", "--sae", "--subjects"):
+        p.add_argument(name)
+    given, rest = p.parse_known_args(words[1:])
+    if given.sae:
+        release, sae = given.sae.split(":")
+        assert sae in get_pretrained_saes_directory()[release].saes_map and f"layer_{given.layer}/" in sae
+    (tmp_path / "corpus.jsonl").write_text('{"text": "The heart is an organ of the cat."}\n' * 9)
+    rest = [str(tmp_path / "corpus.jsonl") if word == "FILE" else word for word in rest]
+    rest += ["--subjects", "human_aging"] * bool(given.subjects)
+    rest += ["--steps", "2"] * (words[0] == "baselines.py") + ["--limit", "8"]
+    code, _, errors = online(words[0], *FAMILIES["gemma-3-1b-it"], *rest, "--out", tmp_path / "r.json")
+    alright = "--robust" in words and "in all 24 orders" in errors  # a random model may get none right
+    assert code == 0 or alright, errors[-2000:]
 
 
 def fails(worker: Worker, *flags, **env) -> str:
