@@ -282,8 +282,9 @@ def note_clamp(model: str, settings: dict) -> None:
     """Where no clamp is given, and none was chosen on the model, say which is taken and which sweep shows others."""
     preset, names = hub.preset(model), {"layer": "layers", "n_features": "n-features", "sae": "sae", "data": "data"}
     if preset.clamp is None and settings.get("clamp", 0) is None and not settings.get("record"):
-        given = {"n_features": preset.n_features} | {k: v for k in names if (v := settings.get(k)) is not None}
-        given = {names[k]: map(str, v if isinstance(v, list) else [v]) for k, v in given.items()}
+        given = {"layer": 0, "n_features": preset.n_features}
+        given |= {name: value for name in names if (value := settings.get(name)) is not None}
+        given = {names[name]: map(str, value if isinstance(value, list) else [value]) for name, value in given.items()}
         flags = " ".join(f"--{name} {shlex.join(words)}" for name, words in {"model": [model], **given}.items())
         data.note_once(f"note: no clamp was chosen on {model}, so it is {preset.usual_clamp:g}; to choose one: "
                        f"python pareto.py {flags} --clamp -10 -30 -100 -300 -1000 -3000")  # fmt: skip

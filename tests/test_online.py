@@ -525,10 +525,12 @@ def test_the_commands_of_published_numbers_run(online, words, tmp_path):
     if given.sae:
         release, sae = given.sae.split(":")
         assert sae in get_pretrained_saes_directory()[release].saes_map and f"layer_{given.layer}/" in sae
-    (tmp_path / "corpus.jsonl").write_text('{"text": "The heart is an organ of the cat."}\n' * 9)
-    rest = [str(tmp_path / "corpus.jsonl") if word == "FILE" else word for word in rest]
+    (tmp_path / "corpus.jsonl").write_text('{"text": "The heart is an organ of the cat."}\n' * 300)
+    # the stand-in's SAE has no feature that is rare enough for SAEBench's threshold
+    instead = {"FILE": str(tmp_path / "corpus.jsonl"), "retain-threshold": "any-ratio"}
+    rest = [instead.get(word, word) for word in rest]
     rest += ["--subjects", "human_aging"] * bool(given.subjects)
-    rest += ["--steps", "2"] * (words[0] == "baselines.py") + ["--limit", "8"]
+    rest += ["--limit", "8", *(("--steps", "2") if words[0] == "baselines.py" else ("--n-features", "4"))]
     code, _, errors = online(words[0], *FAMILIES["gemma-3-1b-it"], *rest, "--out", tmp_path / "r.json")
     alright = "--robust" in words and "in all 24 orders" in errors  # a random model may get none right
     assert code == 0 or alright, errors[-2000:]
