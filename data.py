@@ -99,8 +99,7 @@ RELEASED = {"wmdp_bio": 1273, "wmdp_bio_robust": 868, "wmdp_bio_cloze": 1076, "w
 PUBLISHED = {
     name: f"published for a 6.9B model pretrained without the biology: about {floor}%, with it: {top}% (all questions; "
     "Deep Ignorance, arXiv 2508.06601; logs of github.com/EleutherAI/unlearn)"
-    for name, floor, top in (("wmdp_bio_robust", 35, 43), ("wmdp_bio_cloze", 24, 36))
-}
+    for name, floor, top in (("wmdp_bio_robust", 35, 43), ("wmdp_bio_cloze", 24, 36))}  # fmt: skip
 # SAEBench's utility subjects stand for MMLU on real models; tiny's stand-in is small and scored whole
 SUBJECTS = "high_school_us_history,college_computer_science,high_school_geography,human_aging"
 RETAIN_TOKENS = 50_000  # of Wikitext, for firing rates and for training

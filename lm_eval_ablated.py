@@ -28,10 +28,8 @@ called sae-ablated.
 import runs
 
 flags = runs.parser(__doc__, without=("--skip-long",))
-
-flags.add_argument("--clamp", type=runs.finite_float,
-                   help="value that active features are set to, 0 or negative (default: the preset's); of --features "
-                   "also a positive one, which amplifies them where they are active")  # fmt: skip
+flags.add_argument("--clamp", type=runs.finite_float, help="value that active features are set to, 0 or negative "
+                   "(default: the preset's, else -100); of --features also a positive one")  # fmt: skip
 group = flags.add_argument_group("edit")
 group.add_argument("--record", metavar="FILE", help="take the edit of a row of this record, as it is")
 group.add_argument("--row", help="which row (default: the one that the record calls chosen, else its clamp)")
@@ -57,8 +55,7 @@ add("--subjects", help="comma-separated: only the questions on these")
 add("--samples", metavar="FILE", help="JSON {task: [indices of documents]}: ask only these")
 add("--robust", action="store_true", help="ask only what the model gets right in all 24 orders of the options")
 add("--batch_size", "--batch-size", type=lambda given: given if str(given).startswith("auto") else
-    runs.positive_int(given), default=16,
-    help="a number, auto or auto:N; vLLM has its own (default: %(default)s)")  # fmt: skip
+    runs.positive_int(given), default=16, help="a number, auto or auto:N; vLLM has its own (default: 16)")  # fmt: skip
 add("--num_fewshot", "--num-fewshot", type=runs.natural_int, help="examples in front (default: the task's)")
 add("--apply_chat_template", "--apply-chat-template", nargs="?", const=True, default=False,
     help="wrap prompts, optionally by name", type=lambda given: given == "True" or given)  # fmt: skip
@@ -840,7 +837,7 @@ def run(**changes) -> dict:
         args = runs.settings(flags, vars(args) | {k: v for k, v in record["settings"].items() if k in decided})
         vars(args).update(layer=None, n_features=None)  # the row's may be several
         name = chosen_row(record, args.row, args.method)
-    clamp = hub.preset(args.model).clamp if args.clamp is None else args.clamp
+    clamp = hub.preset(args.model).usual_clamp if args.clamp is None else args.clamp
     names = args.tasks or ("" if args.serve else TINY_TASKS if args.model == "tiny" or args.data else HUB_TASKS)
     names = [name.strip() for name in names.split(",") if name.strip()]
     tasks = find_tasks(names, args.include_path, args.data, args.topic) if names else {}
@@ -874,6 +871,7 @@ def run(**changes) -> dict:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if args.serve:
+            runs.note_clamp(args.model, vars(args))
             vllm_edit.serve(model, args.host, args.serve, options, edit, saes, prompts, known)
             return {}
         with tempfile.TemporaryDirectory() as folder:

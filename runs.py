@@ -12,6 +12,7 @@ import math
 import operator
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -124,11 +125,9 @@ def parser(doc: str, *, quiz: bool = False, controls: int = 0, without: tuple[st
 
     add("--model", f"preset ({', '.join(hub.PRESETS)}), hub id or folder", type=place, default="tiny")
     add("--layer", "layer whose output the SAE reads; tiny has 3, 5, 7, 9, 15", type=natural_int, default=7)
-    add("--n-features", f"how many features to ablate (default: {hub.Preset.n_features}; of --features all)",
-        type=positive_int)  # fmt: skip
-    add("--clamp", "negative value that active features are set to (default: the preset's); of --features also a "
-        "positive one, which amplifies them where they are active",
-        type=number(float, "a number other than 0", lambda x: x != 0))  # fmt: skip
+    add("--n-features", f"how many to ablate (default: {hub.Preset.n_features}; of --features all)", type=positive_int)
+    add("--clamp", "negative value that active features are set to (default: the preset's, else -100); of --features "
+        "also a positive one, to amplify them", type=number(float, "a number other than 0", lambda x: x))  # fmt: skip
     if controls:
         add("--controls", "draws of random features, to compare with", type=positive_int, default=controls)
     add("--limit", "score only so many questions (a seeded sample) or documents of a data set", type=positive_int)
@@ -279,6 +278,18 @@ def ended(kind, error, trace) -> None:
     raise SystemExit(2)
 
 
+def note_clamp(model: str, settings: dict) -> None:
+    """Where no clamp is given, and none was chosen on the model, say which is taken and which sweep shows others."""
+    preset, names = hub.preset(model), {"layer": "layers", "n_features": "n-features", "sae": "sae", "data": "data"}
+    if preset.clamp is None and settings.get("clamp", 0) is None and not settings.get("record"):
+        given = {"layer": 0, "n_features": preset.n_features}
+        given |= {name: value for name in names if (value := settings.get(name)) is not None}
+        given = {names[name]: map(str, value if isinstance(value, list) else [value]) for name, value in given.items()}
+        flags = " ".join(f"--{name} {shlex.join(words)}" for name, words in {"model": [model], **given}.items())
+        data.note_once(f"note: no clamp was chosen on {model}, so it is {preset.usual_clamp:g}; to choose one: "
+                       f"python pareto.py {flags} --clamp -10 -30 -100 -300 -1000 -3000")  # fmt: skip
+
+
 class Run:
     """A run of a script with the settings `args`, made when its data sets and SAEs are loaded. `key` is a hash of all
     that decides about results: the settings, what the model, its retrained twin, SAEs and data are, and `also` (JSON).
@@ -290,9 +301,10 @@ class Run:
         self.data = [part for part in data if len(part)]
         self.model, self.settings = model or args.model, dict(vars(args))
         own, clamps = self.settings.get("features"), self.settings.get("clamp") or 0
+        note_clamp(self.model, self.settings if saes else {})  # without SAEs nothing is clamped
         for name in ("clamp", "dtype", *(() if own else ("n_features",))):  # of one's own: all
             if name in self.settings and self.settings[name] is None:
-                self.settings[name] = getattr(hub.preset(self.model), name)
+                self.settings[name] = getattr(hub.preset(self.model), "usual_clamp" if name == "clamp" else name)
         self.name, self.dtype = Path(self.model).name, dtype or self.settings["dtype"]
         models = {"model": self.model, "retrained": hub.preset(self.model).retrained}
         self.identity = {what: name and hub.identity(hub.preset(name).model) for what, name in models.items()}
@@ -365,12 +377,10 @@ class Run:
             "identity": dict(self.identity),
             "saes": [{"layer": sae.layer, "source": sae.source,
                       "identity": sae.identity, "hook_point": sae.hook_point} for sae in self.saes],
-            "seed": self.settings.get("seed"), "settings": self.settings,
+            "seed": self.settings.get("seed"), "settings": self.settings, "data": self.about(),
             "versions": {name: version(name) for name in ("torch", "transformers", "transformer-lens", "sae-lens")},
-            "data": self.about(),
             "measures": {m.name: {"title": m.title, "unit": m.unit, "chance": m.chance} for m in measures},
-            "rows": {name: of_row(name, row) for name, row in rows.items()},
-            **more}  # fmt: skip
+            "rows": {name: of_row(name, row) for name, row in rows.items()}, **more}  # fmt: skip
 
     def write(self, rows: dict, measures, figures: dict | None = None, table="", **more) -> dict:
         """Write `record` as JSON and CSV, a table in Markdown, then figures as `draw_all` does, and print the record's

@@ -21,25 +21,23 @@ from data import HERE, UserError, as_list, batches, in_a_line, n_processes, read
 from runs import Parser, help_before_imports, main, natural_int, number, positive_int, seed_int, settings
 
 flags = Parser(description=__doc__)
-flags.add_argument("--model", default="tiny", help="preset, hub id or folder (default: %(default)s)")
-flags.add_argument("--layers", type=natural_int, nargs="+", default=[7], help="one SAE each (default: %(default)s)")
-flags.add_argument("--text", default=str(HERE / "tiny/data/train.jsonl"), help="hub id, .txt or .jsonl (default: "
-                   "tiny/data/train.jsonl)")  # fmt: skip
-flags.add_argument("--held-out", help="text to measure on (default: every 20th document of --text)")
-flags.add_argument("--width", type=positive_int, help="number of features (default: 8 times the model's width)")
-flags.add_argument("--k", type=positive_int, default=40, help="features active on a token, on average (default: 40)")
-flags.add_argument("--tokens", type=number(int, "from 1024 on", lambda x: x >= 1024), default=1_500_000,
-                   help="to train on (default: %(default)s)")  # fmt: skip
-flags.add_argument("--lr", type=number(float, "above 0", lambda x: x > 0), default=2e-3,
-                   help="learning rate of Adam (default: %(default)s)")  # fmt: skip
-flags.add_argument("--context", type=number(int, "from 3 on", lambda x: x >= 3), default=128,
-                   help="tokens per window (default: %(default)s)")  # fmt: skip
-flags.add_argument("--batch-size", type=positive_int, default=32, help="windows per pass (default: %(default)s)")
-flags.add_argument("--seed", type=seed_int, default=0, help="(default: %(default)s)")
-flags.add_argument("--frozen-decoder", action="store_true", help="train encoder and biases only")
-flags.add_argument("--device", help="cuda, mps or cpu (default: cuda if there is one)")
-flags.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model, not of SAEs")
-flags.add_argument("--out", default="my_saes", help="folder to write to (default: %(default)s)")
+add = flags.add_argument
+add("--model", default="tiny", help="preset, hub id or folder (default: %(default)s)")
+add("--layers", type=natural_int, nargs="+", default=[7], help="one SAE each (default: %(default)s)")
+add("--text", default=str(HERE / "tiny/data/train.jsonl"), help="hub id, .txt or .jsonl (default: tiny's)")
+add("--held-out", help="text to measure on (default: every 20th document of --text)")
+add("--width", type=positive_int, help="number of features (default: 8 times the model's width)")
+add("--k", type=positive_int, default=40, help="features active on a token, on average (default: 40)")
+add("--tokens", type=number(int, "from 1024 on", lambda x: x >= 1024), default=1_500_000,
+    help="to train on (default: %(default)s)")  # fmt: skip
+add("--lr", type=number(float, "above 0", lambda x: x > 0), default=2e-3, help="rate of Adam (default: %(default)s)")
+add("--context", type=number(int, "from 3 on", lambda x: x >= 3), default=128, help="tokens a window (default: 128)")
+add("--batch-size", type=positive_int, default=32, help="windows per pass (default: %(default)s)")
+add("--seed", type=seed_int, default=0, help="(default: %(default)s)")
+add("--frozen-decoder", action="store_true", help="train encoder and biases only")
+add("--device", help="cuda, mps or cpu (default: cuda if there is one)")
+add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model, not of SAEs")
+add("--out", default="my_saes", help="folder to write to (default: %(default)s)")
 help_before_imports(flags, __name__)
 
 # %%

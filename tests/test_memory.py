@@ -10,7 +10,15 @@ from conftest import TINY, command, some_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 import data
 import edits
@@ -25,15 +33,54 @@ GEMMA_2_2B = Gemma2Config(
     num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256,
     sliding_window=4096, max_position_embeddings=8192,
 )  # fmt: skip
-GEMMA_3_4B = Gemma3TextConfig(
-    architectures=["Gemma3ForCausalLM"], vocab_size=262_208, hidden_size=2560, intermediate_size=10_240,
-    num_hidden_layers=34, num_attention_heads=8, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256,
-    sliding_window=1024, max_position_embeddings=131_072,
-)  # fmt: skip
+
+
+def gemma_3(
+    layers: int, width: int, inner: int, heads: int, kv: int, scalar=256, d_head=256, window=1024, vocab=262_208
+):
+    """The part of a Gemma-3 that reads text."""
+    return Gemma3TextConfig(
+        architectures=["Gemma3ForCausalLM"], vocab_size=vocab, hidden_size=width, intermediate_size=inner,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv, head_dim=d_head,
+        query_pre_attn_scalar=scalar, sliding_window=window, max_position_embeddings=131_072,
+    )  # fmt: skip
+
+
+def seeing(config) -> int:
+    """Parameters of the part that reads images, which Gemma-3 has from 4B on and which is loaded too."""
+    if not isinstance(config, Gemma3TextConfig) or config.hidden_size < 2560:
+        return 0
+    images = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
+                  image_size=896, patch_size=14, vision_use_head=False)  # fmt: skip
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(Gemma3Config(text_config=config.to_dict(), vision_config=images))
+    return sum(one.numel() for name, one in whole.named_parameters() if "language_model" not in name)
+
+
+GEMMA_3_4B = gemma_3(34, 2560, 10_240, 8, 4)
 LLAMA_3_8B = LlamaConfig(
     architectures=["LlamaForCausalLM"], vocab_size=128_256, hidden_size=4096, intermediate_size=14_336,
     num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192,
 )  # fmt: skip
+# The shapes of the presets' config.json files, by preset
+SHAPES = {
+    "qwen3-1.7b-base": Qwen3Config(
+        architectures=["Qwen3ForCausalLM"], vocab_size=151_936, hidden_size=2048, intermediate_size=6144,
+        num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+        max_position_embeddings=32_768),
+    "qwen2.5-7b-instruct": Qwen2Config(
+        architectures=["Qwen2ForCausalLM"], vocab_size=152_064, hidden_size=3584, intermediate_size=18_944,
+        num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False,
+        max_position_embeddings=32_768),
+    "gemma-2-2b-it": GEMMA_2_2B,
+    "gemma-2-9b-it": Gemma2Config(**GEMMA_2_2B.to_dict() | dict(
+        hidden_size=3584, intermediate_size=14_336, num_hidden_layers=42, num_attention_heads=16,
+        num_key_value_heads=8, layer_types=None)),
+    "gemma-3-270m-it": gemma_3(18, 640, 2048, 4, 1, window=512, vocab=262_144),
+    "gemma-3-1b-it": gemma_3(26, 1152, 6912, 4, 1, window=512, vocab=262_144),
+    "gemma-3-4b-it": GEMMA_3_4B,
+    "gemma-3-12b-it": gemma_3(48, 3840, 15_360, 16, 8),
+    "gemma-3-27b-it": gemma_3(62, 5376, 21_504, 32, 16, scalar=168, d_head=128)}  # fmt: skip
 PROMPTS = 16
 
 
@@ -124,13 +171,32 @@ def test_the_table_in_docs_is_what_is_counted(empty_model, no_values):
     docs = (TINY.parent / "docs/real_models.md").read_text()
     for column, config in enumerate((GEMMA_2_2B, GEMMA_3_4B, LLAMA_3_8B), 1):
         model = empty_model(config)
-        found = {tokens: f"{peak(model, tokens, 7):.1f} GB" for tokens in (150, 450, 1000)}
+        more = 2 * seeing(config) / 1e9
+        found = {tokens: f"{peak(model, tokens, 7) + more:.1f} GB" for tokens in (150, 450, 1000)}
         for tokens, taken in found.items():
             row = next(line for line in docs.splitlines() if line.startswith(f"| {tokens:,} |"))
             assert row.split("|")[column + 1].strip() == taken
         if config is GEMMA_2_2B:
             readme = " ".join((TINY.parent / "README.md").read_text().split())
             assert f"takes {found[1000]} with prompts of 1,000 tokens" in readme
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_table_of_presets_in_docs_is_what_is_counted(empty_model, no_values, name):
+    """docs/real_models.md: parameters; what scoring prompts of 1,000 tokens takes, at the SAE's layer next to 7; the
+    SAE in float32; and a card with a tenth to spare. README has the first preset's."""
+    preset, model, images = hub.PRESETS[name], empty_model(SHAPES[name]), seeing(SHAPES[name])
+    size = sum(one.numel() for one in model.original_model.parameters()) + images
+    taken = peak(model, 1000, min(preset.layers, key=lambda layer: abs(layer - 7))) + 2 * images / 1e9
+    sae = 2 * {"16k": 2**14, "32k": 2**15, "131k": 2**17}[preset.width] * model.cfg.d_model * 4 / 1e9
+    card = next(card for card in (8, 12, 16, 24, 40, 48, 80) if card * 0.9 > taken + sae)
+    docs = (TINY.parent / "docs/real_models.md").read_text()
+    (row,) = [line.strip("| ").split(" | ") for line in docs.splitlines() if line.startswith(f"| {name} |")]
+    assert row[1:] == [f"{size / 1e9:.2f} billion", preset.dtype, f"{taken:.1f} GB", f"{sae:.1f} GB", f"{card} GB"]
+    assert name == "gemma-2-9b-it" or max(preset.layers) == model.cfg.n_layers - 1
+    readme = " ".join((TINY.parent / "README.md").read_text().split())
+    assert name != "qwen3-1.7b-base" or f"qwen3-1.7b-base takes {taken:.1f} GB" in readme
 
 
 @pytest.mark.slow

@@ -1,12 +1,14 @@
 """The command line, and what a run leaves behind: names, records, finished parts, models, exit codes."""
 
 import copy
+import importlib
 import io
 import json
 import math
 import os
 import pickle
 import runpy
+import shlex
 import subprocess
 import sys
 import time
@@ -300,7 +302,7 @@ def test_a_model_that_is_set_below_the_flags_has_its_own_dtype_and_clamp(tmp_pat
     for model, dtype, clamp in (
         ("tiny", "float32", -40),
         ("gemma-2-2b-it", "bfloat16", -100),
-        ("gpt2", "float32", -10),
+        ("gpt2", "float32", -100),
     ):
         args.model = model
         run = Run("a_script.py", args)
@@ -568,3 +570,27 @@ def test_a_model_that_is_not_the_loaded_one_is_refused(gemma_sae, model_folder, 
     for change, said in (({"model": "gpt2"}, "gpt2 in float32"), ({"dtype": "bfloat16"}, f"{folder} in bfloat16")):
         with pytest.raises(UserError, match=f"settings say {said}, loaded is {folder} in torch.float32: load again"):
             run_of(tmp_path, saes=[gemma_sae], layer=1, **{"model": folder, **change})
+
+
+def test_where_no_clamp_was_chosen_a_line_names_a_sweep(capsys):
+    """For a preset or any other model; the line is a command that pareto.py takes."""
+    runs.data.note_once.cache_clear()
+    unsaid = {"layer": 0, "n_features": None, "sae": None, "data": None, "clamp": None}
+    notes = []
+    for model, more in (("qwen3-1.7b-base", {}), ("my model", {"layer": [3, 5], "n_features": [2, 9], "sae": "r:i d"})):
+        for _ in range(2):
+            runs.note_clamp(model, unsaid | more)
+        notes += capsys.readouterr().err.splitlines()
+    assert len(notes) == 2
+    assert notes[0].startswith("note: no clamp was chosen on qwen3-1.7b-base, so it is -100; to choose one: ")
+    assert "pareto.py --model qwen3-1.7b-base --layers 0 --n-features 50 --clamp -10 " in notes[0]
+    words = [shlex.split(note.partition("python pareto.py ")[2]) for note in notes]
+    flags = importlib.import_module("pareto").flags
+    first, other = (settings(flags, vars(flags.parse_args(given))) for given in words)
+    assert (first.model, first.layer, first.n_features, first.sae) == ("qwen3-1.7b-base", [0], [50], None)
+    assert (other.model, other.layer, other.n_features, other.sae) == ("my model", [3, 5], [2, 9], "r:i d")
+    assert min(first.clamp) <= -1000 and max(first.clamp) >= -10
+    for model, more in (("tiny", {}), ("gemma-2-2b-it", {}), ("gpt2", {"clamp": -5.0}), ("gpt2", {"record": "r.json"})):
+        runs.note_clamp(model, unsaid | more)
+    runs.note_clamp("gpt2", {})
+    assert not capsys.readouterr().err
