@@ -98,7 +98,7 @@ def prepare(model, benchmark: Benchmark, saes: dict, args) -> unlearning.Trainin
     stats = cache(lambda layer: FeatureStats(
         model, saes.get(layer), layer, *picking, rule=args.pick, own=args.features, questions=benchmark.wmdp.tuning,
         utility=benchmark.mmlu.tuning, style=args.prompt, seed=args.seed, batch_size=args.batch_size,
-        insist=not args.no_sanity, clamp=args.clamp or hub.preset(args.model).usual_clamp,
+        insist=not args.no_sanity, clamp=args.clamp or hub.preset(args.model).clamp,
         refusal_latent=args.refusal_latent, refusal_value=args.refusal_value))  # fmt: skip
     windows = unlearning.training_windows(tokenizer, forget, benchmark.wikitext, benchmark.mmlu_dev)
     return unlearning.Training(lambda: load_hf(args.model, args.device, args.dtype)[0], tokenizer, *windows, picking,

@@ -23,18 +23,18 @@ class Preset:
     layers: range | tuple[int, ...] = ()  # that have an SAE
     width: str = ""  # number of features
     l0: str = ""  # features active on a token, by layer: lowest to highest
-    clamp: float | None = None  # as chosen on this model
+    clamp: float = -100.0
+    chosen: bool = False  # whether that clamp was chosen on this model
     n_features: int = 50
     dtype: str = "float32"
     retrained: str | None = None  # preset of the same model trained from scratch without the forget set
-    usual_clamp = property(lambda self: -100.0 if self.clamp is None else self.clamp)  # of a run that gives none
 
 
 # Clamps: tiny's was chosen on the tuning half (docs/results.md). For the SAEs of gemma-2-2b -100 is the middle setting
 # of SAEBench and Farrell et al. (arXiv 2410.19278). Gemma-3's residual stream is far larger, so -100 may do nothing.
 PRESETS = {
     "tiny": Preset(str(HERE / "tiny/model"), str(HERE / "tiny/sae/layer_{layer}"), (3, 5, 7, 9, 15), "2048", "40",
-                   -40.0, retrained="tiny-retrained"),
+                   -40.0, chosen=True, retrained="tiny-retrained"),
     "tiny-retrained": Preset(str(HERE / "tiny/retrained")),
     "qwen3-1.7b-base": Preset("Qwen/Qwen3-1.7B-Base", "qwen-scope-3-1.7b-base-w32k-l50:layer{layer}", range(28), "32k",
                               "50", dtype="bfloat16"),
@@ -42,14 +42,14 @@ PRESETS = {
         "Qwen/Qwen2.5-7B-Instruct", "qwen2.5-7b-instruct-andyrdt:resid_post_layer_{layer}_trainer_1",
         range(3, 28, 4), "131k", "64", dtype="bfloat16"),
     "gemma-2-2b-it": Preset("google/gemma-2-2b-it", "gemma-scope-2b-pt-res-canonical:layer_{layer}/width_16k/canonical",
-                            range(26), "16k", "59 to 141", -100.0, dtype="bfloat16"),
+                            range(26), "16k", "59 to 141", chosen=True, dtype="bfloat16"),
     "gemma-2-9b-it": Preset("google/gemma-2-9b-it", "gemma-scope-9b-it-res-canonical:layer_{layer}/width_16k/canonical",
                             (9, 20, 31), "16k", "76 to 91", dtype="bfloat16"),
     **{f"gemma-3-{size}-it": Preset(f"google/gemma-3-{size}-it",
        f"gemma-scope-2-{size}-it-res-all:layer_{{layer}}_width_16k_l0_small", range(n), "16k", "10 to 20",
        dtype="bfloat16") for size, n in {"270m": 18, "1b": 26, "4b": 34, "12b": 48, "27b": 62}.items()},
     "gpt2": Preset("openai-community/gpt2", "gpt2-small-res-jb:blocks.{layer}.hook_resid_pre", range(12), "24k",
-                   "10 to 70")}  # fmt: skip
+                   "10 to 70", -10.0)}  # fmt: skip
 
 
 def preset(model: str) -> Preset:
@@ -68,7 +68,7 @@ def listed() -> str:
     """The table of presets."""
     lines = [f"{'preset':20}{'model':25}{'layers':15}{'width':6}{'L0':10}{'clamp':11}dtype"]
     for name, p in PRESETS.items():
-        clamp, r = "not chosen" if p.clamp is None else f"{p.clamp:g}", p.layers
+        clamp, r = f"{p.clamp:g}" if p.chosen else "not chosen", p.layers
         at = ", ".join(map(str, r)) if len(r) < 7 else f"{r[0]} to {r[-1]}" + f" by {r.step}" * (r.step > 1)
         saes = f"{at:15}{p.width:6}{p.l0:10}{clamp:11}" if p.sae else f"{'no SAEs':42}"
         lines.append(f"{name:20}{p.model.removeprefix(f'{HERE}/'):25}{saes}{p.dtype}")

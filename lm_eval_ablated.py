@@ -837,7 +837,7 @@ def run(**changes) -> dict:
         args = runs.settings(flags, vars(args) | {k: v for k, v in record["settings"].items() if k in decided})
         vars(args).update(layer=None, n_features=None)  # the row's may be several
         name = chosen_row(record, args.row, args.method)
-    clamp = hub.preset(args.model).usual_clamp if args.clamp is None else args.clamp
+    clamp = hub.preset(args.model).clamp if args.clamp is None else args.clamp
     names = args.tasks or ("" if args.serve else TINY_TASKS if args.model == "tiny" or args.data else HUB_TASKS)
     names = [name.strip() for name in names.split(",") if name.strip()]
     tasks = find_tasks(names, args.include_path, args.data, args.topic) if names else {}

@@ -271,7 +271,7 @@ def run(**changes) -> dict:
     args = runs.settings(flags, changes)
     if args.plot:
         return plot(args.plot, args.out or "results")
-    usual, methods, layers = preset(args.model).usual_clamp, args.method or [], sorted(set(args.layer))
+    usual, methods, layers = preset(args.model).clamp, args.method or [], sorted(set(args.layer))
     clamps = sorted(set(args.clamp or (0.0, usual / 2, usual)), reverse=True)
     known = {name: method for name, method in edits.METHODS.items() if method.grid}
     if unknown := set(methods) - set(known):

@@ -459,7 +459,7 @@ def own_record(args) -> dict:
     model = load_model(args.model, args.device, args.dtype, edit_special=args.edit_special)
     of = data.by_layer(args.features, args.layer)
     saes = {layer: load_sae(args.sae, layer, model, args.model) for layer in of}
-    clamp = preset(args.model).usual_clamp if args.clamp is None else args.clamp
+    clamp = preset(args.model).clamp if args.clamp is None else args.clamp
     with data.in_a_line("features"):
         edits = [ablation(saes[layer], ids, clamp) for layer, ids in of.items()]
     benchmark = data.load_benchmark(args.model, model.tokenizer, **benchmark_options(vars(args)))

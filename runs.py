@@ -281,12 +281,12 @@ def ended(kind, error, trace) -> None:
 def note_clamp(model: str, settings: dict) -> None:
     """Where no clamp is given, and none was chosen on the model, say which is taken and which sweep shows others."""
     preset, names = hub.preset(model), {"layer": "layers", "n_features": "n-features", "sae": "sae", "data": "data"}
-    if preset.clamp is None and settings.get("clamp", 0) is None and not settings.get("record"):
+    if not preset.chosen and settings.get("clamp", 0) is None and not settings.get("record"):
         given = {"layer": 0, "n_features": preset.n_features}
         given |= {name: value for name in names if (value := settings.get(name)) is not None}
         given = {names[name]: map(str, value if isinstance(value, list) else [value]) for name, value in given.items()}
         flags = " ".join(f"--{name} {shlex.join(words)}" for name, words in {"model": [model], **given}.items())
-        data.note_once(f"note: no clamp was chosen on {model}, so it is {preset.usual_clamp:g}; to choose one: "
+        data.note_once(f"note: no clamp was chosen on {model}, so it is {preset.clamp:g}; to choose one: "
                        f"python pareto.py {flags} --clamp -10 -30 -100 -300 -1000 -3000")  # fmt: skip
 
 
@@ -304,7 +304,7 @@ class Run:
         note_clamp(self.model, self.settings if saes else {})  # without SAEs nothing is clamped
         for name in ("clamp", "dtype", *(() if own else ("n_features",))):  # of one's own: all
             if name in self.settings and self.settings[name] is None:
-                self.settings[name] = getattr(hub.preset(self.model), "usual_clamp" if name == "clamp" else name)
+                self.settings[name] = getattr(hub.preset(self.model), name)
         self.name, self.dtype = Path(self.model).name, dtype or self.settings["dtype"]
         models = {"model": self.model, "retrained": hub.preset(self.model).retrained}
         self.identity = {what: name and hub.identity(hub.preset(name).model) for what, name in models.items()}

@@ -174,6 +174,12 @@ def random_model(family: str, vocab_size: int):
     return AutoModelForCausalLM.from_config(other_config(family, **ids))
 
 
+@pytest.fixture(autouse=True)
+def notes_anew():
+    """What is said once a run is said in each test anew."""
+    data.note_once.cache_clear()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def little_text():
     """Few tokens of Wikitext and OpenWebText, for rates, training and loss; processes of their own see all."""

@@ -670,7 +670,6 @@ FLAWS = {**dict.fromkeys(("blank question", "no word", "blank option"), "a blank
 @pytest.mark.parametrize("flaw, said", FLAWS.items())
 def test_a_file_of_flawed_questions_is_refused_and_a_few_are_counted(tmp_path, monkeypatch, capsys, flaw, said):
     where = str(tmp_path)
-    data.note_once.cache_clear()
     write_rows(tmp_path, "wmdp_bio", flawed(flaw, 7))
     with pytest.raises(UserError, match=rf"7 of 40 questions have .*{said}.*, such as row 1, 2, 3, 4, 5"):
         data.load("wmdp_bio", "some/model", where)
@@ -721,7 +720,6 @@ def test_labels_are_seen_whatever_the_options_are(form):
     ["1 day", "2 weeks", "3 months", "4 years"], ["1-butene", "2-hexene", "3-octene", "4-decene"],
 ])  # fmt: skip
 def test_of_one_question_alone_a_letter_or_number_may_be_the_options_own(tmp_path, capsys, choices):
-    data.note_once.cache_clear()
     row = {**QUESTION, "choices": choices}
     assert data.flaw_of(row) == data.MAY_BE
     where = folder_of(tmp_path, wmdp_bio=[*ROWS[:10], *[row] * 10])
@@ -739,7 +737,6 @@ def test_an_option_that_speaks_of_the_others_may_have_no_label(fourth):
 @pytest.mark.parametrize("form", ["{A} {}", "{n} {}", "{a}-{}", "{E}/{}"])
 def test_labels_without_punctuation_are_seen_in_a_whole_file(tmp_path, capsys, form):
     """The letter of "A major" is no label, but in few questions do four such letters stand in a row."""
-    data.note_once.cache_clear()
     write_rows(tmp_path, "wmdp_bio", flawed(form, 20))
     assert len(data.load("wmdp_bio", "some/model", str(tmp_path))) == 40 and "in a row" not in capsys.readouterr().err
     write_rows(tmp_path, "wmdp_bio", flawed(form, 21))

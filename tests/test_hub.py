@@ -76,8 +76,8 @@ def test_the_table_of_presets_needs_no_library():
 def test_what_a_preset_decides(twin):
     tiny, gpt2, gemma, other = map(hub.preset, ("tiny", "gpt2", "gemma-2-2b-it", "some/model"))
     assert (tiny.retrained, gpt2.retrained, other.retrained) == ("tiny-retrained", None, None)
-    assert (tiny.clamp, gpt2.clamp, gemma.clamp, other.clamp) == (-40, None, -100, None)
-    assert [one.usual_clamp for one in (tiny, gpt2, gemma, other)] == [-40, -100, -100, -100]
+    assert (tiny.clamp, gpt2.clamp, gemma.clamp, other.clamp) == (-40, -10, -100, -100)
+    assert (tiny.chosen, gpt2.chosen, gemma.chosen, other.chosen) == (True, False, True, False)
     assert (tiny.dtype, gpt2.dtype, gemma.dtype, other.dtype) == ("float32", "float32", "bfloat16", "float32")
     assert hub.sae_source(None, 7, "tiny").endswith("tiny/sae/layer_7") and hub.sae_source("x:y", 7, "gpt2") == "x:y"
     for model in ("some/model", "tiny-retrained"):
