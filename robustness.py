@@ -17,7 +17,8 @@ rounded to 8 and 4 bits, and, where the right answer was lost, with a push towar
 
 --relearn fine-tunes all weights, once on retain text alone and once with the facts of the tuning half, none of which is
 asked, and asks again. Then it fine-tunes on the very facts that are asked, and asks on the way: a model that knows them
-sooner than one trained without the facts had not forgotten them. The unablated model and, for tiny, the retrained one
+sooner than one trained without the facts had not forgotten them. --ask tuning changes the halves: asked are the facts
+that methods were trained on, and relearned the others'. The unablated model and, for tiny, the retrained one
 go through all of it too: what could come back at most, and at least.
 """
 
@@ -31,6 +32,8 @@ flags.add_argument("records", nargs="*", metavar="RECORD", help="of baselines.py
 flags.add_argument("--all", action="store_true", help="every record of --out's folder, with 25 steps of --relearn")
 flags.add_argument("--relearn", type=positive_int, metavar="STEPS", help="of fine-tuning (default: 0; of --all 25)")
 flags.add_argument("--lr", type=finite_float, help="its learning rate (default: 2e-5; tiny 1e-3)")
+flags.add_argument("--ask", default="held-out", choices=["held-out", "tuning"], help="half to ask; tuning: the facts "
+                   "methods were trained on, and held-out facts are relearned (default: held-out)")  # fmt: skip
 flags.add_argument("--shots", type=natural_int, default=5, help="solved questions before one (default: %(default)s)")
 help_before_imports(flags, __name__)
 
@@ -101,8 +104,8 @@ def with_word(quiz: Dataset, donors: list[dict], seed: int) -> Dataset:
     `normalised` removes (where no answer is left, c_j stays).
 
     After Dang et al. (arXiv 2501.19202), who find that one forget token in a retain question makes unlearned models
-    misbehave. Here the word is an answer of the forget quiz's tuning half; and since any foreign word may change what
-    is answered, robustness.py asks with an answer of MMLU's tuning half, too."""
+    misbehave. Here the word is an answer of the forget quiz's half that is not asked. Any foreign word may change what
+    is answered, so robustness.py asks with an answer of MMLU's tuning half, too."""
     rng, rows = random.Random(seed), []
     replaced = [rng.choice([k for k in range(4) if k != row["answer"]]) for row in quiz.rows]
     for row, place in zip(quiz.rows, replaced):
@@ -264,7 +267,7 @@ def in_stage(measures, stage: str) -> list[Measure]:
 @dataclass(frozen=True)
 class Exam:
     """What every subject is asked and put through. forms: see `forms`; steps: of fine-tuning, 0 for none; judge: whose
-    unedited model judges what is written."""
+    unedited model judges what is written; taught: a quiz or texts, whose facts are none of those asked."""
 
     benchmark: Benchmark
     quiz: Dataset
@@ -273,7 +276,8 @@ class Exam:
     lr: float
     seed: int
     batch_size: int
-    judge: Subject | None = None
+    judge: Subject
+    taught: Dataset
 
     def ask(self, subject: Subject, model, forms=("as tuned",), more: bool = True) -> list[Measure]:
         """A bridge's answers under the subject's edit; more: also to MMLU in letters, and to WMDP-Bio in words."""
@@ -332,10 +336,10 @@ class Exam:
                 "reached": reached, "measure": measure}  # fmt: skip
 
     def fine_tuned(self, subject: Subject, stage: str) -> list[Measure]:
-        """Its answers after fine-tuning, the edit on all the time: on "retain text"; on it and the tuning half's "other
-        facts"; or, after each of `marks_of` steps, on it and the "asked facts"."""
+        """Its answers after fine-tuning, the edit on all the time: on "retain text"; on it and the "other facts" of
+        `taught`; or, after each of `marks_of` steps, on it and the "asked facts"."""
         (model, tokenizer), measures, asked, b = subject.load(load_hf), [], stage == "asked facts", self.benchmark
-        forget = self.quiz if asked else b.corpus if b.corpus.rows else b.wmdp.tuning
+        forget = self.quiz if asked else self.taught
         facts, retain = unlearning.training_windows(tokenizer, forget, b.wikitext, b.mmlu_dev)
         sets = retain if stage == "retain text" else [*retain, facts, facts]
         marks = marks_of(self.steps) if asked else [self.steps]
@@ -535,9 +539,10 @@ def subjects_of(paths: list[str], records: list[dict], device: str | None, dtype
     return subjects
 
 
-def load_questions(records: list[dict], same: dict, shots: int, tokenizer) -> tuple[Benchmark, dict, list[Dataset]]:
-    """The data that the records were scored on, `forms` of the questions, and the files of OTHER_FORMS. Raises
-    UserError where data have changed, and for a question that in one of its forms is too long for the model."""
+def load_questions(records: list[dict], same: dict, shots: int, tokenizer, ask: str = "held-out") -> tuple:
+    """The data that the records were scored on (a Benchmark), `forms` of the questions of the half to `ask`, the files
+    of OTHER_FORMS, and what other facts are taught from: the forget corpus or the other half. Raises UserError where
+    data have changed, and for a question that in one of its forms is too long for the model."""
     benchmark = data.load_benchmark(same["model"], tokenizer, **benchmark_options(same))
     for name in ("wmdp_bio", "mmlu"):
         if any(record["data"][name]["sha256"] != benchmark.quizzes[name].sha256 for record in records):
@@ -545,11 +550,14 @@ def load_questions(records: list[dict], same: dict, shots: int, tokenizer) -> tu
     files = [data.load(name, same["model"], same["data"], topic=benchmark.wmdp.topic) for name in OTHER_FORMS.values()]
     files = [replace(file, rows=[]) if same["wmdp"] == "robust" or file.stand_in != benchmark.wmdp.stand_in else file
              for file in files]  # they have WMDP-Bio's own questions  # fmt: skip
-    tuning, seed, most = benchmark.wmdp.tuning.rows, same["seed"], tokenizer.model_max_length
-    solved = random.Random(seed).sample(tuning, min(shots, len(tuning)))
+    other, seed, most = benchmark.wmdp.tuning, same["seed"], tokenizer.model_max_length
+    if ask == "tuning":
+        other, quiz = benchmark.wmdp.held_out, replace(benchmark.quizzes["wmdp_bio/tuning"], half="tuning, asked")
+        benchmark = replace(benchmark, quizzes={**benchmark.quizzes, "wmdp_bio": quiz})
+    solved = random.Random(seed).sample(other.rows, min(shots, len(other)))
     quizzes, long = {name: benchmark.quizzes[name] for name in ("wmdp_bio", "mmlu")}, {"wmdp_bio": set(), "mmlu": set()}
     quiz, mmlu = quizzes.values()
-    donors = {"forget word": tuning, "retain word": benchmark.mmlu.tuning.rows}
+    donors = {"forget word": other.rows, "retain word": benchmark.mmlu.tuning.rows}
     others = {form: others_of(quiz, file) for form, file in zip(OTHER_FORMS, files)}
     asked = forms(quiz, others | {form: with_word(mmlu, rows, seed) for form, rows in donors.items()}, solved)
     for form, (part, prompts) in asked.items():
@@ -566,7 +574,8 @@ def load_questions(records: list[dict], same: dict, shots: int, tokenizer) -> tu
     asked = {form: pair for form, pair in asked.items() if pair[1]}
     quizzes = {name: replace(part.only(fit(part)), skipped_long=part.skipped_long + len(long[name]))
                for name, part in quizzes.items()}  # fmt: skip
-    return replace(benchmark, quizzes={**benchmark.quizzes, **quizzes}), asked, files
+    taught = benchmark.corpus if benchmark.corpus.rows else other
+    return replace(benchmark, quizzes={**benchmark.quizzes, **quizzes}), asked, files, taught
 
 
 def run(**changes) -> dict:
@@ -586,9 +595,10 @@ def run(**changes) -> dict:
     same, dtype = shared_settings(records), args.dtype or records[0]["dtype"]
     name, lr = same["model"], args.lr or (1e-3 if same["model"] == "tiny" else 2e-5)  # usual for whole models
     subjects = subjects_of(paths, records, args.device, dtype)
-    benchmark, asked, others = load_questions(records, same, args.shots, load_tokenizer(preset(name).model))
+    tokenizer = load_tokenizer(preset(name).model)
+    benchmark, asked, others, taught = load_questions(records, same, args.shots, tokenizer, args.ask)
     current = Run(__file__, args, [*benchmark.datasets, *others], also=[records, steps], model=name, dtype=dtype)
-    exam = Exam(benchmark, asked["as tuned"][0], asked, steps, lr, same["seed"], args.batch_size, subjects[0])
+    exam = Exam(benchmark, asked["as tuned"][0], asked, steps, lr, same["seed"], args.batch_size, subjects[0], taught)
     measures, pushes = examine(exam, subjects, current.cached)
     curve = {mark: measures[f"wmdp_bio/after {mark} steps/letters"] for mark in (marks_of(steps) if steps else ())}
     curve, (stages, shares) = {0: measures["wmdp_bio/letters"], **curve}, survival(measures)
@@ -596,7 +606,8 @@ def run(**changes) -> dict:
     print(f"\n{text}")
     if benchmark.wmdp.published:
         print(f"\n{benchmark.wmdp.published}")
-    title = f"{Path(name).name}: {forget_title(*records)}" + (f", {steps} steps of fine-tuning" if steps else "")
+    title = f"{Path(name).name}: {forget_title(*records)}{', tuning half' * (args.ask == 'tuning')}"
+    title += f", {steps} steps of fine-tuning" if steps else ""
     drawn = [replace(stages[name], title=name) for name in DRAWN if name in stages]
     marks = [[cell["share"] for cell in of_row.values()] for of_row in shares.values()]
     back = [[m[row].mean for m in curve.values()] for row in curve[0].rows]

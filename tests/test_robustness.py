@@ -17,7 +17,7 @@ import edits
 import robustness
 from data import LETTERS, Dataset, UserError, prompt
 from edits import NONE, Edit, Method, applied, decoder_layers, make, token_mask
-from evaluation import Measure
+from evaluation import Measure, measure_of
 from hub import identity, preset
 from robustness import LastToken, directions, left_padded, other_option, push, round_weights, share_forgotten
 from runs import read_record
@@ -296,7 +296,7 @@ def test_the_share_forgotten_is_the_way_to_the_retrained_model():
 
 def test_a_push_counts_by_what_it_brings_beyond_the_control(monkeypatch):
     quiz = Dataset("wmdp_bio", [{"question": "?", "choices": ["a", "b", "c", "d"], "answer": k} for k in RIGHT])
-    exam = robustness.Exam(None, quiz, {}, 0, 1e-3, 0, batch_size=2)
+    exam = robustness.Exam(None, quiz, {}, 0, 1e-3, 0, 2, judge=None, taught=None)
     unablated, tuned = (of_rows("letters", npo=hits) for hits in (KNOWS, HALF))
     calls = []
 
@@ -461,7 +461,7 @@ def test_a_topic_of_ones_own_has_neither_a_retrained_model_nor_tinys_other_wordi
         subjects = robustness.subjects_of([path], records, None, "float32")
         assert [subject.name for subject in subjects] == ["unablated", *others, "clamp"]
         same, tokenizer = robustness.shared_settings(records), common.load_hf("tiny")[1]
-        benchmark, forms, files = robustness.load_questions(records, same, 1, tokenizer)
+        benchmark, forms, files, _ = robustness.load_questions(records, same, 1, tokenizer)
         assert [len(other) > 0 for other in files] == [folder is None] * 3
         assert ("other wording" in forms) == ("in reverse" in forms) == (folder is None)  # few have a second fact
         mmlu, tuning = benchmark.quizzes["mmlu"], {row["choices"][row["answer"]] for row in benchmark.wmdp.tuning.rows}
@@ -470,6 +470,23 @@ def test_a_topic_of_ones_own_has_neither_a_retrained_model_nor_tinys_other_wordi
                 len(set(row["choices"]) - set(was["choices"])) == 1
                 and set(row["choices"]) - set(was["choices"]) <= tuning
             )
+
+
+def test_of_two_halves_one_is_asked_and_the_other_taught(tmp_path):
+    path = tuned(tmp_path / "r.json", data={name: data.load(name, "tiny").about() for name in ("wmdp_bio", "mmlu")})
+    records, tokenizer = [read_record(path)], common.load_hf("tiny")[1]
+    same, wmdp = robustness.shared_settings(records), data.load("wmdp_bio", "tiny")
+    halves = {"tuning": wmdp.tuning.indices, "held-out": wmdp.held_out.indices}
+    for half, rest in (("held-out", "tuning"), ("tuning", "held-out")):
+        benchmark, forms, _, taught = robustness.load_questions(records, same, 3, tokenizer, half)
+        quiz = forms["as tuned"][0]
+        assert benchmark.quizzes["wmdp_bio"].indices == quiz.indices and set(quiz.indices) <= set(halves[half])
+        assert taught.indices == halves[rest]
+        assert set(forms["two hops"][0].indices) <= set(halves[half])
+        other = {row["question"] for row in taught.rows}
+        (before,) = {text.rpartition("\n\n")[0].split("\n\n", 1)[1] for text in forms["3 solved before"][1]}
+        assert sum(question in before for question in other) == 3
+        assert measure_of(quiz, "letters", "letters", "%", {}, []).name == "wmdp_bio/letters"
 
 
 def test_an_edit_of_other_features_has_another_key(monkeypatch, tmp_path):
