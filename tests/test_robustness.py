@@ -482,7 +482,7 @@ def test_of_two_halves_one_is_asked_and_the_other_taught(tmp_path):
         quiz = forms["as tuned"][0]
         assert benchmark.quizzes["wmdp_bio"].indices == quiz.indices and set(quiz.indices) <= set(halves[half])
         assert taught.indices == halves[rest]
-        assert set(forms["two hops"][0].indices) <= set(halves[half])
+        assert set(forms["in reverse"][0].indices) <= set(halves[half])
         other = {row["question"] for row in taught.rows}
         (before,) = {text.rpartition("\n\n")[0].split("\n\n", 1)[1] for text in forms["3 solved before"][1]}
         assert sum(question in before for question in other) == 3
