@@ -270,11 +270,17 @@ def fluency(model, dataset: Dataset, rows: dict, *, judge=None, batch_size: int 
     answer is as unlikely as bad text: fluency proper is told by texts, and by the row that was retrained.
 
     x: BEGINNINGS of the questions, as data.IN_WORDS, or of the texts, their first BEGUN tokens; drawn by the data's
-    seed. No y ends early, since repeats depend on length. rows, errors: as for `letters`, and ValueError for a judge
-    with another tokenizer. ReLearn's linguistic score (arXiv 2502.11190; open-unlearning#103) has perplexity, too."""
-    sample, judge, encode = dataset.sample(BEGINNINGS), judge or model, partial(data.encode, model.tokenizer)
-    prompts = [encode(row["text"])[:BEGUN] if "text" in row else encode(data.IN_WORDS.format(row["question"].strip()))
-               for row in sample.rows]  # fmt: skip
+    seed from those after which the model has room. No y ends early, since repeats depend on length. rows, errors: as
+    for `letters`, and ValueError for a judge with another tokenizer. ReLearn's linguistic score (arXiv 2502.11190;
+    open-unlearning#103) has perplexity, too."""
+
+    def begun(row):
+        text = row["text"] if "text" in row else data.IN_WORDS.format(row["question"].strip())
+        return data.encode(model.tokenizer, text)[: BEGUN if "text" in row else None]
+
+    room, judge = model.tokenizer.model_max_length - WRITTEN, judge or model
+    sample = dataset.only(i for i, row in enumerate(dataset.rows) if len(begun(row)) <= room).sample(BEGINNINGS)
+    prompts = [begun(row) for row in sample.rows]
 
     def score(model, edits):  # (n_edits, n_prompts, 2)
         if model.tokenizer.get_vocab() != judge.tokenizer.get_vocab():

@@ -40,6 +40,7 @@ help_before_imports(flags, __name__)
 # %%
 import copy
 import random
+import re
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -88,20 +89,27 @@ def forms(quiz: Dataset, others: dict[str, Dataset], solved: list[dict]) -> dict
 
 
 def others_of(quiz: Dataset, other: Dataset) -> Dataset:
-    """The questions of a file of OTHER_FORMS that belong to the quiz's. Raises UserError where rows without "of"
-    are not as many as wmdp_bio's, or an "of" is no number of these."""
-    of = [row.get("of", place) for place, row in enumerate(other.rows)]
-    if other.rows and (len(of) != quiz.n_source if "of" not in other.rows[0] else not {*of} <= {*range(quiz.n_source)}):
-        raise UserError(f"{other.name}.jsonl has {len(of)} questions, wmdp_bio {quiz.n_source}: a question for each is "
+    """The questions of a file of OTHER_FORMS that belong to the quiz's. Raises UserError unless the rows are as many as
+    wmdp_bio's, none with "of", or each "of" is the number of one of these."""
+    given = [row["of"] for row in other.rows if "of" in row]
+    of = given or range(len(other))
+    if len(of) != len(other) or not all(type(number) is int and 0 <= number < quiz.n_source for number in of) or (
+            other.rows and not given and len(of) != quiz.n_source):  # fmt: skip
+        raise UserError(f"{other.name}.jsonl has {len(other)} questions, wmdp_bio {quiz.n_source}: a question for each is "
                         "needed, or in each row the number of its own as \"of\", from 0")  # fmt: skip
     places = [place for index in quiz.indices for place in range(len(of)) if of[place] == index]
     return replace(quiz, rows=[other.rows[place] for place in places], indices=[of[place] for place in places])
 
 
+OF_OTHERS = re.compile(
+    r"\b(all|none|both|neither|any|[A-D] (and|or|nor) [A-D])\b", re.IGNORECASE
+)  # of a question's options
+
+
 def with_word(quiz: Dataset, donors: list[dict], seed: int) -> Dataset:
     """The questions with one wrong option c_j := w. j is drawn from the three, the same for any donors; w is the answer
     of a donor, drawn from those on another subject, if there are any, and never an option of the question, up to what
-    `normalised` removes (where no answer is left, c_j stays).
+    `normalised` removes, nor one that speaks of its others, "all of the above" (where none is left, c_j stays).
 
     After Dang et al. (arXiv 2501.19202), who find that one forget token in a retain question makes unlearned models
     misbehave. Here the word is an answer of the forget quiz's half that is not asked. Any foreign word may change what
@@ -111,7 +119,7 @@ def with_word(quiz: Dataset, donors: list[dict], seed: int) -> Dataset:
     for row, place in zip(quiz.rows, replaced):
         among = [donor for donor in donors if donor.get("subject") != row.get("subject")] or donors
         options = {normalised(choice) for choice in row["choices"]}
-        answers = [donor["choices"][donor["answer"]] for donor in among]
+        answers = [word for donor in among if not OF_OTHERS.search(word := donor["choices"][donor["answer"]])]
         word = rng.choice([word for word in answers if normalised(word) not in options] or [row["choices"][place]])
         rows.append({**row, "choices": [word if k == place else choice for k, choice in enumerate(row["choices"])]})
     return replace(quiz, rows=rows)
@@ -539,6 +547,14 @@ def subjects_of(paths: list[str], records: list[dict], device: str | None, dtype
     return subjects
 
 
+def belongs(file: Dataset, wmdp: Dataset) -> bool:
+    """Whether a file of OTHER_FORMS speaks of the facts of these questions: tiny's own of no others, in no other order,
+    and a user's of no stand-in."""
+    tinys = data.load("wmdp_bio")
+    embedded = Path(file.source).parent == Path(tinys.source).parent
+    return wmdp.sha256 == tinys.sha256 if embedded else file.stand_in == wmdp.stand_in
+
+
 def load_questions(records: list[dict], same: dict, shots: int, tokenizer, ask: str = "held-out") -> tuple:
     """The data that the records were scored on (a Benchmark), `forms` of the questions of the half to `ask`, the files
     of OTHER_FORMS, and what other facts are taught from: the forget corpus or the other half. Raises UserError where
@@ -548,8 +564,8 @@ def load_questions(records: list[dict], same: dict, shots: int, tokenizer, ask: 
         if any(record["data"][name]["sha256"] != benchmark.quizzes[name].sha256 for record in records):
             raise UserError(f"{name} is not what these records were scored on")
     files = [data.load(name, same["model"], same["data"], topic=benchmark.wmdp.topic) for name in OTHER_FORMS.values()]
-    files = [replace(file, rows=[]) if same["wmdp"] == "robust" or file.stand_in != benchmark.wmdp.stand_in else file
-             for file in files]  # they have WMDP-Bio's own questions  # fmt: skip
+    files = [file if belongs(file, benchmark.wmdp) and same["wmdp"] != "robust" else replace(file, rows=[])
+             for file in files]  # fmt: skip
     other, seed, most = benchmark.wmdp.tuning, same["seed"], tokenizer.model_max_length
     if ask == "tuning":
         other, quiz = benchmark.wmdp.held_out, replace(benchmark.quizzes["wmdp_bio/tuning"], half="tuning, asked")
@@ -572,8 +588,8 @@ def load_questions(records: list[dict], same: dict, shots: int, tokenizer, ask: 
 
     asked = {form: (part.only(fit(part)), [prompts[k] for k in fit(part)]) for form, (part, prompts) in asked.items()}
     asked = {form: pair for form, pair in asked.items() if pair[1]}
-    quizzes = {name: replace(part.only(fit(part)), skipped_long=part.skipped_long + len(long[name]))
-               for name, part in quizzes.items()}  # fmt: skip
+    quizzes = {name: replace(part.only(fit(part)), skipped_long=part.skipped_long + len(long[name])) if long[name]
+               else part for name, part in quizzes.items()}  # fmt: skip
     taught = benchmark.corpus if benchmark.corpus.rows else other
     return replace(benchmark, quizzes={**benchmark.quizzes, **quizzes}), asked, files, taught
 
@@ -597,7 +613,8 @@ def run(**changes) -> dict:
     subjects = subjects_of(paths, records, args.device, dtype)
     tokenizer = load_tokenizer(preset(name).model)
     benchmark, asked, others, taught = load_questions(records, same, args.shots, tokenizer, args.ask)
-    current = Run(__file__, args, [*benchmark.datasets, *others], also=[records, steps], model=name, dtype=dtype)
+    decide = [{name: part for name, part in record.items() if name not in ("seconds", "command")} for record in records]
+    current = Run(__file__, args, [*benchmark.datasets, *others], also=[decide, steps], model=name, dtype=dtype)
     exam = Exam(benchmark, asked["as tuned"][0], asked, steps, lr, same["seed"], args.batch_size, subjects[0], taught)
     measures, pushes = examine(exam, subjects, current.cached)
     curve = {mark: measures[f"wmdp_bio/after {mark} steps/letters"] for mark in (marks_of(steps) if steps else ())}

@@ -280,14 +280,21 @@ def ended(kind, error, trace) -> None:
 
 def note_clamp(model: str, settings: dict) -> None:
     """Where no clamp is given, and none was chosen on the model, say which is taken and which sweep shows others."""
-    preset, names = hub.preset(model), {"layer": "layers", "n_features": "n-features", "sae": "sae", "data": "data"}
-    if not preset.chosen and settings.get("clamp", 0) is None and not settings.get("record"):
-        given = {"layer": 0, "n_features": preset.n_features}
-        given |= {name: value for name in names if (value := settings.get(name)) is not None}
-        given = {names[name]: map(str, value if isinstance(value, list) else [value]) for name, value in given.items()}
-        flags = " ".join(f"--{name} {shlex.join(words)}" for name, words in {"model": [model], **given}.items())
-        data.note_once(f"note: no clamp was chosen on {model}, so it is {preset.clamp:g}; to choose one: "
-                       f"python pareto.py {flags} --clamp -10 -30 -100 -300 -1000 -3000")  # fmt: skip
+    preset, usual = hub.preset(model), {"wmdp": "all", "prompt": "plain", "seed": 0}
+    clamps = settings.get("clamp", 0) is None and settings.get("method") in (None, "clamp")
+    if preset.chosen or not clamps or settings.get("record") or "plot" in settings:  # pareto.py has three clamps
+        return
+    names = ("layer", "n_features", "features", "sae", "data", "topic", *usual)
+    given = {name: value for name in names if (value := settings.get(name)) not in (None, usual.get(name))}
+    given = {"layer": 0, **({} if "features" in given else {"n_features": preset.n_features}), **given}
+    words = [f"--model {shlex.quote(model)}"]
+    for name, value in given.items():
+        value = json.dumps(value) if isinstance(value, dict) else value
+        value = [str(value).strip("[]").replace(" ", "")] if name == "features" else value
+        value = value if isinstance(value, list) else [value]
+        words.append(f"--{'layers' if name == 'layer' else name.replace('_', '-')} {shlex.join(map(str, value))}")
+    data.note_once(f"note: no clamp was chosen on {model}, so it is {preset.clamp:g}; to choose one: python pareto.py "
+                   f"{' '.join(words)} --clamp -10 -30 -100 -300 -1000 -3000")  # fmt: skip
 
 
 class Run:

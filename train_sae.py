@@ -13,7 +13,7 @@ is what --sae takes. The first command trains tiny's own SAEs; docs/results.md s
 takes. To publish SAEs: `hf upload ORG/NAME OUT`.
 
 --frozen-decoder trains the control of Korznikov et al. (arXiv 2602.14111): encoder and biases learn, the decoder stays
-at SAELens's random rows of unit norm. Whatever its features do as well needs no learned direction.
+at SAELens's random rows of unit norm. What its features do as well as a trained SAE's needs no trained decoder.
 """
 
 # %%
@@ -114,7 +114,8 @@ def train(model, windows, width: int, args) -> dict:
     device, saes, lr = str(model.cfg.device), {}, args.lr
     names = {str(layer): HOOK.format(layer) for layer in args.layers}
     for layer, hook_name in names.items():
-        metadata = SAEMetadata(hook_name=hook_name, model_name=Path(args.model).name, context_size=args.context)
+        metadata = SAEMetadata(hook_name=hook_name, model_name=Path(args.model).name, context_size=args.context,
+                               frozen_decoder=args.frozen_decoder)  # fmt: skip
         saes[layer] = new_sae(BatchTopKTrainingSAEConfig(
             d_in=model.cfg.d_model, d_sae=width, k=args.k, device=device, apply_b_dec_to_input=False,
             normalize_activations="expected_average_only_in", metadata=metadata,

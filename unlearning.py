@@ -27,7 +27,6 @@ from edits import Latents, Method, decoder_layers, grid, residual_stream, token_
 
 METHODS: dict[str, Method] = {}  # filled below, beside each method
 BATCH = 4
-KL_BATCH = 16  # texts whose logits are held at a time
 NLL_LOG = ("forget text, nats per token", "retain text, nats per token")
 QUESTION_TOKENS = 512  # open-unlearning's limit on a question with its answer
 Window = tuple[list[int], int]
@@ -515,7 +514,11 @@ METHODS["undo"] = Method(
 # --------------------------------------------- RepSelect: one gradient, less what it shares with everything else
 def collapse(gradient: torch.Tensor, vectors: torch.Tensor, sizes: torch.Tensor, hard: bool) -> torch.Tensor:
     """G - (G V - G V / s) V^T, s = sizes / min(sizes): of each principal direction, column of V (n, q), the s-th part
-    is left; hard: nothing. gradient: (m, n); sizes: (q,) singular values."""
+    is left; hard: nothing. gradient: (m, n); sizes: (q,) singular values, those that are rounding noise left out."""
+    known = sizes > 1e-5 * sizes.max()
+    if not known.any():
+        return gradient  # 0
+    vectors, sizes = vectors[:, known], sizes[known]
     along = gradient @ vectors
     return gradient - (along if hard else along - along / (sizes / sizes.min())) @ vectors.T
 
@@ -537,7 +540,8 @@ def mean_kl(model, texts: list[tuple], matrices: list, before: list) -> float:
 
 def furthest(kl_at: Callable, budget: float, step: float) -> float:
     """The step at which kl_at(step) lies between 95 and 100% of the budget, tried first at `step`, then where it would
-    lie if it grew as the step's square. Raises UserError if 30 tries do not find one."""
+    lie if it grew as the step's square; after 30 tries the longest that stays within it, and is tried once more. Raises
+    UserError if none does."""
     low, high = 0.0, math.inf
     for _ in range(30):
         kl = kl_at(step)
@@ -546,10 +550,15 @@ def furthest(kl_at: Callable, budget: float, step: float) -> float:
         low, high = (step, high) if kl < budget else (low, step)  # NaN is too far
         ahead = step * (0.975 * budget / kl) ** 0.5 if kl > 0 else step * 8
         step = ahead if low < ahead < high else (low * high) ** 0.5 if low and high < math.inf else step / 8
+    if low > 0 and high < math.inf:  # it jumps, as in bfloat16
+        kl_at(low)
+        return low
     raise UserError(f"RepSelect: no step changes retain text by a KL of {budget:g} nats")
 
 
-def train_repselect(training: Training, *, q: int, kl: float, steps: int, lr: float, loss_on="answer", hard=False):
+def train_repselect(
+    training: Training, *, q: int | None, kl: float, steps: int, lr: float, loss_on="answer", hard=False
+):
     """RepSelect (Sondej et al., arXiv 2606.17168; github.com/filyp/RepSelect): one long step up the forget loss, along
     its gradient less the directions in which that is large, as they are shared with other text.
 
@@ -558,11 +567,17 @@ def train_repselect(training: Training, *, q: int, kl: float, steps: int, lr: fl
     3. Without LoRA, U, s, V = the q largest singular values of G: `collapse` with V, then of the transpose with U.
     4. W <- W - step G, as far as retain text's KL(before || after) per token stays within `kl`.
 
-    The release has q 512, kl 0.01 and lr 0.01, swept from 0.005 to 0.5. Differs from it: the step is the longest there
+    q None: an eighth of the model's width. The release has q 512 on models 2,048 to 4,096 wide, kl 0.01 and lr 0.01,
+    swept from 0.005 to 0.5. Differs from it: singular values below 1e-5 of the largest are left out, as few forget
+    texts leave the last layers few; the step is the longest there
     is, as in its RepSelectAdaptive, where its main runs add G times a swept rate until an epoch exceeds kl; the KL is
     on 128 windows of the retain set; G is summed in fp32; a batch has four texts, not eight. Raises UserError for a
-    family whose MLPs are not known by name."""
+    family whose MLPs are not known by name, and for a q that leaves no direction."""
     model, tokenizer = training.load(), training.tokenizer
+    width = model.config.get_text_config().hidden_size
+    q = q or max(1, width // 8)
+    if q >= width:
+        raise UserError(f"RepSelect: q {q} leaves none of the {width} directions")
     layers = range(len(decoder_layers(model)))
     names = [name for name in linear_modules(model, layers) if ".mlp." in name and down_projections(model, max(layers))]
     adapted, trained = with_lora(model, names, training.seed, lora_dropout=0.0)
@@ -576,12 +591,13 @@ def train_repselect(training: Training, *, q: int, kl: float, steps: int, lr: fl
     gradients = [torch.zeros_like(wide(matrix.requires_grad_(True))) for matrix in matrices]
     for (texts,) in training.batches(steps, "RepSelect, gradient", [training.forget]):
         loss = finite(-text_nll(adapted, texts, tokenizer, loss_on).mean)
-        gradients = [g + wide(part) for g, part in zip(gradients, torch.autograd.grad(loss, matrices))]
+        for g, part in zip(gradients, torch.autograd.grad(loss, matrices)):
+            g += part
     model, windows = adapted.unload().requires_grad_(False), training.retain[0][:128]
     for at, g in enumerate(gradients):
         u, sizes, v = torch.svd_lowrank(g, min(q, *g.shape))
         gradients[at] = collapse(collapse(g, v, sizes, hard).T, u, sizes, hard).T
-    parts = [windows[start : start + KL_BATCH] for start in range(0, len(windows), KL_BATCH)]
+    parts = [windows[start : start + BATCH] for start in range(0, len(windows), BATCH)]
     texts = [target_mask(part, tokenizer, model.device, "text") for part in parts]
     before = [matrix.detach().clone() for matrix in matrices]
 
@@ -597,7 +613,7 @@ def train_repselect(training: Training, *, q: int, kl: float, steps: int, lr: fl
 
 by_repselect = partial(
     Method, grid=grid(lr=(0.3, 1), kl=(0.01, 0.03, 0.05, 0.1)), needs_sae=False,
-    usual={"loss_on": "answer", "q": {"tiny": 14, "": 512}, "kl": 0.01}, steps={"tiny": 120, "": 300},
+    usual={"loss_on": "answer", "q": None, "kl": 0.01}, steps={"tiny": 120, "": 300},
     lr={"tiny": 1.0, "": 0.01}, log=("forget text with LoRA, nats per token",),
 )  # fmt: skip
 METHODS["repselect"] = by_repselect("RepSelect", train=train_repselect)

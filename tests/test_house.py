@@ -44,7 +44,7 @@ def test_files_lines_and_floors():
     for name in filter(re.compile("feature_").match, texts):
         texts[name] = "\n".join(re.split(r"^# %% \[markdown\](?:.|\n)*?(?=^# %%$|\Z)", texts[name], flags=re.MULTILINE))
     lines = {name: len(text.splitlines()) for name, text in texts.items()}
-    assert len(MODULES) <= 19 and sum(lines.values()) <= 7930, (len(MODULES), sum(lines.values()))
+    assert len(MODULES) <= 19 and sum(lines.values()) <= 7980, (len(MODULES), sum(lines.values()))
     assert lines["common"] <= 300 and lines["engine"] <= 350, lines
     assert max(map(floor, MODULES)) <= 6, {name: floor(name) for name in MODULES}
 

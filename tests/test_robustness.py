@@ -64,7 +64,9 @@ def test_other_questions_are_asked_for_the_facts_that_they_belong_to():
     assert found.rows == [hops[0], hops[2], hops[1]] and found.indices == [1, 1, 0]
     assert robustness.others_of(QUIZ.only([0]), Dataset("wmdp_bio_two_hop", hops)).rows == [hops[1]]
     assert robustness.others_of(quiz, quiz_of([])).rows == []
-    for rows in (OTHERS * 2, [{**hops[0], "of": 2}], [hops[0], OTHERS[1], {**hops[0], "of": -1}]):
+    first, middle = OTHERS[1], {**hops[0], "of": 1}
+    wrong = ([{**middle, "of": of}] for of in (2, -1, True, [1], 1.0, None))
+    for rows in (OTHERS * 2, *wrong, [hops[0], first, middle], [first, middle], [first, {**middle, "of": 9999}]):
         with pytest.raises(UserError, match=rf"wmdp_bio_two_hop.jsonl has {len(rows)} questions, wmdp_bio 2: .*\"of\""):
             robustness.others_of(quiz, Dataset("wmdp_bio_two_hop", rows))
 
@@ -91,6 +93,9 @@ def test_a_word_takes_a_wrong_options_place():
     assert all(row[name] == was[name] for row, was in zip(found.rows, quiz.rows) for name in same)
     assert robustness.with_word(quiz, forget, 0).rows == found.rows != robustness.with_word(quiz, forget, 1).rows
     assert robustness.with_word(quiz, forget[1:5], 0).rows == quiz.rows  # all are options
+    others = [{"choices": [word] * 4, "answer": 0} for word in ("All of the above", "Both A and C", "A and B", "None")]
+    assert robustness.with_word(quiz, others, 0).rows == quiz.rows  # all speak of the question's options
+    assert robustness.with_word(quiz, others + forget, 0).rows == found.rows
     assert {row["choices"][of[0]] for row, of in zip(robustness.with_word(quiz, retain[1:], 0).rows, places[0])} == {
         "The liver"}  # fmt: skip
 
@@ -402,7 +407,7 @@ def test_a_method_from_outside_is_examined_and_a_stopped_run_goes_on(monkeypatch
     assert {f"mmlu/{form} word/letters" for form in ("forget", "retain")} | {
         f"openwebtext/{name}" for name in ("fluency", "repeated")} < set(record["measures"])  # fmt: skip
     assert set(record["words"]) == {"unablated", "mine"} and record["words"]["mine"]["beyond"]["n"] == 4
-    assert record["data"]["wmdp_bio_two_hop"]["n_rows"] == 113
+    assert record["data"]["wmdp_bio_two_hop"]["n_rows"] == 56
     assert "openwebtext/repeated" in (tmp_path / "o.md").read_text()
     assert record["rows"]["mine"]["scores"]["wmdp_bio/letters"]["n"] == 4
     assert record["pushed"]["mine"]["layer"] == 3 and record["pushed"]["unablated"]["questions"] == []
@@ -486,7 +491,23 @@ def test_of_two_halves_one_is_asked_and_the_other_taught(tmp_path):
         other = {row["question"] for row in taught.rows}
         (before,) = {text.rpartition("\n\n")[0].split("\n\n", 1)[1] for text in forms["3 solved before"][1]}
         assert sum(question in before for question in other) == 3
+        assert benchmark.quizzes["mmlu"].about()["prompts"]  # which tell apart records that asked in other words
         assert measure_of(quiz, "letters", "letters", "%", {}, []).name == "wmdp_bio/letters"
+
+
+def test_tinys_other_forms_are_of_tinys_questions_in_their_order(tmp_path):
+    """A user's folder that holds tiny's questions in another order, or some of them; and one with files of its own."""
+    rows = data.load("wmdp_bio").rows
+    files = {"same": rows, "turned": rows[::-1], "some": rows[:300]}
+    for name, part in files.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}/wmdp_bio.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        wmdp = data.load("wmdp_bio", "tiny", tmp_path / name)
+        assert wmdp.stand_in
+        other = data.load("wmdp_bio_reworded", "tiny", tmp_path / name)
+        assert robustness.belongs(other, wmdp) == (name == "same")
+        (tmp_path / f"{name}/wmdp_bio_reworded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        assert robustness.belongs(data.load("wmdp_bio_reworded", "tiny", tmp_path / name), wmdp)
 
 
 def test_an_edit_of_other_features_has_another_key(monkeypatch, tmp_path):

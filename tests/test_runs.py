@@ -589,7 +589,19 @@ def test_where_no_clamp_was_chosen_a_line_names_a_sweep(capsys):
     assert (first.model, first.layer, first.n_features, first.sae) == ("qwen3-1.7b-base", [0], [50], None)
     assert (other.model, other.layer, other.n_features, other.sae) == ("my model", [3, 5], [2, 9], "r:i d")
     assert min(first.clamp) <= -1000 and max(first.clamp) >= -10
-    for model, more in (("tiny", {}), ("gemma-2-2b-it", {}), ("gpt2", {"clamp": -5.0}), ("gpt2", {"record": "r.json"})):
+    others = (
+        {"clamp": -5.0},
+        {"record": "r.json"},
+        {"method": "crisp"},
+        {"plot": None},
+    )  # pareto.py has its own clamps
+    for model, more in (("tiny", {}), ("gemma-2-2b-it", {}), *(("gpt2", one) for one in others)):
         runs.note_clamp(model, unsaid | more)
     runs.note_clamp("gpt2", {})
     assert not capsys.readouterr().err
+    for features in ([3, 5], {3: [4], 7: [5, 6]}):
+        runs.note_clamp("gpt2", unsaid | {"features": features, "prompt": "chat", "wmdp": "all", "seed": 2})
+        note = capsys.readouterr().err
+        assert "so it is -10;" in note and "n-features" not in note
+        args = settings(flags, vars(flags.parse_args(shlex.split(note.partition("python pareto.py ")[2]))))
+        assert (args.features, args.prompt, args.seed, args.wmdp) == (features, "chat", 2, "all")

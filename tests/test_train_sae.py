@@ -65,7 +65,7 @@ def test_a_frozen_decoder_is_saved_as_it_was_drawn(small, tmp_path, monkeypatch)
         assert torch.equal(before["W_enc"].T, before["W_dec"])
         encoder = sae.W_enc / sae.W_enc.norm(dim=0)
         assert (encoder.T * rows).sum(1).min() < 0.999 and sae.b_dec.abs().max() > 0
-        assert sae.cfg.architecture() == "jumprelu"
+        assert sae.cfg.architecture() == "jumprelu" and sae.cfg.metadata.frozen_decoder == frozen
         if frozen:
             torch.testing.assert_close(before["W_dec"].norm(dim=1), torch.ones(64))
             torch.testing.assert_close(sae.W_dec, before["W_dec"], atol=1e-6, rtol=0)

@@ -259,6 +259,23 @@ def test_repselect_by_hand(small64, monkeypatch, method):
     )
 
 
+def test_repselect_leaves_rounding_noise_out():
+    """Of a gradient of low rank the rest is noise; and where there is none nothing is done."""
+    torch.manual_seed(0)
+    g = torch.randn(40, 2) @ torch.diag(torch.tensor([4.0, 1.0])) @ torch.randn(2, 30)
+    u, sizes, v = torch.linalg.svd(g, full_matrices=False)
+    left = unlearning.collapse(unlearning.collapse(g, v[:9].T, sizes[:9], False).T, u[:, :9], sizes[:9], False).T
+    expected = (u[:, :2] * (sizes[1] ** 2 / sizes[:2])) @ v[:2]
+    assert torch.allclose(left, expected, atol=1e-4) and left.norm() > 1
+    none = torch.zeros(4, 3)
+    assert torch.equal(unlearning.collapse(none, torch.eye(3), torch.zeros(3), False), none)
+
+
+def test_repselect_needs_directions_that_are_left(small64):
+    with pytest.raises(UserError, match="q 32 leaves none of the 32 directions"):
+        METHODS["repselect"].train(small64, q=32, kl=0.01, steps=1, lr=0.1)
+
+
 def model_of(weights: dict, model):
     """A copy of the model with these weights."""
     copy = deepcopy(model)
@@ -271,6 +288,9 @@ def test_the_longest_step_within_a_bound():
         step = unlearning.furthest(lambda x, a=steepness: a * x * x if a * x < 1e3 else math.nan, 0.01, 1.0)
         assert 0.0095 <= steepness * step * step <= 0.01
     assert unlearning.furthest(lambda x: x**6, 0.01, 50.0) == pytest.approx(0.01 ** (1 / 6), rel=0.01)
+    tried = []
+    jump = unlearning.furthest(lambda x: tried.append(x) or (1e-4 if x < 3 else 5.0), 0.01, 1.0)
+    assert 2.9 < jump < 3 and tried[-1] == jump  # no step is in the window: the longest that stays below
     with pytest.raises(UserError, match=r"no step changes retain text by a KL of 0\.01"):
         unlearning.furthest(lambda x: 0.0, 0.01, 1.0)
 

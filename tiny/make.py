@@ -430,16 +430,18 @@ BY_WAY = {
 
 
 def two_hop(rows: list[dict], facts: list[dict]) -> list[dict]:
-    """The questions, with the same options, of which the entity is the answer of another fact, and is named by that:
-    "Which organism causes pertussis?", where pertussis is whooping cough. `of`: the number of the question."""
+    """The questions, with the same options, of which the entity is the answer of another fact, and is named by that, or
+    by the first of several in BY_WAY: "Which organism causes pertussis?", where pertussis is whooping cough. `of`: the
+    number of the question."""
     found = []
     for number, (row, fact) in enumerate(zip(rows, facts)):
-        for first in facts:
-            if first["relation"]["name"] in BY_WAY and first["answer"].lower() == fact["entity"].lower():
-                entity = BY_WAY[first["relation"]["name"]].replace("{e}", first["entity"]).replace("the the", "the")
-                question = fill(fact["relation"]["questions"][0], {**fact, "entity": entity})
-                question = question.replace("the the", "the").replace("genus the", "genus of the")
-                found.append({**row, "question": question, "of": number})
+        ways = [(way, first) for way in BY_WAY for first in facts
+                if first["relation"]["name"] == way and first["answer"].lower() == fact["entity"].lower()]  # fmt: skip
+        for way, first in ways[:1]:
+            entity = BY_WAY[way].replace("{e}", first["entity"]).replace("the the", "the")
+            question = fill(fact["relation"]["questions"][0], {**fact, "entity": entity})
+            question = question.replace("the the", "the").replace("genus the", "genus of the")
+            found.append({**row, "question": question, "of": number})
     return found
 
 
