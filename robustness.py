@@ -95,8 +95,8 @@ def others_of(quiz: Dataset, other: Dataset) -> Dataset:
     of = given or range(len(other))
     if len(of) != len(other) or not all(type(number) is int and 0 <= number < quiz.n_source for number in of) or (
             other.rows and not given and len(of) != quiz.n_source):  # fmt: skip
-        raise UserError(f"{other.name}.jsonl has {len(other)} questions, wmdp_bio {quiz.n_source}: a question for each is "
-                        "needed, or in each row the number of its own as \"of\", from 0")  # fmt: skip
+        raise UserError(f"{other.name}.jsonl has {len(other)} questions, wmdp_bio {quiz.n_source}: a question for each "
+                        "is needed, or in each row the number of its own as \"of\", from 0")  # fmt: skip
     places = [place for index in quiz.indices for place in range(len(of)) if of[place] == index]
     return replace(quiz, rows=[other.rows[place] for place in places], indices=[of[place] for place in places])
 
@@ -384,7 +384,7 @@ def examine(exam: Exam, subjects: list[Subject], cached) -> tuple[dict[str, Meas
 STAGES = {"as tuned": "letters", "other wording": "other wording/letters", "in reverse": "in reverse/letters",
           "in words": "words", f"{min(BITS)} bits": f"{min(BITS)} bits/letters", "open answer": "exact",
           "pushed": "pushed", "retain text": "after retain text/letters",
-          "other facts": "after other facts/letters"}  # fmt: skip
+          "other facts": "after other facts/letters", "other facts, in words": "after other facts/words"}  # fmt: skip
 DRAWN = ("as tuned", "in words", "retain text", "other facts")  # stages drawn with intervals
 
 
