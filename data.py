@@ -95,7 +95,7 @@ HUB = {
                     for revision in (None, PARQUET)]}  # fmt: skip
 KNOWN = [*HUB, *OTHER_FORMS.values(), "forget_corpus"]  # what files of a data folder may be called, with .jsonl
 # Questions of the released sets, none with a subject: a user's own has others
-RELEASED = {"wmdp_bio": 1273, "wmdp_bio_robust": 868, "wmdp_bio_cloze": 1076, "wmdp_bio_reworded": 1273}
+RELEASED = {"wmdp_bio": 1273, "wmdp_bio_robust": 868, "wmdp_bio_cloze": 1076}
 PUBLISHED = {
     name: f"published for a 6.9B model pretrained without the biology: about {floor}%, with it: {top}% (all questions; "
     "Deep Ignorance, arXiv 2508.06601; logs of github.com/EleutherAI/unlearn)"
@@ -262,7 +262,7 @@ def load(name: str, model="tiny", folder=None, *, variant="all", seed=0, pick_on
         embedded = {row["question"] for part in ("wmdp_bio", *OTHER_FORMS.values()) for row in load(part).rows}
         stand_in = {row["question"] for row in rows} <= embedded
         released = len(rows) == RELEASED.get(file) and not any(row.get("subject") for row in rows)
-        if not (topic or stand_in or released):
+        if not (topic or stand_in or released or file in OTHER_FORMS.values()):  # of whose topic wmdp_bio's file tells
             subjects = [row["subject"] for row in rows if row.get("subject")]
             of_all = len(set(subjects)) == 1 and 2 * len(subjects) >= len(rows)
             topic = subjects[0] if of_all else Path(folder).resolve().name

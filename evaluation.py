@@ -279,7 +279,8 @@ def fluency(model, dataset: Dataset, rows: dict, *, judge=None, batch_size: int 
         return data.encode(model.tokenizer, text)[: BEGUN if "text" in row else None]
 
     room, judge = model.tokenizer.model_max_length - WRITTEN, judge or model
-    sample = dataset.only(i for i, row in enumerate(dataset.rows) if len(begun(row)) <= room).sample(BEGINNINGS)
+    fit = [i for i, row in enumerate(dataset.rows) if "text" in row or len(begun(row)) <= room]
+    sample = dataset.only(fit).sample(BEGINNINGS)
     prompts = [begun(row) for row in sample.rows]
 
     def score(model, edits):  # (n_edits, n_prompts, 2)

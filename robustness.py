@@ -18,8 +18,8 @@ rounded to 8 and 4 bits, and, where the right answer was lost, with a push towar
 --relearn fine-tunes all weights, once on retain text alone and once with the facts of the tuning half, none of which is
 asked, and asks again. Then it fine-tunes on the very facts that are asked, and asks on the way: a model that knows them
 sooner than one trained without the facts had not forgotten them. --ask tuning changes the halves: asked are the facts
-that methods were trained on, and relearned the others'. The unablated model and, for tiny, the retrained one
-go through all of it too: what could come back at most, and at least.
+that methods were trained on, and relearned the others'. The unablated model and, for tiny, the retrained one go through
+all of it too: what could come back at most, and at least.
 """
 
 # %% Flags come first, so that --help answers at once
@@ -101,9 +101,8 @@ def others_of(quiz: Dataset, other: Dataset) -> Dataset:
     return replace(quiz, rows=[other.rows[place] for place in places], indices=[of[place] for place in places])
 
 
-OF_OTHERS = re.compile(
-    r"\b(all|none|both|neither|any|[A-D] (and|or|nor) [A-D])\b", re.IGNORECASE
-)  # of a question's options
+# Options that speak of the question's others
+OF_OTHERS = re.compile(r"\b(all|none|both|neither|any|[A-D] (and|or|nor) [A-D])\b", re.IGNORECASE)
 
 
 def with_word(quiz: Dataset, donors: list[dict], seed: int) -> Dataset:

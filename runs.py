@@ -286,7 +286,8 @@ def note_clamp(model: str, settings: dict) -> None:
         return
     names = ("layer", "n_features", "features", "sae", "data", "topic", *usual)
     given = {name: value for name in names if (value := settings.get(name)) not in (None, usual.get(name))}
-    given = {"layer": 0, **({} if "features" in given else {"n_features": preset.n_features}), **given}
+    if "features" not in given:
+        given = {"n_features": preset.n_features} | given
     words = [f"--model {shlex.quote(model)}"]
     for name, value in given.items():
         value = json.dumps(value) if isinstance(value, dict) else value

@@ -569,17 +569,18 @@ def train_repselect(
 
     q None: an eighth of the model's width. The release has q 512 on models 2,048 to 4,096 wide, kl 0.01 and lr 0.01,
     swept from 0.005 to 0.5. Differs from it: singular values below 1e-5 of the largest are left out, as few forget
-    texts leave the last layers few; the step is the longest there
-    is, as in its RepSelectAdaptive, where its main runs add G times a swept rate until an epoch exceeds kl; the KL is
-    on 128 windows of the retain set; G is summed in fp32; a batch has four texts, not eight. Raises UserError for a
-    family whose MLPs are not known by name, and for a q that leaves no direction."""
+    texts leave the last layers few; the step is the longest there is, as in its RepSelectAdaptive, where its main runs
+    add G times a swept rate until an epoch exceeds kl; the KL is on 128 windows of the retain set; G is summed in fp32;
+    a batch has four texts, not eight; NLL_f is on answers, unless loss_on says otherwise. Raises UserError for a family
+    whose MLPs are not known by name, and for a q that leaves no direction."""
     model, tokenizer = training.load(), training.tokenizer
     width = model.config.get_text_config().hidden_size
     q = q or max(1, width // 8)
     if q >= width:
         raise UserError(f"RepSelect: q {q} leaves none of the {width} directions")
     layers = range(len(decoder_layers(model)))
-    names = [name for name in linear_modules(model, layers) if ".mlp." in name and down_projections(model, max(layers))]
+    down_projections(model, max(layers))  # refuses an unknown family
+    names = [name for name in linear_modules(model, layers) if ".mlp." in name]
     adapted, trained = with_lora(model, names, training.seed, lora_dropout=0.0)
     matrices = [adapted.get_submodule(f"base_model.model.{name}").base_layer.weight for name in names]
     descent, log = Fp32AdamW(trained, lr, kind=torch.optim.SGD), []
@@ -606,8 +607,8 @@ def train_repselect(
             matrix.data.copy_(wide(then) - step * g)
         return mean_kl(model, texts, matrices, before)
 
-    lengths = [torch.stack([part.norm() for part in wide_parts]).norm().item() for wide_parts in (before, gradients)]
-    furthest(kl_at, kl, 0.01 * lengths[0] / lengths[1])
+    of_weights, of_step = (torch.stack([part.norm() for part in parts]).norm().item() for parts in (before, gradients))
+    furthest(kl_at, kl, 0.01 * of_weights / of_step)
     return model, log
 
 

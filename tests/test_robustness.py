@@ -510,6 +510,15 @@ def test_tinys_other_forms_are_of_tinys_questions_in_their_order(tmp_path):
         assert robustness.belongs(data.load("wmdp_bio_reworded", "tiny", tmp_path / name), wmdp)
 
 
+def test_other_forms_of_wmdp_bio_are_asked_about_biology(tmp_path):
+    """Whatever the folder is called: the topic is that of wmdp_bio.jsonl, and WMDP-Bio has none."""
+    for name in data.OTHER_FORMS.values():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in OTHERS))
+        for topic, header in ((None, "biology"), ("law", "law")):
+            other = data.load(name, "some/model", tmp_path, topic=topic)
+            assert other.topic == topic and f"about {header}.\n" in prompt(other.rows[0])
+
+
 def test_an_edit_of_other_features_has_another_key(monkeypatch, tmp_path):
     """The record has the same name, so what an earlier run has kept is not taken for its own."""
     keys = []

@@ -582,7 +582,7 @@ def test_where_no_clamp_was_chosen_a_line_names_a_sweep(capsys):
         notes += capsys.readouterr().err.splitlines()
     assert len(notes) == 2
     assert notes[0].startswith("note: no clamp was chosen on qwen3-1.7b-base, so it is -100; to choose one: ")
-    assert "pareto.py --model qwen3-1.7b-base --layers 0 --n-features 50 --clamp -10 " in notes[0]
+    assert "pareto.py --model qwen3-1.7b-base --n-features 50 --layers 0 --clamp -10 " in notes[0]
     words = [shlex.split(note.partition("python pareto.py ")[2]) for note in notes]
     flags = importlib.import_module("pareto").flags
     first, other = (settings(flags, vars(flags.parse_args(given))) for given in words)
