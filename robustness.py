@@ -384,7 +384,7 @@ STAGES = {"as tuned": "letters", "other wording": "other wording/letters", "in r
           "in words": "words", f"{min(BITS)} bits": f"{min(BITS)} bits/letters", "open answer": "exact",
           "pushed": "pushed", "retain text": "after retain text/letters",
           "other facts": "after other facts/letters", "other facts, in words": "after other facts/words"}  # fmt: skip
-DRAWN = ("as tuned", "in words", "retain text", "other facts")  # stages drawn with intervals
+DRAWN = ("as tuned", "in words", "retain text", "other facts", "other facts, in words")  # stages drawn with intervals
 
 
 def share_forgotten(stage: Measure, row: str, floor: str | None) -> dict:
