@@ -613,6 +613,8 @@ class FeatureStats:
             given = data.by_layer(self.own, self.layer)
             if not (ids := given.get(self.layer)):
                 raise UserError(f"no features of layer {self.layer} are given, only of {', '.join(map(str, given))}")
+            if others := ", ".join(map(str, sorted({*given} - {self.layer}))):
+                data.note_once(f"note: features given of layer {others} are left out at layer {self.layer}")
             with data.in_a_line(f"features {str(ids)[:40]}"):
                 return Latents(self.sae, ids).features.tolist()[:n]
         rule = rule or self.rule

@@ -164,6 +164,12 @@ def test_the_first_n_of_ones_own_features_or_all_without_a_rate(gemma, gemma_sae
     assert not {"rates", "quality"} & set(vars(stats))
 
 
+def test_ones_own_features_of_other_layers_are_not_left_out_in_silence(gemma, gemma_sae, capsys):
+    for own in ([9, 3], {1: [9, 3]}, {1: [9, 3], 4: [5], 2: [4]}):
+        assert FeatureStats(gemma, gemma_sae, 1, None, None, own=own).features(None) == [9, 3]
+    assert capsys.readouterr().err == "note: features given of layer 2, 4 are left out at layer 1\n"
+
+
 @pytest.mark.parametrize(
     "own, said",
     [
