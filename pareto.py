@@ -217,8 +217,11 @@ def pareto_figure(records: list[dict], title: str):
                           va="bottom" if k else "top", transform=axes.get_yaxis_transform())  # fmt: skip
             panel(axes, method, settings, chosen[method], few) if settings else None
             axes.set_title(show.plain(method), size=9)
-        middle = all_axes[axes.get_subplotspec().rowspan.start][(columns - 1) // 2]
-        middle.set_xlabel(said, x=0.5 if columns % 2 else 1.05)
+        if few:
+            middle = all_axes[axes.get_subplotspec().rowspan.start][(columns - 1) // 2]
+            middle.set_xlabel(said, x=0.5 if columns % 2 else 1.05)
+    if not few:  # whose last row may be short
+        figure.supxlabel(costs["mmlu"], size=10)
     for axes in panels:
         axes.axis("off")
     figure.supylabel(f"{show.plain(titles['wmdp_bio'])} accuracy, %", size=10)

@@ -340,7 +340,7 @@ def test_axes_are_called_by_the_data_sets_of_the_held_out_half(undisturbed):
     plt.close(figure)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 11, 12])
 def test_what_is_said_below_and_beside_the_panels_is_whole(undisturbed, n):
     """In the middle of any number of panels, and with the dollars of a topic's name."""
     record = runs.read_record(undisturbed)
@@ -350,7 +350,10 @@ def test_what_is_said_below_and_beside_the_panels_is_whole(undisturbed, n):
                 for name, about in record["measures"].items()}  # fmt: skip
     figure = pareto.pareto_figure([{**record, "rows": rows, "measures": measures}], "title")
     figure.canvas.draw()
-    for label in (axes.xaxis.label for axes in figure.axes if axes.get_xlabel()):
+    labels = [axes.xaxis.label for axes in figure.axes if axes.axison and axes.get_xlabel()]
+    labels += [figure._supxlabel] if figure.get_supxlabel() else []
+    assert labels[0].get_text() == "MMLU stand-in accuracy, %" and len(labels) == (2 if n <= 4 else 1)
+    for label in labels:
         box = label.get_window_extent()
         assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
     assert figure.get_supylabel() == r"5\$ and x_1\$ accuracy, %"
