@@ -460,8 +460,9 @@ def benchmark_options(said: dict) -> dict:
 
 
 def forget_title(*records: dict) -> str:
-    """What the forget sets of these records are called, for the head of a table."""
-    return ", ".join(sorted({record["data"].get("wmdp_bio", {}).get("topic") or "WMDP-Bio" for record in records}))
+    """What the forget sets of these records are called, for the head of a table; a stand-in says so."""
+    sets = [record["data"].get("wmdp_bio", {}) for record in records]
+    return ", ".join(sorted({(of.get("topic") or "WMDP-Bio") + " stand-in" * of.get("stand_in", False) for of in sets}))
 
 
 def refuse_unwritable(path: Path) -> None:

@@ -523,6 +523,8 @@ def test_records_say_what_their_forget_set_is_called():
     of = [{"data": {"wmdp_bio": {"topic": topic}}} for topic in (None, "law", "law")]
     assert runs.forget_title(*of[:1]) == runs.forget_title({"data": {}}) == "WMDP-Bio"
     assert runs.forget_title(*of[1:]) == "law" and runs.forget_title(*of) == "WMDP-Bio, law"
+    for of in ({"topic": None, "stand_in": True}, {"topic": "WMDP-Bio", "stand_in": True}):
+        assert runs.forget_title({"data": {"wmdp_bio": of}}) == "WMDP-Bio stand-in"
 
 
 def test_a_trained_model_has_a_card_of_its_record(monkeypatch, tmp_path, capsys):
